@@ -1,0 +1,8 @@
+"""Checkpoints: bytes -> named arrays. NumPy only."""
+
+from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.errors import CheckpointError
+from loaders.header import TensorInfo
+from loaders.stage import Stage
+
+__all__ = ["Checkpoint", "CheckpointError", "Stage", "TensorInfo", "open_checkpoint"]

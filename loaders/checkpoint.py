@@ -1,0 +1,322 @@
+"""A checkpoint: config, index, headers; all validated before a tensor byte is read."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loaders import dtypes
+from loaders.config import config_from_json
+from loaders.errors import CheckpointError
+from loaders.header import Header, TensorInfo, read_header
+from loaders.sources import LocalDirectory, OpenFile, open_source
+from loaders.sources.local import FileIdentity
+from loaders.spec import ModelConfig
+from loaders.strict_json import BadJson, parse_object
+
+CONFIG, SINGLE, INDEX, GENERATION = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+)
+ALIGNMENT = 64  # bytes; what JAX on CPU needs to take a NumPy buffer without copying it
+DEFAULT_BUDGET_BYTES = 128 << 20
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised C-contiguous array whose first byte lies on a multiple of ``ALIGNMENT``."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Holds no file open; every read checks that its file is still the one that was opened.
+
+    Attributes:
+        config: what config.json describes, validated.
+        tensors: name -> TensorInfo(dtype, shape, file, offsets), sorted by file and position.
+        config_document: config.json as it was written.
+        generation_document: generation_config.json as it was written; empty when there is none.
+        metadata: file -> its safetensors metadata.
+    """
+
+    source: LocalDirectory
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
+    config_document: dict[str, Any]
+    generation_document: dict[str, Any]
+    metadata: dict[str, dict[str, str]]
+    identities: dict[str, FileIdentity] = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end generation: generation_config.json's, else config.json's."""
+        found = self.generation_document.get("eos_token_id")
+        if found is None:
+            return self.config.eos_token_id
+        return tuple(found) if isinstance(found, list) else (found,)
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """One tensor, in its own dtype and shape (packed sub-byte formats: as bytes).
+
+        Args:
+            name: checkpoint tensor name.
+            out: C-contiguous array of that dtype and shape to read into; by default memory of its own.
+        Raises:
+            KeyError: no such tensor.
+            CheckpointError: the file is gone, changed since it was opened, or cannot be read.
+        """
+        info = self.tensors[name]
+        out = self._destination(name) if out is None else self._checked(name, out)
+        with self._open(info.file) as file:
+            self._read_tensor(file, name, out)
+        return out
+
+    def stream(
+        self,
+        host_budget_bytes: int | None = None,
+        *,
+        names: Iterable[str] | None = None,
+        into: Callable[[str], np.ndarray | None] | None = None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Tensors in file order, read ahead by a second thread.
+
+        Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``.
+
+        Args:
+            host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
+                128 MiB, or the largest tensor. Memory given by ``into`` does not count.
+            names: only these tensors (default: all).
+            into: where a tensor is to go. It is read straight there and that very array is yielded; None means memory
+                of its own.
+        Raises:
+            ValueError: a tensor without destination is larger than the budget (said before anything is read).
+            CheckpointError: as ``read``.
+        """
+        wanted = list(self.tensors) if names is None else [name for name in self.tensors if name in set(names)]
+        targets = {name: self._checked(name, out) for name in wanted if into and (out := into(name)) is not None}
+        owned = [self.tensors[name].num_bytes for name in wanted if name not in targets]
+        largest = max(owned, default=0)
+        budget = max(DEFAULT_BUDGET_BYTES, largest) if host_budget_bytes is None else host_budget_bytes
+        if largest > budget:
+            big = [name for name in wanted if name not in targets and self.tensors[name].num_bytes > budget]
+            raise ValueError(
+                f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {largest} bytes"
+                f" ({big[0]}). Give a larger budget, or a destination for them (into=)."
+            )
+        return self._stream(wanted, targets, budget)
+
+    def _stream(self, wanted: list[str], targets: dict[str, np.ndarray], budget: int) -> Iterator[tuple[str, np.ndarray]]:
+        ahead: deque[tuple[str, int, Future[np.ndarray]]] = deque()
+        waiting = deque(wanted)
+        held = 0
+        current: OpenFile | None = None
+
+        def read(name: str) -> np.ndarray:  # only ever runs on the one worker thread
+            nonlocal current
+            info = self.tensors[name]
+            if current is None or current.name != info.file:
+                if current is not None:
+                    current.close()
+                current = None
+                current = self._open(info.file)
+            out = targets[name] if name in targets else self._destination(name)
+            self._read_tensor(current, name, out)
+            return out
+
+        with ThreadPoolExecutor(1, thread_name_prefix="tandem-read") as reader:
+            try:
+                while waiting or ahead:
+                    while waiting and len(ahead) < 64:
+                        cost = 0 if waiting[0] in targets else self.tensors[waiting[0]].num_bytes
+                        if ahead and held + cost > budget:
+                            break
+                        name = waiting.popleft()
+                        held += cost
+                        ahead.append((name, cost, reader.submit(read, name)))
+                    name, cost, future = ahead.popleft()
+                    yield name, future.result()
+                    held -= cost
+            finally:
+                for _, _, future in ahead:
+                    future.cancel()
+                reader.shutdown(wait=True)
+                if current is not None:
+                    current.close()
+
+    def _destination(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        return aligned_empty(dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype))
+
+    def _checked(self, name: str, out: np.ndarray) -> np.ndarray:
+        info = self.tensors[name]
+        expected = dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype)
+        if (out.shape, out.dtype) != expected or not out.flags.c_contiguous:
+            raise ValueError(
+                f"destination of {name!r} is {out.dtype} {out.shape}, expected C-contiguous {expected[1]} {expected[0]}"
+            )
+        return out
+
+    def _open(self, name: str) -> OpenFile:
+        try:
+            file = self.source.open(name)
+        except OSError as error:
+            raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
+        try:
+            self._check_identity(file)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _check_identity(self, file: OpenFile) -> None:
+        if file.identity() != self.identities[file.name]:
+            raise CheckpointError(
+                self.source, [f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."]
+            )
+
+    def _read_tensor(self, file: OpenFile, name: str, out: np.ndarray) -> None:
+        start, end = self.tensors[name].offsets
+        if start == end:
+            return
+        try:
+            file.read_into(memoryview(out.reshape(-1).view(np.uint8)), start)
+        except OSError as error:
+            where = f"tensor {name!r} of {file.name}"
+            raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
+        self._check_identity(file)
+
+
+def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face checkpoint: ``config.json`` with ``model.safetensors``, or with an index and its files.
+
+    Only JSON and headers are read.
+
+    Raises:
+        CheckpointError: with every problem found in the directory, config.json, the index and all headers.
+    """
+    try:
+        source = open_source(uri)
+        present = source.names()
+    except OSError as error:
+        raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
+    problems: list[str] = []
+    document = _read_json(source, CONFIG, problems)
+    generation = _read_json(source, GENERATION, problems) if GENERATION in present else {}
+    config, found = config_from_json(document) if document is not None else (None, [])
+    problems += found
+    problems += _generation_problems(generation or {})
+    index = _read_json(source, INDEX, problems) if INDEX in present else None
+    weight_map = _weight_map(index, problems) if index is not None else None
+    files = _files(present, weight_map, INDEX in present, problems)
+    headers, identities = _read_headers(source, files, problems)
+    tensors = _merge(headers, weight_map, complete=len(headers) == len(files), problems=problems)
+    if problems or config is None or document is None:
+        raise CheckpointError(source, problems)
+    metadata = {name: header.metadata for name, header in headers.items()}
+    return Checkpoint(source, config, tensors, document, generation or {}, metadata, identities)
+
+
+def _read_json(source: LocalDirectory, name: str, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        return parse_object(source.read_file(name))
+    except BadJson as error:
+        problems.append(f"{name} {error}")
+    except OSError as error:
+        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint directory?")
+    return None
+
+
+def _generation_problems(generation: dict[str, Any]) -> list[str]:
+    found = generation.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if all(type(token) is int for token in ids):
+        return []
+    return [f"{GENERATION}: eos_token_id is {found!r}, expected an integer or a list of integers"]
+
+
+def _weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        problems.append(f"{INDEX}: weight_map must map tensor names to file names")
+        return {}
+    outside = sorted({file for file in found.values() if os.path.basename(file) != file or file in ("", ".", "..")})
+    problems += [
+        f"{INDEX} names the file {file!r}, outside the checkpoint directory. Files are named without a path."
+        for file in outside
+    ]
+    return {tensor: file for tensor, file in found.items() if file not in outside}
+
+
+def _files(present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]) -> list[str]:
+    """The safetensors files to read; missing and extra ones become problems."""
+    found = [name for name in present if name.endswith(".safetensors")]
+    if has_index:
+        named = set((weight_map or {}).values())
+        problems += [f"{name} is named in {INDEX} but missing. Download it." for name in sorted(named - set(found))]
+        problems += [
+            f"{name} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."
+            for name in sorted(set(found) - named)
+        ]
+        return sorted(named & set(found))
+    if SINGLE not in found:
+        hint = f" {found[0]} is there: is {INDEX} missing?" if found else ""
+        problems.append(f"neither {SINGLE} nor {INDEX} is in the directory.{hint}")
+        return []
+    problems += [f"{name} is in the directory beside {SINGLE}. Remove one." for name in found if name != SINGLE]
+    return [SINGLE]
+
+
+def _read_headers(
+    source: LocalDirectory, files: list[str], problems: list[str]
+) -> tuple[dict[str, Header], dict[str, FileIdentity]]:
+    headers: dict[str, Header] = {}
+    identities: dict[str, FileIdentity] = {}
+    for name in files:
+        try:
+            with source.open(name) as file:
+                identities[name] = file.identity()
+                header, found = read_header(file)
+        except OSError as error:
+            problems.append(f"{name} cannot be opened: {error.strerror or error}")
+            continue
+        problems += found
+        if header is not None:
+            headers[name] = header
+    return headers, identities
+
+
+def _merge(
+    headers: dict[str, Header], weight_map: dict[str, str] | None, *, complete: bool, problems: list[str]
+) -> dict[str, TensorInfo]:
+    """All tensors by name, in file order; what index and headers disagree about becomes problems."""
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers.values():
+        for name, info in sorted(header.tensors.items(), key=lambda item: item[1].offsets):
+            if name in tensors:
+                problems.append(f"tensor {name!r} is in {tensors[name].file} and in {info.file}. Which one is meant?")
+            tensors[name] = info
+    if weight_map is None:
+        return tensors
+    for name, file in weight_map.items():
+        if file in headers and name not in headers[file].tensors:
+            problems.append(f"tensor {name!r} is not in {file}, where {INDEX} says it is")
+    if complete:
+        problems += [
+            f"tensor {name!r} of {info.file} is not in {INDEX}" for name, info in tensors.items() if name not in weight_map
+        ]
+    return tensors

@@ -1,0 +1,181 @@
+"""config.json -> frozen dataclasses: every key is read, declared inert, or refused by name.
+
+Both spellings in use are accepted (``rope_theta``/``rope_scaling``/``torch_dtype`` and ``rope_parameters``/``dtype``).
+``dtype`` is read by nobody: a dtype is a property of each tensor, and exporters write wrong ones there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.families import FAMILIES, family_module
+from loaders.spec import ModelConfig
+
+# Keys that never change what the model computes.
+INERT = frozenset(
+    """architectures model_type transformers_version torch_dtype dtype use_cache initializer_range bos_token_id
+    attention_dropout output_attentions output_hidden_states output_router_logits return_dict _name_or_path name_or_path
+    _commit_hash id2label label2id problem_type chunk_size_feed_forward tokenizer_class router_aux_loss_coef
+    max_window_layers use_bfloat16 torchscript tf_legacy_loss""".split()
+)
+# Keys whose only implemented value is the one that switches the feature off.
+OFF: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeParameters:
+    """Rotary embedding, under the keys of ``rope_parameters``. Source: transformers ``modeling_rope_utils``."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Frequencies depend on the length of the sequence, not on the position alone."""
+        return self.rope_type == "dynamic"
+
+
+ROPE_KEYS = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "dynamic": {"rope_theta", "factor"},
+    "yarn": {field.name for field in dataclasses.fields(RopeParameters)} - {"rope_type"},
+}
+
+
+def config_from_json(document: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+    """The configuration a config.json describes, or None and every problem found in it."""
+    architectures = document.get("architectures")
+    known = ", ".join(sorted(FAMILIES))
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        return None, [f"config.json: architectures is {architectures!r}, expected a list of one of: {known}"]
+    architecture = architectures[0]
+    if architecture not in FAMILIES:
+        return None, [f"config.json: architecture {architecture!r} is unknown. Known: {known}"]
+    return family_module(architecture).config_from_json(architecture, document)
+
+
+def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Build the dataclass ``cls`` from a config.json already in its spelling; None and all problems when it cannot be.
+
+    A key ``cls`` has no field for must be in ``INERT`` or hold an off value of ``OFF``. null counts as absent where the
+    field has a default or may be None.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    types = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, field in fields.items():
+        found = document.get(name)
+        optional = field.default is not dataclasses.MISSING
+        if found is None and (name not in document or optional):
+            if not optional:
+                problems.append(f"config.json: {name} is missing. Is the file complete?")
+            continue
+        try:
+            values[name] = _convert(types[name], found)
+        except TypeError:
+            problems.append(f"config.json: {name} is {found!r}, expected {_spell(types[name])}")
+    problems += refused_keys(document, set(fields))
+    return (None if problems else cls(**values)), problems
+
+
+def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
+    """A problem for every key that is neither read, inert, nor switched off."""
+    problems = []
+    for key, value in document.items():
+        if key in read or key in INERT:
+            continue
+        if key not in OFF:
+            problems.append(f"config.json: option {key} = {str(value)[:80]!r} is not implemented")
+        elif value not in OFF[key]:
+            problems.append(f"config.json: option {key} = {str(value)[:80]!r} is not implemented, expected {OFF[key][0]!r}")
+    return problems
+
+
+def read_rope(document: dict[str, Any]) -> tuple[RopeParameters | None, list[str]]:
+    """Rotary parameters from either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
+    nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
+    theta, longest = document.get("rope_theta"), document.get("max_position_embeddings")
+    if nested is not None and scaling is not None and nested != scaling:
+        return None, [f"config.json: rope_parameters {nested} and rope_scaling {scaling} disagree. Remove one."]
+    given = nested if nested is not None else (scaling or {})
+    if not isinstance(given, dict):
+        return None, [f"config.json: rope_parameters is {given!r}, expected an object"]
+    rope = {key: value for key, value in given.items() if value is not None}
+    problems = [
+        f"config.json: rope_theta is {theta} beside {rope[key]} in rope_parameters. Remove one."
+        for key in ("rope_theta",)
+        if theta is not None and rope.get(key, theta) != theta
+    ]
+    if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
+        problems.append(f"config.json: rope type {rope['type']!r} and rope_type {rope['rope_type']!r} disagree")
+    rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if theta is not None:
+        rope.setdefault("rope_theta", theta)
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    if rope_type not in ROPE_KEYS:
+        return None, [*problems, f"config.json: rope_type {rope_type!r} is not implemented. Known: {', '.join(ROPE_KEYS)}"]
+    for key in sorted(set(rope) - ROPE_KEYS[rope_type] - {"rope_type"}):
+        problems.append(f"config.json: rope option {key} = {rope[key]!r} is not implemented for rope_type {rope_type!r}")
+        del rope[key]
+    if rope_type == "yarn" and isinstance(longest, int):
+        original = rope.setdefault("original_max_position_embeddings", longest)
+        if isinstance(original, int) and original > 0:
+            rope.setdefault("factor", longest / original)
+    elif rope_type != "default" and "factor" not in rope:
+        problems.append(f"config.json: rope_type {rope_type!r} needs a factor")
+    found, more = read_fields(RopeParameters, rope)
+    if found is not None and not found.rope_theta > 1:
+        more = [f"config.json: rope_theta is {found.rope_theta}, expected more than 1"]
+    return (None if problems or more else found), problems + more
+
+
+def _convert(kind: Any, found: Any) -> Any:
+    """``found`` as ``kind``; TypeError when it is something else. bool is not an int, an int is a float."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(found, list | tuple):
+            raise TypeError
+        return tuple(_convert(options[0], item) for item in found)
+    if options:  # X | None
+        if found is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), found)
+    if kind is float and type(found) in (int, float):
+        return float(found)
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise TypeError
+    return found
+
+
+def _spell(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {_spell(options[0])}"
+    if options:
+        return " or ".join("null" if option is type(None) else _spell(option) for option in options)
+    return names.get(kind, "an object")

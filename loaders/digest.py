@@ -1,0 +1,41 @@
+"""Digests of weights in the checkpoint's own layout, so that disk, JAX and torch can be held against each other.
+
+A tensor's digest covers its dtype, shape and bytes; the root covers all of them by name. Equal roots mean equal
+weights, wherever they live and however they are stacked or sharded there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from loaders import dtypes
+
+
+def tensor_digest(array: np.ndarray, *, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> str:
+    """SHA-256 (hex) of one tensor.
+
+    Args:
+        array: the tensor as NumPy holds it; packed formats as their bytes.
+        dtype: safetensors name when NumPy has no dtype for it; default: the array's.
+        shape: logical shape when it differs from the array's.
+    """
+    header = f"{dtype or dtypes.from_numpy(array.dtype)}{list(shape or array.shape)}"
+    digest = hashlib.sha256(header.encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def root_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 (hex) over all tensor digests by name, in name order."""
+    root = hashlib.sha256()
+    for name in sorted(digests):
+        root.update(f"{name}\0{digests[name]}\n".encode())
+    return root.hexdigest()
+
+
+def digests(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
+    """Digest of each (name, tensor), in name order."""
+    return dict(sorted((name, tensor_digest(array)) for name, array in tensors))

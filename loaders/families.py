@@ -1,0 +1,34 @@
+"""Which module implements an architecture. The same name in loaders, jax_models and torch_models.
+
+A family module declares everything shared code reads (``config_from_json``, ``RULES``, ``LEFT_OUT``), so no shared code
+ever asks for a model's name. Adding a family adds its architectures here and to the zoo.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from loaders.spec import ModelConfig, Rule
+
+FAMILIES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3",
+}
+
+
+class Family(Protocol):
+    """What ``loaders/<family>.py`` offers."""
+
+    RULES: Sequence[Rule]
+    LEFT_OUT: Sequence[re.Pattern[str]]  # tensors the model deliberately does not load; counted and reported
+
+    def config_from_json(
+        self, architecture: str, document: dict[str, Any]
+    ) -> tuple[ModelConfig | None, list[str]]: ...
+
+
+def family_module(architecture: str) -> Family:
+    return importlib.import_module(f"loaders.{FAMILIES[architecture]}")  # pyright: ignore[reportReturnType]

@@ -1,0 +1,214 @@
+"""Qwen3, dense and mixture of experts: config.json and the checkpoint's tensors, as published on Hugging Face.
+
+Source: transformers ``Qwen3Config``, ``Qwen3MoeConfig`` and the models' saved names (5.23).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from loaders.config import RopeParameters, read_fields, read_rope
+from loaders.spec import Dim, Rule
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config:
+    """config.json of Qwen3ForCausalLM. Letters: docs/glossary.md."""
+
+    architecture: str
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F, dense layers
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K
+    head_dim: int  # H
+    hidden_act: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: RopeParameters
+    layer_types: tuple[str, ...]
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = None  # keys a query sees, itself included; only where layer_types says so
+    # how generation ends is not what the model computes: two configs that differ here are equal
+    eos_token_id: tuple[int, ...] = field(default=(), compare=False)
+    pad_token_id: int | None = field(default=None, compare=False)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` routes to experts."""
+        return False
+
+    def window(self, layer: int) -> int | None:
+        """Keys a query of ``layer`` sees, itself included; None for all."""
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    def dims(self) -> dict[str, Dim]:
+        n, k, h = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return {
+            "V": Dim(self.vocab_size, "vocab_size"),
+            "D": Dim(self.hidden_size, "hidden_size"),
+            "F": Dim(self.intermediate_size, "intermediate_size"),
+            "H": Dim(h, "head_dim"),
+            "NH": Dim(n * h, f"num_attention_heads={n}, head_dim={h}", units=n),
+            "KH": Dim(k * h, f"num_key_value_heads={k}, head_dim={h}", units=k),
+        }
+
+    def problems(self) -> list[str]:
+        """What this configuration asks for and cannot have, one sentence each."""
+        found = [
+            f"config.json: {name} is {value}, expected at least 1"
+            for name, value in vars(self).items()
+            if type(value) is int and value < 1 and name != "pad_token_id"
+        ]
+        if found:
+            return found
+        if self.num_attention_heads % self.num_key_value_heads:
+            found.append(
+                f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if self.rope_parameters.is_dynamic and self.head_dim <= 2:
+            found.append(f"config.json: head_dim={self.head_dim} is too small for rope_type 'dynamic', expected 4 or more")
+        if self.hidden_act != "silu":
+            found.append(f"config.json: hidden_act {self.hidden_act!r} is not implemented, expected 'silu'")
+        if not self.rms_norm_eps > 0:
+            found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
+        if len(self.layer_types) != self.num_hidden_layers:
+            found.append(
+                f"config.json: layer_types has {len(self.layer_types)} entries, expected num_hidden_layers="
+                f"{self.num_hidden_layers}"
+            )
+        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
+        if unknown:
+            found.append(f"config.json: layer_types {unknown} are not implemented. Known: {FULL}, {SLIDING}")
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            found.append("config.json: layer_types asks for sliding_attention, but no sliding_window is in force")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(Qwen3Config):
+    """config.json of Qwen3MoeForCausalLM."""
+
+    num_experts: int  # E
+    num_experts_per_tok: int  # X
+    moe_intermediate_size: int  # M
+    norm_topk_prob: bool
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def is_sparse(self, layer: int) -> bool:
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    def dims(self) -> dict[str, Dim]:
+        return {
+            **super().dims(),
+            "E": Dim(self.num_experts, "num_experts"),
+            "M": Dim(self.moe_intermediate_size, "moe_intermediate_size"),
+        }
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.num_experts_per_tok > self.num_experts:
+            found.append(
+                f"config.json: num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}"
+                " cannot be chosen"
+            )
+        return found
+
+
+def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3Config | None, list[str]]:
+    """Read config.json of either architecture; None and every problem when it cannot be."""
+    is_moe = architecture == "Qwen3MoeForCausalLM"
+    rope, problems = read_rope(document)
+    spelled = {key: value for key, value in document.items() if key not in ("rope_theta", "rope_scaling")}
+    spelled["architecture"] = architecture
+    spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
+    if isinstance(document.get("eos_token_id"), int):
+        spelled["eos_token_id"] = [document["eos_token_id"]]
+    if document.get("num_key_value_heads") is None:
+        spelled["num_key_value_heads"] = document.get("num_attention_heads")
+    if document.get("head_dim") is None:
+        # what absence means differs: Qwen3Config has a field with 128, Qwen3MoeConfig has none and its model divides
+        spelled["head_dim"] = _divided(document, "hidden_size", "num_attention_heads") if is_moe else 128
+    if not document.get("use_sliding_window"):
+        spelled["sliding_window"] = None
+    if is_moe and "num_local_experts" in document:  # how transformers 5 spells it
+        local = spelled.pop("num_local_experts")
+        if spelled.setdefault("num_experts", local) != local:
+            problems.append(f"config.json: num_experts={document['num_experts']} and num_local_experts={local} disagree")
+    derived = _layer_types(spelled, is_moe)
+    given = spelled.get("layer_types")
+    spelled["layer_types"] = derived if given is None else given
+    if is_moe and given not in (None, derived):  # the sparse model never reads the key
+        problems.append(f"config.json: layer_types {given} is not implemented for {architecture}, expected {derived}")
+    config, more = read_fields(Qwen3MoeConfig if is_moe else Qwen3Config, spelled)
+    problems += more if config is None else config.problems()
+    return (None if problems else config), problems
+
+
+def _layer_types(document: dict[str, Any], is_moe: bool) -> list[str]:
+    """What a config.json without layer_types means. The sparse model slides every layer, the dense one the upper ones."""
+    layers = document.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return []  # reported as missing
+    first = 0 if is_moe else document.get("max_window_layers", 28)
+    is_sliding = document.get("sliding_window") is not None
+    return [SLIDING if is_sliding and layer >= first else FULL for layer in range(layers)]
+
+
+def _divided(document: dict[str, Any], size: str, parts: str) -> int | None:
+    a, b = document.get(size), document.get(parts)
+    return a // b if isinstance(a, int) and isinstance(b, int) and b > 0 else None
+
+
+def _biased(config: Qwen3Config, layer: int) -> bool:
+    return config.attention_bias
+
+
+def _dense(config: Qwen3Config, layer: int) -> bool:
+    return not config.is_sparse(layer)
+
+
+def _sparse(config: Qwen3Config, layer: int) -> bool:
+    return config.is_sparse(layer)
+
+
+_ATTN = "model.layers.{layer}.self_attn."
+_MLP = "model.layers.{layer}.mlp."
+_GATE_UP = _MLP + "experts.gate_up_proj"
+
+# Parameters keep the checkpoint's names; only the experts are stacked.
+RULES: tuple[Rule, ...] = (
+    Rule("model.embed_tokens.weight", "V D", on="embedding"),
+    Rule("model.layers.{layer}.input_layernorm.weight", "D"),
+    Rule(_ATTN + "q_proj.weight", "NH D"),
+    Rule(_ATTN + "k_proj.weight", "KH D"),
+    Rule(_ATTN + "v_proj.weight", "KH D"),
+    Rule(_ATTN + "o_proj.weight", "D NH"),
+    Rule(_ATTN + "q_proj.bias", "NH", when=_biased),
+    Rule(_ATTN + "k_proj.bias", "KH", when=_biased),
+    Rule(_ATTN + "v_proj.bias", "KH", when=_biased),
+    Rule(_ATTN + "o_proj.bias", "D", when=_biased),
+    Rule(_ATTN + "q_norm.weight", "H"),
+    Rule(_ATTN + "k_norm.weight", "H"),
+    Rule("model.layers.{layer}.post_attention_layernorm.weight", "D"),
+    Rule(_MLP + "gate_proj.weight", "F D", when=_dense),
+    Rule(_MLP + "up_proj.weight", "F D", when=_dense),
+    Rule(_MLP + "down_proj.weight", "D F", when=_dense),
+    Rule(_MLP + "gate.weight", "E D", when=_sparse),
+    Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=_sparse),
+    Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=_sparse),
+    Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=_sparse),
+    Rule("model.norm.weight", "D", on="last"),
+    Rule("lm_head.weight", "V D", on="head", tied_to="model.embed_tokens.weight"),
+)
+LEFT_OUT: tuple[re.Pattern[str], ...] = ()

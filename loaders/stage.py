@@ -1,0 +1,47 @@
+"""One stage of a pipeline: which decoder layers, and whether it owns the embedding and the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Stage ``index`` of ``count``; the whole model is stage 0 of 1."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not (type(self.index) is int and type(self.count) is int and 0 <= self.index < self.count):
+            raise ValueError(f"stage=({self.index}, {self.count}) must be (index, count) with 0 <= index < count")
+
+    @classmethod
+    def of(cls, stage: Stage | tuple[int, int] | None) -> Stage:
+        """Accept what callers write: None for the whole model, or (index, count)."""
+        if isinstance(stage, Stage):
+            return stage
+        return cls() if stage is None else cls(*stage)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, num_hidden_layers: int) -> range:
+        """This stage's decoder layers; earlier stages take one more when the division leaves a rest.
+
+        Raises:
+            ValueError: more stages than layers, so a stage would be empty.
+        """
+        if self.count > num_hidden_layers:
+            raise ValueError(
+                f"{self.count} pipeline stages for {num_hidden_layers} decoder layers: at least one would be empty."
+                f" Use at most {num_hidden_layers}."
+            )
+        size, rest = divmod(num_hidden_layers, self.count)
+        start = self.index * size + min(self.index, rest)
+        return range(start, start + size + (self.index < rest))
