@@ -13,9 +13,9 @@ import numpy as np
 
 from loaders import dtypes
 from loaders.config import config_from_json
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
-from loaders.sources import LocalDirectory, OpenFile, open_source
+from loaders.sources import LocalDirectory, OpenFile, is_plain, open_source
 from loaders.sources.local import FileIdentity
 from loaders.spec import ModelConfig
 from loaders.strict_json import BadJson, parse_object
@@ -104,10 +104,14 @@ class Checkpoint:
             into: where a tensor is to go. It is read straight there and that very array is yielded; None means memory
                 of its own.
         Raises:
+            KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget (said before anything is read).
             CheckpointError: as ``read``.
         """
-        wanted = list(self.tensors) if names is None else [name for name in self.tensors if name in set(names)]
+        chosen = self.tensors.keys() if names is None else set(names)
+        if unknown := chosen - self.tensors.keys():
+            raise KeyError(min(unknown))
+        wanted = [name for name in self.tensors if name in chosen]
         targets = {name: self._checked(name, out) for name in wanted if into and (out := into(name)) is not None}
         owned = [self.tensors[name].num_bytes for name in wanted if name not in targets]
         largest = max(owned, default=0)
@@ -120,7 +124,9 @@ class Checkpoint:
             )
         return self._stream(wanted, targets, budget)
 
-    def _stream(self, wanted: list[str], targets: dict[str, np.ndarray], budget: int) -> Iterator[tuple[str, np.ndarray]]:
+    def _stream(
+        self, wanted: list[str], targets: dict[str, np.ndarray], budget: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
         ahead: deque[tuple[str, int, Future[np.ndarray]]] = deque()
         waiting = deque(wanted)
         held = 0
@@ -150,6 +156,7 @@ class Checkpoint:
                         ahead.append((name, cost, reader.submit(read, name)))
                     name, cost, future = ahead.popleft()
                     yield name, future.result()
+                    del future  # it holds the array just yielded, which no longer counts
                     held -= cost
             finally:
                 for _, _, future in ahead:
@@ -165,9 +172,11 @@ class Checkpoint:
     def _checked(self, name: str, out: np.ndarray) -> np.ndarray:
         info = self.tensors[name]
         expected = dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype)
-        if (out.shape, out.dtype) != expected or not out.flags.c_contiguous:
+        if (out.shape, out.dtype) != expected or not (out.flags.c_contiguous and out.flags.writeable):
+            is_odd = "" if out.flags.c_contiguous and out.flags.writeable else " (read-only or strided)"
             raise ValueError(
-                f"destination of {name!r} is {out.dtype} {out.shape}, expected C-contiguous {expected[1]} {expected[0]}"
+                f"destination of {name!r} is {out.dtype} {out.shape}{is_odd}, expected writeable C-contiguous"
+                f" {expected[1]} {expected[0]}"
             )
         return out
 
@@ -185,20 +194,23 @@ class Checkpoint:
 
     def _check_identity(self, file: OpenFile) -> None:
         if file.identity() != self.identities[file.name]:
-            raise CheckpointError(
-                self.source, [f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."]
-            )
+            problem = f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."
+            raise CheckpointError(self.source, [problem])
 
     def _read_tensor(self, file: OpenFile, name: str, out: np.ndarray) -> None:
-        start, end = self.tensors[name].offsets
+        info = self.tensors[name]
+        start, end = info.offsets
         if start == end:
             return
+        flat = out.reshape(-1).view(np.uint8)
         try:
-            file.read_into(memoryview(out.reshape(-1).view(np.uint8)), start)
+            file.read_into(flat.data, start)
         except OSError as error:
             where = f"tensor {name!r} of {file.name}"
             raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
         self._check_identity(file)
+        if info.dtype == "BOOL":
+            np.minimum(flat, 1, out=flat)  # any other byte is true in the file and undefined behaviour in NumPy
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
@@ -237,7 +249,7 @@ def _read_json(source: LocalDirectory, name: str, problems: list[str]) -> dict[s
     except BadJson as error:
         problems.append(f"{name} {error}")
     except OSError as error:
-        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint directory?")
+        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint?")
     return None
 
 
@@ -246,7 +258,7 @@ def _generation_problems(generation: dict[str, Any]) -> list[str]:
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if all(type(token) is int for token in ids):
         return []
-    return [f"{GENERATION}: eos_token_id is {found!r}, expected an integer or a list of integers"]
+    return [f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers"]
 
 
 def _weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:
@@ -254,10 +266,10 @@ def _weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         problems.append(f"{INDEX}: weight_map must map tensor names to file names")
         return {}
-    outside = sorted({file for file in found.values() if os.path.basename(file) != file or file in ("", ".", "..")})
+    outside = {file for file in found.values() if not is_plain(file)}
     problems += [
-        f"{INDEX} names the file {file!r}, outside the checkpoint directory. Files are named without a path."
-        for file in outside
+        f"{INDEX} names the file {brief(file)}, outside the checkpoint directory. Files are named without a path."
+        for file in sorted(outside)
     ]
     return {tensor: file for tensor, file in found.items() if file not in outside}
 
@@ -317,6 +329,8 @@ def _merge(
             problems.append(f"tensor {name!r} is not in {file}, where {INDEX} says it is")
     if complete:
         problems += [
-            f"tensor {name!r} of {info.file} is not in {INDEX}" for name, info in tensors.items() if name not in weight_map
+            f"tensor {name!r} of {info.file} is not in {INDEX}"
+            for name, info in tensors.items()
+            if name not in weight_map
         ]
     return tensors

@@ -11,6 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from loaders.errors import brief
 from loaders.families import FAMILIES, family_module
 from loaders.spec import ModelConfig
 
@@ -68,15 +69,15 @@ def config_from_json(document: dict[str, Any]) -> tuple[ModelConfig | None, list
     architectures = document.get("architectures")
     known = ", ".join(sorted(FAMILIES))
     if not isinstance(architectures, list) or len(architectures) != 1:
-        return None, [f"config.json: architectures is {architectures!r}, expected a list of one of: {known}"]
+        return None, [f"config.json: architectures is {brief(architectures)}, expected a list of one of: {known}"]
     architecture = architectures[0]
-    if architecture not in FAMILIES:
-        return None, [f"config.json: architecture {architecture!r} is unknown. Known: {known}"]
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        return None, [f"config.json: architecture {brief(architecture)} is unknown. Known: {known}"]
     return family_module(architecture).config_from_json(architecture, document)
 
 
 def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Build the dataclass ``cls`` from a config.json already in its spelling; None and all problems when it cannot be.
+    """Build the dataclass ``cls`` from a config.json in its spelling; None when a field is unusable; all problems.
 
     A key ``cls`` has no field for must be in ``INERT`` or hold an off value of ``OFF``. null counts as absent where the
     field has a default or may be None.
@@ -95,9 +96,9 @@ def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
         try:
             values[name] = _convert(types[name], found)
         except TypeError:
-            problems.append(f"config.json: {name} is {found!r}, expected {_spell(types[name])}")
-    problems += refused_keys(document, set(fields))
-    return (None if problems else cls(**values)), problems
+            problems.append(f"config.json: {name} is {brief(found)}, expected {_spell(types[name])}")
+    found = None if problems else cls(**values)
+    return found, problems + refused_keys(document, set(fields))
 
 
 def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
@@ -107,9 +108,10 @@ def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
         if key in read or key in INERT:
             continue
         if key not in OFF:
-            problems.append(f"config.json: option {key} = {str(value)[:80]!r} is not implemented")
+            problems.append(f"config.json: option {brief(key)} = {brief(value)} is not implemented")
         elif value not in OFF[key]:
-            problems.append(f"config.json: option {key} = {str(value)[:80]!r} is not implemented, expected {OFF[key][0]!r}")
+            found = f"option {key!r} = {brief(value)}"
+            problems.append(f"config.json: {found} is not implemented, expected {OFF[key][0]!r}")
     return problems
 
 
@@ -118,29 +120,32 @@ def read_rope(document: dict[str, Any]) -> tuple[RopeParameters | None, list[str
     nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
     theta, longest = document.get("rope_theta"), document.get("max_position_embeddings")
     if nested is not None and scaling is not None and nested != scaling:
-        return None, [f"config.json: rope_parameters {nested} and rope_scaling {scaling} disagree. Remove one."]
-    given = nested if nested is not None else (scaling or {})
+        both = f"rope_parameters {brief(nested)} and rope_scaling {brief(scaling)}"
+        return None, [f"config.json: {both} disagree. Remove one."]
+    given = nested if nested is not None else scaling if scaling is not None else {}
     if not isinstance(given, dict):
-        return None, [f"config.json: rope_parameters is {given!r}, expected an object"]
+        return None, [f"config.json: rope_parameters is {brief(given)}, expected an object"]
     rope = {key: value for key, value in given.items() if value is not None}
     problems = [
-        f"config.json: rope_theta is {theta} beside {rope[key]} in rope_parameters. Remove one."
+        f"config.json: rope_theta is {brief(theta)} beside {brief(rope[key])} in rope_parameters. Remove one."
         for key in ("rope_theta",)
         if theta is not None and rope.get(key, theta) != theta
     ]
     if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
-        problems.append(f"config.json: rope type {rope['type']!r} and rope_type {rope['rope_type']!r} disagree")
+        both = f"rope type {brief(rope['type'])} and rope_type {brief(rope['rope_type'])}"
+        problems.append(f"config.json: {both} disagree")
     rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if theta is not None:
         rope.setdefault("rope_theta", theta)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
-    if rope_type not in ROPE_KEYS:
-        return None, [*problems, f"config.json: rope_type {rope_type!r} is not implemented. Known: {', '.join(ROPE_KEYS)}"]
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
+        known = ", ".join(ROPE_KEYS)
+        return None, [*problems, f"config.json: rope_type {brief(rope_type)} is not implemented. Known: {known}"]
     for key in sorted(set(rope) - ROPE_KEYS[rope_type] - {"rope_type"}):
-        problems.append(f"config.json: rope option {key} = {rope[key]!r} is not implemented for rope_type {rope_type!r}")
-        del rope[key]
+        option = f"{brief(key)} = {brief(rope.pop(key))}"
+        problems.append(f"config.json: rope option {option} is not implemented for rope_type {rope_type!r}")
     if rope_type == "yarn" and isinstance(longest, int):
         original = rope.setdefault("original_max_position_embeddings", longest)
         if isinstance(original, int) and original > 0:
@@ -148,8 +153,13 @@ def read_rope(document: dict[str, Any]) -> tuple[RopeParameters | None, list[str
     elif rope_type != "default" and "factor" not in rope:
         problems.append(f"config.json: rope_type {rope_type!r} needs a factor")
     found, more = read_fields(RopeParameters, rope)
-    if found is not None and not found.rope_theta > 1:
-        more = [f"config.json: rope_theta is {found.rope_theta}, expected more than 1"]
+    if found is not None:
+        least = {"rope_theta": 1, "factor": 0, "original_max_position_embeddings": 0}
+        more += [
+            f"config.json: rope option {key} is {value}, expected more than {bound}"
+            for key, bound in least.items()
+            if (value := getattr(found, key)) is not None and not value > bound
+        ]
     return (None if problems or more else found), problems + more
 
 

@@ -22,7 +22,8 @@ def tensor_digest(array: np.ndarray, *, dtype: str | None = None, shape: tuple[i
         dtype: safetensors name when NumPy has no dtype for it; default: the array's.
         shape: logical shape when it differs from the array's.
     """
-    header = f"{dtype or dtypes.from_numpy(array.dtype)}{list(shape or array.shape)}"
+    sizes = [int(size) for size in (array.shape if shape is None else shape)]
+    header = f"{dtype or dtypes.from_numpy(array.dtype)}{sizes}"
     digest = hashlib.sha256(header.encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlist = 8
+
+
+def brief(found: object) -> str:
+    """``repr`` of what a file holds, cut in length and depth, so that no file can flood its own error."""
+    return _BRIEF.repr(found)
+
+
+def _one_line(problem: str) -> str:
+    """Escape what could forge lines of a log or cannot be printed; names in files are anybody's text."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in problem)
 
 
 class CheckpointError(ValueError):
@@ -13,10 +28,10 @@ class CheckpointError(ValueError):
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:
         self.where = str(where)
-        self.problems = tuple(problems)
+        self.problems = tuple(_one_line(problem) for problem in problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        super().__init__(f"{self.where}: {count}{lines}")
+        super().__init__(f"{_one_line(self.where)}: {count}{lines}")
 
     def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, tuple[str, ...]]]:
         return type(self), (self.where, self.problems)

@@ -25,9 +25,7 @@ class Family(Protocol):
     RULES: Sequence[Rule]
     LEFT_OUT: Sequence[re.Pattern[str]]  # tensors the model deliberately does not load; counted and reported
 
-    def config_from_json(
-        self, architecture: str, document: dict[str, Any]
-    ) -> tuple[ModelConfig | None, list[str]]: ...
+    def config_from_json(self, architecture: str, document: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]: ...
 
 
 def family_module(architecture: str) -> Family:

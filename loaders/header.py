@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders import dtypes
+from loaders.errors import brief
 from loaders.sources import OpenFile
 from loaders.strict_json import BadJson, parse_object
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 32 << 20  # the format allows 100 MB; 32 MiB describe 200 000 tensors, and parsing costs memory
 MAX_DIMENSIONS = 8
-MAX_DIMENSION = 2**40
+MAX_ELEMENTS = 2**48  # also of the other axes of an empty tensor, whose size no file length bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,23 @@ def read_header(file: OpenFile) -> tuple[Header | None, list[str]]:
     file_bytes = file.identity().num_bytes
     try:
         raw = _header_bytes(file, file_bytes)
+    except _Bad as error:
+        return None, [f"{file.name}: {error}"]
+    return parse_header(raw, file.name, file_bytes)
+
+
+def parse_header(raw: bytes, file: str, file_bytes: int) -> tuple[Header | None, list[str]]:
+    """Check the header ``raw`` of a file of ``file_bytes`` bytes; return it, or None and the problems found."""
+    try:
+        if not raw.startswith(b"{"):
+            raise _Bad("the header does not start with '{'. The file is not safetensors.")
         entries = parse_object(raw)
         metadata = _metadata(entries.pop("__metadata__", {}))
     except BadJson as error:
-        return None, [f"{file.name}: the header {error}"]
+        return None, [f"{file}: the header {error}"]
     except _Bad as error:
-        return None, [f"{file.name}: {error}"]
-    tensors, problems = _tensors(entries, file.name, 8 + len(raw), file_bytes)
+        return None, [f"{file}: {error}"]
+    tensors, problems = _tensors(entries, file, 8 + len(raw), file_bytes)
     return (None, problems) if problems else (Header(tensors, metadata), [])
 
 
@@ -72,10 +83,7 @@ def _header_bytes(file: OpenFile, file_bytes: int) -> bytes:
             f"the header claims {length} bytes, but the file has {file_bytes} and the limit is {MAX_HEADER_BYTES}."
             " The file is truncated or not safetensors."
         )
-    raw = file.read(8, length)
-    if not raw.startswith(b"{"):
-        raise _Bad("the header does not start with '{'. The file is not safetensors.")
-    return raw
+    return file.read(8, length)
 
 
 def _metadata(found: Any) -> dict[str, str]:
@@ -93,7 +101,7 @@ def _tensors(
         try:
             tensors[name] = _tensor(name, entry, file, data_start)
         except _Bad as error:
-            problems.append(f"{file}: tensor {name!r} {error}")
+            problems.append(f"{file}: tensor {brief(name)} {error}")
     if problems:
         return tensors, problems
     position = data_start
@@ -113,19 +121,18 @@ def _tensors(
 
 
 def _tensor(name: str, entry: Any, file: str, data_start: int) -> TensorInfo:
-    if not name or any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in name):
-        raise _Bad("has a name that is empty or holds control characters or lone surrogates")
+    if not name or not name.isprintable():
+        raise _Bad("has a name that is empty or holds control characters, lone surrogates or other unprintable ones")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Bad("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in dtypes.NAMES:
-        raise _Bad(f"has unknown dtype {dtype!r}. Known: {', '.join(sorted(dtypes.NAMES))}")
-    if not _integers(shape) or len(shape) > MAX_DIMENSIONS or any(size > MAX_DIMENSION for size in shape):
-        raise _Bad(
-            f"has shape {str(shape)[:80]}; expected at most {MAX_DIMENSIONS} sizes in 0..2^40, all of them integers"
-        )
+    if not isinstance(dtype, str) or dtype not in dtypes.NAMES:
+        raise _Bad(f"has unknown dtype {brief(dtype)}. Known: {', '.join(sorted(dtypes.NAMES))}")
+    if not _integers(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        limits = f"at most {MAX_DIMENSIONS} integers, none negative, of product 2^48 or less"
+        raise _Bad(f"has shape {brief(shape)}; expected {limits}")
     if not _integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _Bad(f"has data_offsets {str(offsets)[:80]}; expected [start, end] with 0 <= start <= end")
+        raise _Bad(f"has data_offsets {brief(offsets)}; expected [start, end] with 0 <= start <= end")
     total_bits = math.prod(shape) * dtypes.bits(dtype)
     if total_bits % 8 or total_bits // 8 != offsets[1] - offsets[0]:
         raise _Bad(f"has {offsets[1] - offsets[0]} bytes, expected {total_bits / 8:g} from {dtype} {tuple(shape)}")

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loaders.config import RopeParameters, read_fields, read_rope
+from loaders.errors import brief
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class Qwen3Config:
             for name, value in vars(self).items()
             if type(value) is int and value < 1 and name != "pad_token_id"
         ]
+        if self.num_hidden_layers > MOST_LAYERS:
+            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
         if found:
             return found
         if self.num_attention_heads % self.num_key_value_heads:
@@ -76,9 +80,9 @@ class Qwen3Config:
         if self.head_dim % 2:
             found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
         if self.rope_parameters.is_dynamic and self.head_dim <= 2:
-            found.append(f"config.json: head_dim={self.head_dim} is too small for rope_type 'dynamic', expected 4 or more")
+            found.append(f"config.json: head_dim={self.head_dim} is too small for rope_type 'dynamic', expected >= 4")
         if self.hidden_act != "silu":
-            found.append(f"config.json: hidden_act {self.hidden_act!r} is not implemented, expected 'silu'")
+            found.append(f"config.json: hidden_act {brief(self.hidden_act)} is not implemented, expected 'silu'")
         if not self.rms_norm_eps > 0:
             found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -88,7 +92,7 @@ class Qwen3Config:
             )
         unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
         if unknown:
-            found.append(f"config.json: layer_types {unknown} are not implemented. Known: {FULL}, {SLIDING}")
+            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {SLIDING}")
         if SLIDING in self.layer_types and self.sliding_window is None:
             found.append("config.json: layer_types asks for sliding_attention, but no sliding_window is in force")
         return found
@@ -117,6 +121,9 @@ class Qwen3MoeConfig(Qwen3Config):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
+            limit = f"at most {MOST_EXPERTS} in all layers together"
+            found.append(f"config.json: num_experts is {self.num_experts}, expected {limit}")
         if self.num_experts_per_tok > self.num_experts:
             found.append(
                 f"config.json: num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}"
@@ -135,34 +142,44 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     if isinstance(document.get("eos_token_id"), int):
         spelled["eos_token_id"] = [document["eos_token_id"]]
     if document.get("num_key_value_heads") is None:
-        spelled["num_key_value_heads"] = document.get("num_attention_heads")
+        spelled["num_key_value_heads"] = _or_one(document.get("num_attention_heads"))
     if document.get("head_dim") is None:
         # what absence means differs: Qwen3Config has a field with 128, Qwen3MoeConfig has none and its model divides
-        spelled["head_dim"] = _divided(document, "hidden_size", "num_attention_heads") if is_moe else 128
+        spelled["head_dim"] = _or_one(_divided(document, "hidden_size", "num_attention_heads")) if is_moe else 128
     if not document.get("use_sliding_window"):
         spelled["sliding_window"] = None
     if is_moe and "num_local_experts" in document:  # how transformers 5 spells it
         local = spelled.pop("num_local_experts")
         if spelled.setdefault("num_experts", local) != local:
-            problems.append(f"config.json: num_experts={document['num_experts']} and num_local_experts={local} disagree")
-    derived = _layer_types(spelled, is_moe)
+            both = f"num_experts={brief(document['num_experts'])} and num_local_experts={brief(local)}"
+            problems.append(f"config.json: {both} disagree")
+    first = 0 if is_moe else document.get("max_window_layers", 28)  # the sparse model slides every layer
+    if type(first) is not int:
+        problems.append(f"config.json: max_window_layers is {brief(first)}, expected an integer")
+        first = 0
+    derived = _layer_types(spelled, first)
     given = spelled.get("layer_types")
     spelled["layer_types"] = derived if given is None else given
     if is_moe and given not in (None, derived):  # the sparse model never reads the key
-        problems.append(f"config.json: layer_types {given} is not implemented for {architecture}, expected {derived}")
+        expected = f"{brief(given)} is not implemented for {architecture}, expected {brief(derived)}"
+        problems.append(f"config.json: layer_types {expected}")
     config, more = read_fields(Qwen3MoeConfig if is_moe else Qwen3Config, spelled)
-    problems += more if config is None else config.problems()
+    problems += more + (config.problems() if config is not None else [])
     return (None if problems else config), problems
 
 
-def _layer_types(document: dict[str, Any], is_moe: bool) -> list[str]:
-    """What a config.json without layer_types means. The sparse model slides every layer, the dense one the upper ones."""
+def _layer_types(document: dict[str, Any], first: int) -> list[str]:
+    """What a config.json without layer_types means: layers from ``first`` on slide, if any do."""
     layers = document.get("num_hidden_layers")
-    if not isinstance(layers, int):
-        return []  # reported as missing
-    first = 0 if is_moe else document.get("max_window_layers", 28)
+    if not isinstance(layers, int) or layers > MOST_LAYERS:
+        return []  # reported as missing or as too many
     is_sliding = document.get("sliding_window") is not None
     return [SLIDING if is_sliding and layer >= first else FULL for layer in range(layers)]
+
+
+def _or_one(derived: Any) -> Any:
+    """What a key derived from missing ones is read as, so that only those are reported."""
+    return 1 if derived is None else derived
 
 
 def _divided(document: dict[str, Any], size: str, parts: str) -> int | None:

@@ -52,9 +52,10 @@ class Rule:
     """One line of a family's table.
 
     ``tensor`` and ``into`` may hold ``{layer}`` and ``{expert}``; ``dims`` names the tensor's axes by the letters of
-    ``config.dims()``. ``into`` is the parameter, by default of the tensor's own name. ``{expert}`` and ``shard_id`` stack
-    tensors along new leading axes of it, in that order. ``on`` says which pipeline stages hold it. In a tied model the
-    parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is verified, never written.
+    ``config.dims()``. ``into`` is the parameter, by default of the tensor's own name. ``{expert}`` and ``shard_id``
+    stack tensors along new leading axes of it, in that order. ``on`` says which pipeline stages hold it. In a tied
+    model the parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is verified,
+    never written.
     """
 
     tensor: str

@@ -1,8 +1,8 @@
 """Where a checkpoint's bytes come from."""
 
-from loaders.sources.local import LocalDirectory, OpenFile
+from loaders.sources.local import LocalDirectory, OpenFile, is_plain
 
-__all__ = ["LocalDirectory", "OpenFile", "open_source"]
+__all__ = ["LocalDirectory", "OpenFile", "is_plain", "open_source"]
 
 
 def open_source(uri: object) -> LocalDirectory:

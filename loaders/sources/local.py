@@ -1,7 +1,7 @@
 """A checkpoint directory on a local file system, read by position.
 
-Never by mmap: a mapped file that is truncated kills the process (SIGBUS), one rewritten in place changes loaded weights.
-A file's identity is pinned when the checkpoint is opened and checked again around every read.
+Never by mmap: a mapped file that is truncated kills the process (SIGBUS); one rewritten in place changes weights that
+were loaded long ago. A file's identity is pinned when the checkpoint is opened and checked again around every read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from pathlib import Path
 from types import TracebackType
 
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
+_MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
+
+
+def is_plain(name: str) -> bool:
+    """Whether ``name`` names a file of the directory itself: no path, nothing that cannot be printed."""
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +90,21 @@ class LocalDirectory:
         Raises:
             OSError: no such file, not a regular file, or a name or link that leads out of the checkpoint.
         """
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if not is_plain(name):
             raise OSError("it is not a plain file name inside the checkpoint directory")
         path = self.path / name
-        if path.is_symlink() and not self._is_inside(path.resolve()):
-            raise OSError(f"it is a link to {path.resolve()}, outside the checkpoint directory")
+        target = Path(os.path.realpath(path))  # unlike resolve(), no exception of its own kind for a loop of links
+        if path.is_symlink() and not self._is_inside(target):
+            raise OSError(f"it is a link to {target}, outside the checkpoint directory")
         return OpenFile(path)
 
     def read_file(self, name: str) -> bytes:
+        """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         with self.open(name) as file:
-            return file.read(0, file.identity().num_bytes)
+            num_bytes = file.identity().num_bytes
+            if num_bytes > _MAX_JSON_BYTES:
+                raise OSError(f"it has {num_bytes} bytes, expected at most {_MAX_JSON_BYTES}")
+            return file.read(0, num_bytes)
 
     def _is_inside(self, target: Path) -> bool:
         root = self.path.resolve()

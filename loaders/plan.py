@@ -1,0 +1,230 @@
+"""Before a byte is read: which tensor goes where, and everything that is wrong with the checkpoint for that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from loaders.checkpoint import Checkpoint
+from loaders.digest import tensor_digest
+from loaders.errors import CheckpointError
+from loaders.families import family_module
+from loaders.spec import ModelConfig, ParamSpec, Source, Specs, expand
+from loaders.stage import Stage
+
+FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load or reload did, for logs and for people."""
+
+    checkpoint: str
+    num_tensors: int  # written into parameters, each exactly once
+    num_bytes: int
+    verified: tuple[str, ...]  # redundant tied tensors, found equal to what they are tied to
+    left_out: tuple[str, ...]  # declared by the family as not loaded
+    other_stages: int  # tensors that belong to other pipeline stages
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Every tensor's destination. Made only for a checkpoint that fits completely."""
+
+    checkpoint: Checkpoint
+    specs: Specs
+    dtypes: dict[str, str]  # parameter -> safetensors dtype
+    targets: dict[str, tuple[ParamSpec, Source]]  # tensor -> parameter and place
+    verified: dict[str, str]  # redundant tied tensor -> the parameter it must equal
+    left_out: tuple[str, ...]
+    other_stages: int
+
+    @property
+    def tensors(self) -> list[str]:
+        return [*self.targets, *self.verified]
+
+    def report(self) -> LoadReport:
+        tensors = self.checkpoint.tensors
+        num_bytes = sum(tensors[name].num_bytes for name in self.targets)
+        where = str(self.checkpoint.source)
+        verified = tuple(self.verified)
+        return LoadReport(where, len(self.targets), num_bytes, verified, self.left_out, self.other_stages)
+
+
+def specs_of(config: ModelConfig, stage: Stage) -> Specs:
+    """The parameters a pipeline stage of this configuration holds."""
+    return expand(family_module(config.architecture).RULES, config, stage)
+
+
+def plan_load(checkpoint: Checkpoint, stage: Stage) -> LoadPlan:
+    """Match a checkpoint against its own config.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, unexpected, or of the wrong shape or dtype.
+        ValueError: more pipeline stages than layers.
+    """
+    plan, problems = _match(checkpoint, checkpoint.config, stage)
+    if problems:
+        raise CheckpointError(checkpoint.source, problems)
+    return plan
+
+
+def plan_reload(checkpoint: Checkpoint, config: ModelConfig, stage: Stage, live: Mapping[str, str]) -> LoadPlan:
+    """Match a checkpoint against a model that is serving.
+
+    Args:
+        checkpoint: the new weights.
+        config: the serving model's.
+        stage: the serving model's.
+        live: parameter -> safetensors dtype it is stored in.
+    Raises:
+        CheckpointError: listing every difference in config.json that changes the computation, and every tensor that is
+            missing, unexpected, or of another shape or dtype than the live parameter.
+    """
+    problems = _config_differences(checkpoint.config, config)
+    plan, found = _match(checkpoint, config, stage)
+    problems += found
+    for name, dtype in plan.dtypes.items():
+        if dtype != live[name]:
+            problems.append(f"parameter {name!r} is {dtype} in the checkpoint, expected {live[name]} as it is live")
+    if problems:
+        raise CheckpointError(checkpoint.source, problems)
+    return plan
+
+
+def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
+    if found == expected:
+        return []
+    if found.architecture != expected.architecture:
+        return [f"config.json: architecture is {found.architecture}, expected {expected.architecture} as it is live"]
+    ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(found)  # pyright: ignore[reportArgumentType]
+    compared = {field.name for field in dataclasses.fields(expected) if field.compare}  # pyright: ignore[reportArgumentType]
+    return [
+        f"config.json: {key} is {theirs[key]!r}, expected {ours[key]!r} as it is live. Load it as a new model."
+        for key in sorted(compared)
+        if theirs[key] != ours[key]
+    ]
+
+
+def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[LoadPlan, list[str]]:
+    specs = specs_of(config, stage)
+    whole = specs if stage.count == 1 else specs_of(config, Stage())
+    left_out_patterns = family_module(config.architecture).LEFT_OUT
+    found = checkpoint.tensors
+    problems: list[str] = []
+    targets: dict[str, tuple[ParamSpec, Source]] = {}
+    dtypes: dict[str, str] = {}
+    for spec in specs:
+        for source in spec.sources:
+            if source.tensor not in found:
+                problems.append(f"tensor {source.tensor!r} is missing. Is the checkpoint complete?")
+                continue
+            targets[source.tensor] = (spec, source)
+            problems += _tensor_problems(checkpoint, source.tensor, spec.tensor_shape, spec.axes, specs)
+            first = dtypes.setdefault(spec.name, found[source.tensor].dtype)
+            if found[source.tensor].dtype != first:
+                problems.append(
+                    f"tensor {source.tensor!r} is {found[source.tensor].dtype}, expected {first} like the other parts of"
+                    f" {spec.name!r}"
+                )
+    verified = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in found}
+    for tied in specs.tied:
+        if tied.tensor in found:
+            problems += _tensor_problems(checkpoint, tied.tensor, tied.shape, (), specs)
+    unclaimed = [name for name in found if name not in whole.tensors()]
+    left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in left_out_patterns))
+    problems += [
+        f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} has no such weight"
+        for name in unclaimed
+        if name not in left_out
+    ]
+    other_stages = len(found) - len(unclaimed) - len(targets) - len(verified)
+    return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
+
+
+def _tensor_problems(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], axes: tuple[str, ...], specs: Specs
+) -> list[str]:
+    info = checkpoint.tensors[name]
+    problems = []
+    if info.shape != shape:
+        origins = ", ".join(dict.fromkeys(specs.origins[axis] for axis in axes[-len(shape) :] if axis in specs.origins))
+        problems.append(
+            f"tensor {name!r} has shape {info.shape}, expected {shape}{' from ' + origins if origins else ''}"
+            f" ({info.file}). Is config.json from the same checkpoint?"
+        )
+    if info.dtype not in FLOATS:
+        problems.append(f"tensor {name!r} is {info.dtype}, expected one of {', '.join(FLOATS)} ({info.file})")
+    return problems
+
+
+def weight_loader(
+    param: np.ndarray, loaded_weight: np.ndarray, *, shard_id: int | None = None, expert_id: int | None = None
+) -> None:
+    """Write one checkpoint tensor into its place in a host parameter. Ids are keyword-only: never lost by position.
+
+    Nothing is copied when ``loaded_weight`` already lies there. ``loaded_weight`` may be overwritten afterwards.
+
+    Raises:
+        ValueError: shape or dtype differ from the place's.
+    """
+    place = param[Source("", expert_id, shard_id).index]
+    if (place.shape, place.dtype) != (loaded_weight.shape, loaded_weight.dtype):
+        raise ValueError(f"weight is {loaded_weight.dtype} {loaded_weight.shape}, expected {place.dtype} {place.shape}")
+    if place.ctypes.data != loaded_weight.ctypes.data:
+        place[...] = loaded_weight
+
+
+class Filling:
+    """Exactly-once accounting of one load: which tensor was written how often, which parameter is complete."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        self._plan = plan
+        self._missing = {spec.name: len(spec.sources) for spec in plan.specs}
+        self._seen: set[str] = set()
+        self._digests: dict[str, str] = {}
+
+    def receive(
+        self, tensors: Iterator[tuple[str, np.ndarray]]
+    ) -> Iterator[tuple[ParamSpec, Source, np.ndarray, bool]]:
+        """Pair every tensor with its place; True when it is the last its parameter waits for.
+
+        Redundant tied tensors are kept back as digests for ``finish``.
+
+        Raises:
+            CheckpointError: a tensor that was not planned, or came twice.
+        """
+        for name, array in tensors:
+            if name in self._seen or (name not in self._plan.targets and name not in self._plan.verified):
+                what = "was delivered twice" if name in self._seen else "was delivered but not asked for"
+                raise CheckpointError(self._plan.checkpoint.source, [f"tensor {name!r} {what}"])
+            self._seen.add(name)
+            if name in self._plan.verified:
+                self._digests[name] = tensor_digest(array)
+                continue
+            spec, source = self._plan.targets[name]
+            self._missing[spec.name] -= 1
+            yield spec, source, array, self._missing[spec.name] == 0
+
+    def finish(self, params: Mapping[str, np.ndarray]) -> LoadReport:
+        """Check that everything arrived and redundant tied tensors equal what they are tied to.
+
+        Args:
+            params: at least the parameters that tied tensors must equal.
+        Raises:
+            CheckpointError: listing all that did not.
+        """
+        late = [name for name in self._plan.tensors if name not in self._seen]
+        problems = [f"tensor {name!r} was never delivered" for name in late]
+        problems += [
+            f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
+            " Set tie_word_embeddings to false to load both."
+            for name, same_as in self._plan.verified.items()
+            if name in self._digests and self._digests[name] != tensor_digest(params[same_as])
+        ]
+        if problems:
+            raise CheckpointError(self._plan.checkpoint.source, problems)
+        return self._plan.report()

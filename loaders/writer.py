@@ -1,0 +1,256 @@
+"""Write a Hugging Face checkpoint: config.json and safetensors files, one tensor in memory at a time, all or nothing.
+
+The format is written here because the safetensors library (``serialize_file``, 0.8) wants the addresses of all tensors
+of a file at once, that is a whole file in memory, and refuses the two F6 formats. A header is held to the rules of
+``loaders.header`` before anything is written. A file that the library wrote comes out byte for byte when it is written
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from loaders import dtypes
+from loaders.checkpoint import CONFIG, GENERATION, INDEX, SINGLE
+from loaders.header import MAX_HEADER_BYTES, parse_header
+from loaders.sources import is_plain
+
+DEFAULT_FILE_BYTES = 5 << 30
+
+
+class PlannedTensor(Protocol):
+    """What must be known of a tensor before it is written. ``TensorInfo`` will do, and ``TensorType``."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """safetensors dtype and logical shape of a tensor that is still to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> TensorType:
+        return cls(dtypes.from_numpy(array.dtype), array.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file to be: its tensors in the order they lie there, and its header."""
+
+    name: str
+    tensors: tuple[str, ...]
+    header: bytes
+
+
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    plan: Mapping[str, PlannedTensor],
+    read: Callable[[str], np.ndarray],
+    *,
+    config: dict[str, Any],
+    generation: dict[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
+) -> Path:
+    """Write ``directory``: config.json, and one safetensors file, or several with their index.
+
+    A checkpoint is copied by ``write_checkpoint(to, ckpt.tensors, ckpt.read, config=ckpt.config_document)``. Everything
+    is written beside ``directory`` first and renamed once it is on the disk: what exists under that name is complete.
+
+    Args:
+        directory: a new or empty directory; its parents are made.
+        plan: tensor name -> dtype and shape. A file's tensors lie in this order, those of wider dtypes first.
+        read: gives a planned tensor as NumPy holds it (packed formats as bytes); called once for each, in file order.
+        config: config.json.
+        generation: generation_config.json; None or empty for no such file.
+        files: tensor name -> file name, to repeat the layout of another checkpoint; default: files of at most
+            ``max_file_bytes`` of tensors, filled in the plan's order.
+        metadata: of every file; default ``{"format": "pt"}``, which transformers insists on.
+        max_file_bytes: see ``files``; a larger tensor has a file to itself.
+    Returns:
+        The directory.
+    Raises:
+        FileExistsError: ``directory`` exists and is not an empty directory. It is left as it is.
+        ValueError: listing all that a checkpoint cannot hold, before anything is written; or ``read`` gave something
+            else than planned. Nothing is left behind.
+    """
+    target = Path(os.path.realpath(directory))
+    _check_free(target)
+    layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
+    planned = _headers(plan, layout, {"format": "pt"} if metadata is None else dict(metadata))
+    missing = [parent for parent in target.parents if not parent.exists()]
+    # a sibling, so that the rename stays on one file system; mkdir and not mkdtemp, whose 0700 would outlive the rename
+    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        _write_documents(partial, config, generation, planned, plan)
+        for file in planned:
+            _write_tensors(partial / file.name, file, plan, read)
+        _sync(partial)
+        _publish(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+    _sync(target.parent)
+    return Path(directory)
+
+
+def _check_free(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty. Write to a new directory, or remove it first.")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        _check_free(target)  # somebody filled it meanwhile: say so
+        raise
+
+
+def _given_layout(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -> dict[str, list[str]]:
+    problems = [f"files names no file for tensor {name!r}" for name in plan if name not in files]
+    problems += [f"files names tensor {name!r}, which is not planned" for name in files if name not in plan]
+    problems += [
+        f"files names the file {name!r}, expected a plain name that ends in .safetensors"
+        for name in sorted(set(files.values()))
+        if not is_plain(name) or not name.endswith(".safetensors")
+    ]
+    if problems:
+        raise ValueError(_listed(problems))
+    layout: dict[str, list[str]] = {}
+    for name in plan:
+        layout.setdefault(files[name], []).append(name)
+    return dict(sorted(layout.items()))
+
+
+def _filled_layout(plan: Mapping[str, PlannedTensor], max_file_bytes: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in plan.items():
+        num_bytes = _num_bytes(tensor)
+        if groups[-1] and used + num_bytes > max_file_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += num_bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{number:05}-of-{count:05}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def _num_bytes(tensor: PlannedTensor) -> int:
+    """Zero for a dtype there is no name for: its header will be refused, with all the others."""
+    if tensor.dtype not in dtypes.NAMES:
+        return 0
+    elements = 1
+    for size in tensor.shape:
+        elements *= int(size)
+    return elements * dtypes.bits(tensor.dtype) // 8
+
+
+def _headers(
+    plan: Mapping[str, PlannedTensor], layout: Mapping[str, Iterable[str]], metadata: dict[str, str]
+) -> list[_File]:
+    files: list[_File] = []
+    problems: list[str] = []
+    for file, names in layout.items():
+        # wider dtypes first, as the library does: then every tensor starts at a multiple of its item size
+        ordered = tuple(sorted(names, key=lambda name: -_item_bytes(plan[name])))
+        entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        position = 0
+        for name in ordered:
+            tensor = plan[name]
+            end = position + _num_bytes(tensor)
+            shape = [int(size) for size in tensor.shape]
+            entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [position, end]}
+            position = end
+        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        raw += b" " * (-len(raw) % 8)
+        if len(raw) > MAX_HEADER_BYTES:
+            limit = f"at most {MAX_HEADER_BYTES}. Use more files"
+            problems.append(f"{file}: its header has {len(raw)} bytes, expected {limit}.")
+        problems += parse_header(raw, file, 8 + len(raw) + position)[1]
+        files.append(_File(file, ordered, len(raw).to_bytes(8, "little") + raw))
+    if problems:
+        raise ValueError(_listed(problems))
+    return files
+
+
+def _item_bytes(tensor: PlannedTensor) -> int:
+    return dtypes.to_numpy(tensor.dtype).itemsize if tensor.dtype in dtypes.NAMES else 0
+
+
+def _write_documents(
+    directory: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+    files: list[_File],
+    plan: Mapping[str, PlannedTensor],
+) -> None:
+    documents = {CONFIG: config} | ({GENERATION: generation} if generation else {})
+    if [file.name for file in files] != [SINGLE]:
+        weight_map = {name: file.name for file in files for name in file.tensors}
+        total_size = sum(_num_bytes(tensor) for tensor in plan.values())
+        documents[INDEX] = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    for name, document in documents.items():
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        with open(directory / name, "xb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_tensors(
+    path: Path, planned: _File, plan: Mapping[str, PlannedTensor], read: Callable[[str], np.ndarray]
+) -> None:
+    with open(path, "xb") as file:
+        file.write(planned.header)
+        for name in planned.tensors:
+            file.write(_checked(name, plan[name], read(name)).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checked(name: str, tensor: PlannedTensor, array: np.ndarray) -> np.ndarray:
+    """The bytes of ``array``, which must be what was planned."""
+    dtype, shape = dtypes.to_numpy(tensor.dtype), dtypes.stored_shape(tensor.dtype, tuple(tensor.shape))
+    if (array.dtype, array.shape) != (dtype, shape):
+        raise ValueError(f"tensor {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape} as planned")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(problems: list[str]) -> str:
+    return "this checkpoint cannot be written:" + "".join(f"\n  {problem}" for problem in problems)

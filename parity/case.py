@@ -1,0 +1,121 @@
+"""What one comparison is about: two traces, the oracle of each, and the positions that count. And per-token sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from parity import trace_layout
+from parity.ruler import LIMITS, Limits
+from parity.trace import Trace
+
+CHUNK = 1 << 22  # elements widened to float64 at a time: logits of a real vocabulary do not fit twice
+
+
+@dataclass(frozen=True)
+class Case:
+    """Traces that were found comparable.
+
+    Attributes:
+        a: ours. b: the peer.
+        oracle_a: the reference of a, None without an oracle; oracle_b: of b, often the same object.
+    """
+
+    a: Trace
+    b: Trace
+    oracle_a: Trace | None
+    oracle_b: Trace | None
+
+    @cached_property
+    def limits(self) -> Limits:
+        return LIMITS[self.a.meta["dtype"]]
+
+    @cached_property
+    def num_layers(self) -> int:
+        """L, from what was recorded: the last hidden state or sparse layer of any of the traces, at least 1."""
+        traces = [trace for trace in (self.a, self.b, self.oracle_a) if trace is not None]
+        layers = [i for t in traces for i in trace_layout.hidden_layers(t.tensors)]
+        sparse = [i for t in traces for i in trace_layout.routing_layers(t.tensors)]
+        return max([1, *layers, *sparse])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Tensors that both traces have, in the order a model computes them."""
+        return trace_layout.activations(self.a.tensors.keys() & self.b.tensors.keys())
+
+    @cached_property
+    def labels(self) -> tuple[str, str]:
+        """What to call a and b: their backends, told apart where both are the same."""
+        a, b = self.a.backend, self.b.backend
+        return (a, b) if a != b else (f"{a} (a)", f"{b} (b)")
+
+    def has_oracle(self, name: str) -> bool:
+        return all(oracle is not None and name in oracle.tensors for oracle in (self.oracle_a, self.oracle_b))
+
+    def mask(self, name: str = "logits") -> np.ndarray:
+        """Booleans [B, T] or, for the draft's tensors, [B, T-1]: the positions of a tensor that carry a meaning."""
+        return for_tensor(name, self.a.mask & self.b.mask)
+
+
+def for_tensor(name: str, mask_BT: np.ndarray) -> np.ndarray:
+    """A mask over positions, as it applies to one tensor: the draft's row t is made from the tokens t and t+1."""
+    return mask_BT[:, :-1] & mask_BT[:, 1:] if name in trace_layout.MTP else mask_BT
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums of squares of one tensor by token, float64 [n] over the n unpadded tokens in row-major order.
+
+    Attributes:
+        diff: of a - b. size: of the larger of a and b.
+        error_a, scale_a: of a - oracle_a and of oracle_a; error_b, scale_b likewise. None without an oracle.
+        finite_a, finite_b: bool [n].
+    """
+
+    diff: np.ndarray
+    size: np.ndarray
+    finite_a: np.ndarray
+    finite_b: np.ndarray
+    error_a: np.ndarray | None = None
+    scale_a: np.ndarray | None = None
+    error_b: np.ndarray | None = None
+    scale_b: np.ndarray | None = None
+
+
+def chunks(case: Case, name: str, mask: np.ndarray) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """(which tokens, [a, b] or [a, b, oracle_a, oracle_b] in float64 [m, size]) over the tokens of a mask."""
+    traces = [case.a, case.b]
+    if case.has_oracle(name) and case.oracle_a and case.oracle_b:
+        traces += [case.oracle_a, case.oracle_b]
+    flats = [trace.tensors[name].reshape(mask.size, -1) for trace in traces]
+    tokens = np.flatnonzero(mask)
+    step = max(1, CHUNK // max(1, flats[0].shape[1]))
+    for start in range(0, len(tokens), step):
+        chosen = tokens[start : start + step]
+        yield slice(start, start + len(chosen)), [flat[chosen].astype(np.float64) for flat in flats]
+
+
+def sums(case: Case, name: str) -> Sums:
+    """Every sum of squares that the errors of a tensor are made of, in one pass over it."""
+    mask = case.mask(name)
+    with_oracle = case.has_oracle(name)
+    count = int(mask.sum())
+    out = np.zeros((6 if with_oracle else 2, count))
+    finite = np.ones((2, count), bool)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf; reported by position from the finite flags
+        for where, (a, b, *oracles) in chunks(case, name, mask):
+            finite[:, where] = np.isfinite(a).all(axis=1), np.isfinite(b).all(axis=1)
+            rows = [_square(a - b), np.maximum(_square(a), _square(b))]
+            if oracles:
+                r_a, r_b = oracles
+                rows += [_square(a - r_a), _square(r_a), _square(b - r_b), _square(r_b)]
+            out[:, where] = rows
+    diff, size, *errors = out
+    return Sums(diff, size, finite[0], finite[1], *errors)
+
+
+def _square(x: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,nd->n", x, x)

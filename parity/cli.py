@@ -1,0 +1,54 @@
+"""The command ``tandem``: one verb, one module. ``tandem --help`` imports none of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# verb, module, one line of help. A module has add_arguments(parser) and run(args) -> exit code; it imports what is
+# heavy inside run, so that a verb costs only what it uses.
+VERBS: tuple[tuple[str, str, str], ...] = (
+    ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
+)
+
+EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(given)
+    if not given:
+        parser.print_help()
+        return BAD_INPUT
+    try:
+        args = parser.parse_args(given)
+    except SystemExit as stop:  # argparse has said what is wrong, or printed the help that was asked for
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"tandem {args.verb}: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def build_parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser; only the verb that was given has its module imported and its arguments added."""
+    parser = argparse.ArgumentParser(
+        prog="tandem", description="One checkpoint, two backends, live weights.", epilog=EXIT_CODES
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, module, line in VERBS:
+        sub = verbs.add_parser(verb, help=line, description=line, epilog=EXIT_CODES)
+        if verb in given[:1]:
+            command = import_module(module)
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The outcome of a comparison: what was found, as data. Texts and pages are made from it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from parity.ruler import Cause, Limits, Side
+
+Verdict = Literal["PASS", "FAIL", "INVALID", "INCONCLUSIVE", "SKIP"]
+EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INVALID": 3, "INCONCLUSIVE": 4, "SKIP": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenError:
+    """One token of one tensor: its errors, and how much of its limit is left (negative: over)."""
+
+    tensor: str
+    row: int
+    position: int
+    e_a: float | None
+    e_b: float | None
+    direct: float
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor under the ruler.
+
+    Attributes:
+        layer: decoder layer it is read after, from 1; 0 the embeddings; None after the layers.
+        basis: ``oracle``, or ``direct`` where no oracle has this tensor (then e_a and e_b are None).
+        tokens: how many were judged; the rest is padding or follows a router flip.
+        direct: relative L2 distance of a and b. ratio: the larger error over the smaller (or over the floor).
+        limit: what the error of the side nearest its limit had to stay under; lid: what no error may exceed.
+        margin: 1 - error / limit, so negative is over. token_margin: the same for the worst token.
+        nonfinite: where the first NaN or infinity is, None without any.
+    """
+
+    name: str
+    layer: int | None
+    basis: Literal["oracle", "direct"]
+    tokens: int
+    e_a: float | None
+    e_b: float | None
+    direct: float
+    ratio: float | None
+    limit: float
+    lid: float
+    margin: float
+    token_margin: float
+    verdict: Literal["PASS", "FAIL", "SKIP"]
+    cause: Cause | None = None
+    blame: Side | None = None
+    worst_token: TokenError | None = None
+    nonfinite: str | None = None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether its worst token tells more than the tensor as a whole: one bad token drowns in many good ones."""
+        return self.token_margin < self.margin
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first tensor that fails, and whether the error began there or was handed down.
+
+    Attributes:
+        side: whose error is described; None is the distance between the two, without an oracle.
+        before, after: the error before and after this step of the model.
+        growth: after over before. usual_growth: median of the same over the other layers of both backends.
+        inherited: what ``before`` would have become at the usual growth; local: the rest, in quadrature.
+        suspect: the tensor on the way here over which the error grew out of the ordinary, so where to look; None when
+            no step stands out.
+    """
+
+    tensor: str
+    layer: int | None
+    side: Side | None
+    row: int
+    position: int
+    before: float
+    after: float
+    growth: float
+    usual_growth: float
+    inherited: float
+    local: float
+    suspect: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Top1:
+    """Top-1 agreement of one side with its reference, on the tokens where rounding cannot decide it.
+
+    Attributes:
+        bound: largest absolute logit error that the other side shows (or the lid allows).
+        decidable: tokens whose reference margin is above 2 * bound; agree: those with the reference's top-1.
+        ties: the others, which prove nothing; ties_agree: of those.
+        first_miss: (row, position) of the first decidable token that disagrees.
+    """
+
+    side: Side
+    tokens: int
+    bound: float
+    decidable: int
+    agree: int
+    ties: int
+    ties_agree: int
+    first_miss: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Generated tokens of the two sides, row by row up to the first difference of each.
+
+    Attributes:
+        counts: rows by outcome: equal, differs, tie, router flip, undecided (no margin is recorded for that step).
+        first: (row, step) of the first difference of the worst outcome; outcome: that one.
+        blame: the side that leaves the oracle's own tokens there, where the oracle generated any.
+    """
+
+    rows: int
+    steps: int
+    counts: dict[str, int]
+    outcome: str
+    first: tuple[int, int] | None = None
+    blame: Side | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Router flips: tokens whose set of experts differs.
+
+    Attributes:
+        layer_tokens: token-layers compared. flips_a: of a against its oracle (None without); flips_b; between a and b.
+        tokens: unpadded tokens; excluded: those of the logits at or after a flip of their row.
+        first: (decoder layer, row, position) of the first flip that excludes.
+        broken: what is wrong with a router, when the flips are too many for rounding.
+        broken_side: whose.
+    """
+
+    layer_tokens: int
+    flips_a: int | None
+    flips_b: int | None
+    between: int
+    tokens: int
+    excluded: int
+    first: tuple[int, int, int] | None = None
+    broken: str | None = None
+    broken_side: Side | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two traces compared. ``summary`` answers in one sentence: rounding or bug, where, and whose?
+
+    Attributes:
+        cause: what a FAIL is; on other verdicts what kept it from being a plain pass (``tie``, ``router flip``).
+        whose: the side at fault, ``a`` is ours and ``b`` the peer; None when nobody is, or nobody knows.
+        labels: what a and b are called. meta: facts about them (and the oracle), without digests.
+        reasons: why an INVALID, INCONCLUSIVE or SKIP is one. notes: what a reader should know beside the verdict.
+        token_used: share of its limit that every token used, float32 [B, T] by tensor; NaN where not judged.
+    """
+
+    verdict: Verdict
+    summary: str
+    cause: Cause | None = None
+    whose: Side | None = None
+    labels: tuple[str, str] = ("a", "b")
+    meta: tuple[dict[str, Any], ...] = ()
+    dtype: str = ""
+    num_layers: int = 0
+    limits: Limits | None = None
+    rows: tuple[TensorRow, ...] = ()
+    worst_token: TokenError | None = None
+    divergence: Divergence | None = None
+    top1: tuple[Top1, ...] = ()
+    generated: Generated | None = None
+    routing: Routing | None = None
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    token_used: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 differs, 3 not comparable, 4 inconclusive, 5 no such device."""
+        return EXIT_CODES[self.verdict]
+
+    @classmethod
+    def skipped(cls, reason: str) -> Comparison:
+        """A comparison that could not take place, because a device or a backend is missing."""
+        return cls(verdict="SKIP", summary=f"Skipped: {reason}", reasons=(reason,))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values; NaN and infinities become strings, since JSON has none."""
+        document = {name: value for name, value in vars(self).items() if name != "token_used"}
+        for name in ("limits", "worst_token", "divergence", "generated", "routing"):
+            document[name] = asdict(document[name]) if document[name] else None
+        for name in ("rows", "top1"):
+            document[name] = [asdict(item) for item in document[name]]
+        return {"schema": 1, **_jsonable(document), "exit_code": self.exit_code}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_text(self) -> str:
+        """The comparison for a terminal: the sentence, the tensors that matter, the token counts."""
+        from parity.comparison_text import render  # texts are not needed to decide anything
+
+        return render(self)
+
+    def _repr_html_(self) -> str:
+        from parity.report import render_fragment
+
+        return render_fragment(self)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

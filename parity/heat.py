@@ -1,0 +1,94 @@
+"""Where in the sequence the error sits: tokens by tensors, coloured by the share of its limit that each token uses."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parity.chart import short_name
+from parity.comparison import Comparison
+
+LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
+LABELS = ("under ¼ of the limit", "½", "¾", "up to the limit", "up to 2x over", "up to 8x", "more")
+COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
+LABELLED = 16  # lines named along the edge, at most
+WIDTH, LEFT, CELL = 1040, 54, 11
+
+
+def heat_map(comparison: Comparison) -> str:
+    """The strips of all batch rows, and tensor by tensor the row with the worst token; empty without any token."""
+    used = {name: array for name, array in comparison.token_used.items() if array.size and array.shape[1]}
+    worst = comparison.worst_token
+    if not used or worst is None:
+        return ""
+    width = max(array.shape[1] for array in used.values())
+    padded = {name: _pad(array, width) for name, array in used.items()}
+    batch = next(iter(padded.values())).shape[0]
+    overall = np.fmax.reduce(list(padded.values()))
+    lines: list[tuple[str, np.ndarray]] = []
+    if batch > 1:
+        chosen = [row for row in range(batch) if row < STRIPS or row == worst.row]
+        lines += [(f"row {row}", overall[row]) for row in chosen]
+    strips = len(lines)
+    lines += _by_tensor({name: array[worst.row] for name, array in padded.items()})
+    rows = "every row, then " if batch > 1 else ""
+    title = f"<h3>Tokens: share of the limit used, {rows}row {worst.row} tensor by tensor</h3>"
+    css = "mark-text" if worst.margin < 0 else "calm"
+    return f'<div class="heat">{title}{_svg(lines, strips, worst.position, css)}{_legend()}</div>'
+
+
+def _by_tensor(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """One line per tensor, or per group of neighbouring tensors of a deep model."""
+    names = list(tensors)
+    group = -(-len(names) // ROWS)
+    parts = [names[i : i + group] for i in range(0, len(names), group)]
+    return [(short_name(part[0]), np.fmax.reduce([tensors[name] for name in part])) for part in parts]
+
+
+def _pad(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=np.nan)
+
+
+def _svg(lines: list[tuple[str, np.ndarray]], strips: int, position: int, css: str) -> str:
+    length = len(lines[0][1])
+    group = -(-length // COLUMNS)
+    columns = -(-length // group)
+    size = min((WIDTH - LEFT) / columns, 26)
+    paths: dict[int, list[str]] = {}
+    texts, y = [], 14
+    every = -(-len(lines) // LABELLED)
+    for index, (label, values) in enumerate(lines):
+        y += 10 if index == strips and strips else 0  # a gap between the rows of the batch and the tensors of one row
+        levels = _levels(values, group)
+        if index < strips or (index - strips) % every == 0 or index == len(lines) - 1:
+            texts.append(f'<text x="{LEFT - 8}" y="{y + CELL - 2}" text-anchor="end">{label}</text>')
+        for start, end, level in _runs(levels):
+            paths.setdefault(level, []).append(
+                f"M{LEFT + start * size:.1f} {y}h{(end - start) * size - 0.7:.1f}v{CELL - 1}"
+            )
+            paths[level].append(f"h{-((end - start) * size - 0.7):.1f}z")
+        y += CELL
+    drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))
+    at = LEFT + (position // group + 0.5) * size
+    mark = f'<text class="{css}" x="{at:.1f}" y="10" text-anchor="middle">\u25be {position}</text>'
+    width = LEFT + columns * size  # a short sequence is drawn small, not stretched
+    head = f'<svg viewBox="0 0 {width:.0f} {y + 4}" style="max-width:{width:.0f}px" role="img"'
+    head += ' aria-label="heat map of tokens">'
+    return f"{head}{mark}{''.join(texts)}{drawn}</svg>"
+
+
+def _levels(values: np.ndarray, group: int) -> np.ndarray:
+    """Level of each column, the worst of its tokens; -1 where none was judged."""
+    padded = np.pad(values.astype(np.float64), (0, -len(values) % group), constant_values=np.nan).reshape(-1, group)
+    worst = np.fmax.reduce(padded, axis=1)
+    return np.where(np.isnan(worst), -1, np.searchsorted(LEVELS, np.nan_to_num(worst, posinf=1e9), side="left"))
+
+
+def _runs(levels: np.ndarray) -> list[tuple[int, int, int]]:
+    """(start, end, level) of equal neighbours, without those not judged: a calm strip costs a few bytes."""
+    edges = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
+    return [(i, j, int(levels[i])) for i, j in zip(edges, edges[1:], strict=False) if levels[i] >= 0]
+
+
+def _legend() -> str:
+    keys = "".join(f'<span><i class="dot h{level}"></i>{text}</span>' for level, text in enumerate(LABELS))
+    return f'<div class="legend">{keys}<span>blank: padding, or behind a router flip</span></div>'

@@ -1,0 +1,87 @@
+"""The tables of the report that are looked up rather than looked at: flags, tensors, constants."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from parity.comparison import Comparison, TensorRow
+from parity.comparison_text import number
+from parity.ruler import REASONS
+
+esc = html.escape
+ABSENT = "\u2013"
+
+
+def flags_tables(comparison: Comparison) -> str:
+    """What each side ran on, side by side: the arithmetic in sight, with differences tinted, and the rest folded."""
+    if len(comparison.meta) < 2:
+        return ""
+    sides = [_flat(meta) for meta in comparison.meta[:2]]
+    lines: tuple[list[str], list[str]] = ([], [])
+    for key in sorted({*sides[0], *sides[1]}, key=_order):
+        values = [side.get(key, ABSENT) for side in sides]
+        shared = key.startswith("precision.") or key in ("dtype", "root", "input_hash", "shape")
+        differs = shared and values[0] != values[1] and ABSENT not in values
+        cells = "".join(f'<td class="mono">{esc(value)}</td>' for value in values)
+        folded = not (differs or key in ("device", "dtype") or key.startswith("precision."))
+        lines[folded].append(f'<tr class="{"differs" if differs else ""}"><td>{esc(key)}</td>{cells}</tr>')
+    head = "".join(f"<th>{esc(label)}</th>" for label in comparison.labels)
+    shown, rest = (
+        f'<div class="scroll"><table class="pair"><tr><th></th>{head}</tr>{"".join(part)}</table></div>'
+        for part in lines
+    )
+    return (
+        f'<div class="flags"><h3>Arithmetic; what differs is tinted</h3>{shown}</div>'
+        f"<details><summary>Versions, checkpoint, digests</summary>{rest}</details>"
+    )
+
+
+def _order(key: str) -> tuple[int, str]:
+    groups = ("backend", "device", "dtype", "precision.", "versions.", "checkpoint", "shape", "root", "input_hash")
+    return next((i for i, group in enumerate(groups) if key.startswith(group)), len(groups)), key
+
+
+def _flat(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as text by dotted name; digests by their first digits."""
+    out: dict[str, str] = {}
+    for key, value in meta.items():
+        if isinstance(value, dict):
+            out |= {f"{key}.{name}": str(item) for name, item in value.items()}
+        elif value not in (None, "", []):
+            out[key] = str(value)[: 16 if key in ("root", "input_hash") else 200]
+    return out
+
+
+def tensor_table(comparison: Comparison) -> str:
+    a, b = map(esc, comparison.labels)
+    heads = (f"error {a}", f"error {b}", f"{a} to {b}", "ratio", "limit", "margin", "worst token", "its margin")
+    head = "".join(f'<th class="num">{name}</th>' for name in heads)
+    lines = "".join(_tensor_line(row) for row in comparison.rows)
+    table = f'<div class="scroll"><table><tr><th>tensor</th>{head}<th></th></tr>{lines}</table></div>'
+    return f"<details><summary>All {len(comparison.rows)} tensors</summary>{table}</details>"
+
+
+def _tensor_line(row: TensorRow) -> str:
+    token = f"{row.worst_token.row}, {row.worst_token.position}" if row.worst_token else ""
+    values = [number(row.e_a), number(row.e_b), number(row.direct), "" if row.ratio is None else f"{row.ratio:.2f}x"]
+    values += [number(row.limit), f"{row.margin:.0%}", token, f"{row.token_margin:.0%}"]
+    cells = "".join(f'<td class="num">{value}</td>' for value in values)
+    last = esc(row.nonfinite or row.cause or row.verdict.lower())
+    bad = ' class="bad"' if row.verdict == "FAIL" else ""
+    return f"<tr{bad}><td><code>{esc(row.name)}</code></td>{cells}<td>{last}</td></tr>"
+
+
+def constants_table(comparison: Comparison) -> str:
+    """The constants in force, with the reason for each: nobody should have to trust a number."""
+    limits = comparison.limits
+    if limits is None:
+        return ""
+    values = {"u": limits.u, "k": limits.k, "k_token": limits.k_token, "c": limits.c}
+    lines = "".join(
+        f"<tr><td><code>{k}</code></td><td>{v:.3g}</td><td>{esc(REASONS[k])}</td></tr>" for k, v in values.items()
+    )
+    how = "e(x) = \u2016x \u2212 oracle\u2016 / \u2016oracle\u2016 must stay under k \u00b7 max(e(other), u) and under"
+    how += f" the lid c \u00b7 u \u00b7 \u221aL, L = {comparison.num_layers}, {esc(comparison.dtype)}."
+    return f"<details><summary>The ruler</summary><p class='key'>{how}</p><table>{lines}</table></details>"

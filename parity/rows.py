@@ -1,0 +1,141 @@
+"""One tensor under the ruler: as a whole, and token by token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity import ruler, trace_layout
+from parity.case import Case, Sums, sums
+from parity.comparison import TensorRow, TokenError
+from parity.ruler import Judgement, Side
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Errors of one tensor: of the whole over the tokens kept, and float64 [n] by token; inf where not finite.
+
+    e_a and e_b are None without an oracle, direct is always there.
+    """
+
+    whole: dict[str, float]
+    by_token: dict[str, np.ndarray]
+
+
+def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np.ndarray]:
+    """Judge one tensor that both traces have.
+
+    ``keep``, shaped as ``case.mask(name)``, holds the unpadded tokens that no router flip reaches.
+
+    Returns:
+        The row, and float32 [B, T] with the share of its limit that each token used, NaN where not judged.
+    """
+    mask = case.mask(name)
+    total = sums(case, name)
+    kept = keep[mask]
+    finite = total.finite_a & total.finite_b
+    judged = kept | ~finite  # what is not finite fails, also behind a router flip
+    errors = _errors(total, judged)
+    used = _used_by_token(case, errors)
+    picture = np.full(mask.shape, np.nan, np.float32)
+    places = np.argwhere(mask)[judged]
+    picture[tuple(places.T)] = used
+    worst = _worst_token(name, errors, used, places)
+    if not finite.all():
+        first = int(np.argmax(~finite[judged]))
+        worst = _token(name, errors, used, places, first)
+        return _nonfinite(case, _row(case, name, errors, worst, len(used)), worst, total), picture
+    return _row(case, name, errors, worst, len(used)), picture
+
+
+def _errors(total: Sums, judged: np.ndarray) -> Errors:
+    parts = {"direct": (total.diff, total.size, total.finite_a & total.finite_b)}
+    for key, error, scale, finite in (
+        ("e_a", total.error_a, total.scale_a, total.finite_a),
+        ("e_b", total.error_b, total.scale_b, total.finite_b),
+    ):
+        if error is not None and scale is not None:
+            parts[key] = (error, scale, finite)
+    whole, by_token = {}, {}
+    for key, (error, scale, finite) in parts.items():
+        error, scale, finite = error[judged], scale[judged], finite[judged]
+        # Where a is not finite, so is every sum with a in it; b's error stays what it is.
+        safe_error, safe_scale = np.where(finite, error, 0.0), np.where(np.isfinite(scale), scale, 0.0)
+        by_token[key] = np.where(finite, ruler.relative_by_token(safe_error, safe_scale), np.inf)
+        whole[key] = ruler.relative(float(safe_error.sum()), float(safe_scale.sum())) if finite.all() else math.inf
+    return Errors(whole, by_token)
+
+
+def _used_by_token(case: Case, errors: Errors) -> np.ndarray:
+    limits, lid = case.limits, case.limits.token_lid(case.num_layers)
+    if "e_a" not in errors.by_token:
+        return errors.by_token["direct"] / (2 * lid)
+    return ruler.used_by_token(errors.by_token["e_a"], errors.by_token["e_b"], k=limits.k_token, lid=lid, u=limits.u)
+
+
+def _worst_token(name: str, errors: Errors, used: np.ndarray, places: np.ndarray) -> TokenError | None:
+    return _token(name, errors, used, places, int(np.argmax(used))) if used.size else None
+
+
+def _token(name: str, errors: Errors, used: np.ndarray, places: np.ndarray, index: int) -> TokenError:
+    values = {key: float(array[index]) for key, array in errors.by_token.items()}
+    row, position = map(int, places[index])
+    margin = 1 - float(used[index])
+    return TokenError(name, row, position, values.get("e_a"), values.get("e_b"), values["direct"], margin)
+
+
+def _judge_whole(case: Case, errors: Errors) -> Judgement:
+    limits, lid = case.limits, case.limits.lid(case.num_layers)
+    if "e_a" not in errors.whole:
+        return ruler.judge_direct(errors.whole["direct"], lid=lid)
+    e_a, e_b = errors.whole["e_a"], errors.whole["e_b"]
+    return ruler.judge(e_a, e_b, k=limits.k, lid=lid, floor_a=limits.u, floor_b=limits.u)
+
+
+def _judge_token(case: Case, errors: Errors, token: TokenError) -> Judgement:
+    limits, lid = case.limits, case.limits.token_lid(case.num_layers)
+    if token.e_a is None or token.e_b is None:
+        return ruler.judge_direct(token.direct, lid=lid)
+    floors = [ruler.token_floor(errors.by_token[key], limits.u) for key in ("e_a", "e_b")]
+    return ruler.judge(token.e_a, token.e_b, k=limits.k_token, lid=lid, floor_a=floors[0], floor_b=floors[1])
+
+
+def _row(case: Case, name: str, errors: Errors, worst: TokenError | None, tokens: int) -> TensorRow:
+    whole = _judge_whole(case, errors)
+    cause, blame = whole.cause, whole.blame
+    if worst is not None:
+        token = _judge_token(case, errors, worst)
+        if cause is None or (cause == "rounding" and token.cause == "bug"):  # a token may say more than the mean
+            cause, blame = token.cause, token.blame
+    e_a, e_b = errors.whole.get("e_a"), errors.whole.get("e_b")
+    return TensorRow(
+        name=name,
+        layer=trace_layout.layer_of(name),
+        basis="direct" if e_a is None else "oracle",
+        tokens=tokens,
+        e_a=e_a,
+        e_b=e_b,
+        direct=errors.whole["direct"],
+        ratio=None if e_a is None or e_b is None else ruler.ratio(e_a, e_b, case.limits.u),
+        limit=whole.limit,
+        lid=case.limits.lid(case.num_layers),
+        margin=1 - whole.used,
+        token_margin=worst.margin if worst else 1.0,
+        verdict="SKIP" if not tokens else "FAIL" if cause else "PASS",
+        cause=cause,
+        blame=blame,
+        worst_token=worst,
+    )
+
+
+def _nonfinite(case: Case, row: TensorRow, token: TokenError, total: Sums) -> TensorRow:
+    """NaN or infinity is never rounding, whatever the peer does."""
+    bad_a, bad_b = not total.finite_a.all(), not total.finite_b.all()
+    blame: Side = "both" if bad_a and bad_b else "a" if bad_a else "b"
+    values = [trace.tensors[row.name][token.row, token.position] for trace in (case.a, case.b)]
+    label, value = next((label, v) for label, v in zip(case.labels, values, strict=True) if not np.isfinite(v).all())
+    channel = int(np.argmax(~np.isfinite(value)))
+    place = f"{value[channel]} in {label} at row {token.row}, position {token.position}, channel {channel}"
+    return replace(row, verdict="FAIL", cause="bug", blame=blame, nonfinite=place, worst_token=token)

@@ -1,0 +1,114 @@
+"""What a trace may hold: the names, their order of execution, and every check a file must pass.
+
+Letters: B batch, T positions, D hidden_size, V vocab, X experts per token, N new tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+HIDDEN = re.compile(r"hidden_states\.(0|[1-9]\d*)")
+ROUTING = re.compile(r"routing\.([1-9]\d*)")
+AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are computed
+MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
+INTEGERS = {"input_ids": 2, "attention_mask": 2, "generated_ids": 2}  # name -> rank
+
+
+def activations(names: Iterable[str]) -> list[str]:
+    """The float tensors that are compared, in the order a model computes them."""
+    known = set(names)
+    layers = sorted(hidden_layers(known))
+    return [f"hidden_states.{i}" for i in layers] + [name for name in (*AFTER_LAYERS, *MTP) if name in known]
+
+
+def hidden_layers(names: Iterable[str]) -> list[int]:
+    """The i of every ``hidden_states.i``; 0 is the embeddings, i the residual stream after decoder layer i."""
+    return [int(match[1]) for name in names if (match := HIDDEN.fullmatch(name))]
+
+
+def routing_layers(names: Iterable[str]) -> list[int]:
+    """The i of every ``routing.i``: the sparse decoder layers, counted from 1, in order."""
+    return sorted(int(match[1]) for name in names if (match := ROUTING.fullmatch(name)))
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer (from 1; 0 the embeddings) a tensor is read after; None for what follows the layers."""
+    match = HIDDEN.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def find_problems(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> list[str]:
+    """Everything that keeps tensors and metadata from being a trace, one sentence each."""
+    return [*_meta_problems(meta), *_tensor_problems(tensors)]
+
+
+def _meta_problems(meta: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if meta.get("schema") != SCHEMA:
+        problems.append(f"schema is {meta.get('schema')!r}, expected {SCHEMA}: was it written by another version?")
+    for key in ("backend", "dtype"):
+        if not (isinstance(meta.get(key), str) and meta[key]):
+            problems.append(f"{key} is {meta.get(key)!r}, expected a non-empty string.")
+    for key, kind in (("versions", dict), ("precision", dict), ("events", list), ("device", str), ("input_hash", str)):
+        if meta.get(key) is not None and not isinstance(meta[key], kind):
+            problems.append(f"{key} is {meta[key]!r}, expected a {kind.__name__} or nothing.")
+    weights = meta.get("weights")
+    if weights is not None and not (
+        isinstance(weights, dict)
+        and isinstance(weights.get("root"), str)
+        and isinstance(weights.get("digests", {}), dict)
+    ):
+        problems.append("weights is not {digests: {name: hex}, root: hex}: write both, or leave the block out.")
+    return problems
+
+
+def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    names = activations(tensors)
+    problems = [] if names else ["no logits and no hidden states in it: there is nothing to compare."]
+    for name in names:
+        if tensors[name].ndim != 3 or tensors[name].dtype not in (np.float32, np.float64):
+            problems.append(f"{_what(tensors, name)}, expected float32 of rank 3.")
+    problems += _integer_problems(tensors)
+    if problems:
+        return problems  # the sizes below are only defined once every rank is right
+
+    first = next((name for name in names if name not in MTP), names[0])
+    batch, length = tensors[first].shape[:2]
+    length += first in MTP  # a trace of the draft alone still says what T was
+    for name in names:
+        want = (batch, length - (name in MTP))
+        if tensors[name].shape[:2] != want:
+            problems.append(f"{_what(tensors, name)}, expected {list(want)} + [size] from {first!r}.")
+    for name in ("input_ids", "attention_mask", *(f"routing.{i}" for i in routing_layers(tensors))):
+        if name in tensors and tensors[name].shape[:2] != (batch, length):
+            problems.append(f"{_what(tensors, name)}, expected {[batch, length]} first, from {first!r}.")
+    if "generated_ids" in tensors and len(tensors["generated_ids"]) != batch:
+        problems.append(f"{_what(tensors, 'generated_ids')}, expected {batch} rows from {first!r}.")
+    sizes = {tensors[name].shape[2] for name in names if "logits" not in name}
+    if len(sizes) > 1:
+        problems.append(f"hidden states of different sizes {sorted(sizes)}: they are not from one model.")
+    return problems
+
+
+def _integer_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    ranks = INTEGERS | {f"routing.{i}": 3 for i in routing_layers(tensors)}
+    problems = []
+    for name, rank in ranks.items():
+        if name in tensors and (tensors[name].ndim != rank or tensors[name].dtype.kind not in "iub"):
+            problems.append(f"{_what(tensors, name)}, expected integers of rank {rank}.")
+    margins, ids = tensors.get("generated_margins"), tensors.get("generated_ids")
+    if margins is not None and (margins.dtype.kind != "f" or ids is None or margins.shape != ids.shape):
+        problems.append(f"{_what(tensors, 'generated_margins')}, expected floats of the shape of generated_ids.")
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.size and not np.isin(mask, (0, 1)).all():
+        problems.append("attention_mask has values other than 0 (padding) and 1 (real).")
+    return problems
+
+
+def _what(tensors: Mapping[str, np.ndarray], name: str) -> str:
+    return f"tensor {name!r} is {tensors[name].dtype} {list(tensors[name].shape)}"

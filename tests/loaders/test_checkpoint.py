@@ -1,0 +1,538 @@
+"""Opening a checkpoint directory: what is refused, that everything wrong is said at once, and reading one tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from handmade import CONFIG, ONE_TENSOR, entry, indexed, safetensors, write
+
+from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint
+
+INDEX = "model.safetensors.index.json"
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def tensor(name: str) -> bytes:
+    return safetensors({name: entry("U8", [4], 0, 4)}, b"\1\2\3\4")
+
+
+TWO_FILES = {A: tensor("a"), B: tensor("b")}
+RIGHT_MAP = {"a": A, "b": B}
+
+
+@pytest.fixture(autouse=True)
+def no_hanging() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError("opening a checkpoint hung")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def refusal(path: Path) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    return list(caught.value.problems)
+
+
+def test_a_single_file_opens(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": ONE_TENSOR}))
+    assert list(checkpoint.tensors) == ["a"]
+    assert checkpoint.num_bytes == 4
+    assert checkpoint.config_document == CONFIG
+    assert checkpoint.generation_document == {}
+    np.testing.assert_array_equal(checkpoint.read("a"), np.array([1, 2, 3, 4], np.uint8))
+
+
+def test_tensors_of_several_files_are_in_file_order(tmp_path: Path) -> None:
+    second = safetensors({"z": entry("U8", [1], 0, 1), "c": entry("U8", [1], 1, 2)}, b"zc")
+    files = indexed({A: tensor("y"), B: second}, {"c": B, "y": A, "z": B})
+    checkpoint = open_checkpoint(str(write(tmp_path, files)))
+    assert [(name, info.file) for name, info in checkpoint.tensors.items()] == [("y", A), ("z", B), ("c", B)]
+
+
+# what is wrong -> (files, the problems exactly)
+BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no config": (
+        {"config.json": None, "model.safetensors": ONE_TENSOR},
+        ["config.json cannot be read: No such file or directory. Is this a Hugging Face checkpoint?"],
+    ),
+    "config is a list": (
+        {"config.json": [], "model.safetensors": ONE_TENSOR},
+        ["config.json holds a JSON list, expected an object"],
+    ),
+    "config with a key twice": (
+        {"config.json": b'{"vocab_size": 1, "vocab_size": 2}', "model.safetensors": ONE_TENSOR},
+        ["config.json names 'vocab_size' more than once; which one is meant cannot be known"],
+    ),
+    "no tensors at all": (
+        {},
+        [f"neither model.safetensors nor {INDEX} is in the directory."],
+    ),
+    "pickled weights only": (
+        {"pytorch_model.bin": b"\x80\x04."},
+        [f"neither model.safetensors nor {INDEX} is in the directory."],
+    ),
+    "index missing": (
+        TWO_FILES,
+        [f"neither model.safetensors nor {INDEX} is in the directory. {A} is there: is {INDEX} missing?"],
+    ),
+    "a second file beside the single one": (
+        {"model.safetensors": ONE_TENSOR, "other.safetensors": tensor("b")},
+        ["other.safetensors is in the directory beside model.safetensors. Remove one."],
+    ),
+    "file of the index missing": (
+        indexed({A: tensor("a")}, RIGHT_MAP),
+        [f"{B} is named in {INDEX} but missing. Download it."],
+    ),
+    "file not in the index": (
+        indexed(TWO_FILES, {"a": A}),
+        [f"{B} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."],
+    ),
+    "tensor of the index not in its file": (
+        indexed(TWO_FILES, {**RIGHT_MAP, "c": A}),
+        [f"tensor 'c' is not in {A}, where {INDEX} says it is"],
+    ),
+    "tensor not in the index": (
+        indexed({A: tensor("a"), B: tensor("b"), "c.safetensors": tensor("c")}, {**RIGHT_MAP, "d": "c.safetensors"}),
+        [
+            f"tensor 'd' is not in c.safetensors, where {INDEX} says it is",
+            f"tensor 'c' of c.safetensors is not in {INDEX}",
+        ],
+    ),
+    "index swaps two tensors": (
+        indexed(TWO_FILES, {"a": B, "b": A}),
+        [
+            f"tensor 'a' is not in {B}, where {INDEX} says it is",
+            f"tensor 'b' is not in {A}, where {INDEX} says it is",
+        ],
+    ),
+    "one tensor in two files": (
+        indexed({A: tensor("a"), B: tensor("a")}, {"a": A, "b": B}),
+        [
+            f"tensor 'a' is in {A} and in {B}. Which one is meant?",
+            f"tensor 'b' is not in {B}, where {INDEX} says it is",
+        ],
+    ),
+    "index leads to the parent": (
+        indexed({A: tensor("a")}, {"a": A, "b": "../secret.safetensors"}),
+        [
+            f"{INDEX} names the file '../secret.safetensors', outside the checkpoint directory."
+            " Files are named without a path."
+        ],
+    ),
+    "index names an absolute path": (
+        indexed({A: tensor("a")}, {"a": A, "b": "/etc/passwd"}),
+        [f"{INDEX} names the file '/etc/passwd', outside the checkpoint directory. Files are named without a path."],
+    ),
+    "index names a file with NUL": (
+        indexed({A: tensor("a")}, {"a": A, "b": "b\0.safetensors"}),
+        [
+            f"{INDEX} names the file 'b\\x00.safetensors', outside the checkpoint directory."
+            " Files are named without a path."
+        ],
+    ),
+    "index names a file by backslash": (
+        indexed({A: tensor("a")}, {"a": A, "b": "..\\b.safetensors"}),
+        [
+            f"{INDEX} names the file '..\\\\b.safetensors', outside the checkpoint directory."
+            " Files are named without a path."
+        ],
+    ),
+    "index forges a line of the log": (
+        indexed({A: tensor("a")}, {"a": A, "b": "b\nall is well"}),
+        [
+            f"{INDEX} names the file 'b\\nall is well', outside the checkpoint directory."
+            " Files are named without a path."
+        ],
+    ),
+    "index names no file": (
+        indexed({A: tensor("a")}, {"a": A, "b": ""}),
+        [f"{INDEX} names the file '', outside the checkpoint directory. Files are named without a path."],
+    ),
+    "index without weight_map": (
+        {A: tensor("a"), INDEX: {}},
+        [
+            f"{INDEX}: weight_map must map tensor names to file names",
+            f"{A} is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
+        ],
+    ),
+    "index maps to numbers": (
+        {INDEX: {"weight_map": {"a": 1}}},
+        [f"{INDEX}: weight_map must map tensor names to file names"],
+    ),
+    "index names a tensor twice": (
+        {A: tensor("a"), INDEX: f'{{"weight_map": {{"a": "{A}", "a": "{A}"}}}}'.encode()},
+        [
+            f"{INDEX} names 'a' more than once; which one is meant cannot be known",
+            f"{A} is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
+        ],
+    ),
+    "index beside a single file": (
+        indexed({**TWO_FILES, "model.safetensors": ONE_TENSOR}, RIGHT_MAP),
+        [
+            f"model.safetensors is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
+        ],
+    ),
+    "stop token is text": (
+        {"model.safetensors": ONE_TENSOR, "generation_config.json": {"eos_token_id": ["</s>"]}},
+        ["generation_config.json: eos_token_id is ['</s>'], expected an integer or a list of integers"],
+    ),
+    "generation config is not JSON": (
+        {"model.safetensors": ONE_TENSOR, "generation_config.json": b"{"},
+        [
+            "generation_config.json is not valid JSON (Expecting property name enclosed in double quotes:"
+            " line 1 column 2 (char 1)). The file is damaged."
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_directory_is_refused_with_these_sentences(tmp_path: Path, case: str) -> None:
+    files, expected = BROKEN[case]
+    assert refusal(write(tmp_path / "checkpoint", files)) == expected
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[" * 100_000, id="nested 100 000 deep"),
+        pytest.param(b'{"a":' * 100_000, id="objects 100 000 deep"),
+        pytest.param(b'{"vocab_size": ' + b"9" * 5000 + b"}", id="integer of 5000 digits"),
+        pytest.param(b'{"rms_norm_eps": NaN}', id="NaN"),
+        pytest.param(b'{"rms_norm_eps": -Infinity}', id="infinity"),
+        pytest.param(b'{"rms_norm_eps": 1e999}', id="float beyond floats"),
+        pytest.param("{}".encode("utf-16"), id="UTF-16"),
+        pytest.param(b"\xef\xbb\xbf{}", id="byte order mark"),
+        pytest.param(b"\xff", id="not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
+def test_json_that_breaks_parsers_is_one_problem_of_its_file(tmp_path: Path, name: str, raw: bytes) -> None:
+    problems = refusal(write(tmp_path, {A: ONE_TENSOR, INDEX: {"weight_map": {"a": A}}, name: raw}))
+    assert len([problem for problem in problems if problem.startswith(f"{name} ")]) == 1
+    assert all(len(problem) < 400 for problem in problems)
+
+
+def test_a_giant_json_file_is_refused_unread(tmp_path: Path) -> None:
+    write(tmp_path, {"model.safetensors": ONE_TENSOR})
+    with open(tmp_path / "config.json", "r+b") as file:
+        file.truncate(1 << 40)
+    assert refusal(tmp_path) == [
+        "config.json cannot be read: it has 1099511627776 bytes, expected at most 67108864."
+        " Is this a Hugging Face checkpoint?"
+    ]
+
+
+def test_all_problems_of_a_checkpoint_are_in_one_error(tmp_path: Path) -> None:
+    bad_header = safetensors({"c": entry("F31", [4], 0, 4), "d": entry("F32", [-1], 4, 8)}, b"12345678")
+    files = indexed({A: tensor("a"), B: bad_header, "extra.safetensors": tensor("e")}, {"a": A, "b": A, "c": B})
+    files |= {
+        "config.json": {key: value for key, value in CONFIG.items() if key not in ("vocab_size", "head_dim")}
+        | {"hidden_size": "eight", "new_option": 1, "layer_types": 3},
+        "generation_config.json": {"eos_token_id": "two"},
+    }
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(write(tmp_path, files))
+    assert caught.value.where == str(tmp_path)
+    assert list(caught.value.problems) == [
+        "config.json: vocab_size is missing. Is the file complete?",
+        "config.json: hidden_size is 'eight', expected an integer",
+        "config.json: layer_types is 3, expected a list, each a string",
+        "config.json: option 'new_option' = 1 is not implemented",
+        "generation_config.json: eos_token_id is 'two', expected an integer or a list of integers",
+        f"extra.safetensors is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
+        f"{B}: tensor 'c' has unknown dtype 'F31'. Known: {', '.join(sorted(dtypes.NAMES))}",
+        f"{B}: tensor 'd' has shape [-1]; expected at most 8 integers, none negative, of product 2^48 or less",
+        f"tensor 'b' is not in {A}, where {INDEX} says it is",
+    ]
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{tmp_path}: 9 problems"
+    assert lines[1] == "  1. config.json: vocab_size is missing. Is the file complete?"
+    assert len(lines) == 10
+
+
+def test_an_error_survives_pickling(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.problems, copy.where) == (str(caught.value), caught.value.problems, str(tmp_path))
+
+
+def test_an_error_cannot_be_made_to_print_several_lines_or_escape_codes(tmp_path: Path) -> None:
+    (problem,) = refusal(
+        write(
+            tmp_path,
+            {
+                "model.safetensors": ONE_TENSOR,
+                "config.json": CONFIG | {"x\n  2. all is well\x1b[2J\ud800": "y" * 10**6},
+            },
+        )
+    )
+    assert problem.startswith(r"config.json: option 'x\n  2. all is well\x1b[2J\ud800' = 'yyy")
+    assert len(problem) < 250
+    problem.encode()
+
+
+def test_file_names_that_are_not_text_can_be_reported(tmp_path: Path) -> None:
+    write(tmp_path, {"model.safetensors": ONE_TENSOR})
+    (tmp_path / os.fsdecode(b"\xff\n.safetensors")).write_bytes(ONE_TENSOR)
+    assert refusal(tmp_path) == [r"\udcff\n.safetensors is in the directory beside model.safetensors. Remove one."]
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/model", "gs://bucket/model", "file:///tmp"])
+def test_a_scheme_without_a_source_is_refused(uri: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no source reads \w+:// \. Copy the checkpoint to a local directory"):
+        open_checkpoint(uri)
+
+
+@pytest.mark.parametrize("name", ["absent", "file", "nul\0"])
+def test_what_is_not_a_directory_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(ONE_TENSOR)
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        open_checkpoint(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_fifo_is_refused_and_does_not_hang(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {"model.safetensors": ONE_TENSOR})
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    (problem,) = refusal(tmp_path)
+    assert problem.startswith(f"{name} cannot be ")
+    assert "it is not a regular file" in problem
+
+
+def test_a_directory_named_like_a_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    (tmp_path / "model.safetensors").mkdir()
+    assert refusal(tmp_path) == ["model.safetensors cannot be opened: it is not a regular file"]
+
+
+def outside(tmp_path: Path, checkpoint: Path) -> Path:
+    (tmp_path / "secret").write_bytes(ONE_TENSOR)
+    return tmp_path / "secret"
+
+
+def outside_by_relative_path(tmp_path: Path, checkpoint: Path) -> Path:
+    outside(tmp_path, checkpoint)
+    return Path("../../secret")
+
+
+def outside_by_two_steps(tmp_path: Path, checkpoint: Path) -> Path:
+    (checkpoint / "step").symlink_to(outside(tmp_path, checkpoint))
+    return checkpoint / "step"
+
+
+def blobs_without_snapshots(tmp_path: Path, checkpoint: Path) -> Path:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(ONE_TENSOR)
+    return tmp_path / "blobs" / "abc"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", [outside, outside_by_relative_path, outside_by_two_steps, blobs_without_snapshots])
+def test_a_link_that_leaves_the_directory_is_refused(
+    tmp_path: Path, name: str, target: Callable[[Path, Path], Path]
+) -> None:
+    checkpoint = write(tmp_path / "releases" / "checkpoint", {"model.safetensors": ONE_TENSOR})
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(target(tmp_path, checkpoint))
+    (problem,) = refusal(checkpoint)
+    assert problem.startswith(f"{name} cannot be ")
+    assert "outside the checkpoint directory" in problem
+
+
+def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:
+    write(tmp_path, {"weights": ONE_TENSOR})
+    (tmp_path / "model.safetensors").symlink_to("weights")
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
+def test_links_in_a_circle_and_links_to_nothing_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, indexed({}, RIGHT_MAP))
+    (tmp_path / A).symlink_to(B)
+    (tmp_path / B).symlink_to(A)
+    assert refusal(tmp_path) == [
+        f"{A} cannot be opened: Too many levels of symbolic links",
+        f"{B} cannot be opened: Too many levels of symbolic links",
+    ]
+    (tmp_path / A).unlink()
+    (tmp_path / A).symlink_to("gone")
+    assert refusal(tmp_path)[0] == f"{A} cannot be opened: No such file or directory"
+
+
+def hugging_face_cache(tmp_path: Path) -> Path:
+    repository = tmp_path / "models--Qwen--Qwen3-0.6B"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for name, content in {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": ONE_TENSOR}.items():
+        (repository / "blobs" / f"hash-of-{name}").write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/hash-of-{name}")
+    return snapshot
+
+
+def test_the_hugging_face_cache_opens(tmp_path: Path) -> None:
+    snapshot = hugging_face_cache(tmp_path)
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.tensors["a"].file == "model.safetensors"
+    np.testing.assert_array_equal(checkpoint.read("a"), [1, 2, 3, 4])
+    link = tmp_path / "link"
+    link.symlink_to(snapshot)
+    assert list(open_checkpoint(link).tensors) == ["a"]
+
+
+def test_another_repository_of_the_cache_is_outside(tmp_path: Path) -> None:
+    snapshot = hugging_face_cache(tmp_path)
+    other = tmp_path / "models--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "abc").write_bytes(ONE_TENSOR)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other / "abc")
+    (problem,) = refusal(snapshot)
+    assert "outside the checkpoint directory" in problem
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": 7}, (2, 3)),
+        ({"eos_token_id": 2}, {"eos_token_id": 7}, (2,)),
+        ({}, {"eos_token_id": [7, 8]}, (7, 8)),
+        (None, {"eos_token_id": 7}, (7,)),
+        (None, {"eos_token_id": None}, ()),
+        (None, {}, ()),
+    ],
+)
+def test_stop_tokens_come_from_generation_config_then_config(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    files = {"model.safetensors": ONE_TENSOR, "config.json": CONFIG | config, "generation_config.json": generation}
+    assert open_checkpoint(write(tmp_path, files)).eos_token_ids == expected
+
+
+# Reading
+
+BYTES = bytes(range(48))
+EVERY_DTYPE = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F4": np.uint8,
+    "F6_E2M3": np.uint8,
+    "F6_E3M2": np.uint8,
+}
+PACKED_COLUMNS = {"F4": 48, "F6_E2M3": 32, "F6_E3M2": 32}
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_every_dtype_reads_as_the_bytes_of_the_file(tmp_path: Path, dtype: str) -> None:
+    numpy_dtype = np.dtype(EVERY_DTYPE[dtype])
+    columns = PACKED_COLUMNS.get(dtype, 24 // numpy_dtype.itemsize)
+    raw = BYTES if dtype != "BOOL" else b"\0\1" * 24
+    # one byte before it, so that nothing is aligned in the file
+    file = safetensors({"first": entry("U8", [1], 0, 1), "a": entry(dtype, [2, columns], 1, 49)}, b"x" + raw)
+    checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": file}))
+    found = checkpoint.read("a")
+    assert checkpoint.tensors["a"].shape == (2, columns)
+    assert (found.dtype, found.shape) == (numpy_dtype, (2, 24 // numpy_dtype.itemsize))
+    assert found.tobytes() == raw
+    assert found.ctypes.data % 64 == 0
+    assert found.flags.writeable
+
+
+def test_the_dtype_table_is_the_whole_format() -> None:
+    assert set(EVERY_DTYPE) == dtypes.NAMES
+    for name, numpy_dtype in EVERY_DTYPE.items():
+        assert dtypes.to_numpy(name) == np.dtype(numpy_dtype)
+        if name not in PACKED_COLUMNS:
+            assert dtypes.from_numpy(np.dtype(numpy_dtype)) == name
+    with pytest.raises(ValueError, match="safetensors has no name for dtype >f4"):
+        dtypes.from_numpy(np.dtype(">f4"))
+
+
+def test_true_is_true_whatever_byte_says_so(tmp_path: Path) -> None:
+    file = safetensors({"a": entry("BOOL", [4], 0, 4)}, b"\0\1\2\xff")
+    found = open_checkpoint(write(tmp_path, {"model.safetensors": file})).read("a")
+    assert found.tobytes() == b"\0\1\1\1"
+
+
+def test_nan_and_infinity_read_bit_for_bit(tmp_path: Path) -> None:
+    raw = np.array([0x7FC00001, 0xFF800000, 0x80000000], np.uint32).tobytes()
+    file = safetensors({"a": entry("F32", [3], 0, 12)}, raw)
+    assert open_checkpoint(write(tmp_path, {"model.safetensors": file})).read("a").tobytes() == raw
+
+
+@pytest.mark.parametrize("shape", [[], [0], [3, 0, 1 << 40]])
+def test_scalars_and_empty_tensors_read(tmp_path: Path, shape: list[int]) -> None:
+    size = 0 if 0 in shape else 4
+    file = safetensors({"a": entry("F32", shape, 0, size)}, b"\0\0\x80\x3f"[:size])
+    found = open_checkpoint(write(tmp_path, {"model.safetensors": file})).read("a")
+    assert (found.shape, found.dtype) == (tuple(shape), np.float32)
+    assert found.tolist() == (1.0 if not shape else np.zeros(shape).tolist())
+
+
+@pytest.fixture
+def floats(tmp_path: Path) -> Checkpoint:
+    file = safetensors({"a": entry("F32", [2, 3], 0, 24)}, np.arange(6, dtype=np.float32).tobytes())
+    return open_checkpoint(write(tmp_path, {"model.safetensors": file}))
+
+
+def test_a_tensor_reads_into_memory_that_is_given(floats: Checkpoint) -> None:
+    stack = np.full((4, 2, 3), -1, np.float32)
+    found = floats.read("a", out=stack[2])
+    assert np.shares_memory(found, stack)
+    np.testing.assert_array_equal(stack[2], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(stack[[0, 1, 3]], np.full((3, 2, 3), -1))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        pytest.param(np.zeros((3, 2), np.float32), id="other shape"),
+        pytest.param(np.zeros((6,), np.float32), id="flat"),
+        pytest.param(np.zeros((2, 3), np.int32), id="other dtype"),
+        pytest.param(np.zeros((2, 6), np.float32)[:, ::2], id="strided"),
+        pytest.param(np.zeros((3, 2), np.float32).T, id="transposed"),
+        pytest.param(np.broadcast_to(np.float32(0), (2, 3)), id="read-only broadcast"),
+        pytest.param(np.frombuffer(bytes(24), np.float32).reshape(2, 3), id="read-only"),
+    ],
+)
+def test_memory_that_does_not_fit_is_refused(floats: Checkpoint, out: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"destination of 'a' is .*, expected writeable C-contiguous float32 \(2, 3\)"):
+        floats.read("a", out=out)
+
+
+def test_an_unknown_name_is_a_key_error(floats: Checkpoint) -> None:
+    with pytest.raises(KeyError, match="'b'"):
+        floats.read("b")

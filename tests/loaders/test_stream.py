@@ -1,0 +1,331 @@
+"""Streaming: order, memory, destinations, files that change underneath, and iterators that are abandoned."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from handmade import CONFIG
+
+import loaders.checkpoint
+from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.sources import LocalDirectory
+from loaders.writer import TensorType, write_checkpoint
+
+KIB = 1024
+# names out of alphabetical order, sizes out of order, several dtypes
+SIZES = {"f": 40, "b": 8, "e": 64, "a": 24, "d": 1, "c": 56, "g": 16}  # KiB
+FILE_OF = {"f": "2", "b": "2", "e": "2", "a": "1", "d": "1", "c": "1", "g": "1"}
+
+
+def content(name: str) -> np.ndarray:
+    rng = np.random.default_rng(ord(name))
+    dtype = ml_dtypes.bfloat16 if name in "bd" else np.float32
+    return rng.integers(0, 255, SIZES[name] * KIB, np.uint8).view(dtype)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    files = {name: f"model-0000{file}-of-00002.safetensors" for name, file in FILE_OF.items()}
+    plan = {name: TensorType.of(content(name)) for name in SIZES}
+    write_checkpoint(tmp_path / "checkpoint", plan, content, config=CONFIG, files=files)
+    return open_checkpoint(tmp_path / "checkpoint")
+
+
+FILE_ORDER = ["a", "c", "g", "d", "f", "e", "b"]  # file by file, float32 before bfloat16
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def reader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tandem-read")]
+
+
+@pytest.mark.parametrize("budget", [None, 64 * KIB, 100 * KIB, 1 << 30])
+def test_tensors_come_in_file_order_with_their_bytes(checkpoint: Checkpoint, budget: int | None) -> None:
+    found = list(checkpoint.stream(budget))
+    assert [name for name, _ in found] == FILE_ORDER
+    places = [(checkpoint.tensors[name].file, checkpoint.tensors[name].offsets) for name, _ in found]
+    assert places == sorted(places)
+    for name, array in found:
+        assert array.dtype == content(name).dtype
+        assert array.tobytes() == content(name).tobytes()
+
+
+def test_arrays_are_aligned_memory_of_their_own_and_never_reused(checkpoint: Checkpoint) -> None:
+    kept = dict(checkpoint.stream(64 * KIB))
+    again = dict(checkpoint.stream(64 * KIB))
+    arrays = [*kept.values(), *again.values()]
+    assert all(array.ctypes.data % 64 == 0 for array in arrays)
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays) for b in arrays[:i])
+    for name, array in kept.items():
+        array.view(np.uint8)[:] = 0
+        assert again[name].tobytes() == content(name).tobytes()
+
+
+@pytest.mark.parametrize("budget", [64 * KIB, 72 * KIB, 130 * KIB])
+def test_held_bytes_stay_within_the_budget(checkpoint: Checkpoint, budget: int) -> None:
+    list(checkpoint.stream(budget))  # so that what is allocated once for good is not counted
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    stream = checkpoint.stream(budget)
+    for _ in SIZES:
+        name, array = next(stream)
+        assert array.nbytes == SIZES[name] * KIB
+        del array
+    assert next(stream, None) is None
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert budget // 2 < peak < budget + 24 * KIB  # the machinery: executor, thread, futures
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Runs what is submitted before ``submit`` returns: the earliest that a reading thread could be."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+@pytest.mark.parametrize("budget", [64 * KIB, 72 * KIB, 130 * KIB])
+def test_a_reader_that_is_always_first_stays_within_the_budget(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    real = loaders.checkpoint.aligned_empty
+    alive: list[int] = []
+    peak = 0
+
+    def watched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        nonlocal peak
+        array = real(shape, dtype)
+        alive.append(array.nbytes)
+        weakref.finalize(array, alive.remove, array.nbytes)
+        peak = max(peak, sum(alive))
+        return array
+
+    monkeypatch.setattr(loaders.checkpoint, "aligned_empty", watched)
+    monkeypatch.setattr(loaders.checkpoint, "ThreadPoolExecutor", AtOnce)
+    stream = checkpoint.stream(budget)
+    while (found := next(stream, None)) is not None:
+        del found
+    assert alive == []
+    assert budget // 2 < peak <= budget
+
+
+def test_a_slow_consumer_lets_the_reader_get_ahead_by_the_budget_and_no_further(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = loaders.checkpoint.aligned_empty
+
+    def watched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        asked.append(int(np.prod(shape)) * dtype.itemsize // KIB)
+        return real(shape, dtype)
+
+    monkeypatch.setattr(loaders.checkpoint, "aligned_empty", watched)
+    stream = checkpoint.stream(100 * KIB)
+    first = next(stream)
+    for thread in threading.enumerate():
+        if thread.name.startswith("tandem-read"):
+            thread.join(0.3)  # time to read all it may
+    assert first[0] == "a"
+    assert asked == [24, 56, 16, 1]  # a, c, g, d: f would make 137
+    stream.close()
+
+
+def test_a_tensor_larger_than_the_budget_is_refused_before_anything_is_read(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a file was opened")
+
+    monkeypatch.setattr(LocalDirectory, "open", forbidden)
+    with pytest.raises(
+        ValueError, match=r"host_budget_bytes=50000 is less than 2 tensors need, the largest 65536 bytes"
+    ):
+        checkpoint.stream(50_000)
+
+
+def test_memory_that_is_given_does_not_count(checkpoint: Checkpoint) -> None:
+    large = {name: np.empty_like(content(name)) for name in ("e", "c")}
+    found = dict(checkpoint.stream(50_000, into=large.get))
+    assert list(found) == FILE_ORDER
+    for name, array in found.items():
+        assert array.tobytes() == content(name).tobytes()
+        assert (array is large.get(name)) == (name in large)
+
+
+def test_destinations_are_filled_in_place_and_nothing_else_is(checkpoint: Checkpoint) -> None:
+    stack = np.full((3, 6 * KIB), -1, np.float32)
+    found = dict(checkpoint.stream(names=["a", "b"], into=lambda name: stack[1] if name == "a" else None))
+    assert np.shares_memory(found["a"], stack)
+    assert not np.shares_memory(found["b"], stack)
+    assert stack[1].tobytes() == content("a").tobytes()
+    assert (stack[[0, 2]] == -1).all()
+
+
+@pytest.mark.parametrize("wrong", [np.empty(6 * KIB, np.int32), np.empty(5, np.float32), np.empty(12 * KIB, "f4")[::2]])
+def test_a_destination_that_does_not_fit_is_refused_before_anything_is_read(
+    checkpoint: Checkpoint, wrong: np.ndarray
+) -> None:
+    with pytest.raises(ValueError, match="destination of 'a' is"):
+        checkpoint.stream(into={"a": wrong}.get)
+
+
+@pytest.mark.parametrize("kind", [list, set, iter, dict.fromkeys])
+def test_chosen_names_come_in_file_order_however_they_are_given(
+    checkpoint: Checkpoint, kind: Callable[[list[str]], Iterator[str]]
+) -> None:
+    assert [name for name, _ in checkpoint.stream(names=kind(["b", "g", "a", "b"]))] == ["a", "g", "b"]
+    assert list(checkpoint.stream(names=kind([]))) == []
+
+
+def test_an_unknown_name_is_a_key_error_before_anything_is_read(checkpoint: Checkpoint) -> None:
+    with pytest.raises(KeyError, match="'x'"):
+        checkpoint.stream(names=["a", "x"])
+
+
+# Files that change between opening and reading
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"\0" * 8)
+
+
+def rewrite(path: Path) -> None:
+    raw = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(raw)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the clock of a file system may tick every few ms only
+
+
+def replace(path: Path) -> None:
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    copy.replace(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def turn_into_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_outside(path: Path) -> None:
+    path.rename(path.parent.parent / "moved")
+    path.symlink_to(path.parent.parent / "moved")
+
+
+CHANGES = [truncate, empty, grow, rewrite, replace, remove, turn_into_fifo, link_outside]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_since_opening_is_an_error_and_not_other_weights(
+    checkpoint: Checkpoint, change: Callable[[Path], None]
+) -> None:
+    file = checkpoint.tensors["a"].file
+    change(Path(str(checkpoint.source)) / file)
+    for attempt in (lambda: checkpoint.read("a"), lambda: list(checkpoint.stream())):
+        with pytest.raises(CheckpointError) as caught:
+            attempt()
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{file} c")  # changed, or cannot be opened
+    assert checkpoint.read("b").tobytes() == content("b").tobytes()  # the other file is as it was
+
+
+@pytest.mark.parametrize("change", [truncate, empty, grow, rewrite])
+def test_a_file_that_changes_while_it_is_streamed_is_an_error(
+    checkpoint: Checkpoint, change: Callable[[Path], None]
+) -> None:
+    stream = checkpoint.stream(64 * KIB)
+    assert next(stream)[0] == "a"
+    change(Path(str(checkpoint.source)) / checkpoint.tensors["a"].file)
+    with pytest.raises(CheckpointError):
+        list(stream)
+    assert reader_threads() == []
+
+
+def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(checkpoint: Checkpoint) -> None:
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    raw = path.read_bytes()
+    stream = checkpoint.stream(64 * KIB, names=["a", "c", "g"])
+    found = [next(stream)]
+    other = path.with_suffix(".new")
+    other.write_bytes(raw[: -SIZES["g"] * KIB] + b"\0" * SIZES["g"] * KIB)
+    other.replace(path)
+    found += stream  # the file that was opened is pinned
+    assert [array.tobytes() for _, array in found] == [content(name).tobytes() for name in "acg"]
+
+
+# Abandoned iterators
+
+
+def test_an_iterator_abandoned_half_way_leaves_no_thread_and_no_open_file(checkpoint: Checkpoint) -> None:
+    before = open_files()
+    for budget in (64 * KIB, 1 << 30):
+        stream = checkpoint.stream(budget)
+        next(stream)
+        next(stream)
+        assert len(reader_threads()) == 1
+        del stream
+        gc.collect()
+        assert reader_threads() == []
+        assert open_files() == before
+
+
+def test_a_finished_a_failed_and_an_unstarted_iterator_leave_nothing_behind(checkpoint: Checkpoint) -> None:
+    before = open_files()
+    list(checkpoint.stream())
+    checkpoint.stream()
+    truncate(Path(str(checkpoint.source)) / checkpoint.tensors["e"].file)
+    with pytest.raises(CheckpointError):
+        list(checkpoint.stream())
+    gc.collect()
+    assert (reader_threads(), open_files()) == ([], before)
+
+
+def test_an_exception_of_the_consumer_stops_the_reader(checkpoint: Checkpoint) -> None:
+    def consume() -> None:
+        for name, _ in checkpoint.stream():
+            if name == "g":
+                raise RuntimeError("the consumer failed")
+
+    before = open_files()
+    with pytest.raises(RuntimeError, match="the consumer failed"):
+        consume()
+    gc.collect()
+    assert (reader_threads(), open_files()) == ([], before)
+
+
+def test_two_streams_of_one_checkpoint_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:
+    pairs = list(zip(checkpoint.stream(64 * KIB), checkpoint.stream(1 << 20), strict=True))
+    assert [one[0] for one, _ in pairs] == FILE_ORDER
+    assert all(one[1].tobytes() == other[1].tobytes() == content(one[0]).tobytes() for one, other in pairs)

@@ -1,0 +1,250 @@
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from synthetic_traces import add_error, make_backend, make_oracle, trio
+
+from parity import Comparison, EventResult, compare
+from parity.events import render_text, timeline
+from parity.export_results import overall, to_json, to_junit, to_markdown
+from parity.report import render_html
+
+ROOT_A, ROOT_B = "3fa2c1d4" * 8, "9be01177" * 8
+EVENTS = [
+    EventResult("load A", "jax", "pass", "21 tensors", 1, ROOT_A, 0.12),
+    EventResult("load A", "torch", "pass", "", 1, ROOT_A, 0.34),
+    EventResult("reload B", "jax", "fail", "derived scale is stale", 2, ROOT_B, 0.5),
+    EventResult("reload B", "torch", "pass", "", 2, ROOT_B, 0.25),
+    EventResult("graph replay", "torch", "skip", "no CUDA device"),
+]
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+@pytest.fixture(scope="module")
+def failing() -> Comparison:
+    a, b, oracle = trio()
+    add_error(a, oracle, from_layer=3, times=10)
+    return compare(a, b, oracle)
+
+
+@pytest.fixture(scope="module")
+def passing() -> Comparison:
+    return compare(*trio())
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and keeps the text and the attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(page)
+        self.close()
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(comparisons, events=()) -> str:
+    return render_html("A title", comparisons=comparisons, events=list(events), facts={"machine": "here"})
+
+
+def test_the_report_is_one_well_formed_file_that_fetches_nothing_and_runs_nothing(failing, passing):
+    page = page_of([("one", failing), ("two", passing)], EVENTS)
+    parsed = Page(page)
+    assert not any(tag in ("script", "link", "img", "iframe") for tag, _, _ in parsed.attributes)
+    assert not any(name in ("src", "href") or name.startswith("on") for _, name, _ in parsed.attributes)
+    assert "http" not in page
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "prefers-color-scheme:dark" in page
+    assert "@media print" in page
+
+
+def test_everything_a_reader_needs_is_in_sight(failing):
+    text = " ".join(Page(page_of([("reload", failing)], EVENTS)).text)
+    for part in (
+        "A title", "machine", "here", "Something differs", failing.summary, "First divergence", "hidden_states.3",
+        "reload B", "derived scale is stale", "v2", ROOT_B[:8], "no CUDA device", "lid", "limit", "precision.matmul",
+    ):  # fmt: skip
+        assert part in text, part
+    assert text.count("FAIL: bug") == 1
+
+
+def test_a_pass_says_so_and_shows_what_came_nearest(passing):
+    text = " ".join(Page(page_of([("load", passing)])).text)
+    assert "Everything agrees" in text
+    assert "Nearest to its limit" in text
+    assert "First divergence" not in text
+
+
+def test_text_from_outside_is_escaped_everywhere():
+    evil = '<script>alert("x")</script>&"\''
+    a, b, oracle = trio()
+    a.meta |= {"backend": evil, "device": evil, "checkpoint": evil, "precision": {evil: evil}, "versions": {evil: evil}}
+    add_error(a, oracle, from_layer=2, times=20)
+    events = [EventResult(evil, evil, "fail", evil, 1, evil, 0.1)]
+    for comparison in (compare(a, b, oracle), Comparison.skipped(evil), Comparison(verdict="PASS", summary=evil)):
+        page = render_html(evil, comparisons=[(evil, comparison)], events=events, facts={evil: evil})
+        Page(page)
+        assert "<script" not in page
+        assert "<script" not in comparison._repr_html_()
+
+
+def test_differing_precision_flags_are_tinted_and_flags_of_one_side_are_not():
+    a, b, oracle = trio()
+    b.meta["precision"] = {"matmul": "tf32", "only_here": "1"}
+    page = page_of([("x", compare(a, b, oracle))])
+    assert re.findall(r'<tr class="differs"><td>([^<]*)', page) == ["precision.matmul"]
+    assert "only_here" in page
+
+
+def test_the_chart_draws_both_errors_the_limit_the_lid_and_a_ring_where_it_fails(failing):
+    page = page_of([("x", failing)])
+    for css in ("ea", "eb", "limit", "lid", "mark"):
+        assert page.count(f'class="{css}"') == 1
+    assert page.count('class="ring"') == sum(row.verdict == "FAIL" for row in failing.rows)
+    assert page.count('class="pa"') == len(failing.rows)
+
+
+def test_every_kind_of_comparison_can_be_drawn():
+    a, b, oracle = trio(shape=(1, 1))
+    cases = [compare(a, b, oracle), compare(a, b), Comparison.skipped("no device"), compare(*trio(sparse=(2,)))]
+    a.tensors["logits"][0, 0, 0] = np.nan
+    cases.append(compare(a, b, oracle))
+    cases.append(compare(b, a))
+    a.meta["dtype"] = "float32"
+    cases.append(compare(a, b, oracle))
+    for comparison in cases:
+        Page(page_of([("x", comparison)]))
+        Page(comparison._repr_html_())
+        assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', comparison._repr_html_())
+    Page(page_of([], EVENTS))
+
+
+def test_a_report_of_deep_models_and_long_noisy_sequences_stays_under_two_megabytes():
+    oracle = make_oracle(shape=(8, 700), layers=64)
+    a, b = make_backend(oracle, "jax", 1), make_backend(oracle, "torch", 2)
+    comparison = compare(a, b, oracle)
+    rng = np.random.default_rng(0)
+    for name, used in comparison.token_used.items():  # every cell another colour than its neighbours
+        comparison.token_used[name] = rng.uniform(0, 10, used.shape).astype(np.float32)
+    page = page_of([(f"case {i}", comparison) for i in range(8)], EVENTS * 20)
+    assert len(page.encode()) < 2_000_000
+
+
+def test_the_worst_token_of_a_long_sequence_is_still_drawn(failing):
+    from parity.heat import LEVELS, _levels
+
+    used = np.zeros(1000)
+    used[777] = 9.0
+    levels = _levels(used, 7)
+    assert levels.max() == len(LEVELS)
+    assert int(levels.argmax()) == 777 // 7
+    assert (_levels(np.full(5, np.nan), 2) == -1).all()
+
+
+# Events
+
+
+def test_events_become_one_row_each_and_repeated_ones_keep_their_order():
+    events = [EventResult("load A", "jax", "pass"), EventResult("load A", "jax", "fail"), *EVENTS[1:2]]
+    backends, rows = timeline(events)
+    assert backends == ["jax", "torch"]
+    assert [row.event for row in rows] == ["load A", "load A"]
+    assert [row.cells["jax"].verdict for row in rows] == ["pass", "fail"]
+    assert rows[0].cells["torch"] is events[2]
+    assert rows[1].cells["torch"] is None
+
+
+def test_the_text_table_is_aligned_and_tells_what_failed():
+    lines = render_text(EVENTS, colour=False).splitlines()
+    assert lines[0].split() == ["event", "jax", "torch"]
+    assert lines[1] == "load A        pass v1 3fa2c1d4 0.12 s  pass v1 3fa2c1d4 0.34 s"
+    assert lines[3] == "graph replay  -                        skip"
+    assert "fail  reload B on jax: derived scale is stale" in lines
+    assert render_text([]) == "no events"
+
+
+def test_colours_are_used_on_a_terminal_only(capsys):
+    assert "\033[" not in render_text(EVENTS)  # pytest captures, so there is no terminal
+    coloured = render_text(EVENTS, colour=True)
+    assert "\033[31mfail" in coloured
+    assert re.sub(r"\033\[\d+m", "", coloured) == render_text(EVENTS, colour=False)
+
+
+# Exports
+
+
+def test_the_overall_verdict_is_the_worst_and_skip_only_when_nothing_ran(failing, passing):
+    skipped = Comparison.skipped("x")
+    assert overall([("a", passing), ("b", failing)], []) == "FAIL"
+    assert overall([("a", passing)], EVENTS) == "FAIL"
+    assert overall([("a", passing), ("b", skipped)], EVENTS[:2]) == "PASS"
+    assert overall([("b", skipped)], EVENTS[4:]) == "SKIP"
+    assert overall([], []) == "SKIP"
+
+
+def test_junit_has_a_case_per_tensor_with_its_margin_and_fails_where_it_fails(failing):
+    root = ElementTree.fromstring(to_junit([("reload", failing)], EVENTS))
+    suites = {suite.get("name"): suite for suite in root}
+    assert set(suites) == {"reload", "lifecycle jax", "lifecycle torch"}
+    cases = {case.get("name"): case for case in suites["reload"]}
+    assert set(cases) == {row.name for row in failing.rows} | {"verdict"}
+    for row in failing.rows:
+        properties = {item.get("name"): item.get("value") for item in cases[row.name].iter("property")}
+        assert float(properties["margin"]) == pytest.approx(row.margin, rel=1e-5)
+        assert {"token_margin", "limit", "e_a", "e_b"} <= set(properties)
+        assert (cases[row.name].find("failure") is not None) == (row.verdict == "FAIL")
+    assert cases["verdict"].find("failure").get("message") == failing.summary
+    assert suites["reload"].get("failures") == str(sum(row.verdict == "FAIL" for row in failing.rows) + 1)
+    assert suites["lifecycle torch"].get("skipped") == "1"
+
+
+def test_junit_survives_characters_that_xml_cannot_carry():
+    events = [EventResult("load \x00\x1b", "jax", "fail", "bytes \x00 <&> \ud800")]
+    root = ElementTree.fromstring(to_junit([("x\x01", Comparison.skipped("y\x02"))], events))
+    assert root.find(".//failure").get("message") == "bytes \ufffd <&> \ufffd"
+
+
+@pytest.mark.parametrize("verdict", ["INVALID", "INCONCLUSIVE"])
+def test_junit_counts_what_could_not_be_decided_as_an_error(verdict):
+    root = ElementTree.fromstring(to_junit([("x", Comparison(verdict=verdict, summary="why"))]))
+    assert root[0].get("errors") == "1"
+    assert root.find(".//error").get("message") == "why"
+
+
+def test_json_has_the_overall_verdict_at_its_top_and_is_strict(failing):
+    def refuse(name):
+        raise AssertionError(name)
+
+    document = json.loads(to_json([("reload", failing)], EVENTS), parse_constant=refuse)
+    assert (document["schema"], document["verdict"], document["exit_code"]) == (1, "FAIL", 1)
+    assert document["comparisons"][0]["title"] == "reload"
+    assert document["comparisons"][0]["divergence"]["layer"] == 3
+    assert document["events"][2]["detail"] == "derived scale is stale"
+
+
+def test_markdown_has_the_sentence_and_tables_that_no_pipe_breaks(failing):
+    events = [EventResult("load | A", "jax", "fail", "a\nb | c", 1)]
+    lines = to_markdown([("reload | B", failing)], events).splitlines()
+    assert failing.summary in lines
+    rows = [re.sub(r"\\\|", "", line) for line in lines if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {8, 3}
