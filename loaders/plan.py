@@ -134,7 +134,8 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     for tied in specs.tied:
         if tied.tensor in found:
             problems += _tensor_problems(checkpoint, tied.tensor, tied.shape, (), specs)
-    unclaimed = [name for name in found if name not in whole.tensors()]
+    claimed = whole.tensors()
+    unclaimed = [name for name in found if name not in claimed]
     left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in left_out_patterns))
     problems += [
         f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} has no such weight"

@@ -117,6 +117,8 @@ class Specs:
 
     params: tuple[ParamSpec, ...]
     tied: tuple[TiedSpec, ...]
+    embedding: str | None  # the parameter that holds it; None: another stage's
+    head: str | None  # in a tied model the embedding's
     origins: dict[str, str]  # axis letter -> which config keys fix its size
 
     def __iter__(self) -> Iterator[ParamSpec]:
@@ -151,7 +153,11 @@ def expand(rules: Sequence[Rule], config: ModelConfig, stage: Stage | None = Non
                 Source(rule.tensor.format(layer=layer, expert=expert), expert, rule.shard_id) for expert in experts
             )
     params = tuple(_param(name, found, rule_of[name], dims) for name, found in sources.items())
-    return Specs(params, tuple(tied), {letter: dim.origin for letter, dim in dims.items()})
+    embedding = next((rule.parameter for rule in rule_of.values() if rule.on == "embedding"), None)
+    head = embedding if config.tie_word_embeddings else next(
+        (rule.parameter for rule in rule_of.values() if rule.on == "head"), None
+    )
+    return Specs(params, tuple(tied), embedding, head, {letter: dim.origin for letter, dim in dims.items()})
 
 
 def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:

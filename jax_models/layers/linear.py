@@ -7,6 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x Wᵀ for a stored ``[out, in]`` weight, float32. W is cast to the dtype of x, products are summed in float32."""
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
 class Linear(nnx.Module):
     """y = x Wᵀ + b, accumulated in float32 and returned in the dtype of x.
 
@@ -21,8 +26,7 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(x.dtype)
-        y32 = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+        y32 = project(x, self.weight[...])
         if self.has_bias:
             y32 = y32 + self.bias[...].astype(x.dtype).astype(jnp.float32)
         return y32.astype(x.dtype)
@@ -38,8 +42,3 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
-
-    def attend(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits of a tied head: x Eᵀ, accumulated in float32."""
-        weight_VD = self.weight[...].astype(x_BTD.dtype)
-        return jnp.einsum("btd,vd->btv", x_BTD, weight_VD, preferred_element_type=jnp.float32).astype(x_BTD.dtype)

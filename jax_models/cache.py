@@ -1,0 +1,66 @@
+"""Key/value cache: a pytree that decoding steps pass on and donate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jax_models.layers.attention import LayerCache
+from jax_models.sharding import cache_sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer of a stage, for rows that end at the same slot.
+
+    Attributes:
+        layers: layer number as text -> keys and values [B, S, K, H].
+        key_mask: bool [B, S], slots that hold a real token.
+        position: int32 [B], position of each row's next token.
+        length: int32, slots filled.
+    """
+
+    layers: dict[str, LayerCache]
+    key_mask: jax.Array
+    position: jax.Array
+    length: jax.Array
+
+    def advanced(self, layers: dict[str, LayerCache], key_mask: jax.Array, tokens: int) -> Cache:
+        """The cache after ``tokens`` more slots; positions advance by the real tokens among them."""
+        real_B = jnp.sum(key_mask, axis=1, dtype=jnp.int32) - jnp.sum(self.key_mask, axis=1, dtype=jnp.int32)
+        return Cache(layers, key_mask, self.position + real_B, self.length + tokens)
+
+
+@dataclass(frozen=True)
+class VersionedCache:
+    """A cache and the weights version it was computed with; no other version may read it (law 7)."""
+
+    arrays: Cache
+    version: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row has."""
+        return self.arrays.key_mask.shape[1]
+
+
+def empty_cache(
+    layers: range, rows: int, capacity: int, heads: int, head_dim: int, dtype: jnp.dtype, mesh: Mesh | None
+) -> Cache:
+    """A cache with no token in it."""
+    sharding = None if mesh is None else cache_sharding(mesh, rows, heads)
+    shape = (rows, capacity, heads, head_dim)
+    # every layer its own buffers: a donated buffer must not be seen twice
+    entries = {
+        str(layer): LayerCache(
+            key=jnp.zeros(shape, dtype, device=sharding), value=jnp.zeros(shape, dtype, device=sharding)
+        )
+        for layer in layers
+    }
+    return Cache(
+        entries, jnp.zeros((rows, capacity), bool), jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32)
+    )

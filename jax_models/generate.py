@@ -1,0 +1,98 @@
+"""Text generation with a key/value cache: greedy, temperature, top-k, top-p; ragged batches."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+
+
+@partial(jax.jit, static_argnames=("top_k",))
+def sample(
+    logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: int | None
+) -> jax.Array:
+    """One token a row, int32 [B], from softmax(logits / temperature) cut to the best ``top_k``, then to ``top_p``.
+
+    ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
+    """
+    size = logits_BV.shape[-1] if top_k is None else min(top_k, logits_BV.shape[-1])
+    best_BK, token_BK = jax.lax.top_k(logits_BV / temperature, size)
+    probability_BK = jax.nn.softmax(best_BK, axis=-1)
+    before_BK = jnp.cumsum(probability_BK, axis=-1) - probability_BK
+    kept_BK = jnp.where(before_BK < top_p, best_BK, -jnp.inf)
+    chosen_B1 = jax.random.categorical(key, kept_BK, axis=-1)[:, None]
+    return jnp.take_along_axis(token_BK, chosen_B1, axis=-1)[:, 0].astype(jnp.int32)
+
+
+def generate(
+    model: Model,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    ignore_eos: bool = False,
+) -> jax.Array:
+    """Continue every row of a ragged batch as if it were alone.
+
+    Args:
+        model: the whole model.
+        input_ids: integers [B, T].
+        attention_mask: [B, T], padding on either side.
+        max_new_tokens: at most so many per row.
+        temperature: 0 = the best token (the lowest id among equals); else the softmax temperature.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the sampling; ignored at temperature 0.
+        ignore_eos: go on after an end-of-sequence token.
+    Returns:
+        int32 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
+        (or its end token when the config names none).
+    Raises:
+        ValueError: options out of range, bad inputs, or a pipeline stage.
+    """
+    check_options(max_new_tokens, temperature, top_k, top_p)
+    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int32)
+    filler = model.config.pad_token_id if model.config.pad_token_id is not None else (ends[0] if len(ends) else 0)
+    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
+    key = jax.random.key(seed)
+    has_ended_B = np.zeros(logits_BV.shape[0], bool)
+    tokens: list[np.ndarray] = []
+    for step in range(max_new_tokens):
+        if temperature == 0:
+            token_B = np.asarray(jnp.argmax(logits_BV, axis=-1), np.int32)
+        else:
+            step_key = jax.random.fold_in(key, step)
+            drawn = sample(logits_BV, step_key, jnp.float32(temperature), jnp.float32(top_p or 1.0), top_k)
+            token_B = np.asarray(drawn)
+        token_B = np.where(has_ended_B, np.int32(filler), token_B)
+        tokens.append(token_B)
+        has_ended_B |= np.isin(token_B, ends)
+        if has_ended_B.all() or step == max_new_tokens - 1:
+            break
+        logits_BV, cache = model.decode(token_B, cache)
+    return jnp.asarray(np.stack(tokens, axis=1))
+
+
+def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError listing every generation option that is out of range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}, expected 0 or more")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}, expected in (0, 1]")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,119 @@
+"""Mixture of experts: a router, and experts as stacks multiplied group by group."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_models.sharding import divides, expert_specs
+from jax_models.taps import tap
+from loaders.qwen3 import Qwen3MoeConfig
+
+# [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
+_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+class TopKRouter(nnx.Module):
+    """Softmax over all experts, then the best ``top_k``; ties go to the lower index.
+
+    Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
+    """
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        self.weight = nnx.Param(jnp.zeros((config.num_experts, config.hidden_size)))
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights, float32 [B, T, X], and experts, int32 [B, T, X], by falling weight."""
+        weight_ED = self.weight[...].astype(x_BTD.dtype)
+        logits_BTE = jnp.einsum("btd,ed->bte", x_BTD, weight_ED, preferred_element_type=jnp.float32)
+        weights_BTX, experts_BTX = jax.lax.top_k(jax.nn.softmax(logits_BTE, axis=-1), self.top_k)
+        if self.norm_topk_prob:
+            weights_BTX = weights_BTX / jnp.sum(weights_BTX, axis=-1, keepdims=True)
+        return weights_BTX, experts_BTX
+
+
+class Experts(nnx.Module):
+    """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
+
+    def __init__(self, config: Qwen3MoeConfig, mesh: Mesh | None) -> None:
+        e, m, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nnx.Param(jnp.zeros((e, 2, m, d)))
+        self.down_proj = nnx.Param(jnp.zeros((e, d, m)))
+        self.mesh = mesh
+
+    def __call__(self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array) -> jax.Array:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+        gate_up, down = self.gate_up_proj[...].astype(x_BTD.dtype), self.down_proj[...].astype(x_BTD.dtype)
+        if self.mesh is None:
+            return _chosen(x_BTD, weights_BTX, experts_BTX, gate_up, down, jnp.int32(0)).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, weights_BTX, experts_BTX, gate_up, down)
+
+    def _sharded(
+        self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array, gate_up: jax.Array, down: jax.Array
+    ) -> jax.Array:
+        """Each device multiplies the experts, and the part of their width, that it holds; one sum joins them."""
+        assert self.mesh is not None
+        specs = expert_specs(self.mesh, num_experts=gate_up.shape[0], width=gate_up.shape[2])
+        rows = jax.P("data" if divides(self.mesh, "data", x_BTD.shape[0]) else None)
+        local_experts = gate_up.shape[0] // (self.mesh.shape["expert"] if specs.experts else 1)
+
+        def local(x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index("expert") * local_experts if specs.experts else jnp.int32(0)
+            out = _chosen(x, weights, experts, gate_up, down, first)
+            return jax.lax.psum(out, specs.summed) if specs.summed else out
+
+        shared = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
+        run = shared(local, in_specs=(rows, rows, rows, specs.gate_up, specs.down), out_specs=rows)
+        return run(x_BTD, weights_BTX, experts_BTX, gate_up, down).astype(x_BTD.dtype)
+
+
+def _chosen(
+    x_BTD: jax.Array,
+    weights_BTX: jax.Array,
+    experts_BTX: jax.Array,
+    gate_up_E2MD: jax.Array,
+    down_EDM: jax.Array,
+    first: jax.Array,
+) -> jax.Array:
+    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D]."""
+    E, _, M, D = gate_up_E2MD.shape
+    X = experts_BTX.shape[-1]
+    expert_A = experts_BTX.reshape(-1) - first
+    is_here_A = (expert_A >= 0) & (expert_A < E)
+    group_A = jnp.where(is_here_A, expert_A, E)  # strangers sort behind every group and are never multiplied
+    order_A = jnp.argsort(group_A, stable=True)
+    size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
+    rows_AD = x_BTD.reshape(-1, D)[order_A // X]
+    gate_up_AF = _by_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), size_E).astype(x_BTD.dtype)
+    gate_AM, up_AM = jnp.split(gate_up_AF, 2, axis=-1)
+    out_AD = _by_group(jax.nn.silu(gate_AM) * up_AM, down_EDM, size_E)
+    out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
+    back_A = jnp.argsort(order_A)
+    out_BTXD = out_AD[back_A].reshape(*experts_BTX.shape, D)
+    return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
+
+
+def _by_group(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot_general(rows, weights, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
+
+
+class SparseMoeBlock(nnx.Module):
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
+
+    def __init__(self, config: Qwen3MoeConfig, layer: int, mesh: Mesh | None) -> None:
+        self.gate = TopKRouter(config)
+        self.experts = Experts(config, mesh)
+        self.layer = layer
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        weights_BTX, experts_BTX = self.gate(x_BTD)
+        tap(f"model.layers.{self.layer}.mlp.gate", experts_BTX)
+        return self.experts(x_BTD, weights_BTX, experts_BTX)

@@ -1,0 +1,233 @@
+"""The immutable model: weights, the programs that take them, and a version. Every change returns a new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_models import weights as life
+from jax_models.cache import VersionedCache, empty_cache
+from jax_models.generate import generate
+from jax_models.programs import Programs, Weights
+from loaders.checkpoint import Checkpoint
+from loaders.events import Event
+from loaders.inputs import TextInputs, bucket, check_text
+from loaders.plan import LoadReport
+from loaders.qwen3 import Qwen3Config
+from loaders.stage import Stage
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """One version of the weights of one pipeline stage, and how to run it.
+
+    Attributes:
+        config: of the checkpoint.
+        weights: nested dict pytree; flattened paths are checkpoint names.
+        version: 1 after load, + 1 with every published change.
+        stage: which part of a pipeline this is.
+        mesh: devices it is sharded over; None: one device.
+        checkpoint: what it was last loaded from.
+        report: what that load did.
+        events: everything published so far.
+    """
+
+    config: Qwen3Config
+    weights: Weights
+    version: int
+    programs: Programs
+    stage: Stage
+    mesh: Mesh | None
+    checkpoint: Checkpoint
+    report: LoadReport
+    events: tuple[Event, ...]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What is computed in. Parameters keep the checkpoint's dtypes."""
+        return self.programs.dtype
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> jax.Array:
+        """Run the stage.
+
+        Args:
+            input_ids: integers [B, T], on the first stage.
+            attention_mask: [B, T], 1 = real, padding on either side; None: all real.
+            position_ids: integers [B, T]; None: counted over each row's real tokens.
+            hidden_states: [B, T, D] from the stage before, on later stages.
+        Returns:
+            Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
+        Raises:
+            ValueError: inputs of the wrong shape, dtype or range.
+        """
+        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        return self.programs.forward(self.weights, entry, checked.attention_mask, checked.position_ids)
+
+    def with_taps(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
+        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        return self.programs.forward_with_taps(self.weights, entry, checked.attention_mask, checked.position_ids)
+
+    def apply(
+        self,
+        weights: Weights,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        *,
+        hidden_states: jax.Array | None = None,
+    ) -> jax.Array:
+        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing."""
+        entry = input_ids if self.stage.is_first else hidden_states
+        assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
+        mask_BT = jnp.ones(entry.shape[:2], bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        if position_ids is None:
+            position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
+        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32))
+
+    def prefill(
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+    ) -> tuple[jax.Array, VersionedCache]:
+        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
+
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
+        """
+        self._needs_whole_model("prefill")
+        checked = check_text(input_ids, attention_mask, None, vocab_size=self.config.vocab_size).left_aligned()
+        checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
+        rows, length = checked.input_ids.shape
+        config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
+        capacity = bucket(length + max_new_tokens)
+        cache = empty_cache(
+            layers, rows, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.mesh
+        )
+        logits_BV, cache = self.programs.prefill(
+            self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
+        )
+        return logits_BV, VersionedCache(cache, self.version)
+
+    def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
+        """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
+
+        Raises:
+            ValueError: the cache was computed with other weights, is full, or has other rows.
+        """
+        if cache.version != self.version:
+            raise ValueError(
+                f"the cache holds keys and values of weights version {cache.version}, the model is at {self.version}."
+                " Run prefill again."
+            )
+        ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
+        if len(ids_B1) != cache.arrays.position.shape[0]:
+            raise ValueError(f"{len(ids_B1)} tokens for a cache of {cache.arrays.position.shape[0]} rows")
+        check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
+        if int(cache.arrays.length) >= cache.capacity:
+            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
+        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays)
+        return logits_BV, VersionedCache(arrays, self.version)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> jax.Array:
+        """The new tokens, int32 [B, N]; rows of different length, each as if it were alone. See ``jax_models.generate``."""
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
+
+    def replace(self, *, weights: Weights) -> Model:
+        """A new version with these weights: same structure, shapes, dtypes and shardings.
+
+        Raises:
+            ValueError: listing every leaf that differs.
+        """
+        life.check_same_structure(self.weights, weights)
+        return self.published(weights, "replace")
+
+    def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same array twice."""
+        return life.get_embed_and_head(self)
+
+    def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
+        """A new version with another embedding and head; see ``jax_models.weights``."""
+        return life.set_embed_and_head(self, embed, head)
+
+    def update_weights_from_disk(self, uri: str | os.PathLike[str]) -> Model:
+        """A new version with the weights of another checkpoint of the same config; see ``jax_models.weights``."""
+        return life.update_weights_from_disk(self, uri)
+
+    def export(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
+        return life.export(self, directory)
+
+    def digests(self) -> dict[str, str]:
+        """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
+        return life.weight_digests(self)
+
+    def published(self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = ()) -> Model:
+        """The next version, with its event. Weights must have been checked."""
+        event = Event(kind, self.version + 1, detail, ignored)
+        return dataclasses.replace(self, weights=weights, version=self.version + 1, events=(*self.events, event))
+
+    def _checked(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
+    ) -> tuple[Any, TextInputs]:
+        if self.stage.is_first:
+            if input_ids is None or hidden_states is not None:
+                raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
+            checked = check_text(input_ids, attention_mask, position_ids, vocab_size=self.config.vocab_size)
+            return checked.input_ids, checked
+        if hidden_states is None or input_ids is not None:
+            raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
+        x_BTD = jnp.asarray(hidden_states, self.dtype)
+        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
+            raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
+        tokens = np.zeros(x_BTD.shape[:2], np.int32)
+        return x_BTD, check_text(tokens, attention_mask, position_ids, vocab_size=self.config.vocab_size)
+
+    def _needs_whole_model(self, what: str) -> None:
+        if self.stage.count > 1:
+            raise ValueError(f"{what} needs the whole model; this is stage {self.stage.index} of {self.stage.count}")

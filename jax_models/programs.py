@@ -1,0 +1,89 @@
+"""The compiled functions of a model: made once per (config, stage, dtype, mesh), pure in the weights.
+
+Weights are always an argument, never a constant of the program, so an update changes what is computed and compiles
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_models.cache import Cache
+from jax_models.taps import collect
+from loaders.families import FAMILIES
+from loaders.spec import ModelConfig
+from loaders.stage import Stage
+
+Weights = dict[str, Any]  # nested; flattened paths are checkpoint names
+
+
+@functools.lru_cache(maxsize=64)
+def programs_for(config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None) -> Programs:
+    """Shared by every model of the same shape, so that loading another checkpoint of it compiles nothing."""
+    return Programs(config, stage, dtype, mesh)
+
+
+class Programs:
+    """Forward, prefill and decode of one pipeline stage."""
+
+    def __init__(self, config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None) -> None:
+        family = importlib.import_module(f"jax_models.{FAMILIES[config.architecture]}")
+        build = vars(family)[config.architecture]
+        self.graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, stage, mesh, dtype)))
+        self.abstract: Weights = nnx.to_pure_dict(state)
+        self.stage = stage
+        self.dtype = dtype
+        self.forward = jax.jit(self.apply)
+        self.forward_with_taps = jax.jit(self._apply_with_taps)
+        self.prefill = jax.jit(self._prefill, donate_argnames="cache")
+        self.decode = jax.jit(self._decode, donate_argnames="cache")
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
+        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
+
+    def apply(self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
+        with self.precision():
+            module = nnx.merge(self.graphdef, weights)
+            x_BTD, _ = module.model(self._enter(module, inputs), positions_BT, mask_BT)
+            return module.head(x_BTD) if self.stage.is_last else x_BTD
+
+    def _apply_with_taps(
+        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        with collect() as taps:
+            out = self.apply(weights, inputs, mask_BT, positions_BT)
+        return out, taps
+
+    def _prefill(
+        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Fill the cache with T tokens; logits [B, V] of the last one only (hidden states [B, T, D] before the last stage)."""
+        rest = cache.key_mask.shape[1] - mask_BT.shape[1]
+        key_mask_BS = jnp.pad(mask_BT, ((0, 0), (0, rest)))
+        return self._step(weights, inputs, positions_BT, key_mask_BS, cache)
+
+    def _decode(self, weights: Weights, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
+        key_mask_BS = cache.key_mask.at[:, cache.length].set(True)
+        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache)
+
+    def _step(
+        self, weights: Weights, inputs: jax.Array, positions_BT: jax.Array, key_mask_BS: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        with self.precision():
+            module = nnx.merge(self.graphdef, weights)
+            x_BTD, cache = module.model(self._enter(module, inputs), positions_BT, key_mask_BS, cache)
+            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
+
+    def _enter(self, module: Any, inputs: jax.Array) -> jax.Array:
+        return module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)

@@ -1,0 +1,153 @@
+"""The life of the weights: swap, reload, export. Pure: a model goes in, a new one comes out, or an error and no change."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jax_models.sharding import param_sharding
+from loaders import open_checkpoint
+from loaders.digest import digests
+from loaders.dtypes import from_numpy
+from loaders.events import Event
+from loaders.export import export_checkpoint, tensors_of
+from loaders.plan import plan_reload, specs_of
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+    from jax_models.programs import Weights
+
+log = logging.getLogger(__name__)
+
+
+def flatten(weights: Weights) -> dict[str, jax.Array]:
+    """Parameters by checkpoint name."""
+    return traverse_util.flatten_dict(weights, sep=".")
+
+
+def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
+    """Embedding and head, [V, D] as stored; None for a half this stage lacks; tied: the same array twice."""
+    specs = specs_of(model.config, model.stage)
+    flat = flatten(model.weights)
+    return flat[specs.embedding] if specs.embedding else None, flat[specs.head] if specs.head else None
+
+
+def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
+    """Swap embedding and head. Every other buffer is shared with the old model, which stays as it was.
+
+    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting what is
+    already there publishes nothing.
+
+    Args:
+        model: the model to start from.
+        embed: [V, D] in the stored dtype, JAX or NumPy (copied).
+        head: likewise; in a tied model only the embedding itself or an equal array.
+    Raises:
+        ValueError: listing wrong shapes and dtypes, or a head that a tied model cannot have.
+    """
+    specs = specs_of(model.config, model.stage)
+    flat = flatten(model.weights)
+    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
+    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
+    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
+    problems = [problem for half, (name, value) in asked.items() for problem in _misfits(half, value, flat[name])]
+    if problems:
+        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+    if model.config.tie_word_embeddings and "head" in asked:
+        _check_tied(head, asked["embed"][1] if "embed" in asked else flat[asked["head"][0]])
+        asked = {"embed": asked["embed"]} if "embed" in asked else {}
+    changed = {name: value for name, value in asked.values() if value is not flat[name]}
+    for half in ignored:
+        log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
+    if not changed:
+        event = Event("swap", model.version, "nothing changed", ignored)
+        return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
+    dims = model.config.dims()
+    by_name = {spec.name: spec for spec in specs}
+    for name, value in changed.items():
+        # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
+        source = value if isinstance(value, jax.Array) else np.array(value)
+        flat[name] = jax.device_put(source, param_sharding(by_name[name], dims, model.mesh))
+    return model.published(traverse_util.unflatten_dict(flat, sep="."), "swap", " and ".join(asked), ignored)
+
+
+def _misfits(half: str, value: Any, live: jax.Array) -> list[str]:
+    if not isinstance(value, jax.Array | np.ndarray):
+        return [f"{half} is a {type(value).__name__}, expected a JAX or NumPy array"]
+    if (value.shape, value.dtype) == (live.shape, live.dtype):
+        return []
+    return [f"{half} is {value.dtype} {value.shape}, expected {live.dtype} {live.shape} (vocab_size, hidden_size)"]
+
+
+def _check_tied(head: Any, embed: Any) -> None:
+    if head is embed or np.array_equal(_bits(head), _bits(embed)):
+        return
+    raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
+
+
+def _bits(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(value).view(np.uint8)
+
+
+def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model:
+    """Reload all weights from another checkpoint of the same config, without compiling anything.
+
+    The checkpoint is checked whole before a byte is read, then read whole into new buffers, then published. Until then,
+    and after any failure, the old model serves unchanged.
+
+    Raises:
+        CheckpointError: listing everything that does not fit, or what could not be read.
+    """
+    from jax_models.load import read_weights  # the loader builds models
+
+    checkpoint = open_checkpoint(uri)
+    live = {name: from_numpy(array.dtype) for name, array in flatten(model.weights).items()}
+    plan = plan_reload(checkpoint, model.config, model.stage, live)
+    weights, report = read_weights(plan, model.mesh)
+    check_same_structure(model.weights, weights)
+    updated = model.published(weights, "reload", str(checkpoint.source))
+    return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)
+
+
+def check_same_structure(live: Weights, new: Weights) -> None:
+    """Same names, shapes, dtypes and shardings: what keeps every compiled program valid.
+
+    Raises:
+        ValueError: listing every leaf that differs.
+    """
+    old_flat, new_flat = flatten(live), flatten(new)
+    problems = [f"{name} is missing" for name in old_flat if name not in new_flat]
+    problems += [f"{name} is unexpected" for name in new_flat if name not in old_flat]
+    for name, old in old_flat.items():
+        found = new_flat.get(name)
+        if found is None:
+            continue
+        if not isinstance(found, jax.Array):
+            problems.append(f"{name} is a {type(found).__name__}, expected a JAX array")
+        elif (found.shape, found.dtype) != (old.shape, old.dtype):
+            problems.append(f"{name} is {found.dtype} {found.shape}, expected {old.dtype} {old.shape}")
+        elif not isinstance(found, jax.core.Tracer) and not found.sharding.is_equivalent_to(old.sharding, old.ndim):
+            problems.append(f"{name} is sharded as {found.sharding}, expected {old.sharding}")
+    if problems:
+        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+
+
+def export(model: Model, directory: str | os.PathLike[str]) -> Path:
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
+    flat = flatten(model.weights)
+    specs = specs_of(model.config, model.stage)
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    flat = flatten(model.weights)
+    specs = specs_of(model.config, model.stage)
+    return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))

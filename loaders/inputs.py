@@ -1,0 +1,79 @@
+"""What a caller hands to a model, checked on the host before anything runs. NumPy only; both backends and traces use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TextInputs:
+    """Checked inputs: int32 ``input_ids`` [B, T], bool ``attention_mask`` [B, T], int32 ``position_ids`` [B, T]."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    position_ids: np.ndarray
+
+    def left_aligned(self) -> TextInputs:
+        """Every row's real tokens moved to its end, positions counted from 0: how generation keeps a ragged batch.
+
+        Raises:
+            ValueError: a row has no real token.
+        """
+        empty = np.flatnonzero(~self.attention_mask.any(axis=1))
+        if len(empty):
+            raise ValueError(f"attention_mask: rows {empty.tolist()} have no real token; there is nothing to continue")
+        order = np.argsort(self.attention_mask, axis=1, kind="stable")  # False first, order kept
+        ids = np.take_along_axis(self.input_ids, order, axis=1)
+        mask = np.take_along_axis(self.attention_mask, order, axis=1)
+        return TextInputs(np.where(mask, ids, 0).astype(np.int32), mask, positions_of(mask))
+
+    def padded_to(self, length: int) -> TextInputs:
+        """At least ``length`` tokens a row, padding added on the left."""
+        extra = ((0, 0), (max(length - self.input_ids.shape[1], 0), 0))
+        return TextInputs(*(np.pad(array, extra) for array in (self.input_ids, self.attention_mask, self.position_ids)))
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """Positions counted over real tokens, int32; 0 where the mask is False."""
+    return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+
+def check_text(input_ids: object, attention_mask: object, position_ids: object, *, vocab_size: int) -> TextInputs:
+    """Check and complete what a caller gave.
+
+    Args:
+        input_ids: integers [B, T], each in [0, vocab_size).
+        attention_mask: [B, T] of 0 and 1 (1 = real, padding on either side); None: all real.
+        position_ids: integers [B, T], not negative; None: counted over the real tokens of each row.
+        vocab_size: of the model.
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise ValueError(f"input_ids is {ids.dtype} {ids.shape}, expected integers [B, T] with B, T >= 1")
+    problems = []
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if bad.size:
+        problems.append(f"input_ids holds {bad.size} ids outside 0..{vocab_size - 1}, the first {bad[0]}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+        problems.append(f"attention_mask {mask.shape} must be 0 or 1 and have the shape of input_ids {ids.shape}")
+        mask = np.ones(ids.shape, bool)
+    mask = mask.astype(bool)
+    positions = positions_of(mask) if position_ids is None else np.asarray(position_ids)
+    if positions.shape != ids.shape or positions.dtype.kind not in "iu" or (positions < 0).any():
+        problems.append(
+            f"position_ids is {positions.dtype} {positions.shape}, expected integers >= 0 of the shape of input_ids"
+            f" {ids.shape}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return TextInputs(ids.astype(np.int32), mask, positions.astype(np.int32))
+
+
+def bucket(length: int) -> int:
+    """The size a compiled program is made for: the next power of two from 16 on, so that lengths share programs."""
+    return max(16, 1 << (length - 1).bit_length())

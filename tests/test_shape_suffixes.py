@@ -1,0 +1,99 @@
+"""The checker itself, on functions that tell the truth and functions that lie."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shape_suffixes import LETTERS, checked_shape_suffixes, lies, suffix_of
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for package in ("jax_models", "torch_models") for path in ROOT.glob(f"{package}/**/*.py"))
+
+
+def rms_that_tells_the_truth(x_BTD):
+    rms_BT1 = (x_BTD**2).mean(-1)[:, :, None] ** 0.5
+    return x_BTD / rms_BT1
+
+
+def rms_of_a_rank_it_has_not(x_BTD):
+    rms_BT = (x_BTD**2).mean(-1)[:, :, None] ** 0.5
+    return x_BTD / rms_BT
+
+
+def width_that_changes(x_BTD):
+    half_BTD = x_BTD[:, :, ::2]
+    return half_BTD
+
+
+def one_that_is_not_one(x_BTD):
+    first_BT1 = x_BTD[:, :, :2]
+    return first_BT1
+
+
+@pytest.fixture(params=["jax", "jax under jit", "torch"])
+def run(request):
+    """Call a function with ones of a shape, in a framework."""
+    name = request.param.split()[0]
+    framework = pytest.importorskip(name)
+    ones = importlib.import_module("jax.numpy").ones if name == "jax" else framework.ones
+    wrap = framework.jit if "jit" in request.param else lambda function: function
+    return lambda function, shape: wrap(function)(ones(shape))
+
+
+def test_suffixes_that_tell_the_truth_pass(run):
+    with checked_shape_suffixes(__name__):
+        run(rms_that_tells_the_truth, (2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("liar", "complaint"),
+    [
+        (rms_of_a_rank_it_has_not, "rms_BT has shape (2, 5, 1), expected 2 axes"),
+        (width_that_changes, "half_BTD has shape (2, 5, 4), expected D=8 as in x_BTD"),
+        (one_that_is_not_one, "first_BT1 has shape (2, 5, 2), expected 1=1 as in '1'"),
+    ],
+)
+def test_a_suffix_that_lies_is_named_with_its_function_and_its_shape(run, liar, complaint):
+    with pytest.raises(AssertionError) as raised, checked_shape_suffixes(__name__):
+        run(liar, (2, 5, 8))
+    assert str(raised.value) == f"{__name__}.{liar.__name__}: {complaint}"
+
+
+def test_only_the_named_packages_are_looked_at():
+    with checked_shape_suffixes("test_shape", "elsewhere"):
+        width_that_changes(np.ones((2, 5, 8)))
+
+
+def test_an_error_inside_the_block_is_not_replaced_by_the_lies_before_it():
+    with pytest.raises(ZeroDivisionError), checked_shape_suffixes(__name__):
+        width_that_changes(np.ones((2, 5, 8)))
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("x_BTD", "BTD"), ("rms_BT1", "BT1"), ("weight_D", "D"), ("x", None), ("x32", None), ("_B", None)]
+    + [("num_layers", None), ("from_JSON", None), ("BYTES_B", None), ("x_", None)],
+)
+def test_a_suffix_is_the_last_part_if_it_is_all_letters_of_the_glossary(name, suffix):
+    assert suffix_of(name) == suffix
+
+
+def test_what_is_no_array_has_no_shape_to_lie_about():
+    assert lies({"x_BT": None, "y_BTD": (1, 2), "z_D": "text"}) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_letter_the_models_use_is_in_the_glossary(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name | ast.arg):
+            names.add(node.id if isinstance(node, ast.Name) else node.arg)
+    for name in sorted(names):
+        stem, _, suffix = name.rpartition("_")
+        if stem and suffix.isupper() and not name.isupper():
+            assert LETTERS.issuperset(suffix), f"{name}: {sorted(set(suffix) - LETTERS)} not in docs/glossary.md"
