@@ -61,6 +61,4 @@ def empty_cache(
         )
         for layer in layers
     }
-    return Cache(
-        entries, jnp.zeros((rows, capacity), bool), jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32)
-    )
+    return Cache(entries, jnp.zeros((rows, capacity), bool), jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))

@@ -102,7 +102,9 @@ class Model:
         """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing."""
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
-        mask_BT = jnp.ones(entry.shape[:2], bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        mask_BT = (
+            jnp.ones(entry.shape[:2], bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        )
         if position_ids is None:
             position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
         return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32))
@@ -125,9 +127,7 @@ class Model:
         rows, length = checked.input_ids.shape
         config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
         capacity = bucket(length + max_new_tokens)
-        cache = empty_cache(
-            layers, rows, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.mesh
-        )
+        cache = empty_cache(layers, rows, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.mesh)
         logits_BV, cache = self.programs.prefill(
             self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
         )

@@ -40,9 +40,7 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(
-            self.input_layernorm(x_BTD), cos_BTR, sin_BTR, visible_BTS, cache, start
-        )
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), cos_BTR, sin_BTR, visible_BTS, cache, start)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
 

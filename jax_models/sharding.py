@@ -72,5 +72,7 @@ def expert_specs(mesh: Mesh, *, num_experts: int, width: int) -> ExpertSpecs:
 
 def replicated(params: tuple[ParamSpec, ...], dims: dict[str, Dim], mesh: Mesh) -> list[str]:
     """Parameters that every device holds whole although the table would cut them."""
-    cut = {spec.name: [letter for letter in spec.axes if LOGICAL_AXES.get(letter) in mesh.axis_names] for spec in params}
+    cut = {
+        spec.name: [letter for letter in spec.axes if LOGICAL_AXES.get(letter) in mesh.axis_names] for spec in params
+    }
     return [spec.name for spec in params if cut[spec.name] and not any(param_spec(spec, dims, mesh))]

@@ -154,8 +154,10 @@ def expand(rules: Sequence[Rule], config: ModelConfig, stage: Stage | None = Non
             )
     params = tuple(_param(name, found, rule_of[name], dims) for name, found in sources.items())
     embedding = next((rule.parameter for rule in rule_of.values() if rule.on == "embedding"), None)
-    head = embedding if config.tie_word_embeddings else next(
-        (rule.parameter for rule in rule_of.values() if rule.on == "head"), None
+    head = (
+        embedding
+        if config.tie_word_embeddings
+        else next((rule.parameter for rule in rule_of.values() if rule.on == "head"), None)
     )
     return Specs(params, tuple(tied), embedding, head, {letter: dim.origin for letter, dim in dims.items()})
 

@@ -1,7 +1,8 @@
-"""Shape suffixes, checked: ``x_BTD`` has three axes, and ``B`` is one size within a function. Letters: docs/glossary.md.
+"""Shape suffixes, checked: ``x_BTD`` has three axes, and ``B`` is one size within a function.
 
-Every local of a function that ends in glossary letters is looked at when the function returns, in both frameworks and
-also while ``jax.jit`` traces (a cached trace runs no Python, so nothing is seen then). There is nothing to annotate.
+The letters are those of docs/glossary.md; a digit is its own size. Every local that ends in them is looked at when its
+function returns, in both frameworks and also while ``jax.jit`` traces (a cached trace runs no Python, so nothing is
+seen then). There is nothing to annotate.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from types import FrameType
 from typing import Any
 
 GLOSSARY = Path(__file__).parents[1] / "docs" / "glossary.md"
-LETTERS = frozenset(re.findall(r"^\| `([A-Z1])` \|", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE))
+LETTERS = frozenset(re.findall(r"^\| `([A-Z])` \|", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE))
+DIGITS = frozenset("123456789")
 
 
 def suffix_of(name: str) -> str | None:
-    """``BTD`` of ``x_BTD``; None for names without letters of the glossary, and for CONSTANTS."""
+    """``BT1`` of ``x_BT1``; None for names that end otherwise, and for CONSTANTS."""
     stem, _, suffix = name.rpartition("_")
-    return suffix if stem and suffix and LETTERS.issuperset(suffix) and not name.isupper() else None
+    is_suffix = stem and not name.isupper() and LETTERS & set(suffix) and (LETTERS | DIGITS).issuperset(suffix)
+    return suffix if is_suffix else None
 
 
 def lies(variables: Mapping[str, Any]) -> list[str]:
     """What the suffixes of one function's arrays say that is not so."""
     found = []
-    sizes = {"1": (1, "'1'")}
+    sizes = {digit: (int(digit), "its name") for digit in DIGITS}
     for name, value in variables.items():
         suffix, shape = suffix_of(name), getattr(value, "shape", None)
         if suffix is None or not isinstance(shape, tuple):
@@ -36,24 +39,21 @@ def lies(variables: Mapping[str, Any]) -> list[str]:
             found.append(f"{name} has shape {tuple(shape)}, expected {len(suffix)} axes")
             continue
         for letter, size in zip(suffix, shape, strict=True):
-            known, other = sizes.setdefault(letter, (size, name))
+            known, where = sizes.setdefault(letter, (size, name))
             if size != known:
-                found.append(f"{name} has shape {tuple(shape)}, expected {letter}={known} as in {other}")
+                found.append(f"{name} has shape {tuple(shape)}, expected {letter}={known} as in {where}")
     return found
 
 
 @contextmanager
 def checked_shape_suffixes(*packages: str) -> Iterator[None]:
     """Fail at the end of the block if a function of ``packages`` returned with a local that lies."""
+    prefixes = tuple(f"{package}." for package in packages)
     found: dict[str, None] = {}  # in order, each once
 
     def look(frame: FrameType, event: str, _: object) -> None:
-        module = str(frame.f_globals.get("__name__"))
-        if (
-            event == "return"
-            and module.startswith(packages)
-            and any(f"{module}.".startswith(f"{p}.") for p in packages)
-        ):
+        module = frame.f_globals.get("__name__")
+        if event == "return" and f"{module}.".startswith(prefixes):
             where = f"{module}.{frame.f_code.co_qualname}"
             found.update(dict.fromkeys(f"{where}: {lie}" for lie in lies(frame.f_locals)))
 

@@ -1,6 +1,6 @@
 """Naming intermediate values, so that a trace can be taken of the very computation that serves.
 
-Model code calls ``tap(name, value)``, the identity. While ``collect`` is active , values
+Model code calls ``tap(name, value)``, the identity. While ``collect`` is active, values
 are also kept under their checkpoint module path and can be read afterwards.
 """
 

@@ -65,7 +65,9 @@ class Experts(nnx.Module):
         rows = jax.P("data" if divides(self.mesh, "data", x_BTD.shape[0]) else None)
         local_experts = gate_up.shape[0] // (self.mesh.shape["expert"] if specs.experts else 1)
 
-        def local(x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        def local(
+            x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array
+        ) -> jax.Array:
             first = jax.lax.axis_index("expert") * local_experts if specs.experts else jnp.int32(0)
             out = _chosen(x, weights, experts, gate_up, down, first)
             return jax.lax.psum(out, specs.summed) if specs.summed else out

@@ -1,0 +1,92 @@
+"""Text generation with a key/value cache: greedy, temperature, top-k, top-p; ragged batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+
+def sample(
+    logits_BV: torch.Tensor, generator: torch.Generator, temperature: float, top_p: float, top_k: int | None
+) -> torch.Tensor:
+    """One token a row, int64 [B], from softmax(logits / temperature) cut to the best ``top_k``, then to ``top_p``.
+
+    ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
+    """
+    size = logits_BV.shape[-1] if top_k is None else min(top_k, logits_BV.shape[-1])
+    best_BK, token_BK = (logits_BV / temperature).topk(size, dim=-1)
+    probability_BK = best_BK.softmax(-1)
+    before_BK = probability_BK.cumsum(-1) - probability_BK
+    kept_BK = probability_BK.masked_fill(before_BK >= top_p, 0.0)
+    chosen_B1 = torch.multinomial(kept_BK, 1, generator=generator)
+    return token_BK.gather(-1, chosen_B1)[:, 0]
+
+
+def generate(
+    model: Model,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    ignore_eos: bool = False,
+) -> torch.Tensor:
+    """Continue every row of a ragged batch as if it were alone.
+
+    Args:
+        model: the whole model.
+        input_ids: integers [B, T].
+        attention_mask: [B, T], padding on either side.
+        max_new_tokens: at most so many per row.
+        temperature: 0 = the best token; else the softmax temperature.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the sampling; ignored at temperature 0.
+        ignore_eos: go on after an end-of-sequence token.
+    Returns:
+        int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
+        (or its end token when the config names none).
+    Raises:
+        ValueError: options out of range, bad inputs, or a pipeline stage.
+    """
+    check_options(max_new_tokens, temperature, top_k, top_p)
+    ends = torch.tensor([] if ignore_eos else model.checkpoint.eos_token_ids, dtype=torch.int64, device=model.device)
+    filler = model.config.pad_token_id if model.config.pad_token_id is not None else (int(ends[0]) if len(ends) else 0)
+    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
+    tokens: list[torch.Tensor] = []
+    for step in range(max_new_tokens):
+        if temperature == 0:
+            token_B = logits_BV.argmax(-1)
+        else:
+            token_B = sample(logits_BV, generator, temperature, top_p or 1.0, top_k)
+        token_B = token_B.masked_fill(has_ended_B, filler)
+        tokens.append(token_B)
+        has_ended_B |= torch.isin(token_B, ends)
+        if has_ended_B.all() or step == max_new_tokens - 1:
+            break
+        logits_BV, cache = model.decode(token_B, cache)
+    return torch.stack(tokens, dim=1)
+
+
+def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError listing every generation option that is out of range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}, expected 0 or more")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}, expected in (0, 1]")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,74 @@
+"""Mixture of experts: a router, and experts as stacks multiplied one after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loaders.qwen3 import Qwen3MoeConfig
+from torch_models.layers.linear import empty_param
+from torch_models.taps import tap
+
+
+class TopKRouter(nn.Module):
+    """Softmax over all experts, then the best ``top_k``; ties go to the lower index.
+
+    Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
+    """
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__()
+        self.weight = empty_param(config.num_experts, config.hidden_size)
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights, float32 [B, T, X], and experts, int64 [B, T, X], by falling weight."""
+        weight_ED = self.weight.to(x_BTD.dtype).float()
+        logits_BTE = F.linear(x_BTD.float(), weight_ED)
+        # a stable sort, not topk: which of two equal experts topk takes is not specified
+        sorted_BTE, order_BTE = F.softmax(logits_BTE, dim=-1).sort(dim=-1, descending=True, stable=True)
+        weights_BTX, experts_BTX = sorted_BTE[..., : self.top_k], order_BTE[..., : self.top_k]
+        if self.norm_topk_prob:
+            weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdim=True)
+        return weights_BTX, experts_BTX
+
+
+class Experts(nn.Module):
+    """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__()
+        e, m, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = empty_param(e, 2, m, d)
+        self.down_proj = empty_param(e, d, m)
+
+    def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+        x_AD, top_k = x_BTD.flatten(0, 1), experts_BTX.shape[-1]
+        experts_AX, weights_AX = experts_BTX.view(-1, top_k), weights_BTX.reshape(-1, top_k)
+        # one slot per (token, choice), summed at the end in a fixed order: an atomic add would not repeat on a GPU
+        out_AXD = torch.zeros(*experts_AX.shape, x_AD.shape[-1], device=x_AD.device)
+        for expert in experts_AX.unique().tolist():
+            token_A, choice_A = (experts_AX == expert).nonzero(as_tuple=True)
+            rows_AD = x_AD[token_A]
+            gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_AD.dtype)) for part_MD in self.gate_up_proj[expert])
+            hidden_AD = F.linear(F.silu(gate_AM) * up_AM, self.down_proj[expert].to(x_AD.dtype))
+            out_AXD[token_A, choice_A] = hidden_AD.float()
+        return torch.einsum("axd,ax->ad", out_AXD, weights_AX).view(x_BTD.shape).to(x_BTD.dtype)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
+
+    def __init__(self, config: Qwen3MoeConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = TopKRouter(config)
+        self.experts = Experts(config)
+        self.layer = layer
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        weights_BTX, experts_BTX = self.gate(x_BTD)
+        tap(f"model.layers.{self.layer}.mlp.gate", experts_BTX)
+        return self.experts(x_BTD, weights_BTX, experts_BTX)

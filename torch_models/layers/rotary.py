@@ -1,0 +1,109 @@
+"""Rotary position embedding, rope types default, linear, dynamic and yarn.
+
+Source: transformers ``modeling_rope_utils``; arXiv:2104.09864 (rotary), arXiv:2309.00071 (YaRN). The float32 steps are
+the reference's: at position 40,000 one unit in the last place of a frequency is 1e-3 rad.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from loaders.config import RopeParameters
+
+
+def rotary_embedding(
+    rope: RopeParameters,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions_BT: torch.Tensor,
+    length_B: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position's angles.
+
+    Args:
+        rope: rope_parameters of the config.
+        head_dim: H.
+        max_position_embeddings: of the config; where "dynamic" starts to scale.
+        positions_BT: integers.
+        length_B: integers, tokens of each row's sequence; only "dynamic" looks at it.
+    Returns:
+        Two float32 [B, T, H/2].
+    """
+    if rope.is_dynamic:
+        freq = _dynamic_frequencies(rope, head_dim, max_position_embeddings, length_B)[:, None, :]
+        scale = 1.0
+    else:
+        frequencies, scale = _static_frequencies(rope, head_dim)
+        freq = frequencies.to(positions_BT.device)[None, None, :]
+    angles = positions_BT.float()[:, :, None] * freq
+    return torch.cos(angles) * scale, torch.sin(angles) * scale
+
+
+def rotate(x_BTNH: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of each head against each other, in float32."""
+    first, second = x_BTNH.float().chunk(2, dim=-1)
+    cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
+
+
+def _exponents(head_dim: int) -> torch.Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+
+
+def _static_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Radians per position, float32 [H/2] on the CPU, and the factor on cos and sin."""
+    period = rope.rope_theta ** _exponents(head_dim)
+    if rope.rope_type == "linear":
+        assert rope.factor is not None
+        return (1.0 / period) / rope.factor, 1.0
+    if rope.rope_type == "yarn":
+        return _yarn_frequencies(rope, head_dim, period)
+    return 1.0 / period, 1.0
+
+
+def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, length_B: torch.Tensor) -> torch.Tensor:
+    """Frequencies [B, H/2] whose base grows with the length beyond ``longest``."""
+    assert rope.factor is not None
+    length_B1 = length_B.clamp(min=longest).float()[:, None]
+    stretch_B1 = rope.factor * length_B1 / longest - (rope.factor - 1)
+    base_B1 = rope.rope_theta * stretch_B1 ** (head_dim / (head_dim - 2))
+    return 1.0 / base_B1 ** _exponents(head_dim).to(length_B.device)[None, :]
+
+
+def _yarn_frequencies(rope: RopeParameters, head_dim: int, period: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Blend of interpolated and original frequencies, and the attention factor."""
+    assert rope.factor is not None
+    assert rope.original_max_position_embeddings is not None
+    low, high = (
+        _dimension_of(rotations, head_dim, rope.rope_theta, rope.original_max_position_embeddings)
+        for rotations in (rope.beta_fast or 32, rope.beta_slow or 1)
+    )
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    original = 1.0 / period
+    interpolated = 1.0 / (rope.factor * period)
+    keep = 1 - ramp
+    return interpolated * (1 - keep) + original * keep, _yarn_attention_factor(rope)
+
+
+def _dimension_of(rotations: float, head_dim: int, theta: float, length: int) -> float:
+    """The pair of dimensions that turns ``rotations`` times over ``length`` positions."""
+    return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def _yarn_attention_factor(rope: RopeParameters) -> float:
+    assert rope.factor is not None
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

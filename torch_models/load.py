@@ -1,0 +1,101 @@
+"""Checkpoint -> module: bytes straight into the memory of whole parameters."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loaders import open_checkpoint
+from loaders.events import Event
+from loaders.families import FAMILIES
+from loaders.plan import Filling, LoadPlan, LoadReport, plan_load, weight_loader
+from loaders.stage import Stage
+from torch_models.model import Model
+from torch_models.storage import DTYPES, host_view
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(
+    uri: str | os.PathLike[str],
+    dtype: Any = None,
+    device: str | torch.device = "cpu",
+    stage: tuple[int, int] | None = None,
+) -> Model:
+    """Load a checkpoint.
+
+    Parameters keep the checkpoint's dtypes; ``dtype`` is what is computed in.
+
+    Args:
+        uri: checkpoint directory.
+        dtype: float32 or bfloat16 (name or torch.dtype); None: the checkpoint's own, float32 for a float16 one.
+        device: where the parameters live.
+        stage: (index, count) of a pipeline; None: the whole model.
+    Raises:
+        CheckpointError: the checkpoint cannot be used; lists everything.
+        ValueError: a dtype or stage that makes no sense.
+    """
+    checkpoint = open_checkpoint(uri)
+    stage_ = Stage.of(stage)
+    plan = plan_load(checkpoint, stage_)
+    family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
+    build = vars(family)[checkpoint.config.architecture]
+    model = build(checkpoint.config, stage_, compute_dtype(dtype, plan))
+    weights, report = read_weights(plan, torch.device(device))
+    for name, tensor in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    unfilled = [name for name, param in model.named_parameters() if param.is_meta]
+    assert not unfilled, f"the rule table does not cover {unfilled}"
+    model.checkpoint = checkpoint
+    model.report = report
+    model.publish(Event("load", 1, str(checkpoint.source)))
+    return model
+
+
+def compute_dtype(dtype: Any, plan: LoadPlan) -> torch.dtype:
+    """What to compute in: as asked, or the dtype most bytes of the checkpoint have (float16 widened to float32)."""
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype {name} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
+        return COMPUTE_DTYPES[name]
+    sizes: dict[str, int] = {}
+    for info in plan.checkpoint.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    return torch.bfloat16 if max(sizes, key=sizes.__getitem__) == "BF16" else torch.float32
+
+
+def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Read every planned tensor into new memory, by parameter name. Nothing that exists is touched.
+
+    Raises:
+        CheckpointError: a file changed or cannot be read, or a redundant tied tensor differs.
+    """
+    host: dict[str, torch.Tensor] = {}
+    views: dict[str, np.ndarray] = {}
+    placed: dict[str, torch.Tensor] = {}
+
+    def destination(tensor: str) -> np.ndarray | None:
+        if tensor not in plan.targets:
+            return None
+        spec, source = plan.targets[tensor]
+        if spec.name not in host:
+            host[spec.name] = torch.empty(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
+            views[spec.name] = host_view(host[spec.name])
+        return views[spec.name][source.index]
+
+    filling = Filling(plan)
+    stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
+    for spec, source, array, is_complete in filling.receive(stream):
+        weight_loader(views[spec.name], array, shard_id=source.shard_id, expert_id=source.expert_id)
+        if is_complete:
+            del views[spec.name]
+            placed[spec.name] = host.pop(spec.name).to(device)
+    report = filling.finish({same_as: host_view(placed[same_as].cpu()) for same_as in plan.verified.values()})
+    return placed, report

@@ -1,0 +1,243 @@
+"""What every model is besides its layers: a version, a checkpoint, and changes made in place or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loaders.checkpoint import Checkpoint
+from loaders.events import Event
+from loaders.inputs import TextInputs, bucket, check_text
+from loaders.plan import LoadReport
+from loaders.qwen3 import Qwen3Config
+from loaders.stage import Stage
+from torch_models import weights as life
+from torch_models.cache import Cache, empty_cache
+from torch_models.generate import generate
+from torch_models.taps import collect
+
+
+class Model(nn.Module):
+    """One pipeline stage whose weights change while it lives; every change is made in place.
+
+    A family's class adds ``self.model`` (embedding, layers, norm), ``embed`` and ``head``.
+
+    Attributes:
+        config: of the checkpoint.
+        version: 1 after load, + 1 with every published change.
+        stage: which part of a pipeline this is.
+        dtype: what is computed in. Parameters keep the checkpoint's dtypes.
+        checkpoint: what it was last loaded from.
+        report: what that load did.
+        events: everything published so far.
+        refusal: why the model must not run (an update broke half-way); None while it may.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    report: LoadReport
+
+    def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.stage = stage
+        self.dtype = dtype
+        self.version = 0
+        self.events: tuple[Event, ...] = ()
+        self.refusal: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
+        raise NotImplementedError
+
+    def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [B, T, V]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> torch.Tensor:
+        """Run the stage.
+
+        Args:
+            input_ids: integers [B, T], on the first stage.
+            attention_mask: [B, T], 1 = real, padding on either side; None: all real.
+            position_ids: integers [B, T]; None: counted over each row's real tokens.
+            hidden_states: [B, T, D] from the stage before, on later stages.
+        Returns:
+            Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
+        Raises:
+            ValueError: inputs of the wrong shape, dtype or range.
+            RuntimeError: an update failed half-way; load good weights first.
+        """
+        self.check_runnable()
+        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        return self._run(entry, checked)
+
+    def with_taps(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
+        with collect() as taps:
+            out = self(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return out, taps
+
+    def prefill(
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+    ) -> tuple[torch.Tensor, Cache]:
+        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
+
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
+        """
+        self.check_runnable()
+        if self.stage.count > 1:
+            raise ValueError(f"prefill needs the whole model; this is stage {self.stage.index} of {self.stage.count}")
+        ids = _host(input_ids), _host(attention_mask)
+        checked = check_text(*ids, None, vocab_size=self.config.vocab_size).left_aligned()
+        rows, length = checked.input_ids.shape
+        config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
+        capacity = bucket(length + max_new_tokens)
+        heads = config.num_key_value_heads
+        cache = empty_cache(layers, rows, capacity, heads, config.head_dim, self.dtype, self.device, self.version)
+        cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
+        ids_BT, positions_BT = (self._long(array) for array in (checked.input_ids, checked.position_ids))
+        return self._step(ids_BT, positions_BT, cache), cache
+
+    def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        """Append one token a row: logits, float32 [B, V], and the cache, written in place.
+
+        Raises:
+            ValueError: the cache was computed with other weights, is full, or has other rows.
+        """
+        self.check_runnable()
+        if cache.version != self.version:
+            raise ValueError(
+                f"the cache holds keys and values of weights version {cache.version}, the model is at {self.version}."
+                " Run prefill again."
+            )
+        ids_B1 = np.asarray(_host(token_ids), np.int64).reshape(-1, 1)
+        if len(ids_B1) != len(cache.position):
+            raise ValueError(f"{len(ids_B1)} tokens for a cache of {len(cache.position)} rows")
+        check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
+        if cache.length >= cache.capacity:
+            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
+        cache.key_mask[:, cache.length] = True
+        return self._step(self._long(ids_B1), cache.position[:, None].clone(), cache), cache
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> torch.Tensor:
+        """The new tokens, int64 [B, N]; rows of different length, each as if it were alone. See ``torch_models.generate``."""
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
+
+    def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same parameter twice."""
+        return life.get_embed_and_head(self)
+
+    def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
+        """Write another embedding and head in place; see ``torch_models.weights``."""
+        return life.set_embed_and_head(self, embed, head)
+
+    def update_weights_from_disk(self, uri: str | os.PathLike[str]) -> Model:
+        """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
+        return life.update_weights_from_disk(self, uri)
+
+    def export(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
+        return life.export(self, directory)
+
+    def digests(self) -> dict[str, str]:
+        """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
+        return life.weight_digests(self)
+
+    def publish(self, event: Event) -> None:
+        """Make a finished change the serving version. The last step of every change."""
+        self.version = event.version
+        self.events = (*self.events, event)
+        self.refusal = None
+
+    def check_runnable(self) -> None:
+        """Raises RuntimeError while the weights are a mixture of two versions."""
+        if self.refusal is not None:
+            raise RuntimeError(
+                f"the model refuses to run: {self.refusal}. Call update_weights_from_disk with good weights."
+            )
+
+    def _run(self, entry: torch.Tensor, checked: TextInputs) -> torch.Tensor:
+        mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
+        x_BTD = self.embed(entry) if self.stage.is_first else entry.to(self.dtype)
+        x_BTD = self.model(x_BTD, self._long(checked.position_ids), mask_BT)
+        return self.head(x_BTD) if self.stage.is_last else x_BTD
+
+    def _step(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        end = cache.length + ids_BT.shape[1]
+        x_BTD = self.model(self.embed(ids_BT), positions_BT, cache.key_mask[:, :end], cache)
+        return self.head(x_BTD[:, -1])
+
+    def _long(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def _checked(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
+    ) -> tuple[torch.Tensor, TextInputs]:
+        mask, positions = _host(attention_mask), _host(position_ids)
+        if self.stage.is_first:
+            if input_ids is None or hidden_states is not None:
+                raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
+            checked = check_text(_host(input_ids), mask, positions, vocab_size=self.config.vocab_size)
+            return self._long(checked.input_ids), checked
+        if hidden_states is None or input_ids is not None:
+            raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
+        x_BTD = torch.as_tensor(hidden_states).to(self.device, self.dtype)
+        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
+            raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
+        tokens = np.zeros(x_BTD.shape[:2], np.int32)
+        return x_BTD, check_text(tokens, mask, positions, vocab_size=self.config.vocab_size)
+
+
+def _host(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value

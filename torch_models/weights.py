@@ -1,0 +1,158 @@
+"""The life of the weights: swap, reload, export. In place: nothing moves, and nothing changes unless everything can."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loaders import open_checkpoint
+from loaders.digest import digests
+from loaders.events import Event
+from loaders.export import export_checkpoint, tensors_of
+from loaders.plan import plan_reload, specs_of
+from torch_models.storage import NAMES, host_view, moved, pointer_census, same_bits
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+log = logging.getLogger(__name__)
+
+
+def parameters(model: Model) -> dict[str, nn.Parameter]:
+    """Parameters by checkpoint name."""
+    return {spec.name: model.get_parameter(spec.name) for spec in specs_of(model.config, model.stage)}
+
+
+def get_embed_and_head(model: Model) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Embedding and head, [V, D] as stored; None for a half this stage lacks; tied: the same parameter twice."""
+    specs = specs_of(model.config, model.stage)
+    embed = model.get_parameter(specs.embedding) if specs.embedding else None
+    return embed, model.get_parameter(specs.head) if specs.head else None
+
+
+def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
+    """Swap embedding and head by writing into their storage; who shares it sees the change.
+
+    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting what is
+    already there publishes nothing.
+
+    Args:
+        model: the model to change.
+        embed: [V, D] in the stored dtype, a tensor of any device, or NumPy.
+        head: likewise; in a tied model only the embedding itself or an equal tensor.
+    Raises:
+        ValueError: listing wrong shapes and dtypes, or a head that a tied model cannot have. Nothing was changed.
+    """
+    specs = specs_of(model.config, model.stage)
+    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
+    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
+    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
+    problems = [
+        problem for half, (name, value) in asked.items() for problem in _misfits(half, value, model.get_parameter(name))
+    ]
+    if problems:
+        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+    asked = {half: (name, _tensor(value)) for half, (name, value) in asked.items()}
+    if model.config.tie_word_embeddings and "head" in asked:
+        name, value = asked.pop("head")
+        _check_tied(value, asked["embed"][1] if "embed" in asked else model.get_parameter(name))
+    for half in ignored:
+        log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
+    changed = {name: value for name, value in asked.values() if value is not model.get_parameter(name)}
+    if not changed:
+        if ignored:
+            model.events = (*model.events, Event("swap", model.version, "nothing changed", ignored))
+        return model
+    # the halves may be handed over crosswise: nothing to be written may lie where something is written first
+    staged = {name: value.clone() if _is_live(model, value) else value for name, value in changed.items()}
+    _commit(model, staged)
+    model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
+    return model
+
+
+def _is_live(model: Model, value: torch.Tensor) -> bool:
+    """Whether ``value`` lies in storage that a commit may write to (embedding and head handed over crosswise)."""
+    storages = {half.untyped_storage().data_ptr() for half in get_embed_and_head(model) if half is not None}
+    return value.untyped_storage().data_ptr() in storages
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = next(dtype for dtype, name in NAMES.items() if str(dtype) == f"torch.{value.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(value).view(np.uint8).reshape(-1).copy()).view(dtype).view(value.shape)
+
+
+def _misfits(half: str, value: Any, live: torch.Tensor) -> list[str]:
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        return [f"{half} is a {type(value).__name__}, expected a torch tensor or NumPy array"]
+    found = str(value.dtype).removeprefix("torch.")
+    expected = str(live.dtype).removeprefix("torch.")
+    if (tuple(value.shape), found) == (tuple(live.shape), expected):
+        return []
+    shapes = f"{found} {tuple(value.shape)}, expected {expected} {tuple(live.shape)}"
+    return [f"{half} is {shapes} (vocab_size, hidden_size)"]
+
+
+def _check_tied(head: torch.Tensor, embed: torch.Tensor) -> None:
+    if head is embed or same_bits(head.cpu(), embed.cpu()):
+        return
+    raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
+
+
+def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model:
+    """Reload all weights from another checkpoint of the same config, in place: no pointer moves.
+
+    The checkpoint is checked whole before a byte is read, then read whole into host memory, then written over the live
+    parameters, compared bit for bit, and published. A failure before the first write leaves the old version serving; one
+    after it (a device fault) makes the model refuse to run until a good load.
+
+    Raises:
+        CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        RuntimeError: writing failed half-way.
+    """
+    from torch_models.load import read_weights  # the loader builds models
+
+    checkpoint = open_checkpoint(uri)
+    live = {name: NAMES[param.dtype] for name, param in parameters(model).items()}
+    plan = plan_reload(checkpoint, model.config, model.stage, live)
+    staged, report = read_weights(plan, torch.device("cpu"))
+    _commit(model, staged)
+    model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
+    model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
+    return model
+
+
+@torch.no_grad()
+def _commit(model: Model, staged: dict[str, torch.Tensor]) -> None:
+    """Write staged values over live parameters and verify them. Until ``publish``, the model refuses to run."""
+    before = pointer_census(model)
+    targets = {name: model.get_parameter(name) for name in staged}
+    model.refusal = f"an update of {len(staged)} parameters did not finish"
+    for name, value in staged.items():
+        targets[name].copy_(value)
+    wrong = [name for name, value in staged.items() if not same_bits(targets[name].cpu(), value.cpu())]
+    wrong += moved(before, pointer_census(model))
+    if wrong:
+        model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"
+        raise RuntimeError(f"{model.refusal}. Do two of these parameters share storage?")
+
+
+def export(model: Model, directory: str | os.PathLike[str]) -> Path:
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
+    params = parameters(model)
+    specs = specs_of(model.config, model.stage)
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu()))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    params = parameters(model)
+    specs = specs_of(model.config, model.stage)
+    return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu())))
