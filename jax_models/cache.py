@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jax_models.layers.attention import LayerCache
-from jax_models.sharding import cache_sharding
+from jax_models.sharding import cache_sharding, row_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -52,13 +54,34 @@ def empty_cache(
     layers: range, rows: int, capacity: int, heads: int, head_dim: int, dtype: jnp.dtype, mesh: Mesh | None
 ) -> Cache:
     """A cache with no token in it."""
-    sharding = None if mesh is None else cache_sharding(mesh, rows, heads)
-    shape = (rows, capacity, heads, head_dim)
     # every layer its own buffers: a donated buffer must not be seen twice
+    return cache_like(_zeros, layers, rows, capacity, heads, head_dim, dtype, mesh)
+
+
+def cache_like(
+    make: Callable[..., Any],
+    layers: range,
+    rows: int,
+    capacity: int,
+    heads: int,
+    head_dim: int,
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Cache:
+    """A cache of what ``make(shape, dtype, sharding=...)`` returns."""
+    shape, cut = (rows, capacity, heads, head_dim), cache_sharding(mesh, rows, heads)
     entries = {
-        str(layer): LayerCache(
-            key=jnp.zeros(shape, dtype, device=sharding), value=jnp.zeros(shape, dtype, device=sharding)
-        )
+        str(layer): LayerCache(key=make(shape, dtype, sharding=cut), value=make(shape, dtype, sharding=cut))
         for layer in layers
     }
-    return Cache(entries, jnp.zeros((rows, capacity), bool), jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))
+    by_row, whole = row_sharding(mesh, rows), row_sharding(mesh, None)
+    return Cache(
+        entries,
+        make((rows, capacity), jnp.bool_, sharding=by_row),
+        make((rows,), jnp.int32, sharding=by_row),
+        make((), jnp.int32, sharding=whole),
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding | None) -> jax.Array:
+    return jnp.zeros(shape, dtype, device=sharding)

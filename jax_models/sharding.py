@@ -43,11 +43,20 @@ def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> 
     return None if mesh is None else NamedSharding(mesh, param_spec(spec, dims, mesh))
 
 
-def cache_sharding(mesh: Mesh, rows: int, num_key_value_heads: int) -> NamedSharding:
-    """Sharding of keys and values [B, S, K, H]."""
+def cache_sharding(mesh: Mesh | None, rows: int, num_key_value_heads: int) -> NamedSharding | None:
+    """Sharding of keys and values [B, S, K, H]; None without a mesh."""
+    if mesh is None:
+        return None
     batch = "data" if divides(mesh, "data", rows) else None
     heads = "tensor" if divides(mesh, "tensor", num_key_value_heads) else None
     return NamedSharding(mesh, PartitionSpec(batch, None, heads, None))
+
+
+def row_sharding(mesh: Mesh | None, rows: int | None) -> NamedSharding | None:
+    """Sharding of anything [B, ...] that only its rows are cut of; ``rows`` None: not even those."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec("data") if rows and divides(mesh, "data", rows) else PartitionSpec())
 
 
 @dataclass(frozen=True)

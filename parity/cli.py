@@ -7,14 +7,21 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from parity.errors import DeviceNotFound
+
 # verb, module, one line of help. A module has add_arguments(parser) and run(args) -> exit code; it imports what is
 # heavy inside run, so that a verb costs only what it uses.
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("inspect", "parity.commands.inspect", "what a checkpoint holds, and what would be loaded where"),
+    ("record", "parity.commands.record", "run one backend and write a trace"),
+    ("run", "parity.commands.run", "record two backends and the oracle, and compare"),
+    ("export", "parity.commands.export", "load a checkpoint and write its tensors back, bit for bit"),
+    ("generate", "parity.commands.generate", "continue a prompt of token ids"),
     ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
 )
 
 EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"
-BAD_INPUT = 2
+BAD_INPUT, NO_DEVICE = 2, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tandem {args.verb}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except DeviceNotFound as error:
+        print(f"tandem {args.verb}: {error}", file=sys.stderr)
+        return NO_DEVICE
 
 
 def build_parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:

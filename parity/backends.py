@@ -1,0 +1,128 @@
+"""One way to hold either backend: load it, run it, and bring what it says to NumPy.
+
+Importing this imports neither framework; ``open_backend`` imports the one it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from parity.errors import DeviceNotFound
+
+NAMES = ("jax", "torch")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A framework on a device.
+
+    Attributes:
+        name: ``jax`` or ``torch``.
+        module: ``jax_models`` or ``torch_models``.
+        device: as the framework calls it.
+        place: what ``load`` needs to put weights there.
+    """
+
+    name: str
+    module: ModuleType
+    device: str
+    place: Any
+
+    def load(self, uri: Any, *, dtype: str | None = None, stage: tuple[int, int] | None = None) -> Any:
+        """The backend's model of a checkpoint; see its ``load``."""
+        with self.scope():
+            if self.name == "torch":
+                return self.module.load(uri, dtype=dtype, device=self.place, stage=stage)
+            return self.module.load(uri, dtype=dtype, stage=stage)
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the model must be used so that it runs on this device."""
+        if self.name == "torch":
+            return contextlib.nullcontext()
+        import jax
+
+        return jax.default_device(self.place)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        """The array on the host; bfloat16 widened to float32, exactly."""
+        if self.name == "torch":
+            array = array.detach().cpu()
+            array = array.float() if array.dtype.is_floating_point else array
+        host = np.asarray(array)
+        return host if host.dtype.kind in "iub" else host.astype(np.float32)
+
+    def versions(self) -> dict[str, str]:
+        """Versions that a result depends on."""
+        packages = ("torch",) if self.name == "torch" else ("jax", "jaxlib", "flax")
+        return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+    def precision(self, dtype: str) -> dict[str, Any]:
+        """Precision flags in force. ``matmul`` means the same on both backends; the rest is the backend's own."""
+        if self.name == "torch":
+            import torch
+
+            flags = {
+                "torch.float32_matmul_precision": torch.get_float32_matmul_precision(),
+                "torch.cuda.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+                "torch.allow_bf16_reduced_precision_reduction": (
+                    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+                ),
+            }
+            is_full = flags["torch.float32_matmul_precision"] == "highest" and not flags["torch.cuda.allow_tf32"]
+        else:
+            import jax
+
+            flags = {"jax_default_matmul_precision": jax.config.jax_default_matmul_precision or "default"}
+            is_full = True  # jax_models asks for the highest precision itself when it computes in float32
+        matmul = dtype if dtype != "float32" or is_full else "reduced"
+        return {"matmul": matmul, **flags}
+
+
+def open_backend(name: str, device: str | None = None) -> Backend:
+    """The backend called ``name`` on ``device`` (default: cpu for torch, JAX's default).
+
+    Raises:
+        ValueError: no such backend.
+        DeviceNotFound: the framework is not installed or has no such device.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend {name!r} is unknown, expected one of {', '.join(NAMES)}")
+    try:
+        return _open_torch(device or "cpu") if name == "torch" else _open_jax(device)
+    except ModuleNotFoundError as error:
+        raise DeviceNotFound(f"backend {name} needs the package {error.name}: pip install 'tandem[{name}]'") from error
+
+
+def _open_torch(device: str) -> Backend:
+    import torch
+
+    import torch_models
+
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceNotFound(f"torch has no device {device!r}: {str(error).splitlines()[0]}") from error
+    called = torch.cuda.get_device_name(place) if place.type == "cuda" else device
+    return Backend("torch", torch_models, called, place)
+
+
+def _open_jax(device: str | None) -> Backend:
+    import jax
+
+    import jax_models
+
+    kind, _, index = (device or "").partition(":")
+    try:
+        found = jax.devices(kind or None)
+        place = found[int(index or 0)]
+    except (RuntimeError, IndexError) as error:
+        raise DeviceNotFound(f"jax has no device {device!r}: {str(error).splitlines()[0]}") from error
+    return Backend("jax", jax_models, str(place.device_kind), place)

@@ -1,0 +1,26 @@
+"""``tandem export``: load a checkpoint, optionally reload another over it, and write the tensors back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("--backend", choices=("jax", "torch"), required=True)
+    parser.add_argument("--reload", metavar="CKPT_B", help="hot reload this checkpoint over the first")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    from parity.backends import open_backend
+
+    backend = open_backend(args.backend)
+    model = backend.load(args.checkpoint)
+    with backend.scope():
+        if args.reload:
+            model = model.update_weights_from_disk(args.reload)
+        written = model.export(args.output)
+    print(f"wrote {written}: {model.report.num_tensors} tensors, {model.report.num_bytes:,} bytes")
+    return 0

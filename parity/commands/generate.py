@@ -1,0 +1,53 @@
+"""``tandem generate``: continue a prompt of token ids. Text needs a tokenizer, which is the user's own."""
+
+from __future__ import annotations
+
+import argparse
+
+from parity.commands.options import add_backend
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
+    add_backend(parser)
+    parser.add_argument(
+        "--prompt-ids",
+        metavar="IDS",
+        action="append",
+        required=True,
+        help="comma-separated token ids; repeat for a batch",
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-k", metavar="K", type=int)
+    parser.add_argument("--top-p", metavar="P", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from parity.backends import open_backend
+
+    rows = [[int(token) for token in row.split(",")] for row in args.prompt_ids]
+    longest = max(map(len, rows))
+    ids = np.array([[0] * (longest - len(row)) + row for row in rows])
+    mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    backend = open_backend(args.backend, args.device)
+    model = backend.load(args.checkpoint, dtype=args.dtype)
+    with backend.scope():
+        tokens = model.generate(
+            ids,
+            mask,
+            args.max_new_tokens,
+            args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            ignore_eos=args.ignore_eos,
+        )
+    for row in backend.to_numpy(tokens):
+        print(",".join(map(str, row)))
+    return 0

@@ -1,0 +1,29 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """What to compute in, and where."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype; default: the checkpoint's own")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, tpu, ...; default: cpu (torch), the first (jax)"
+    )
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What to run on."""
+    parser.add_argument(
+        "--inputs", metavar="FILE", type=Path, help="safetensors with input_ids, attention_mask, position_ids"
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="also generate N tokens, greedily")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    """Where to write what was found."""
+    for name, what in (("html", "a report to look at"), ("junit", "JUnit XML"), ("json", "JSON"), ("md", "Markdown")):
+        parser.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"write {what}")

@@ -1,0 +1,56 @@
+"""``tandem record``: run one backend and write a trace."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from parity.commands.options import add_backend, add_inputs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("--backend", choices=("jax", "torch", "oracle"), required=True, help="oracle: float64 in NumPy")
+    add_backend(parser)
+    add_inputs(parser)
+    parser.add_argument("--reload", metavar="CKPT_B", help="hot reload this checkpoint over the first, then record")
+    parser.add_argument(
+        "--like", metavar="TRACE", type=Path, help="with --backend oracle: replay the expert choices of this trace"
+    )
+    parser.add_argument("-o", "--output", metavar="TRACE", type=Path, required=True, help="safetensors file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    from loaders import open_checkpoint
+    from parity.backends import open_backend
+    from parity.record import default_inputs, read_inputs, record, record_oracle
+    from parity.trace import Trace
+
+    inputs = read_inputs(args.inputs) if args.inputs else None
+    if args.backend == "oracle":
+        _refuse_backend_options(args)
+        checkpoint = open_checkpoint(args.reload or args.checkpoint)
+        like = Trace.load(args.like) if args.like else None
+        trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like)
+    else:
+        if args.like:
+            raise ValueError("--like goes with --backend oracle")
+        trace = record(
+            args.checkpoint,
+            open_backend(args.backend, args.device),
+            inputs,
+            dtype=args.dtype,
+            reload=args.reload,
+            max_new_tokens=args.max_new_tokens,
+            ignore_eos=args.ignore_eos,
+        )
+    trace.save(args.output)
+    print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")
+    return 0
+
+
+def _refuse_backend_options(args: argparse.Namespace) -> None:
+    given = [name for name in ("dtype", "device", "max_new_tokens", "ignore_eos") if getattr(args, name)]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options}: the oracle computes in float64 on the host and does not generate")

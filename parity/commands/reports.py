@@ -1,0 +1,33 @@
+"""Writing results where the options of ``add_reports`` say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from parity.comparison import Comparison
+from parity.events import EventResult
+
+
+def write_reports(
+    args: argparse.Namespace,
+    title: str,
+    comparisons: list[tuple[str, Comparison]],
+    events: Sequence[EventResult],
+    facts: dict[str, str],
+) -> None:
+    """Write every report that was asked for."""
+    from parity import export_results
+
+    if args.html:
+        from parity.report import render_html
+
+        page = render_html(title, comparisons=comparisons, events=list(events), facts=facts)
+        args.html.write_text(page, encoding="utf-8")
+    for path, export in (
+        (args.junit, export_results.to_junit),
+        (args.json, export_results.to_json),
+        (args.md, export_results.to_markdown),
+    ):
+        if path:
+            path.write_text(export(comparisons, events), encoding="utf-8")

@@ -1,0 +1,156 @@
+"""Run one backend, or the oracle, on a batch and write down what it computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from loaders import Checkpoint
+from loaders.digest import digests, root_digest
+from loaders.inputs import check_text
+from parity.backends import Backend
+from parity.oracle import oracle_forward
+from parity.trace import Trace, input_hash, make_meta
+from parity.zoo import prompts
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Model inputs from a safetensors file.
+
+    Raises:
+        ValueError: not safetensors, no ``input_ids``, or a tensor that is not a model input.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        inputs = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    unknown = sorted(set(inputs) - set(INPUTS))
+    if "input_ids" not in inputs or unknown:
+        raise ValueError(f"{path} holds {sorted(inputs)}, expected input_ids and nothing beside {', '.join(INPUTS)}")
+    return inputs
+
+
+def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Three rows of 96, 72 and 48 tokens, right-padded: long enough for a rotary bug to show."""
+    return prompts(checkpoint.config, rows=3, tokens=96, padding="right")
+
+
+def trace_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Module path of a tap -> its name in a trace."""
+    layers = range(checkpoint.config.num_hidden_layers)
+    names = {"model.embed_tokens": "hidden_states.0", "model.norm": "final_hidden_state"}
+    names |= {f"model.layers.{layer}": f"hidden_states.{layer + 1}" for layer in layers}
+    return names | {f"model.layers.{layer}.mlp.gate": f"routing.{layer + 1}" for layer in layers}
+
+
+def record_model(
+    model: Any,
+    backend: Backend,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    max_new_tokens: int | None = None,
+    ignore_eos: bool = False,
+) -> Trace:
+    """What a live model computes on ``inputs``.
+
+    Args:
+        model: of ``backend``, whole.
+        backend: where it lives.
+        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``.
+        max_new_tokens: also generate so many, greedily.
+        ignore_eos: go on after an end-of-sequence token.
+    Raises:
+        ValueError: bad inputs.
+    """
+    with backend.scope():
+        logits, taps = model.with_taps(**inputs)
+        names = trace_names(model.checkpoint)
+        tensors = {names[path]: backend.to_numpy(value) for path, value in taps.items()}
+        tensors["logits"] = backend.to_numpy(logits)
+        if max_new_tokens:
+            tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
+    dtype = str(model.dtype).removeprefix("torch.")
+    found = model.digests()
+    meta = make_meta(
+        backend=backend.name,
+        dtype=dtype,
+        input_hash=input_hash(**inputs),
+        device=backend.device,
+        versions=backend.versions(),
+        precision=backend.precision(dtype),
+        weights={"digests": found, "root": root_digest(found)},
+        events=[dataclasses.asdict(event) for event in model.events],
+        checkpoint=str(model.checkpoint.source),
+    )
+    return Trace(tensors | _given(inputs), meta)
+
+
+def record_oracle(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], *, like: Trace | None = None) -> Trace:
+    """What the float64 oracle says about ``inputs``.
+
+    Args:
+        checkpoint: whose stored weights to compute with.
+        inputs: as for ``record_model``.
+        like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
+    """
+    routing = (
+        {} if like is None else {name: value for name, value in like.tensors.items() if name.startswith("routing.")}
+    )
+    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None)
+    found = digests(checkpoint.stream())
+    meta = make_meta(
+        backend="oracle64",
+        dtype="float64",
+        input_hash=input_hash(**inputs),
+        weights={"digests": found, "root": root_digest(found)},
+        checkpoint=str(checkpoint.source),
+    )
+    return Trace(tensors | _given(inputs), meta)
+
+
+def record(
+    uri: str | os.PathLike[str],
+    backend: Backend,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    *,
+    dtype: str | None = None,
+    reload: str | os.PathLike[str] | None = None,
+    max_new_tokens: int | None = None,
+    ignore_eos: bool = False,
+) -> Trace:
+    """Load a checkpoint, optionally hot reload another over it, and record. ``inputs`` default to ``default_inputs``."""
+    model = backend.load(uri, dtype=dtype)
+    if reload is not None:
+        with backend.scope():
+            model = model.update_weights_from_disk(reload)
+    given = default_inputs(model.checkpoint) if inputs is None else inputs
+    return record_model(model, backend, given, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos)
+
+
+def _given(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ids = np.asarray(inputs["input_ids"])
+    mask = inputs.get("attention_mask")
+    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64) if mask is None else np.asarray(mask)}
+
+
+def _generated(
+    model: Any, backend: Backend, inputs: Mapping[str, np.ndarray], max_new_tokens: int, ignore_eos: bool
+) -> dict[str, np.ndarray]:
+    """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos)).astype(np.int64)
+    prompt = check_text(ids, mask, None, vocab_size=model.config.vocab_size).left_aligned()
+    grown = np.concatenate([prompt.input_ids, tokens[:, :-1]], axis=1)
+    seen = np.concatenate([prompt.attention_mask, np.ones_like(tokens[:, :-1], bool)], axis=1)
+    steps = backend.to_numpy(model(grown, seen))[:, prompt.input_ids.shape[1] - 1 :]
+    best = np.sort(steps, axis=-1)
+    return {"generated_ids": tokens, "generated_margins": best[..., -1] - best[..., -2]}
