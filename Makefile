@@ -32,7 +32,7 @@ test-gpu:  ## what needs CUDA, with PYTHON, which needs torch, jax and pytest bu
 check: $(VENV)/.set-up-check  ## format, lint, types, import arrows, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 

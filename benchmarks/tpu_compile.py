@@ -182,7 +182,9 @@ def table(row: dict[str, object]) -> str:
     lines.append(f"  lower {row['lower_s']} s, compile {row['compile_s']} s")
     names = [name for name in row if name.endswith("_bytes") and name != "total_weight_bytes"]
     lines += [f"  {name.removesuffix('_bytes'):9} {row[name] / 1e6:10.1f} MB per device" for name in names]
-    lines += [f"  {kind:18} {found['count']:4} {found['bytes'] / 1e6:9.2f} MB" for kind, found in row["collectives"].items()]
+    lines += [
+        f"  {kind:18} {found['count']:4} {found['bytes'] / 1e6:9.2f} MB" for kind, found in row["collectives"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Weights and caches as shapes and shardings: enough to lower and compile a model that fits no machine at hand.
 
-``programs_for(config, stage, dtype, mesh).decode.lower(abstract_weights(...), ids, cache=abstract_cache(...))`` compiles
+``programs_for(...).decode.lower(abstract_weights(...), ids, cache=abstract_cache(...)).compile()`` compiles
 for a device mesh that need not exist (``jax.experimental.topologies``).
 """
 

@@ -83,5 +83,15 @@ def cache_like(
     )
 
 
+def placed(cache: Cache, mesh: Mesh | None) -> Cache:
+    """Inside a program: the cache where ``empty_cache`` puts it, so that every step donates and none compiles anew."""
+    if mesh is None:
+        return cache
+    rows, _, heads, _ = next(iter(cache.layers.values()))["key"].shape
+    whole, by_row, by_head = row_sharding(mesh, None), row_sharding(mesh, rows), cache_sharding(mesh, rows, heads)
+    cuts = {0: whole, 1: by_row, 2: by_row, 4: by_head}
+    return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, cuts[array.ndim]), cache)
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding | None) -> jax.Array:
     return jnp.zeros(shape, dtype, device=sharding)

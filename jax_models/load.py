@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jax_models.model import Model
 from jax_models.programs import Weights, programs_for
-from jax_models.sharding import check_mesh, param_sharding
+from jax_models.sharding import param_sharding, usable_mesh
 from loaders import open_checkpoint
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
@@ -43,7 +43,7 @@ def load(
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh or stage that makes no sense.
     """
-    check_mesh(mesh)
+    mesh = usable_mesh(mesh)
     checkpoint = open_checkpoint(uri)
     stage_ = Stage.of(stage)
     plan = plan_load(checkpoint, stage_)

@@ -21,7 +21,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import TextInputs, bucket, check_text
 from loaders.plan import LoadReport
-from loaders.qwen3 import Qwen3Config
+from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
@@ -40,7 +40,7 @@ class Model:
         events: everything published so far.
     """
 
-    config: Qwen3Config
+    config: ModelConfig
     weights: Weights
     version: int
     programs: Programs

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache
+from jax_models.cache import Cache, placed
+from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
 from loaders.spec import ModelConfig
@@ -41,6 +42,7 @@ class Programs:
         self.abstract: Weights = nnx.to_pure_dict(state)
         self.stage = stage
         self.dtype = dtype
+        self.mesh = mesh
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
@@ -83,7 +85,11 @@ class Programs:
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
             x_BTD, cache = module.model(self._enter(module, inputs), positions_BT, key_mask_BS, cache)
-            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
+            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), placed(cache, self.mesh)
 
     def _enter(self, module: Any, inputs: jax.Array) -> jax.Array:
-        return module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)
+        x_BTD = module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)
+        if self.mesh is None:
+            return x_BTD
+        # callers give host arrays, placed nowhere: the rows are cut here
+        return jax.lax.with_sharding_constraint(x_BTD, row_sharding(self.mesh, x_BTD.shape[0]))

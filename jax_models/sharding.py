@@ -1,41 +1,77 @@
 """Where arrays live on a mesh: one table from axis letters to mesh axes.
 
-Stored layout never depends on the mesh. An axis whose whole units (heads, experts, rows) the mesh axis does not divide
+Stored layout never depends on the mesh. An axis whose whole units (heads, experts, rows) the mesh axes do not divide
 stays whole on every device; ``replicated`` names those parameters.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from loaders.spec import Dim, ParamSpec
 
 MESH_AXES = ("data", "expert", "tensor")
-# axis letter (docs/glossary.md) -> mesh axis; letters not listed stay whole
-LOGICAL_AXES = {"V": "tensor", "NH": "tensor", "KH": "tensor", "F": "tensor", "M": "tensor", "E": "expert"}
+# Axis letter (docs/glossary.md) -> mesh axes it is cut by, all of them together where they divide it; others stay whole.
+# Whatever is no expert is cut by "expert" too: those devices would otherwise hold copies of it.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "V": ("expert", "tensor"),
+    "NH": ("expert", "tensor"),
+    "KH": ("expert", "tensor"),
+    "F": ("expert", "tensor"),
+    "M": ("tensor",),
+    "E": ("expert",),
+}
+
+Cut = str | tuple[str, ...] | None  # one axis of a PartitionSpec
 
 
-def check_mesh(mesh: Mesh | None) -> None:
-    """Raises ValueError when the mesh has an axis we give no meaning."""
-    unknown = sorted(set(mesh.axis_names) - set(MESH_AXES)) if mesh is not None else []
+def usable_mesh(mesh: Mesh | None) -> Mesh | None:
+    """The same devices under axes whose shardings the compiler propagates, as our programs expect.
+
+    ``jax.make_mesh`` gives axes of type Explicit, where every ambiguous product is an error.
+
+    Raises:
+        ValueError: the mesh has an axis we give no meaning.
+    """
+    if mesh is None:
+        return None
+    unknown = sorted(set(mesh.axis_names) - set(MESH_AXES))
     if unknown:
         raise ValueError(f"mesh has axes {unknown}, expected only {', '.join(MESH_AXES)}")
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
-def divides(mesh: Mesh, axis: str, units: int) -> bool:
-    """Whether ``mesh`` has ``axis`` and cuts ``units`` evenly with it."""
-    return axis in mesh.axis_names and units % mesh.shape[axis] == 0
+def cut_of(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], units: int) -> Cut:
+    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the last alone, else the first."""
+    present = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    for choice in (present, present[-1:], present[:1]):
+        if choice and units % math.prod(mesh.shape[axis] for axis in choice) == 0:
+            return choice[0] if len(choice) == 1 else choice
+    return None
 
 
-def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh) -> PartitionSpec:
-    """Mesh axis of every axis of one parameter."""
-    cuts = []
-    for letter in spec.axes:
-        axis = LOGICAL_AXES.get(letter)
-        cuts.append(axis if axis and divides(mesh, axis, dims[letter].units or dims[letter].size) else None)
-    return PartitionSpec(*cuts)
+def axes_of(cut: Cut) -> tuple[str, ...]:
+    """The mesh axes of a cut."""
+    return (cut,) if isinstance(cut, str) else cut or ()
+
+
+def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Mesh axes of every axis of one parameter."""
+    return PartitionSpec(
+        *(
+            cut_of(mesh, axes, dims[letter].units or dims[letter].size) if axes else None
+            for letter, axes in zip(spec.axes, _wanted(spec), strict=True)
+        )
+    )
+
+
+def _wanted(spec: ParamSpec) -> list[tuple[str, ...]]:
+    """The table's mesh axes for every axis. Only stacks are cut by experts: a router must see all its scores."""
+    is_stack = spec.sources[0].expert_id is not None
+    return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in spec.axes]
 
 
 def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> NamedSharding | None:
@@ -44,44 +80,45 @@ def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> 
 
 
 def cache_sharding(mesh: Mesh | None, rows: int, num_key_value_heads: int) -> NamedSharding | None:
-    """Sharding of keys and values [B, S, K, H]; None without a mesh."""
+    """Sharding of keys and values [B, S, K, H], heads cut as k_proj cuts them; None without a mesh."""
     if mesh is None:
         return None
-    batch = "data" if divides(mesh, "data", rows) else None
-    heads = "tensor" if divides(mesh, "tensor", num_key_value_heads) else None
-    return NamedSharding(mesh, PartitionSpec(batch, None, heads, None))
+    heads = cut_of(mesh, LOGICAL_AXES["KH"], num_key_value_heads)
+    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, ("data",), rows), None, heads, None))
 
 
 def row_sharding(mesh: Mesh | None, rows: int | None) -> NamedSharding | None:
-    """Sharding of anything [B, ...] that only its rows are cut of; ``rows`` None: not even those."""
+    """Sharding of anything [B, ...] of which only rows are cut; ``rows`` None: not even those."""
     if mesh is None:
         return None
-    return NamedSharding(mesh, PartitionSpec("data") if rows and divides(mesh, "data", rows) else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, ("data",), rows)) if rows else PartitionSpec())
 
 
 @dataclass(frozen=True)
 class ExpertSpecs:
-    """How the expert stacks are cut, and over which mesh axes their partial results are summed."""
+    """How the expert stacks and the rows they multiply are cut, and over which mesh axes partial results are summed."""
 
-    experts: bool
+    rows: PartitionSpec
     gate_up: PartitionSpec
     down: PartitionSpec
     summed: tuple[str, ...]
+    is_cut: bool  # a device holds only some of the experts
 
 
-def expert_specs(mesh: Mesh, *, num_experts: int, width: int) -> ExpertSpecs:
+def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int) -> ExpertSpecs:
     """Cuts of ``gate_up_proj`` [E, 2, M, D] and ``down_proj`` [E, D, M], as the table above makes them."""
-    experts = "expert" if divides(mesh, "expert", num_experts) else None
-    inner = "tensor" if divides(mesh, "tensor", width) else None
-    summed = tuple(axis for axis in (experts, inner) if axis)
+    experts = cut_of(mesh, LOGICAL_AXES["E"], num_experts)
+    inner = cut_of(mesh, LOGICAL_AXES["M"], width)
     return ExpertSpecs(
-        experts is not None, PartitionSpec(experts, None, inner, None), PartitionSpec(experts, None, inner), summed
+        rows=PartitionSpec(cut_of(mesh, ("data",), rows)),
+        gate_up=PartitionSpec(experts, None, inner, None),
+        down=PartitionSpec(experts, None, inner),
+        summed=(*axes_of(experts), *axes_of(inner)),
+        is_cut=experts is not None,
     )
 
 
-def replicated(params: tuple[ParamSpec, ...], dims: dict[str, Dim], mesh: Mesh) -> list[str]:
+def replicated(params: tuple[ParamSpec, ...], dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> list[str]:
     """Parameters that every device holds whole although the table would cut them."""
-    cut = {
-        spec.name: [letter for letter in spec.axes if LOGICAL_AXES.get(letter) in mesh.axis_names] for spec in params
-    }
-    return [spec.name for spec in params if cut[spec.name] and not any(param_spec(spec, dims, mesh))]
+    wanted = {spec.name: any(mesh.shape.get(axis, 1) > 1 for axes in _wanted(spec) for axis in axes) for spec in params}
+    return [spec.name for spec in params if wanted[spec.name] and not any(param_spec(spec, dims, mesh))]

@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.core import Tracer
 
 from jax_models.sharding import param_sharding
 from loaders import open_checkpoint
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def flatten(weights: Weights) -> dict[str, jax.Array]:
     """Parameters by checkpoint name."""
-    return traverse_util.flatten_dict(weights, sep=".")
+    return cast("dict[str, jax.Array]", traverse_util.flatten_dict(weights, sep="."))
 
 
 def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
@@ -133,7 +134,7 @@ def check_same_structure(live: Weights, new: Weights) -> None:
             problems.append(f"{name} is a {type(found).__name__}, expected a JAX array")
         elif (found.shape, found.dtype) != (old.shape, old.dtype):
             problems.append(f"{name} is {found.dtype} {found.shape}, expected {old.dtype} {old.shape}")
-        elif not isinstance(found, jax.core.Tracer) and not found.sharding.is_equivalent_to(old.sharding, old.ndim):
+        elif not isinstance(found, Tracer) and not found.sharding.is_equivalent_to(old.sharding, old.ndim):
             problems.append(f"{name} is sharded as {found.sharding}, expected {old.sharding}")
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from parity.compare import compare
     from parity.comparison import Comparison
     from parity.events import EventResult
+    from parity.lifecycle import run_lifecycle
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
@@ -21,9 +22,10 @@ _PUBLIC = {
     "EventResult": "parity.events",
     "Trace": "parity.trace",
     "compare": "parity.compare",
+    "run_lifecycle": "parity.lifecycle",
 }
 
-__all__ = ["Comparison", "EventResult", "Trace", "compare"]
+__all__ = ["Comparison", "EventResult", "Trace", "compare", "run_lifecycle"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,7 @@ class Backend:
         else:
             import jax
 
-            flags = {"jax_default_matmul_precision": jax.config.jax_default_matmul_precision or "default"}
+            flags = {"jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default"}
             is_full = True  # jax_models asks for the highest precision itself when it computes in float32
         matmul = dtype if dtype != "float32" or is_full else "reduced"
         return {"matmul": matmul, **flags}

@@ -18,6 +18,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("export", "parity.commands.export", "load a checkpoint and write its tensors back, bit for bit"),
     ("generate", "parity.commands.generate", "continue a prompt of token ids"),
     ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
+    ("lifecycle", "parity.commands.lifecycle", "take live models through every change, and check each"),
 )
 
 EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"

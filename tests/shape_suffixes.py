@@ -46,21 +46,26 @@ def lies(variables: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def checked_shape_suffixes(*packages: str) -> Iterator[None]:
-    """Fail at the end of the block if a function of ``packages`` returned with a local that lies."""
+def checked_shape_suffixes(*packages: str) -> Iterator[set[str]]:
+    """Fail at the end of the block if a function of ``packages`` returned with a local that lies.
+
+    Gives the names of the functions looked at, to be read after the block.
+    """
     prefixes = tuple(f"{package}." for package in packages)
     found: dict[str, None] = {}  # in order, each once
+    seen: set[str] = set()
 
     def look(frame: FrameType, event: str, _: object) -> None:
         module = frame.f_globals.get("__name__")
         if event == "return" and f"{module}.".startswith(prefixes):
             where = f"{module}.{frame.f_code.co_qualname}"
+            seen.add(where)
             found.update(dict.fromkeys(f"{where}: {lie}" for lie in lies(frame.f_locals)))
 
     before = sys.getprofile()
     sys.setprofile(look)
     try:
-        yield
+        yield seen
     finally:
         sys.setprofile(before)
     assert not found, "\n".join(found)

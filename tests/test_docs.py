@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.cli import EXIT_CODES, VERBS
+from parity.cli import EXIT_CODES, VERBS, main
 from parity.zoo import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,15 @@ def verbs_named(text: str) -> list[str]:
 def test_every_python_snippet_of_the_readme_runs(snippet, tmp_path):
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_lines_of_the_readme_run_and_the_backends_agree(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint("qwen3", tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split() for body in snippets("sh") for line in body.splitlines() if line.startswith("tandem ")]
+    assert len(lines) >= 3
+    for _, *arguments in lines:
+        assert main([str(checkpoint) if argument == "CKPT" else argument for argument in arguments]) == 0, arguments
 
 
 def test_the_readme_opens_with_an_example():

@@ -14,7 +14,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import TextInputs, bucket, check_text
 from loaders.plan import LoadReport
-from loaders.qwen3 import Qwen3Config
+from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from torch_models import weights as life
 from torch_models.cache import Cache, empty_cache
@@ -38,11 +38,11 @@ class Model(nn.Module):
         refusal: why the model must not run (an update broke half-way); None while it may.
     """
 
-    model: nn.Module
+    model: Any
     checkpoint: Checkpoint
     report: LoadReport
 
-    def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.stage = stage

@@ -99,6 +99,8 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(Model):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
+    model: Qwen3Model
+
     def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
         self.model = Qwen3Model(config, stage)

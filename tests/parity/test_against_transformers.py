@@ -6,7 +6,7 @@ token for token.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +28,8 @@ from parity.ruler import LIMITS
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5}
 MIXED = {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING, FULL, SLIDING, FULL]}
-NO_HEAD_DIM = {key: value for key, value in MOE.items() if key != "head_dim"} | {"hidden_size": 48}
+TWO = {"num_hidden_layers": 2}  # where two layers show as much as four and compile in half the time
+NO_HEAD_DIM = {key: value for key, value in MOE.items() if key != "head_dim"} | {"hidden_size": 48} | TWO
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ CASES = {
         DENSE | ONE_KV | {"tie_word_embeddings": True, "attention_bias": True}, torch.bfloat16, "20KB"
     ),
     "dense as many kv heads fp16 files": Case(
-        DENSE | {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 10}, torch.float16
+        DENSE | TWO | {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 10}, torch.float16
     ),
     "dense mixed windows biased": Case(DENSE | MIXED | {"attention_bias": True}, torch.bfloat16),
     "dense upper windows": Case(DENSE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
-    "dense linear": Case(DENSE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    "dense dynamic beyond": Case(DENSE | {"max_position_embeddings": 20, "rope_parameters": DYNAMIC}),
-    "dense yarn": Case(DENSE | {"rope_parameters": YARN | {"truncate": False}}),
-    "dense yarn all factors": Case(DENSE | {"rope_parameters": YARN_ALL}),
-    "dense yarn attention factor": Case(DENSE | {"rope_parameters": YARN_ALL | {"attention_factor": 1.2}}),
+    "dense linear": Case(DENSE | TWO | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "dense dynamic beyond": Case(DENSE | TWO | {"max_position_embeddings": 20, "rope_parameters": DYNAMIC}),
+    "dense yarn": Case(DENSE | TWO | {"rope_parameters": YARN | {"truncate": False}}),
+    "dense yarn all factors": Case(DENSE | TWO | {"rope_parameters": YARN_ALL}),
+    "dense yarn attention factor": Case(DENSE | TWO | {"rope_parameters": YARN_ALL | {"attention_factor": 1.2}}),
     "moe": Case(MOE, max_shard_size="60KB"),
     "moe tied unnormalised top 3 one kv head": Case(
-        MOE | ONE_KV | {"tie_word_embeddings": True, "norm_topk_prob": False, "num_experts_per_tok": 3}, torch.float16
+        MOE | ONE_KV | TWO | {"tie_word_embeddings": True, "norm_topk_prob": False, "num_experts_per_tok": 3},
+        torch.float16,
     ),
     "moe every second layer yarn bf16 files": Case(
         MOE | {"decoder_sparse_step": 2, "rope_parameters": YARN}, torch.bfloat16
@@ -84,6 +86,8 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Build:
         kind = (Qwen3MoeForCausalLM, Qwen3MoeConfig) if case.is_moe else (Qwen3ForCausalLM, Qwen3Config)
         model = kind[0](kind[1](**case.options, pad_token_id=PAD)).to(case.dtype)
         sensitise(model, np.random.default_rng(7))
+        if model.config.tie_word_embeddings:  # else every token predicts itself, for ever
+            model.model.embed_tokens.weight.data.mul_(0.25)
         options = {} if case.max_shard_size is None else {"max_shard_size": case.max_shard_size}
         model.save_pretrained(directory, **options)
         return directory
@@ -173,7 +177,7 @@ def errors(got: dict[str, Any], want: dict[str, Any], is_real_BT: np.ndarray) ->
     }
 
 
-def assert_agree(directory: Path, inputs: dict[str, np.ndarray], record_property: Callable[[str, object], None]) -> None:
+def assert_agree(directory: Path, inputs: dict[str, np.ndarray]) -> None:
     is_real_BT = inputs.get("attention_mask", np.ones(inputs["input_ids"].shape)) == 1
     want = reference(directory, inputs)
     jax, torch_ = ours("jax", directory, inputs), ours("torch", directory, inputs)
@@ -184,8 +188,7 @@ def assert_agree(directory: Path, inputs: dict[str, np.ndarray], record_property
         "torch": (errors(torch_, want, is_real_BT), AGAINST_TRANSFORMERS),
         "jax against torch": (errors(jax, torch_, is_real_BT), AGAINST_EACH_OTHER),
     }
-    for side, (by_name, _) in found.items():
-        record_property(side, max(by_name.values()))
+    print({side: f"{max(by_name.values()):.1e}" for side, (by_name, _) in found.items()})  # pytest -rP shows it
     over = {side: {n: e for n, e in by_name.items() if e > bound} for side, (by_name, bound) in found.items()}
     assert not any(over.values()), over
     for value in (*jax.values(), *torch_.values()):
@@ -197,14 +200,14 @@ AGAINST_TRANSFORMERS, AGAINST_EACH_OTHER = 2e-5, 1e-5
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "far"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_hidden_state_agrees_in_float32(name: str, kind: str, checkpoint_of: Build, record_property) -> None:
-    assert_agree(checkpoint_of(name), inputs_of(kind), record_property)
+def test_every_hidden_state_agrees_in_float32(name: str, kind: str, checkpoint_of: Build) -> None:
+    assert_agree(checkpoint_of(name), inputs_of(kind))
 
 
 @pytest.mark.parametrize("kind", ["one token", "long"])
 @pytest.mark.parametrize("name", ["dense mixed windows biased", "moe every second layer yarn bf16 files"])
-def test_every_hidden_state_agrees_in_any_length(name: str, kind: str, checkpoint_of: Build, record_property) -> None:
-    assert_agree(checkpoint_of(name), inputs_of(kind), record_property)
+def test_every_hidden_state_agrees_in_any_length(name: str, kind: str, checkpoint_of: Build) -> None:
+    assert_agree(checkpoint_of(name), inputs_of(kind))
 
 
 def test_the_cases_are_what_their_names_say(checkpoint_of: Build) -> None:
@@ -222,14 +225,13 @@ def test_the_cases_are_what_their_names_say(checkpoint_of: Build) -> None:
         assert file.metadata() == {"format": "pt"}  # transformers' writer, not ours
 
 
-def test_a_mistake_in_a_norm_or_a_window_is_seen(checkpoint_of: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_a_norm_or_a_window_is_seen(checkpoint_of: Build) -> None:
     directory, inputs = checkpoint_of("dense mixed windows biased"), inputs_of("plain")
     want, real_BT = reference(directory, inputs), np.ones((B, T), bool)
     model = torch_models.load(directory, dtype="float32")
-    monkeypatch.setitem(loaded_now := {}, "torch", model)
 
     def worst() -> float:
-        logits, taps = loaded_now["torch"].with_taps(**inputs)
+        logits, taps = model.with_taps(**inputs)
         got = {name: value.numpy() for name, value in {"logits": logits, **taps}.items()}
         return max(errors(got, want, real_BT).values())
 
@@ -238,7 +240,10 @@ def test_a_mistake_in_a_norm_or_a_window_is_seen(checkpoint_of: Build, monkeypat
     attention.q_norm, attention.k_norm = attention.k_norm, attention.q_norm
     assert worst() > 100 * AGAINST_TRANSFORMERS
     attention.q_norm, attention.k_norm = attention.k_norm, attention.q_norm
-    model.model.config = copy.replace(model.config, sliding_window=6) if hasattr(copy, "replace") else model.config
+    model.model.config = dataclasses.replace(model.config, sliding_window=6)
+    assert worst() > 100 * AGAINST_TRANSFORMERS
+    model.model.config = model.config
+    assert worst() <= AGAINST_TRANSFORMERS
     model.model.layers["0"].input_layernorm.eps = 1e-5
     assert worst() > 3 * AGAINST_TRANSFORMERS
 
@@ -286,8 +291,7 @@ def test_greedy_tokens_of_a_ragged_batch_are_transformers_rows_alone(
 ) -> None:
     directory = checkpoint_of(name)
     want = greedy(directory)
-    assert len({tuple(row) for row in want}) == B
-    assert all(len(set(row)) > 3 for row in want), "a constant continuation shows little"
+    assert len({token for row in want for token in row}) >= 8, f"a constant continuation shows little: {want}"
     assert tokens(backend, directory, **inputs_of("padded"), ignore_eos=True) == want
 
 
@@ -306,8 +310,10 @@ def test_greedy_tokens_of_a_ragged_batch_are_transformers_batch(backend: str, ch
     assert tokens(backend, directory, **inputs_of("padded"), ignore_eos=True) == want
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-@pytest.mark.parametrize("name", [GENERATED[0], GENERATED[2], GENERATED[-1]])
+# in JAX another batch is another program, and of experts a slow one to compile
+@pytest.mark.parametrize(
+    ("backend", "name"), [("jax", GENERATED[0]), ("jax", GENERATED[2]), *(("torch", name) for name in GENERATED)]
+)
 def test_a_row_of_a_ragged_batch_is_as_if_alone(name: str, backend: str, checkpoint_of: Build) -> None:
     directory, rows = checkpoint_of(name), rows_of(inputs_of("padded"))
     batch = tokens(backend, directory, **inputs_of("padded"), ignore_eos=True)
@@ -363,18 +369,20 @@ def peer_errors(directory: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.bfloat16])
-def test_bfloat16_is_as_near_the_oracle_as_transformers(
-    name: str, backend: str, checkpoint_of: Build, record_property
-) -> None:
+def test_bfloat16_is_as_near_the_oracle_as_transformers(name: str, backend: str, checkpoint_of: Build) -> None:
     directory, inputs = checkpoint_of(name), inputs_of("padded")
     limits = LIMITS["bfloat16"]
     found = oracle_errors(directory, inputs, ours(backend, directory, inputs, "bfloat16"))
     peer = peer_errors(directory)
     assert sorted(found) == sorted(peer)
-    record_property("ratio", max(found[name] / max(peer[name], limits.u) for name in found))
-    record_property("logits", found["logits"])
-    record_property("peer logits", peer["logits"])
+    print(
+        "largest ratio",
+        max(found[n] / max(peer[n], limits.u) for n in found),
+        "logits",
+        found["logits"],
+        peer["logits"],
+    )
     assert found["model.embed_tokens"] == peer["model.embed_tokens"] == 0.0
     over = {n: (e, peer[n]) for n, e in found.items() if e > limits.k * max(peer[n], limits.u)}
     assert not over
-    assert max(found.values()) <= limits.lid(DENSE["num_hidden_layers"])
+    assert max(found.values()) <= limits.lid(CASES[name].options["num_hidden_layers"])

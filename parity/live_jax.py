@@ -1,0 +1,72 @@
+"""A live JAX model seen from outside: what may not move, what compiles, how to poison it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_models.weights import flatten
+from parity.backends import Backend
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for every program, from the disk cache or not
+
+
+@dataclass(frozen=True)
+class JaxLive:
+    """What the laws need to know of JAX; see ``parity.live_model.LiveBackend``."""
+
+    backend: Backend
+    poison_publishes: bool = True
+    keeps_old: bool = True
+
+    def fixed(self, model: Any) -> dict[str, Any]:
+        """Everything compiled programs depend on: equal before and after means that none becomes invalid."""
+        facts: dict[str, Any] = {
+            name: (leaf.shape, str(leaf.dtype), leaf.sharding, leaf.weak_type)
+            for name, leaf in flatten(model.weights).items()
+        }
+        return facts | {"programs": id(model.programs), "structure": jax.tree.structure(model.weights)}
+
+    def compiled(self, model: Any) -> dict[str, int]:
+        """Programs compiled so far: the model's, by its caches, and by JAX's own count all of this process."""
+        programs = model.programs
+        by_name = {name: vars(programs)[name] for name in ("forward", "forward_with_taps", "prefill", "decode")}
+        return {name: jitted._cache_size() for name, jitted in by_name.items()} | {"process": len(_compilations())}
+
+    def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]:
+        """Parameters that a swap copied although it did not change them."""
+        before, after = flatten(old.weights), flatten(new.weights)
+        return [name for name in before if name not in changed and before[name] is not after[name]]
+
+    def poison(self, model: Any) -> Any:
+        """Every parameter NaN: what the next load does not write will scream."""
+
+        def poisoned(leaf: jax.Array) -> jax.Array:
+            return jax.device_put(np.full(leaf.shape, np.nan, leaf.dtype), leaf.sharding)
+
+        return model.replace(weights=jax.tree.map(poisoned, model.weights))
+
+    def stage_tolerance(self, model: Any) -> float:
+        """Relative; stages are other programs, whose sums XLA may order otherwise."""
+        return 1e-6 if model.dtype == np.float32 else 1e-2
+
+
+@functools.cache
+def _compilations() -> list[str]:
+    """One entry for every compilation of this process since the first call."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **facts: Any) -> None:
+        if event == COMPILED:
+            seen.append(str(facts.get("fun_name", event)))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seen
+
+
+def live(backend: Backend) -> JaxLive:
+    return JaxLive(backend)

@@ -1,0 +1,301 @@
+"""A model under observation: every change goes through here, and after each it is held against a cold load.
+
+What the model must hold is tracked tensor by tensor ("this one from A, that one from B"). The witness is written from
+that with the checkpoint writer alone and loaded cold, so no code that changes live weights has a part in it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from loaders import open_checkpoint
+from loaders.checkpoint import Checkpoint
+from loaders.digest import digests, root_digest
+from loaders.plan import plan_load
+from loaders.spec import Specs
+from loaders.stage import Stage
+from loaders.writer import write_checkpoint
+from parity.backends import Backend
+from parity.faults import Fault, broken_checkpoint
+
+NEW_TOKENS = 4
+POISON = "NaN"  # where a tensor comes from that came from no checkpoint
+HALVES = ("embed", "head")
+
+
+class LawBroken(AssertionError):
+    """A law of live weights does not hold; says all that is wrong."""
+
+
+class LiveBackend(Protocol):
+    """What is observed differently in JAX and in torch.
+
+    Attributes:
+        poison_publishes: whether poison is an event with a version (JAX) or an accident (torch).
+        keeps_old: whether the model from before a change must go on as it was.
+    """
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def poison_publishes(self) -> bool: ...
+    @property
+    def keeps_old(self) -> bool: ...
+    def fixed(self, model: Any) -> dict[str, Any]: ...
+    def compiled(self, model: Any) -> dict[str, int]: ...
+    def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]: ...
+    def poison(self, model: Any) -> Any: ...
+    def stage_tolerance(self, model: Any) -> float: ...
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A cold load of one state: digests as the files have them, logits and tokens as a new model computes them."""
+
+    digests: dict[str, str]
+    logits: np.ndarray
+    tokens: np.ndarray
+
+
+class Bench:
+    """Checkpoints by letter, a fixed prompt, and the witness of every state asked for so far, on one backend."""
+
+    def __init__(
+        self, live: LiveBackend, checkpoints: Mapping[str, Checkpoint], prompt: np.ndarray, scratch: Path
+    ) -> None:
+        self.live = live
+        self.checkpoints = dict(checkpoints)
+        self.prompt = prompt
+        self.scratch = scratch
+        plans = {letter: plan_load(checkpoint, Stage()) for letter, checkpoint in checkpoints.items()}
+        self.specs: Specs = next(iter(plans.values())).specs
+        self.tensors = {letter: tuple(plan.tensors) for letter, plan in plans.items()}
+        self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
+
+    def path(self, letter: str) -> Path:
+        return self.checkpoints[letter].source.path
+
+    def load(self, uri: Any, stage: tuple[int, int] | None = None) -> Any:
+        return self.live.backend.load(uri, stage=stage)
+
+    def logits(self, model: Any) -> np.ndarray:
+        with self.live.backend.scope():
+            return self.live.backend.to_numpy(model(self.prompt))
+
+    def tokens(self, model: Any) -> np.ndarray:
+        with self.live.backend.scope():
+            options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+            return self.live.backend.to_numpy(model.generate(self.prompt, **options))
+
+    def tensors_of_half(self, half: str, letter: str) -> list[str]:
+        """Checkpoint tensors that a swap of one half changes; both of them where a tied head is shipped."""
+        parameter = self.specs.embedding if half == "embed" else self.specs.head
+        found = [source.tensor for spec in self.specs if spec.name == parameter for source in spec.sources]
+        found += [tied.tensor for tied in self.specs.tied if tied.same_as == parameter]
+        return [tensor for tensor in found if tensor in self.tensors[letter]]
+
+    def half(self, half: str, letter: str) -> np.ndarray | None:
+        """Embedding or head as the files have it, not as a model does; None for the head of a tied model."""
+        if half == "head" and self.specs.head == self.specs.embedding:
+            return None
+        return self.checkpoints[letter].read(self.tensors_of_half(half, letter)[0])
+
+    def witness(self, base: str, holds: Mapping[str, str]) -> Witness:
+        """The cold load of ``holds`` (tensor -> letter), laid out like checkpoint ``base``."""
+        key = tuple(sorted(holds.items()))
+        if key not in self._witnesses:
+            self._witnesses[key] = self._cold(base, holds)
+        return self._witnesses[key]
+
+    def _cold(self, base: str, holds: Mapping[str, str]) -> Witness:
+        checkpoint = self.checkpoints[base]
+        with tempfile.TemporaryDirectory(prefix="witness-", dir=self.scratch) as directory:
+            if set(holds.values()) != {base}:
+
+                def read(name: str) -> np.ndarray:
+                    return self.checkpoints[holds.get(name, base)].read(name)
+
+                target = Path(directory) / "mixed"
+                generation = checkpoint.generation_document or None
+                write_checkpoint(
+                    target, checkpoint.tensors, read, config=checkpoint.config_document, generation=generation
+                )
+                checkpoint = open_checkpoint(target)
+            on_disk = digests(checkpoint.stream(names=holds))
+            model = self.load(checkpoint.source.path)
+            return Witness(on_disk, self.logits(model), self.tokens(model))
+
+
+class LiveModel:
+    """A loaded model, what it must hold now, and at which version. ``check`` says whether it does.
+
+    Attributes:
+        model: to be used from now on.
+        base: letter of the checkpoint it was last loaded from.
+        holds: tensor -> letter of the checkpoint its value is from.
+        version: what the version rules say it must be.
+    """
+
+    def __init__(self, bench: Bench, letter: str) -> None:
+        self.bench, self.live = bench, bench.live
+        self.model = bench.load(bench.path(letter))
+        self.base, self.holds = letter, dict.fromkeys(bench.tensors[letter], letter)
+        self.version = 1
+        self._fixed = self.live.fixed(self.model)
+        self._witness()  # compiles everything once; from here on nothing may
+        self.check()
+
+    @property
+    def is_poisoned(self) -> bool:
+        return POISON in self.holds.values()
+
+    @property
+    def root(self) -> str:
+        return root_digest(self.model.digests())
+
+    def reload(self, letter: str) -> None:
+        old = self._before()
+        self.model = self.model.update_weights_from_disk(self.bench.path(letter))
+        self.base, self.holds = letter, dict.fromkeys(self.bench.tensors[letter], letter)
+        self.version += 1
+        self._after(old)
+
+    def swap(self, letter: str, halves: tuple[str, ...] = HALVES, values: Mapping[str, Any] | None = None) -> None:
+        """Take embedding, head or both from another checkpoint; ``values``: as arrays of a model, else NumPy."""
+        given = {half: (values or {}).get(half, self.bench.half(half, letter)) for half in halves}
+        given = {half: value for half, value in given.items() if value is not None}
+        if not given:
+            return
+        old = self._before()
+        self.model = self.model.set_embed_and_head(**given)
+        changed = {tensor for half in given for tensor in self.bench.tensors_of_half(half, self.base)}
+        self.holds.update(dict.fromkeys(changed, letter))
+        self.version += 1
+        lost = self.live.not_shared(old, self.model, changed) if self.live.keeps_old else []
+        self._after(old)
+        expect(not lost, f"a swap copied parameters that it did not change: {some(lost)}")
+
+    def poison(self) -> None:
+        """Every parameter NaN, and nothing but NaN may come out."""
+        old = self._before()
+        self.model = self.live.poison(self.model)
+        self.holds = dict.fromkeys(self.holds, POISON)
+        self.version += self.live.poison_publishes
+        self._after(old)
+
+    def broken_reload(self, letter: str, *faults: Fault) -> str:
+        """A reload that must be refused, name every fault, and change nothing. Returns the error's text."""
+        old, before = self._before(), self.model.digests()
+        with broken_checkpoint(self.bench.checkpoints[letter], self.bench.scratch, *faults) as (directory, told):
+            try:
+                self.model.update_weights_from_disk(directory)
+            except ValueError as error:
+                text = str(error)
+            else:
+                raise LawBroken("a broken checkpoint was accepted")
+        expect(self.model.digests() == before, "a refused reload changed weights")
+        self._after(old)
+        silent = [name for name in told if name not in text]
+        expect(not silent, f"the error does not name {some(silent)}; it says: {text}")
+        return text
+
+    def export(self) -> None:
+        """Exported tensors are what the model holds, in the layout of the checkpoint it came from."""
+        old = self._before()
+        with tempfile.TemporaryDirectory(prefix="export-", dir=self.bench.scratch) as directory:
+            with self.live.backend.scope():
+                exported = open_checkpoint(self.model.export(Path(directory) / "checkpoint"))
+            on_disk = digests(exported.stream())
+        held = self.model.digests()
+        original = self.bench.checkpoints[self.base].tensors
+        expect(on_disk == held, f"exported tensors differ from the model's: {some(differing(on_disk, held))}")
+        strayed = [name for name, info in exported.tensors.items() if info.file != original[name].file]
+        expect(not strayed, f"exported into other files than they came from: {some(strayed)}")
+        self._after(old)
+
+    def generate(self) -> None:
+        """Greedy tokens are those of a cold load."""
+        old = self._before()
+        tokens = self.bench.tokens(self.model)
+        if not self.is_poisoned:
+            expect(same_bits(tokens, self._witness().tokens), "generated tokens differ from a cold load's")
+        self._after(old)
+
+    def check(self) -> None:
+        """Everything that must hold at any moment. Raises LawBroken with all that does not."""
+        wrong = self._wrong_weights()
+        if self.model.version != self.version:
+            wrong.append(f"version is {self.model.version}, expected {self.version}")
+        wrong += self._wrong_logits()
+        changed = differing(self._fixed, self.live.fixed(self.model))
+        wrong += [f"moved or changed shape, dtype or sharding: {some(changed)}"] if changed else []
+        expect(not wrong, "; ".join(wrong))
+
+    def _before(self) -> Any:
+        """The model a change starts from; what it computes and what is compiled is noted."""
+        self._compiled = self.live.compiled(self.model)
+        self._old = (self.model.digests(), self.bench.logits(self.model)) if self.live.keeps_old else None
+        return self.model
+
+    def _after(self, old: Any) -> None:
+        """What a change may not have done: compile (nor may a cold load of the same config), or touch the old model."""
+        self.check()
+        compiled = differing(self._compiled, self.live.compiled(self.model))
+        expect(not compiled, f"something was compiled: {some(compiled)}")
+        if self._old is not None and old is not self.model:
+            is_kept = old.digests() == self._old[0] and same_bits(self.bench.logits(old), self._old[1])
+            expect(is_kept, "the model from before the change is not what it was")
+            expect(old.version != self.model.version, "two models that differ have one version")
+
+    def _witness(self) -> Witness:
+        return self.bench.witness(self.base, self.holds)
+
+    def _wrong_weights(self) -> list[str]:
+        found = self.model.digests()
+        if not self.is_poisoned:
+            wrong = differing(found, self._witness().digests)
+            return [f"weights differ from a cold load's: {some(wrong)}"] if wrong else []
+        clean = {
+            letter: self.bench.witness(letter, dict.fromkeys(names, letter)).digests
+            for letter, names in self.bench.tensors.items()
+        }
+        wrong = [
+            name
+            for name, letter in self.holds.items()
+            if (letter == POISON) == (found.get(name) in [values.get(name) for values in clean.values()])
+            or (letter != POISON and found.get(name) != clean[letter][name])
+        ]
+        return [f"weights are not what poison and swaps left: {some(wrong)}"] if wrong else []
+
+    def _wrong_logits(self) -> list[str]:
+        logits = self.bench.logits(self.model)
+        if self.is_poisoned:
+            return [] if np.isnan(logits).all() else ["poisoned weights give numbers: something is not read from them"]
+        return [] if same_bits(logits, self._witness().logits) else ["logits differ from a cold load's"]
+
+
+def expect(condition: bool, text: str) -> None:
+    """Raises LawBroken with ``text`` unless ``condition``."""
+    if not condition:
+        raise LawBroken(text)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Keys that are not in both with equal values."""
+    return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key])
+
+
+def some(names: list[str]) -> str:
+    """A list of names, cut."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

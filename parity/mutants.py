@@ -1,0 +1,169 @@
+"""Bugs planted on purpose: a test suite is worth what it catches, so its catch is counted.
+
+A mutant is one bug of the kind that ports and weight updates really have, put into our own code or weights for the time
+of a ``with``. It is killed when the detector (``parity.mutant_bench``, ``parity.mutant_life``), which passes the code as
+it is, finds something wrong. Mutants that compute the same are listed too, with the reason, and must survive.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+from parity.mutant_bench import Bench, Detector, Subject
+
+Kind = Literal["attention", "moe", "head", "loader", "reload"]
+Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute to replace: ``where`` is ``module:attribute.path`` inside the backend's package or ``loaders``.
+
+    ``CALL`` in the path stands for the method that runs a module.
+    """
+
+    where: str
+    make: Make
+
+    def on(self, backend: str) -> Any:
+        """The patcher, not yet started."""
+        module, _, path = self.where.partition(":")
+        owner: Any = import_module(module if module.startswith("loaders") else f"{backend}_models.{module}")
+        *parents, name = path.replace("CALL", "forward" if backend == "torch" else "__call__").split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return patch.object(owner, name, self.make(getattr(owner, name), backend))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug.
+
+    Attributes:
+        name: unique.
+        kind: which part of the project it is in.
+        says: what the bug is.
+        source: where it is from: ``parity N`` is a number of facts/parity.md, section 3; ``law N`` one of design.md.
+        plant: makes the patches of a backend; makers run anew each time, so no state is left from the last.
+        subject: the zoo model that shows it.
+        detector: what has to notice.
+        backends: where it is planted.
+        refusal: the error with which our own code refuses it; None when it runs and is wrong.
+        equivalent: why nobody could notice; such a mutant is not counted and must survive.
+    """
+
+    name: str
+    kind: Kind
+    says: str
+    source: str
+    plant: Callable[[], Sequence[Patch]]
+    subject: Subject
+    detector: Detector
+    backends: tuple[str, ...] = ("torch",)
+    refusal: type[Exception] | None = None
+    equivalent: str | None = None
+
+    @contextmanager
+    def planted(self, backend: str) -> Iterator[None]:
+        """The bug is there inside the block and gone after it, whatever happens.
+
+        Compiled programs are kept per configuration: inside the block every load gets programs of its own, and those
+        of the clean code stay as they are.
+        """
+        with ExitStack() as stack:
+            if backend == "jax":
+                import jax_models.load
+                from jax_models.programs import Programs
+
+                # nobody has traced the mutant yet, and whoever traces it keeps it out of the shared cache
+                stack.enter_context(patch.object(jax_models.load, "programs_for", _cached_once(Programs)))
+            for one in self.plant():
+                stack.enter_context(one.on(backend))
+            yield
+
+
+@dataclass(frozen=True)
+class MutantResult:
+    """What became of one mutant on one backend. ``evidence`` is the detector's first finding, empty when it survived."""
+
+    mutant: Mutant
+    backend: str
+    killed: bool
+    evidence: str
+    seconds: float
+
+    @property
+    def is_as_expected(self) -> bool:
+        return self.killed == (self.mutant.equivalent is None)
+
+
+def all_mutants() -> dict[str, Mutant]:
+    """Every mutant by name."""
+    from parity.mutant_life_list import LIFE  # the lists are made from the classes above
+    from parity.mutant_list import CODE
+
+    found = [*CODE, *LIFE]
+    by_name = {mutant.name: mutant for mutant in found}
+    assert len(by_name) == len(found), "two mutants share a name"
+    return by_name
+
+
+def try_mutant(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
+    """Plant a mutant and see whether its detector notices. Clean references are made before."""
+    started = time.perf_counter()
+    with mutant.planted(backend):
+        try:
+            findings = mutant.detector(bench, mutant.subject, backend)
+        except Exception as error:  # a planted bug may raise anything; what was not to be expected is raised again
+            if mutant.refusal is None or not isinstance(error, mutant.refusal):
+                raise
+            findings = [f"refused with {type(error).__name__}: {str(error).splitlines()[-1].strip()}"]
+    evidence = findings[0] if findings else ""
+    return MutantResult(mutant, backend, bool(findings), evidence, time.perf_counter() - started)
+
+
+def prepare(bench: Bench, mutant: Mutant, backend: str) -> list[str]:
+    """Run the detector on the clean code, which makes all references; it must find nothing."""
+    return mutant.detector(bench, mutant.subject, backend)
+
+
+def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> list[MutantResult]:
+    """Try mutants, each on every backend it is made for.
+
+    Args:
+        names: which; default: all.
+        kind: only those of one kind.
+    Raises:
+        ValueError: a name that is no mutant's.
+        AssertionError: a detector finds fault with the clean code, so that it proves nothing.
+    """
+    known = all_mutants()
+    unknown = sorted(set(names or ()) - known.keys())
+    if unknown:
+        raise ValueError(f"no mutant is called {', '.join(unknown)}. `tandem mutate --list` names them.")
+    chosen = [known[name] for name in names or known if kind in (None, known[name].kind)]
+    results = []
+    passed: set[tuple[Detector, Subject, str]] = set()
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(Path(directory))
+        for mutant in chosen:
+            for backend in mutant.backends:
+                if (mutant.detector, mutant.subject, backend) not in passed:
+                    false_alarm = prepare(bench, mutant, backend)
+                    assert not false_alarm, f"clean {backend} on {mutant.subject}: {false_alarm}"
+                    passed.add((mutant.detector, mutant.subject, backend))
+                results.append(try_mutant(bench, mutant, backend))
+    return results
+
+
+def _cached_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    made: dict[Any, Any] = {}
+    return lambda *key: made.setdefault(key, None) or made.__setitem__(key, make(*key)) or made[key]
