@@ -53,10 +53,13 @@ def main() -> None:
                     by_token.append(max((a / np.maximum(b, floor_b)).max(), (b / np.maximum(a, floor_a)).max()))
                 rows = [row for row in result.rows if row.e_a]
                 by_tensor.append(max(row.ratio for row in rows))
-                lid_used.append(max(max(row.e_a, row.e_b) for row in rows) / limits.lid(checkpoint.config.num_hidden_layers))
+                lid_used.append(
+                    max(max(row.e_a, row.e_b) for row in rows) / limits.lid(checkpoint.config.num_hidden_layers)
+                )
             passed = verdicts.count("PASS")
             print(
-                f"{family:10} {dtype:9} seeds {args.seeds}: tensor max {max(by_tensor):.2f}, token max {max(by_token):.2f}"
+                f"{family:10} {dtype:9} seeds {args.seeds}: tensor max {max(by_tensor):.2f},"
+                f" token max {max(by_token):.2f}"
                 f" (p99 {np.percentile(by_token, 99):.2f}), lid used {max(lid_used):.2f}, PASS {passed}"
             )
 

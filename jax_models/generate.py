@@ -22,12 +22,12 @@ def sample(
     ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
     """
     size = logits_BV.shape[-1] if top_k is None else min(top_k, logits_BV.shape[-1])
-    best_BK, token_BK = jax.lax.top_k(logits_BV / temperature, size)
-    probability_BK = jax.nn.softmax(best_BK, axis=-1)
-    before_BK = jnp.cumsum(probability_BK, axis=-1) - probability_BK
-    kept_BK = jnp.where(before_BK < top_p, best_BK, -jnp.inf)
-    chosen_B1 = jax.random.categorical(key, kept_BK, axis=-1)[:, None]
-    return jnp.take_along_axis(token_BK, chosen_B1, axis=-1)[:, 0].astype(jnp.int32)
+    best_BC, token_BC = jax.lax.top_k(logits_BV / temperature, size)
+    probability_BC = jax.nn.softmax(best_BC, axis=-1)
+    before_BC = jnp.cumsum(probability_BC, axis=-1) - probability_BC
+    kept_BC = jnp.where(before_BC < top_p, best_BC, -jnp.inf)
+    chosen_B1 = jax.random.categorical(key, kept_BC, axis=-1)[:, None]
+    return jnp.take_along_axis(token_BC, chosen_B1, axis=-1)[:, 0].astype(jnp.int32)
 
 
 def generate(

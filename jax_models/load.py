@@ -100,6 +100,9 @@ def read_weights(plan: LoadPlan, mesh: Mesh | None) -> tuple[Weights, LoadReport
     for spec, source, array, is_complete in filling.receive(stream):
         weight_loader(host[spec.name], array, shard_id=source.shard_id, expert_id=source.expert_id)
         if is_complete:
-            placed[spec.name] = jax.device_put(host.pop(spec.name), param_sharding(spec, dims, mesh))
-    report = filling.finish({same_as: np.asarray(placed[same_as]) for same_as in plan.verified.values()})
+            array = jax.device_put(host.pop(spec.name), param_sharding(spec, dims, mesh))
+            # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
+            placed[spec.name] = jax.device_put(array, array.sharding)
+    arrived = {same_as for same_as in plan.verified.values() if same_as in placed}
+    report = filling.finish({same_as: np.asarray(placed[same_as]) for same_as in arrived})
     return traverse_util.unflatten_dict(placed, sep="."), report

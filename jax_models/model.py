@@ -165,7 +165,7 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> jax.Array:
-        """The new tokens, int32 [B, N]; rows of different length, each as if it were alone. See ``jax_models.generate``."""
+        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``."""
         return generate(
             self,
             input_ids,
@@ -185,7 +185,7 @@ class Model:
             ValueError: listing every leaf that differs.
         """
         life.check_same_structure(self.weights, weights)
-        return self.published(weights, "replace")
+        return self.published(life.committed_like(self.weights, weights), "replace")
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
         """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same array twice."""
@@ -223,6 +223,8 @@ class Model:
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
         x_BTD = jnp.asarray(hidden_states, self.dtype)
+        if self.mesh is None:  # from a stage on another device
+            x_BTD = jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)

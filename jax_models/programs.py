@@ -69,7 +69,7 @@ class Programs:
     def _prefill(
         self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Fill the cache with T tokens; logits [B, V] of the last one only (hidden states [B, T, D] before the last stage)."""
+        """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
         rest = cache.key_mask.shape[1] - mask_BT.shape[1]
         key_mask_BS = jnp.pad(mask_BT, ((0, 0), (0, rest)))
         return self._step(weights, inputs, positions_BT, key_mask_BS, cache)

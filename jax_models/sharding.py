@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from loaders.spec import Dim, ParamSpec
 
 MESH_AXES = ("data", "expert", "tensor")
-# Axis letter (docs/glossary.md) -> mesh axes it is cut by, all of them together where they divide it; others stay whole.
+# Axis letter (docs/glossary.md) -> mesh axes it is cut by, together where they divide it; others stay whole.
 # Whatever is no expert is cut by "expert" too: those devices would otherwise hold copies of it.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "V": ("expert", "tensor"),

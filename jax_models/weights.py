@@ -1,4 +1,4 @@
-"""The life of the weights: swap, reload, export. Pure: a model goes in, a new one comes out, or an error and no change."""
+"""The life of the weights: swap, reload, export. Pure: a model goes in, a new one comes out, or an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
-from jax_models.sharding import param_sharding
 from loaders import open_checkpoint
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
@@ -70,12 +69,10 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     if not changed:
         event = Event("swap", model.version, "nothing changed", ignored)
         return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
-    dims = model.config.dims()
-    by_name = {spec.name: spec for spec in specs}
     for name, value in changed.items():
         # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
         source = value if isinstance(value, jax.Array) else np.array(value)
-        flat[name] = jax.device_put(source, param_sharding(by_name[name], dims, model.mesh))
+        flat[name] = jax.device_put(source, flat[name].sharding)
     return model.published(traverse_util.unflatten_dict(flat, sep="."), "swap", " and ".join(asked), ignored)
 
 
@@ -115,6 +112,16 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     check_same_structure(model.weights, weights)
     updated = model.published(weights, "reload", str(checkpoint.source))
     return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)
+
+
+def committed_like(live: Weights, new: Weights) -> Weights:
+    """The same arrays, committed to their devices as the live ones are: jit compiles again when that differs."""
+
+    def committed(leaf: jax.Array, old: jax.Array) -> jax.Array:
+        is_traced = isinstance(leaf, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+        return leaf if is_traced else jax.device_put(leaf, old.sharding)
+
+    return jax.tree.map(committed, new, live)
 
 
 def check_same_structure(live: Weights, new: Weights) -> None:

@@ -1,4 +1,4 @@
-"""What a caller hands to a model, checked on the host before anything runs. NumPy only; both backends and traces use it."""
+"""What a caller hands to a model, checked on the host before anything runs. Both backends and traces use it."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             first = dtypes.setdefault(spec.name, found[source.tensor].dtype)
             if found[source.tensor].dtype != first:
                 problems.append(
-                    f"tensor {source.tensor!r} is {found[source.tensor].dtype}, expected {first} like the other parts of"
-                    f" {spec.name!r}"
+                    f"tensor {source.tensor!r} is {found[source.tensor].dtype}, expected {first} like the other parts"
+                    f" of {spec.name!r}"
                 )
     verified = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in found}
     for tied in specs.tied:
@@ -214,7 +214,7 @@ class Filling:
         """Check that everything arrived and redundant tied tensors equal what they are tied to.
 
         Args:
-            params: at least the parameters that tied tensors must equal.
+            params: at least the parameters that tied tensors must equal, those that arrived.
         Raises:
             CheckpointError: listing all that did not.
         """
@@ -224,7 +224,7 @@ class Filling:
             f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
             " Set tie_word_embeddings to false to load both."
             for name, same_as in self._plan.verified.items()
-            if name in self._digests and self._digests[name] != tensor_digest(params[same_as])
+            if name in self._digests and same_as in params and self._digests[name] != tensor_digest(params[same_as])
         ]
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)

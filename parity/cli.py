@@ -12,6 +12,7 @@ from parity.errors import DeviceNotFound
 # verb, module, one line of help. A module has add_arguments(parser) and run(args) -> exit code; it imports what is
 # heavy inside run, so that a verb costs only what it uses.
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("demo", "parity.commands.demo", "every lifecycle event on both backends, on two small checkpoints, with a report"),
     ("inspect", "parity.commands.inspect", "what a checkpoint holds, and what would be loaded where"),
     ("record", "parity.commands.record", "run one backend and write a trace"),
     ("run", "parity.commands.run", "record two backends and the oracle, and compare"),
@@ -19,6 +20,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("generate", "parity.commands.generate", "continue a prompt of token ids"),
     ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
     ("lifecycle", "parity.commands.lifecycle", "take live models through every change, and check each"),
+    ("mutate", "parity.commands.mutate", "plant bugs on purpose, and count how many are caught"),
 )
 
 EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"

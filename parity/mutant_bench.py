@@ -60,7 +60,9 @@ class Bench:
     def batch(self, subject: Subject) -> dict[str, np.ndarray]:
         """Two full rows, one padded on the right and one on the left, every canary in each."""
         config = open_checkpoint(self.path(subject)).config
-        sides = [prompts(config, rows=2, tokens=TOKENS, padding=side, seed=i) for i, side in enumerate(("right", "left"))]
+        sides = [
+            prompts(config, rows=2, tokens=TOKENS, padding=side, seed=i) for i, side in enumerate(("right", "left"))
+        ]
         return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
 
     def oracle(self, subject: Subject) -> Trace:

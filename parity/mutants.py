@@ -1,8 +1,8 @@
 """Bugs planted on purpose: a test suite is worth what it catches, so its catch is counted.
 
-A mutant is one bug of the kind that ports and weight updates really have, put into our own code or weights for the time
-of a ``with``. It is killed when the detector (``parity.mutant_bench``, ``parity.mutant_life``), which passes the code as
-it is, finds something wrong. Mutants that compute the same are listed too, with the reason, and must survive.
+A mutant is one bug of the kind that ports and weight updates really have, put into our own code or weights for as long
+as a ``with`` lasts. It is killed when its detector (``parity.mutant_bench``, ``parity.mutant_life``), which passes the
+code as it is, finds something wrong. Mutants that compute the same are listed too, with the reason, and must survive.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -22,22 +23,30 @@ from parity.mutant_bench import Bench, Detector, Subject
 Kind = Literal["attention", "moe", "head", "loader", "reload"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
 
+TRACED = ("layers.", "qwen3:", "programs:", "loaders.qwen3:", "loaders.stage:")  # what XLA programs are made from
+
 
 @dataclass(frozen=True)
 class Patch:
     """One attribute to replace: ``where`` is ``module:attribute.path`` inside the backend's package or ``loaders``.
 
-    ``CALL`` in the path stands for the method that runs a module.
+    ``CALL`` in the path stands for the method that runs a module, ``KERNELS`` for the name its framework has there.
     """
 
     where: str
     make: Make
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether it changes what a compiled program computes, and not only what surrounds it."""
+        return self.where.startswith(TRACED)
+
     def on(self, backend: str) -> Any:
         """The patcher, not yet started."""
         module, _, path = self.where.partition(":")
         owner: Any = import_module(module if module.startswith("loaders") else f"{backend}_models.{module}")
-        *parents, name = path.replace("CALL", "forward" if backend == "torch" else "__call__").split(".")
+        call, kernels = ("forward", "F") if backend == "torch" else ("__call__", "jax")
+        *parents, name = path.replace("CALL", call).replace("KERNELS", kernels).split(".")
         for parent in parents:
             owner = getattr(owner, parent)
         return patch.object(owner, name, self.make(getattr(owner, name), backend))
@@ -75,24 +84,24 @@ class Mutant:
     def planted(self, backend: str) -> Iterator[None]:
         """The bug is there inside the block and gone after it, whatever happens.
 
-        Compiled programs are kept per configuration: inside the block every load gets programs of its own, and those
-        of the clean code stay as they are.
+        Compiled programs are kept per configuration. A bug that changes what they compute gets programs of its own,
+        compiled in haste; those of the clean code stay as they are.
         """
+        patches = self.plant()
         with ExitStack() as stack:
-            if backend == "jax":
-                import jax_models.load
-                from jax_models.programs import Programs
-
-                # nobody has traced the mutant yet, and whoever traces it keeps it out of the shared cache
-                stack.enter_context(patch.object(jax_models.load, "programs_for", _cached_once(Programs)))
-            for one in self.plant():
+            if backend == "jax" and any(one.is_traced for one in patches):
+                # import_module, since the package has a function of that name
+                loader, programs = import_module("jax_models.load"), import_module("jax_models.programs")
+                stack.enter_context(patch.object(loader, "programs_for", lru_cache(programs.Programs)))
+                stack.enter_context(_hasty_compiler())
+            for one in patches:
                 stack.enter_context(one.on(backend))
             yield
 
 
 @dataclass(frozen=True)
 class MutantResult:
-    """What became of one mutant on one backend. ``evidence`` is the detector's first finding, empty when it survived."""
+    """What became of one mutant on one backend. ``evidence``: the first finding, empty when it survived."""
 
     mutant: Mutant
     backend: str
@@ -164,6 +173,14 @@ def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> li
     return results
 
 
-def _cached_once(make: Callable[..., Any]) -> Callable[..., Any]:
-    made: dict[Any, Any] = {}
-    return lambda *key: made.setdefault(key, None) or made.__setitem__(key, make(*key)) or made[key]
+@contextmanager
+def _hasty_compiler() -> Iterator[None]:
+    """Compile times matter here and run times do not; a planted bug is far above what optimising rounds differently."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -127,7 +127,7 @@ def record(
     max_new_tokens: int | None = None,
     ignore_eos: bool = False,
 ) -> Trace:
-    """Load a checkpoint, optionally hot reload another over it, and record. ``inputs`` default to ``default_inputs``."""
+    """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``."""
     model = backend.load(uri, dtype=dtype)
     if reload is not None:
         with backend.scope():

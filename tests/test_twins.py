@@ -19,7 +19,9 @@ JAX, TORCH = ROOT / "jax_models", ROOT / "torch_models"
 SAME = {"__call__": "forward"}  # one thing under two names: JAX's, torch's
 PARAMETERS = ("Param", "Parameter", "empty_param")  # what makes one
 # Files ("layers/a.py") and public names ("layers/a.py: f()") that one side alone has, each with the reason.
-ONLY_JAX: dict[str, str] = {}
+ONLY_JAX: dict[str, str] = {
+    "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
+}
 ONLY_TORCH: dict[str, str] = {
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }

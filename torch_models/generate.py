@@ -18,12 +18,12 @@ def sample(
     ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
     """
     size = logits_BV.shape[-1] if top_k is None else min(top_k, logits_BV.shape[-1])
-    best_BK, token_BK = (logits_BV / temperature).topk(size, dim=-1)
-    probability_BK = best_BK.softmax(-1)
-    before_BK = probability_BK.cumsum(-1) - probability_BK
-    kept_BK = probability_BK.masked_fill(before_BK >= top_p, 0.0)
-    chosen_B1 = torch.multinomial(kept_BK, 1, generator=generator)
-    return token_BK.gather(-1, chosen_B1)[:, 0]
+    best_BC, token_BC = (logits_BV / temperature).topk(size, dim=-1)
+    probability_BC = best_BC.softmax(-1)
+    before_BC = probability_BC.cumsum(-1) - probability_BC
+    kept_BC = probability_BC.masked_fill(before_BC >= top_p, 0.0)
+    chosen_B1 = torch.multinomial(kept_BC, 1, generator=generator)
+    return token_BC.gather(-1, chosen_B1)[:, 0]
 
 
 def generate(

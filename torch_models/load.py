@@ -97,5 +97,6 @@ def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.
         if is_complete:
             del views[spec.name]
             placed[spec.name] = host.pop(spec.name).to(device)
-    report = filling.finish({same_as: host_view(placed[same_as].cpu()) for same_as in plan.verified.values()})
+    arrived = {same_as for same_as in plan.verified.values() if same_as in placed}
+    report = filling.finish({same_as: host_view(placed[same_as].cpu()) for same_as in arrived})
     return placed, report

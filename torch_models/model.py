@@ -161,7 +161,7 @@ class Model(nn.Module):
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> torch.Tensor:
-        """The new tokens, int64 [B, N]; rows of different length, each as if it were alone. See ``torch_models.generate``."""
+        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``."""
         return generate(
             self,
             input_ids,
@@ -216,7 +216,7 @@ class Model(nn.Module):
     def _step(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         end = cache.length + ids_BT.shape[1]
         x_BTD = self.model(self.embed(ids_BT), positions_BT, cache.key_mask[:, :end], cache)
-        return self.head(x_BTD[:, -1])
+        return self.head(x_BTD[:, -1:])[:, 0]
 
     def _long(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)

@@ -110,8 +110,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     """Reload all weights from another checkpoint of the same config, in place: no pointer moves.
 
     The checkpoint is checked whole before a byte is read, then read whole into host memory, then written over the live
-    parameters, compared bit for bit, and published. A failure before the first write leaves the old version serving; one
-    after it (a device fault) makes the model refuse to run until a good load.
+    parameters, compared bit for bit, and published. A failure before the first write leaves the old version serving;
+    one after it (a device fault) makes the model refuse to run until a good load.
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.

@@ -93,7 +93,8 @@ def _text(found: dict[str, Any]) -> str:
     for stage in found["stages"]:
         first, last = stage["layers"]
         lines.append(
-            f"stage {stage['stage']}: layers {first}..{last - 1}, {stage['parameters']} parameters, {stage['bytes']:,} bytes"
+            f"stage {stage['stage']}: layers {first}..{last - 1}, {stage['parameters']} parameters,"
+            f" {stage['bytes']:,} bytes"
             f" from {stage['tensors_loaded']} tensors; {len(stage['tensors_verified'])} verified as tied,"
             f" {len(stage['tensors_left_out'])} left out, {stage['tensors_of_other_stages']} of other stages"
         )

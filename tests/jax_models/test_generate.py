@@ -16,6 +16,7 @@ from parity.zoo import make_checkpoint
 
 STEPS, T = 6, 17  # 17 and 6 more fit a bucket of 32
 LENGTHS = (17, 9, 4)
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def load(directory: Path, name: str, **config) -> jax_models.Model:
@@ -24,14 +25,14 @@ def load(directory: Path, name: str, **config) -> jax_models.Model:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> jax_models.Model:
-    return load(tmp_path_factory.mktemp("dense") / "a", "qwen3-sliding", sliding_window=5)
+    return load(tmp_path_factory.mktemp("dense") / "a", "qwen3-sliding", sliding_window=5, **TWO_LAYERS)
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> jax_models.Model:
     if request.param == "dense":
         return request.getfixturevalue("dense")
-    return load(tmp_path_factory.mktemp("moe") / "a", "qwen3-moe-nonorm")
+    return load(tmp_path_factory.mktemp("moe") / "a", "qwen3-moe-nonorm", num_hidden_layers=2)
 
 
 def batch(side: str) -> tuple[np.ndarray, np.ndarray]:
@@ -84,9 +85,7 @@ def test_generation_is_the_argmax_of_every_step(dense: jax_models.Model) -> None
     np.testing.assert_array_equal(got, np.stack(want, axis=1))
 
 
-def test_an_end_token_ends_its_row_and_the_rest_is_filled_with_the_pad_token(
-    dense: jax_models.Model, tmp_path: Path
-) -> None:
+def test_an_end_token_ends_its_row_and_the_rest_is_filled_with_the_pad_token(dense: jax_models.Model) -> None:
     endless = np.asarray(dense.generate(*batch("left"), STEPS, ignore_eos=True))
     end = next(int(t) for t in endless[0][1:4] if t not in endless[0][:1] and t != 5)
     ends = [end, int(endless[1][0])]
@@ -123,13 +122,11 @@ def test_a_cache_of_old_weights_is_refused(dense: jax_models.Model) -> None:
 
 
 def test_a_full_cache_is_refused(dense: jax_models.Model) -> None:
-    ids_BT = np.ones((3, 31), np.int64)
-    _, cache = dense.prefill(ids_BT, max_new_tokens=1)
-    assert cache.capacity == 32
-    # 31 tokens were padded to the bucket of 32 on the left
-    with pytest.raises(ValueError, match=r"the cache is full at 32 tokens\. Give prefill a larger max_new_tokens"):
-        for _ in range(2):
-            _, cache = dense.decode([1, 2, 3], cache)
+    _, cache = dense.prefill(*batch("left"), max_new_tokens=STEPS)
+    for _ in range(cache.capacity - 32):  # 17 tokens fill a bucket of 32
+        _, cache = dense.decode([1, 2, 3], cache)
+    with pytest.raises(ValueError, match=r"the cache is full at 64 tokens\. Give prefill a larger max_new_tokens"):
+        dense.decode([1, 2, 3], cache)
 
 
 def test_a_cache_of_other_rows_is_refused(dense: jax_models.Model) -> None:

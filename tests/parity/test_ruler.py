@@ -18,7 +18,9 @@ def test_the_constants_are_the_calibrated_ones_and_each_has_a_reason():
     assert (BF16.k, BF16.k_token, BF16.c, BF16.u) == (2, 8, 8, 2**-8)
     fp32 = LIMITS["float32"]
     assert (fp32.k, fp32.k_token, fp32.c, fp32.u) == (4, 12, 40, 2**-24)
-    assert {*BF16.__slots__, "TOKEN_LID", "MIN_REMAINING", "ROUTER_SHARE", "ROUTER_TOKENS", "STEP"} == set(ruler.REASONS)
+    assert {*BF16.__slots__, "TOKEN_LID", "MIN_REMAINING", "ROUTER_SHARE", "ROUTER_TOKENS", "STEP"} == set(
+        ruler.REASONS
+    )
 
 
 def test_the_lid_grows_with_the_root_of_the_depth_and_no_depth_counts_as_one_layer():

@@ -46,17 +46,17 @@ class Experts(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
-        x_AD, top_k = x_BTD.flatten(0, 1), experts_BTX.shape[-1]
-        experts_AX, weights_AX = experts_BTX.view(-1, top_k), weights_BTX.reshape(-1, top_k)
+        x_UD = x_BTD.flatten(0, 1)
+        experts_UX, weights_UX = experts_BTX.flatten(0, 1), weights_BTX.flatten(0, 1)
         # one slot per (token, choice), summed at the end in a fixed order: an atomic add would not repeat on a GPU
-        out_AXD = torch.zeros(*experts_AX.shape, x_AD.shape[-1], device=x_AD.device)
-        for expert in experts_AX.unique().tolist():
-            token_A, choice_A = (experts_AX == expert).nonzero(as_tuple=True)
-            rows_AD = x_AD[token_A]
-            gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_AD.dtype)) for part_MD in self.gate_up_proj[expert])
-            hidden_AD = F.linear(F.silu(gate_AM) * up_AM, self.down_proj[expert].to(x_AD.dtype))
-            out_AXD[token_A, choice_A] = hidden_AD.float()
-        return torch.einsum("axd,ax->ad", out_AXD, weights_AX).view(x_BTD.shape).to(x_BTD.dtype)
+        out_UXD = torch.zeros(*experts_UX.shape, x_UD.shape[-1], device=x_UD.device)
+        for expert in experts_UX.unique().tolist():
+            token_A, choice_A = (experts_UX == expert).nonzero(as_tuple=True)
+            rows_AD = x_UD[token_A]
+            gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_UD.dtype)) for part_MD in self.gate_up_proj[expert])
+            hidden_AD = F.linear(F.silu(gate_AM) * up_AM, self.down_proj[expert].to(x_UD.dtype))
+            out_UXD[token_A, choice_A] = hidden_AD.float()
+        return torch.einsum("uxd,ux->ud", out_UXD, weights_UX).view(x_BTD.shape).to(x_BTD.dtype)
 
 
 class SparseMoeBlock(nn.Module):

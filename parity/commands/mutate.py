@@ -1,0 +1,55 @@
+"""``tandem mutate``: plant bugs on purpose and count how many are caught."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parity.mutants import MutantResult
+
+KINDS = ("attention", "moe", "head", "loader", "reload")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="NAME", action="append", help="this mutant only; may be given again")
+    parser.add_argument("--kind", choices=KINDS, help="mutants of one part only")
+    parser.add_argument("--list", action="store_true", help="list the mutants and what they are; try none")
+
+
+def run(args: argparse.Namespace) -> int:
+    from parity import mutants
+
+    if args.list:
+        for mutant in mutants.all_mutants().values():
+            if args.kind in (None, mutant.kind):
+                print(f"{mutant.name:34} {mutant.kind:10} {mutant.source:12} {mutant.says}")
+        return 0
+    results = mutants.score(args.only, kind=args.kind)
+    print(render(results))
+    return 0 if results and all(result.is_as_expected for result in results) else 1
+
+
+def render(results: list[MutantResult]) -> str:
+    """The table and, under it, the score."""
+    lines = [f"{'mutant':34} {'kind':10} {'backend':8} {'outcome':11} {'s':>5}  evidence"]
+    for result in results:
+        mutant = result.mutant
+        lines.append(
+            f"{mutant.name:34} {mutant.kind:10} {result.backend:8} {_outcome(result):11} {result.seconds:5.2f}"
+            f"  {result.evidence or mutant.equivalent or mutant.says}"
+        )
+    counted = [result for result in results if result.mutant.equivalent is None]
+    killed = sum(result.killed for result in counted)
+    share = f" ({killed / len(counted):.0%})" if counted else ""
+    lines.append(
+        f"mutation score: {killed} of {len(counted)} killed{share};"
+        f" {len(results) - len(counted)} equivalent, not counted"
+    )
+    return "\n".join(lines)
+
+
+def _outcome(result: MutantResult) -> str:
+    if result.mutant.equivalent is not None:
+        return "not equal!" if result.killed else "equivalent"
+    return "killed" if result.killed else "SURVIVED"

@@ -1,0 +1,41 @@
+"""Pairs of tiny checkpoints and the benches that models live on, shared by the lifecycle tests."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from loaders import open_checkpoint
+from parity.backends import open_backend
+from parity.lifecycle import LIVE
+from parity.live_model import Bench
+from parity.zoo import make_checkpoint, prompts
+
+BACKENDS = ("jax", "torch")
+OPTIONS = {"qwen3-tied": {"ship_tied_head": True, "dtype": "BF16"}}
+
+
+class Benches:
+    """One bench for each backend and zoo model, made when first asked for; two layers, checkpoints A and B."""
+
+    def __init__(self, root):
+        self.root = root
+        self._pairs, self._benches = {}, {}
+
+    def pair(self, zoo):
+        if zoo not in self._pairs:
+            options = OPTIONS.get(zoo, {})
+            self._pairs[zoo] = {
+                letter: make_checkpoint(zoo, self.root / f"{zoo}-{letter}", seed=seed, num_hidden_layers=2, **options)
+                for seed, letter in enumerate("AB")
+            }
+        return self._pairs[zoo]
+
+    def bench(self, backend, zoo):
+        if (backend, zoo) not in self._benches:
+            pair = {letter: open_checkpoint(path) for letter, path in self.pair(zoo).items()}
+            prompt = prompts(pair["A"].config, rows=2, tokens=12, padding=None)["input_ids"]
+            live = import_module(LIVE[backend]).live(open_backend(backend, "cpu"))
+            scratch = self.root / f"scratch-{backend}-{zoo}"
+            scratch.mkdir()
+            self._benches[backend, zoo] = Bench(live, pair, prompt, scratch)
+        return self._benches[backend, zoo]

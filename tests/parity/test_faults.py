@@ -1,0 +1,249 @@
+"""What can go wrong with an update goes wrong here, and the old model serves on, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+import torch
+from lives import BACKENDS, Benches
+
+import jax_models
+from loaders import CheckpointError
+from loaders.checkpoint import Checkpoint
+from loaders.plan import weight_loader
+from loaders.sources.local import OpenFile
+from parity.faults import (
+    FAULTS,
+    MATCHING,
+    OPENING,
+    broken_checkpoint,
+    changed_deliveries,
+    never_delivered,
+    other_architecture,
+    other_config,
+)
+from parity.live_model import LiveModel, same_bits
+
+ZOO = ("qwen3", "qwen3-moe")
+# the error about another architecture says nothing about the fields of its config
+PAIRS = [
+    pair
+    for kind in (OPENING, MATCHING)
+    for pair in itertools.combinations(kind, 2)
+    if set(pair) != {other_config, other_architecture}
+]
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory):
+    return Benches(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module", params=[f"{backend}-{zoo}" for backend in BACKENDS for zoo in ZOO])
+def life(request, benches):
+    """One model for all tests of the module: none of them may leave a trace."""
+    backend, _, zoo = request.param.partition("-")
+    life = LiveModel(benches.bench(backend, zoo), "A")
+    yield life
+    life.check()
+
+
+def refused(life, *faults):
+    version, root = life.model.version, life.root
+    text = life.broken_reload("B", *faults)
+    assert (life.model.version, life.root) == (version, root)
+    return text
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_reload_with_this_fault_is_refused_by_name_and_changes_nothing(name, life):
+    refused(life, FAULTS[name])
+
+
+def test_of_two_faults_in_one_checkpoint_both_are_named(life):
+    for pair in PAIRS:
+        refused(life, *pair)
+
+
+def test_every_fault_of_a_kind_at_once_is_named_in_one_error(life):
+    for kind in (OPENING, [fault for fault in MATCHING if fault is not other_architecture]):
+        text = refused(life, *kind)
+        assert int(text.split(": ")[1].split(" problem")[0]) >= len(kind)
+
+
+def test_a_checkpoint_with_faults_cannot_be_loaded_as_a_new_model_either(life):
+    for name, fault in FAULTS.items():
+        if name in ("wrong dtype", "other config"):
+            continue  # another model, not a broken one
+        with (
+            broken_checkpoint(life.bench.checkpoints["B"], life.bench.scratch, fault) as (directory, _),
+            pytest.raises(ValueError, match="problem|weight is|config"),
+        ):
+            life.bench.load(directory)
+    life.check()
+
+
+def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
+    """A disk error at the first read of tensor bytes, at the second, ... at the last."""
+    original = OpenFile.read_into
+    reads = {"left": -1, "done": 0}
+
+    def read_into(self, out, position):
+        reads["done"] += 1
+        if reads["left"] == 0:
+            raise OSError(5, "Input/output error")
+        reads["left"] -= 1
+        original(self, out, position)
+
+    monkeypatch.setattr(OpenFile, "read_into", read_into)
+    before = life.model.digests()
+    life.bench.load(life.bench.path("B"))
+    total = reads["done"]
+    assert total > len(life.holds)
+    for failing in range(total):
+        reads["left"] = failing
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            life.model.update_weights_from_disk(life.bench.path("B"))
+        assert life.model.digests() == before
+    reads["left"] = -1
+    life.check()
+
+
+def test_any_order_of_delivery_from_one_buffer_that_is_overwritten_gives_the_same_weights(life):
+    rng = np.random.default_rng(0)
+
+    def shuffled(checkpoint, delivered):
+        tensors = [(name, array.copy()) for name, array in delivered]
+        largest = max(array.nbytes for _, array in tensors)
+        buffer = np.empty(largest, np.uint8)
+        for index in rng.permutation(len(tensors)):
+            name, array = tensors[index]
+            view = buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
+            view[...] = array
+            yield name, view
+            buffer[...] = 0xFF
+
+    for letter in "BA":
+        with changed_deliveries(dropped_destinations, shuffled):
+            life.reload(letter)
+
+
+def dropped_destinations(checkpoint, delivered):
+    """Delivers the same, leaving nothing where the loader asked for it to go."""
+    for name, array in delivered:
+        copy = array.copy()
+        array.view(np.uint8)[...] = 0xFF
+        yield name, copy
+
+
+def test_twenty_times_there_and_back_is_where_it_was(life):
+    root, logits = life.root, life.bench.logits(life.model)
+    process = psutil.Process()
+    resident = []
+    for _ in range(20):
+        life.reload("B")  # each reload checks digests, logits, addresses and compilations
+        life.reload("A")
+        gc.collect()
+        resident.append(process.memory_info().rss)
+    assert life.root == root
+    assert same_bits(life.bench.logits(life.model), logits)
+    weights = sum(info.num_bytes for info in life.bench.checkpoints["A"].tensors.values())
+    assert max(resident[10:]) - max(resident[:10]) < max(8 * weights, 16 << 20)
+
+
+@pytest.mark.parametrize("ids", [(0,), (0, 1)])
+def test_an_id_given_by_position_is_a_type_error(ids):
+    with pytest.raises(TypeError, match="positional"):
+        weight_loader(np.zeros((2, 3)), np.ones(3), *ids)
+
+
+def test_ids_given_by_keyword_choose_the_place():
+    param = np.zeros((2, 2, 3))
+    weight_loader(param, np.ones(3), shard_id=1, expert_id=0)
+    assert param.sum(-1).tolist() == [[0, 3], [0, 0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tied_embedding_that_never_arrives_is_named_also_where_the_head_is_shipped(backend, benches):
+    life = LiveModel(benches.bench(backend, "qwen3-tied"), "A")
+    assert "model.embed_tokens.weight" in refused(life, never_delivered)
+
+
+@pytest.mark.parametrize("event", ["reload", "swap"])
+def test_torch_refuses_to_run_a_mixture_until_a_good_load(event, benches, monkeypatch):
+    life = LiveModel(benches.bench("torch", "qwen3"), "A")
+    original = torch.Tensor.copy_
+    copies = iter(range(100))
+
+    def copy_(self, value, *args, **kwargs):
+        if next(copies) == 1:
+            raise RuntimeError("injected: the device went away")
+        return original(self, value, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copy_)
+        with pytest.raises(RuntimeError, match="injected"):
+            life.reload("B") if event == "reload" else life.swap("B")
+    assert life.model.version == 1
+    for call in (life.model, life.model.prefill, life.model.generate):
+        with pytest.raises(RuntimeError, match="refuses to run"):
+            call(life.bench.prompt)
+    with pytest.raises(ValueError, match="problem"):
+        life.model.update_weights_from_disk(life.bench.scratch)  # a bad load does not end it
+    with pytest.raises(RuntimeError, match="refuses to run"):
+        life.model(life.bench.prompt)
+    life.reload("A")
+    life.generate()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 7])
+def test_jax_keeps_the_old_weights_when_a_device_fails_half_way(failing, benches, monkeypatch):
+    life = LiveModel(benches.bench("jax", "qwen3"), "A")
+    original = jax.device_put
+    puts = iter(range(1000))
+
+    def device_put(*args, **kwargs):
+        if next(puts) == failing:
+            raise RuntimeError("injected: out of memory")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_put", device_put)
+        with pytest.raises(RuntimeError, match="injected"):
+            life.reload("B")
+    life.check()
+    life.reload("B")
+
+
+@pytest.mark.parametrize("place", ["jax.numpy", "device_put", "another device"])
+def test_jax_compiles_nothing_whatever_array_a_swap_or_replace_is_given(place, benches):
+    life = LiveModel(benches.bench("jax", "qwen3"), "A")
+    put = {
+        "jax.numpy": jnp.asarray,
+        "device_put": lambda x: jax.device_put(x, jax.devices("cpu")[0]),
+        "another device": lambda x: jax.device_put(x, jax.devices("cpu")[-1]),
+    }[place]
+    values = {half: put(life.bench.half(half, "B")) for half in ("embed", "head")}
+    life.swap("B", values=values)
+    if place == "another device":
+        return  # replace takes the same shardings only
+    other = jax_models.load(life.bench.path("B")).weights
+    old = life._before()
+    life.model = life.model.replace(weights=jax.tree.map(lambda x: put(np.asarray(x)), other))
+    life.holds, life.version = dict.fromkeys(life.holds, "B"), life.version + 1
+    life._after(old)
+
+
+def test_fault_injection_leaves_no_trace(life):
+    original = Checkpoint.stream
+    with pytest.raises(RuntimeError, match="stop"), changed_deliveries(lambda _, delivered: delivered):
+        assert Checkpoint.stream is not original
+        raise RuntimeError("stop")
+    assert Checkpoint.stream is original
+    assert list(life.bench.scratch.iterdir()) == []

@@ -1,0 +1,119 @@
+"""Every planted bug is caught, by a detector that finds nothing wrong with the code as it is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from parity import cli
+from parity.commands.mutate import render
+from parity.mutant_bench import BACKENDS, Bench
+from parity.mutants import Mutant, MutantResult, Patch, all_mutants, prepare, score, try_mutant
+
+MUTANTS = all_mutants()
+TRIALS = [(mutant, backend) for mutant in MUTANTS.values() for backend in mutant.backends]
+# what the detectors run on: one clean run each
+SETTINGS = list({(m.detector, m.subject, backend): (m, backend) for m, backend in TRIALS}.values())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("mutants"))
+
+
+def named(trial) -> str:
+    mutant, backend = trial
+    return f"{mutant.name}-{backend}"
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s[0].detector.__name__}-{s[0].subject.model}-{s[1]}")
+def test_the_clean_code_passes_the_very_same_detector(bench, setting):
+    assert prepare(bench, *setting) == []
+
+
+@pytest.mark.parametrize("trial", [t for t in TRIALS if not t[0].equivalent], ids=named)
+def test_a_mutant_is_killed(bench, trial):
+    result = try_mutant(bench, *trial)
+    assert result.killed, f"survived: {result.mutant.says}"
+
+
+@pytest.mark.parametrize("trial", [t for t in TRIALS if t[0].equivalent], ids=named)
+def test_a_mutant_said_to_be_equivalent_survives(bench, trial):
+    result = try_mutant(bench, *trial)
+    assert result.evidence == "", f"not equivalent after all: {result.mutant.equivalent}"
+
+
+def places(mutant: Mutant, backend: str) -> list[tuple[object, str]]:
+    patchers = [one.on(backend) for one in mutant.plant()]
+    return [(patcher.getter(), patcher.attribute) for patcher in patchers]
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=named)
+def test_planting_changes_the_code_and_takes_everything_back(trial):
+    mutant, backend = trial
+    found = places(mutant, backend)
+    before = [vars(owner)[name] for owner, name in found]
+    with pytest.raises(ZeroDivisionError), mutant.planted(backend):
+        assert all(vars(owner)[name] is not was for (owner, name), was in zip(found, before, strict=True))
+        raise ZeroDivisionError
+    assert all(vars(owner)[name] is was for (owner, name), was in zip(found, before, strict=True))
+
+
+def test_planting_in_jax_leaves_the_shared_programs_alone():
+    loader = import_module("jax_models.load")
+    shared = loader.programs_for
+    with MUTANTS["theta_wrong"].planted("jax"):
+        assert loader.programs_for is not shared
+    assert loader.programs_for is shared
+
+
+def test_there_are_enough_mutants_of_every_kind_and_on_both_backends():
+    counted = [mutant for mutant in MUTANTS.values() if not mutant.equivalent]
+    assert len(counted) >= 30
+    assert sum("jax" in mutant.backends for mutant in counted) >= 10
+    assert {mutant.kind for mutant in counted} == {"attention", "moe", "head", "loader", "reload"}
+    assert all(mutant.source.split()[0] in ("parity", "law") and mutant.says for mutant in MUTANTS.values())
+    assert {backend for mutant in counted for backend in mutant.backends} == set(BACKENDS)
+
+
+def test_a_patch_that_names_nothing_is_an_error():
+    with pytest.raises(AttributeError):
+        Patch("layers.norm:RMSNorm.no_such_method", lambda original, backend: original).on("torch")
+
+
+def test_a_prompt_has_the_canaries_and_padding_on_both_sides(bench):
+    batch = bench.batch(MUTANTS["eps_zero"].subject)
+    mask_BT = batch["attention_mask"]
+    assert mask_BT.shape[1] >= 96
+    assert (mask_BT[:, 0] == 0).any()
+    assert (mask_BT[:, -1] == 0).any()
+    assert all(np.isin((11, 13, 16, 17), row).all() for row in batch["input_ids"])
+
+
+def test_score_tries_what_it_is_asked_for():
+    results = score(["rope_sign", "positions_plus_one"])
+    assert [(r.mutant.name, r.backend, r.killed) for r in results] == [
+        ("rope_sign", "torch", True),
+        ("positions_plus_one", "torch", False),
+    ]
+    assert all(result.is_as_expected for result in results)
+    assert "1 of 1 killed (100%); 1 equivalent" in render(results)
+
+
+def test_score_refuses_a_name_that_is_no_mutants():
+    with pytest.raises(ValueError, match="no mutant is called no_such_bug"):
+        score(["no_such_bug"])
+
+
+def test_the_command_says_what_survived_and_fails(monkeypatch, capsys):
+    survivor = MutantResult(MUTANTS["rope_sign"], "torch", False, "", 0.1)
+    monkeypatch.setattr("parity.mutants.score", lambda names, kind: [survivor])
+    assert cli.main(["mutate", "--only", "rope_sign"]) == 1
+    assert "SURVIVED" in capsys.readouterr().out
+
+
+def test_the_command_lists_every_mutant_without_trying_one(capsys):
+    assert cli.main(["mutate", "--list"]) == 0
+    assert all(name in capsys.readouterr().out for name in ["rope_sign"])
