@@ -170,7 +170,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "alias_bytes": memory.alias_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "collectives": collectives_of(hlo),
-        "full_vocabulary": full_vocabulary_shapes(hlo, config.vocab_size, length, mesh.size),
+        "full_vocabulary": full_vocabulary_shapes(hlo, config.vocab_size, length, mesh.size)
+        if args.program == "prefill"
+        else [],
         "hlo_lines": hlo.count("\n"),
     }
 

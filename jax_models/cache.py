@@ -43,6 +43,7 @@ class VersionedCache:
 
     arrays: Cache
     version: int
+    weights_id: object
 
     @property
     def capacity(self) -> int:

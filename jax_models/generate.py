@@ -61,8 +61,9 @@ def generate(
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
-    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int32)
-    filler = model.config.pad_token_id if model.config.pad_token_id is not None else (ends[0] if len(ends) else 0)
+    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
+    pad = model.checkpoint.pad_token_id
+    filler = pad if pad is not None else (ends[0] if len(ends) else 0)
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
     key = jax.random.key(seed)
     has_ended_B = np.zeros(logits_BV.shape[0], bool)
@@ -74,13 +75,12 @@ def generate(
             step_key = jax.random.fold_in(key, step)
             drawn = sample(logits_BV, step_key, jnp.float32(temperature), jnp.float32(top_p or 1.0), top_k)
             token_B = np.asarray(drawn)
-        token_B = np.where(has_ended_B, np.int32(filler), token_B)
-        tokens.append(token_B)
+        tokens.append(np.where(has_ended_B, np.int64(filler), token_B))  # the filler need not be a token: -1 is common
         has_ended_B |= np.isin(token_B, ends)
         if has_ended_B.all() or step == max_new_tokens - 1:
             break
         logits_BV, cache = model.decode(token_B, cache)
-    return jnp.asarray(np.stack(tokens, axis=1))
+    return jnp.asarray(np.stack(tokens, axis=1), jnp.int32)
 
 
 def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -88,8 +88,8 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int | None, to
     problems = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}, expected 0 or more")
+    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k={top_k}, expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:

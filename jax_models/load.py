@@ -14,14 +14,13 @@ from jax.sharding import Mesh
 from jax_models.model import Model
 from jax_models.programs import Weights, programs_for
 from jax_models.sharding import param_sharding, usable_mesh
+from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
-from loaders.plan import Filling, LoadPlan, LoadReport, plan_load, weight_loader
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load, weight_loader
 from loaders.stage import Stage
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def load(
@@ -47,7 +46,10 @@ def load(
     checkpoint = open_checkpoint(uri)
     stage_ = Stage.of(stage)
     plan = plan_load(checkpoint, stage_)
-    programs = programs_for(checkpoint.config, stage_, compute_dtype(dtype, plan), mesh)
+    programs = programs_for(checkpoint.config, stage_, jnp.dtype(compute_dtype(dtype, plan)), mesh)
+    table = {spec.name: spec.shape for spec in plan.specs}
+    built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
+    assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     weights, report = read_weights(plan, mesh)
     return Model(
         config=checkpoint.config,
@@ -60,19 +62,6 @@ def load(
         report=report,
         events=(Event("load", 1, str(checkpoint.source)),),
     )
-
-
-def compute_dtype(dtype: Any, plan: LoadPlan) -> jnp.dtype:
-    """What to compute in: as asked, or the dtype most bytes of the checkpoint have (float16 widened to float32)."""
-    if dtype is not None:
-        found = jnp.dtype(dtype)
-        if found.name not in COMPUTE_DTYPES:
-            raise ValueError(f"dtype {found.name} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
-        return found
-    sizes: dict[str, int] = {}
-    for info in plan.checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-    return jnp.dtype("bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32")
 
 
 def read_weights(plan: LoadPlan, mesh: Mesh | None) -> tuple[Weights, LoadReport]:

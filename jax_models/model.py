@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Model:
     checkpoint: Checkpoint
     report: LoadReport
     events: tuple[Event, ...]
+    weights_id: object = field(default_factory=object, repr=False)  # two models of one version may differ in weights
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -131,7 +132,7 @@ class Model:
         logits_BV, cache = self.programs.prefill(
             self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
         )
-        return logits_BV, VersionedCache(cache, self.version)
+        return logits_BV, VersionedCache(cache, self.version, self.weights_id)
 
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
@@ -139,10 +140,10 @@ class Model:
         Raises:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
-        if cache.version != self.version:
+        if cache.weights_id is not self.weights_id:
             raise ValueError(
-                f"the cache holds keys and values of weights version {cache.version}, the model is at {self.version}."
-                " Run prefill again."
+                f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
+                f" {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
         if len(ids_B1) != cache.arrays.position.shape[0]:
@@ -151,7 +152,7 @@ class Model:
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays)
-        return logits_BV, VersionedCache(arrays, self.version)
+        return logits_BV, VersionedCache(arrays, self.version, self.weights_id)
 
     def generate(
         self,
@@ -210,7 +211,9 @@ class Model:
     def published(self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = ()) -> Model:
         """The next version, with its event. Weights must have been checked."""
         event = Event(kind, self.version + 1, detail, ignored)
-        return dataclasses.replace(self, weights=weights, version=self.version + 1, events=(*self.events, event))
+        return dataclasses.replace(
+            self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
+        )
 
     def _checked(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
@@ -42,8 +43,8 @@ def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None
 def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
     """Swap embedding and head. Every other buffer is shared with the old model, which stays as it was.
 
-    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting what is
-    already there publishes nothing.
+    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting the
+    very array that is there publishes nothing. A JAX array is shared, not copied: do not donate it afterwards.
 
     Args:
         model: the model to start from.
@@ -71,7 +72,8 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
     for name, value in changed.items():
         # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
-        source = value if isinstance(value, jax.Array) else np.array(value)
+        # a weakly typed array is another type to jit: naming the dtype makes it a strong one
+        source = jnp.asarray(value, value.dtype) if isinstance(value, jax.Array) else np.array(value)
         flat[name] = jax.device_put(source, flat[name].sharding)
     return model.published(traverse_util.unflatten_dict(flat, sep="."), "swap", " and ".join(asked), ignored)
 
@@ -118,7 +120,7 @@ def committed_like(live: Weights, new: Weights) -> Weights:
     """The same arrays, committed to their devices as the live ones are: jit compiles again when that differs."""
 
     def committed(leaf: jax.Array, old: jax.Array) -> jax.Array:
-        is_traced = isinstance(leaf, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+        is_traced = isinstance(leaf, Tracer) or isinstance(old, Tracer)
         return leaf if is_traced else jax.device_put(leaf, old.sharding)
 
     return jax.tree.map(committed, new, live)
@@ -141,6 +143,8 @@ def check_same_structure(live: Weights, new: Weights) -> None:
             problems.append(f"{name} is a {type(found).__name__}, expected a JAX array")
         elif (found.shape, found.dtype) != (old.shape, old.dtype):
             problems.append(f"{name} is {found.dtype} {found.shape}, expected {old.dtype} {old.shape}")
+        elif found.weak_type != old.weak_type:
+            problems.append(f"{name} is weakly typed. Give it its dtype: jnp.asarray(x, x.dtype)")
         elif not isinstance(found, Tracer) and not found.sharding.is_equivalent_to(old.sharding, old.ndim):
             problems.append(f"{name} is sharded as {found.sharding}, expected {old.sharding}")
     if problems:

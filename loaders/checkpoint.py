@@ -70,6 +70,12 @@ class Checkpoint:
             return self.config.eos_token_id
         return tuple(found) if isinstance(found, list) else (found,)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """What fills a row that has ended: generation_config.json's, else config.json's; None: neither says."""
+        found = self.generation_document.get("pad_token_id")
+        return self.config.pad_token_id if found is None else found
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor, in its own dtype and shape (packed sub-byte formats: as bytes).
 

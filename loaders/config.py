@@ -20,7 +20,7 @@ INERT = frozenset(
     """architectures model_type transformers_version torch_dtype dtype use_cache initializer_range bos_token_id
     attention_dropout output_attentions output_hidden_states output_router_logits return_dict _name_or_path name_or_path
     _commit_hash id2label label2id problem_type chunk_size_feed_forward tokenizer_class router_aux_loss_coef
-    max_window_layers use_bfloat16 torchscript tf_legacy_loss""".split()
+    max_window_layers use_bfloat16 torchscript tf_legacy_loss _attn_implementation_autoset""".split()
 )
 # Keys whose only implemented value is the one that switches the feature off.
 OFF: dict[str, tuple[Any, ...]] = {

@@ -14,20 +14,23 @@ from loaders.writer import write_checkpoint
 
 
 class _Reader:
-    """Checkpoint tensors out of parameters; keeps the last parameter, since a stack is asked for expert by expert."""
+    """Checkpoint tensors out of parameters.
+
+    Keeps the last two parameters: files hold experts one by one, each with its part of both stacks of the layer.
+    """
 
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
         self.places = {source.tensor: (spec.name, source.index) for spec in specs for source in spec.sources}
         shipped = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in checkpoint.tensors}
         self.places |= {tensor: (same_as, ()) for tensor, same_as in shipped.items()}
         self._read_param = read_param
-        self._last: tuple[str, np.ndarray] | None = None
+        self._kept: dict[str, np.ndarray] = {}
 
     def __call__(self, tensor: str) -> np.ndarray:
         name, index = self.places[tensor]
-        if self._last is None or self._last[0] != name:
-            self._last = (name, self._read_param(name))
-        return self._last[1][index]
+        if name not in self._kept:
+            self._kept = dict(list(self._kept.items())[-1:]) | {name: self._read_param(name)}
+        return self._kept[name][index]
 
 
 def tensors_of(

@@ -64,14 +64,18 @@ def check_text(input_ids: object, attention_mask: object, position_ids: object, 
         mask = np.ones(ids.shape, bool)
     mask = mask.astype(bool)
     positions = positions_of(mask) if position_ids is None else np.asarray(position_ids)
-    if positions.shape != ids.shape or positions.dtype.kind not in "iu" or (positions < 0).any():
+    if positions.shape != ids.shape or positions.dtype.kind not in "iu" or not _fit(positions):
         problems.append(
-            f"position_ids is {positions.dtype} {positions.shape}, expected integers >= 0 of the shape of input_ids"
+            f"position_ids is {positions.dtype} {positions.shape}, expected int32 values >= 0 of the shape of input_ids"
             f" {ids.shape}"
         )
     if problems:
         raise ValueError("; ".join(problems))
     return TextInputs(ids.astype(np.int32), mask, positions.astype(np.int32))
+
+
+def _fit(positions: np.ndarray) -> bool:
+    return bool((positions >= 0).all() and (positions < 2**31).all())
 
 
 def bucket(length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -52,6 +53,30 @@ class LoadPlan:
         where = str(self.checkpoint.source)
         verified = tuple(self.verified)
         return LoadReport(where, len(self.targets), num_bytes, verified, self.left_out, self.other_stages)
+
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def compute_dtype(dtype: object, plan: LoadPlan) -> str:
+    """Name of what to compute in: as asked, or the dtype most parameter bytes have (float16 widened to float32).
+
+    Args:
+        dtype: a name, or any framework's dtype object; None: the checkpoint's own.
+        plan: what is to be loaded.
+    Raises:
+        ValueError: a dtype that is not computed in.
+    """
+    if dtype is not None:
+        name = re.sub(r"^.*[. ']", "", str(dtype).rstrip("'>"))  # "torch.float32", "<class 'jax.numpy.float32'>"
+        if name not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype {dtype} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
+        return name
+    sizes: dict[str, int] = {}
+    for tensor in plan.targets:
+        info = plan.checkpoint.tensors[tensor]
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
 def specs_of(config: ModelConfig, stage: Stage) -> Specs:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ class Draft:
 def _draft(checkpoint: Checkpoint) -> Draft:
     sources = [source for spec in specs_of(checkpoint.config, Stage()) for source in spec.sources]
     victims = sorted(sources, key=lambda source: -len(source.index))
-    tensors = {
-        name: (info, lambda name=name: checkpoint.read(name))  # bound now: the loop variable moves on
-        for name, info in checkpoint.tensors.items()
+    tensors: dict[str, tuple[PlannedTensor, Callable[[], np.ndarray]]] = {
+        name: (info, partial(checkpoint.read, name)) for name, info in checkpoint.tensors.items()
     }
     return Draft(checkpoint, dict(checkpoint.config_document), tensors, victims)
 

@@ -297,7 +297,7 @@ def _check_halves(life: LiveModel, models: list[Any]) -> None:
     """Both halves offered to every stage: it takes what it has and reports what it has not."""
     given = {half: value for half in HALVES if (value := life.bench.half(half, "A")) is not None}
     for index, model in enumerate(models):
-        held = dict(zip(HALVES, model.get_embed_and_head(), strict=True))
+        held: dict[str, Any] = dict(zip(HALVES, model.get_embed_and_head(), strict=True))
         changed = model.set_embed_and_head(**given)
         lacking = tuple(half for half in given if held[half] is None)
         ignored = changed.events[-1].ignored

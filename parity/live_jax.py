@@ -60,7 +60,7 @@ def _compilations() -> list[str]:
     """One entry for every compilation of this process since the first call."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **facts: Any) -> None:
+    def listen(event: str, duration_secs: float, **facts: str | int) -> None:
         if event == COMPILED:
             seen.append(str(facts.get("fun_name", event)))
 

@@ -7,7 +7,7 @@ that with the checkpoint writer alone and loaded cold, so no code that changes l
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,10 +160,14 @@ class LiveModel:
         return root_digest(self.model.digests())
 
     def reload(self, letter: str) -> None:
+        self.change(letter, lambda model: model.update_weights_from_disk(self.bench.path(letter)))
+
+    def change(self, letter: str, make: Callable[[Any], Any], *, versions: int = 1) -> None:
+        """Any change that leaves nothing but the weights of one checkpoint and publishes so many versions."""
         old = self._before()
-        self.model = self.model.update_weights_from_disk(self.bench.path(letter))
+        self.model = make(self.model)
         self.base, self.holds = letter, dict.fromkeys(self.bench.tensors[letter], letter)
-        self.version += 1
+        self.version += versions
         self._after(old)
 
     def swap(self, letter: str, halves: tuple[str, ...] = HALVES, values: Mapping[str, Any] | None = None) -> None:
@@ -180,6 +184,10 @@ class LiveModel:
         lost = self.live.not_shared(old, self.model, changed) if self.live.keeps_old else []
         self._after(old)
         expect(not lost, f"a swap copied parameters that it did not change: {some(lost)}")
+
+    def rebase(self) -> None:
+        """Take present addresses for those to keep: somebody has bound parameters of two models on purpose."""
+        self._fixed = self.live.fixed(self.model)
 
     def poison(self) -> None:
         """Every parameter NaN, and nothing but NaN may come out."""

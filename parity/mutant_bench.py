@@ -47,6 +47,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.clean: dict[Any, list[str]] = {}  # what each detector found in the clean code
         for name in ("path", "batch", "oracle", "clean_trace", "clean_logits", "on_disk", "renamed", "swapped"):
             setattr(self, name, lru_cache(maxsize=None)(getattr(self, name)))
 
@@ -67,7 +68,7 @@ class Bench:
 
     def oracle(self, subject: Subject) -> Trace:
         """float64 and free to choose its experts: in float32 nothing but an exact tie flips."""
-        batch = self.batch(subject)
+        batch: dict[str, Any] = self.batch(subject)
         return as_trace("oracle64", batch, oracle_forward(open_checkpoint(self.path(subject)), **batch))
 
     def clean_trace(self, subject: Subject, backend: str) -> Trace:
@@ -110,7 +111,7 @@ def load(backend: str, path: Path, dtype: str = "float32") -> Any:
 
 
 def logits(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.array(model.with_taps(**batch)[0])
+    return np.asarray(model.with_taps(**batch)[0]).copy()
 
 
 def record(backend: str, model: Any, batch: dict[str, np.ndarray]) -> Trace:
@@ -145,10 +146,10 @@ def decode(bench: Bench, subject: Subject, backend: str) -> list[str]:
     model = load(backend, bench.path(subject))
     prompt = {name: array[:, :-STEPS] for name, array in batch.items()}
     step, cache = model.prefill(**prompt, max_new_tokens=STEPS)
-    found = [np.array(step)]
+    found = [np.asarray(step).copy()]
     for token_B in batch["input_ids"][:, -STEPS:].T:
         step, cache = model.decode(token_B, cache)
-        found.append(np.array(step))
+        found.append(np.asarray(step).copy())
     last = {name: array[:, -STEPS - 1 :] for name, array in batch.items()}
     mine = as_trace(backend, last, {"logits": np.stack(found, axis=1)})
     references = []

@@ -22,8 +22,12 @@ from parity.mutant_bench import Bench, Subject, differences, load, logits
 def life(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """Everything a weight goes through; the first thing that goes wrong."""
     seeds = [bench.path(subject, seed) for seed in (0, 1)]
-    for path in (*seeds, bench.swapped(subject)):  # references, made here only when nobody made them before
-        bench.on_disk(path), bench.clean_logits(path, subject, backend)
+    for path in (
+        *seeds,
+        bench.swapped(subject),
+    ):  # references: on a second run, with a bug planted, they are there already
+        bench.on_disk(path)
+        bench.clean_logits(path, subject, backend)
     finding = next(_Life(bench, subject, backend, *seeds).steps(), None)
     return [finding] if finding else []
 
@@ -91,9 +95,10 @@ class _Life:
         self.model = self.model.update_weights_from_disk(path)
         if self.model.version <= version:
             yield f"{when}, the version is still {self.model.version}"
+        is_compiled = _programs(self.model) == compiled
         yield from self._is(when, path)
-        if _programs(self.model) != compiled:
-            yield f"{when}, programs were compiled again"
+        if not is_compiled or _programs(self.model) != compiled:
+            yield f"{when}, programs are compiled again"
         try:
             self.model.decode(self.batch["input_ids"][:, -1], cache)
         except ValueError:

@@ -12,7 +12,7 @@ from loaders import open_checkpoint
 from loaders.events import Event
 from parity.mutant_bench import Subject
 from parity.mutant_life import life
-from parity.mutant_list import BOTH, DENSE, TIED, Instead, wrapped
+from parity.mutant_plants import BOTH, DENSE, TIED, Instead, wrapped
 from parity.mutants import Mutant, Patch
 
 _SKIPPED = "model.layers.1.self_attn.v_proj.weight"
@@ -136,9 +136,9 @@ class _Frozen:
 
 
 def _any_version(decode: Any, self: Any, token_ids: Any, cache: Any) -> Any:
-    if dataclasses.is_dataclass(self):
-        return decode(self, token_ids, dataclasses.replace(cache, version=self.version))
-    cache.version = self.version
+    if hasattr(cache, "arrays"):  # the frozen one of JAX
+        return decode(self, token_ids, type(cache)(cache.arrays, self.version, self.weights_id))
+    cache.stamp = self.weights_stamp()
     return decode(self, token_ids, cache)
 
 

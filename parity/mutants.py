@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
-from parity.mutant_bench import Bench, Detector, Subject
+from parity.mutant_bench import Bench, Detector, Subject, decode, forward
 
 Kind = Literal["attention", "moe", "head", "loader", "reload"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
 
-TRACED = ("layers.", "qwen3:", "programs:", "loaders.qwen3:", "loaders.stage:")  # what XLA programs are made from
+TRACED = ("layers.", "qwen3:", "programs:", "loaders.qwen3:Qwen3", "loaders.stage:")  # what XLA programs are made from
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Patch:
     """One attribute to replace: ``where`` is ``module:attribute.path`` inside the backend's package or ``loaders``.
 
     ``CALL`` in the path stands for the method that runs a module, ``KERNELS`` for the name its framework has there.
+    ``in_torch`` is where it is in torch, when the twins differ.
     """
 
     where: str
     make: Make
+    in_torch: str | None = None
 
     @property
     def is_traced(self) -> bool:
@@ -43,7 +45,8 @@ class Patch:
 
     def on(self, backend: str) -> Any:
         """The patcher, not yet started."""
-        module, _, path = self.where.partition(":")
+        where = self.in_torch if self.in_torch and backend == "torch" else self.where
+        module, _, path = where.partition(":")
         owner: Any = import_module(module if module.startswith("loaders") else f"{backend}_models.{module}")
         call, kernels = ("forward", "F") if backend == "torch" else ("__call__", "jax")
         *parents, name = path.replace("CALL", call).replace("KERNELS", kernels).split(".")
@@ -84,8 +87,8 @@ class Mutant:
     def planted(self, backend: str) -> Iterator[None]:
         """The bug is there inside the block and gone after it, whatever happens.
 
-        Compiled programs are kept per configuration. A bug that changes what they compute gets programs of its own,
-        compiled in haste; those of the clean code stay as they are.
+        Compiled programs are kept per configuration. A bug that changes what they compute gets programs of its own;
+        those of the clean code stay as they are.
         """
         patches = self.plant()
         with ExitStack() as stack:
@@ -93,7 +96,8 @@ class Mutant:
                 # import_module, since the package has a function of that name
                 loader, programs = import_module("jax_models.load"), import_module("jax_models.programs")
                 stack.enter_context(patch.object(loader, "programs_for", lru_cache(programs.Programs)))
-                stack.enter_context(_hasty_compiler())
+                if self.detector in (forward, decode):  # the ruler; others want bits
+                    stack.enter_context(_hasty_compiler())
             for one in patches:
                 stack.enter_context(one.on(backend))
             yield
@@ -116,17 +120,27 @@ class MutantResult:
 
 def all_mutants() -> dict[str, Mutant]:
     """Every mutant by name."""
-    from parity.mutant_life_list import LIFE  # the lists are made from the classes above
-    from parity.mutant_list import CODE
+    from parity.mutant_list import MUTANTS  # the lists are made from the classes above
 
-    found = [*CODE, *LIFE]
-    by_name = {mutant.name: mutant for mutant in found}
-    assert len(by_name) == len(found), "two mutants share a name"
-    return by_name
+    return MUTANTS
+
+
+def prepare(bench: Bench, mutant: Mutant, backend: str) -> list[str]:
+    """What the mutant's detector finds in the clean code, once per bench; this makes all references."""
+    key = (mutant.detector, mutant.subject, backend)
+    if key not in bench.clean:
+        bench.clean[key] = mutant.detector(bench, mutant.subject, backend)
+    return bench.clean[key]
 
 
 def try_mutant(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
-    """Plant a mutant and see whether its detector notices. Clean references are made before."""
+    """Plant a mutant and see whether its detector notices.
+
+    Raises:
+        AssertionError: the detector finds fault with the clean code, so that it would prove nothing.
+    """
+    false_alarm = prepare(bench, mutant, backend)
+    assert not false_alarm, f"clean {backend} on {mutant.subject}: {false_alarm}"
     started = time.perf_counter()
     with mutant.planted(backend):
         try:
@@ -137,11 +151,6 @@ def try_mutant(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
             findings = [f"refused with {type(error).__name__}: {str(error).splitlines()[-1].strip()}"]
     evidence = findings[0] if findings else ""
     return MutantResult(mutant, backend, bool(findings), evidence, time.perf_counter() - started)
-
-
-def prepare(bench: Bench, mutant: Mutant, backend: str) -> list[str]:
-    """Run the detector on the clean code, which makes all references; it must find nothing."""
-    return mutant.detector(bench, mutant.subject, backend)
 
 
 def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> list[MutantResult]:
@@ -159,18 +168,9 @@ def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> li
     if unknown:
         raise ValueError(f"no mutant is called {', '.join(unknown)}. `tandem mutate --list` names them.")
     chosen = [known[name] for name in names or known if kind in (None, known[name].kind)]
-    results = []
-    passed: set[tuple[Detector, Subject, str]] = set()
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory))
-        for mutant in chosen:
-            for backend in mutant.backends:
-                if (mutant.detector, mutant.subject, backend) not in passed:
-                    false_alarm = prepare(bench, mutant, backend)
-                    assert not false_alarm, f"clean {backend} on {mutant.subject}: {false_alarm}"
-                    passed.add((mutant.detector, mutant.subject, backend))
-                results.append(try_mutant(bench, mutant, backend))
-    return results
+        return [try_mutant(bench, mutant, backend) for mutant in chosen for backend in mutant.backends]
 
 
 @contextmanager

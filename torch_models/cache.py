@@ -18,7 +18,8 @@ class Cache:
         key_mask: bool [B, S], slots that hold a real token.
         position: int64 [B], position of each row's next token.
         length: slots filled.
-        version: of the weights it was computed with; no other version may read it (law 7).
+        version: of the weights it was computed with, for people.
+        stamp: of those weights; a model whose weights bear another one may not read it (law 7).
     """
 
     layers: dict[str, LayerCache]
@@ -26,6 +27,7 @@ class Cache:
     position: torch.Tensor
     length: int
     version: int
+    stamp: tuple[tuple[int, int], ...]
 
     @property
     def capacity(self) -> int:
@@ -47,6 +49,7 @@ def empty_cache(
     dtype: torch.dtype,
     device: torch.device,
     version: int,
+    stamp: tuple[tuple[int, int], ...],
 ) -> Cache:
     """A cache with no token in it."""
     shape = (rows, capacity, heads, head_dim)
@@ -57,4 +60,4 @@ def empty_cache(
         for layer in layers
     }
     key_mask = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
-    return Cache(entries, key_mask, torch.zeros(rows, dtype=torch.int64, device=device), 0, version)
+    return Cache(entries, key_mask, torch.zeros(rows, dtype=torch.int64, device=device), 0, version, stamp)

@@ -58,7 +58,8 @@ def generate(
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
     ends = torch.tensor([] if ignore_eos else model.checkpoint.eos_token_ids, dtype=torch.int64, device=model.device)
-    filler = model.config.pad_token_id if model.config.pad_token_id is not None else (int(ends[0]) if len(ends) else 0)
+    pad = model.checkpoint.pad_token_id
+    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
     generator = torch.Generator(model.device).manual_seed(seed)
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
@@ -68,8 +69,7 @@ def generate(
             token_B = logits_BV.argmax(-1)
         else:
             token_B = sample(logits_BV, generator, temperature, top_p or 1.0, top_k)
-        token_B = token_B.masked_fill(has_ended_B, filler)
-        tokens.append(token_B)
+        tokens.append(token_B.masked_fill(has_ended_B, filler))  # the filler need not be a token: -1 is common
         has_ended_B |= torch.isin(token_B, ends)
         if has_ended_B.all() or step == max_new_tokens - 1:
             break
@@ -82,8 +82,8 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int | None, to
     problems = []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}, expected 0 or more")
+    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k={top_k}, expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:

@@ -13,7 +13,7 @@ from torch import nn
 from loaders import open_checkpoint
 from loaders.events import Event
 from loaders.families import FAMILIES
-from loaders.plan import Filling, LoadPlan, LoadReport, plan_load, weight_loader
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load, weight_loader
 from loaders.stage import Stage
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
@@ -21,6 +21,7 @@ from torch_models.storage import DTYPES, host_view
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@torch.inference_mode(False)  # parameters outlive the caller's mode, and must stay writable
 def load(
     uri: str | os.PathLike[str],
     dtype: Any = None,
@@ -45,30 +46,18 @@ def load(
     plan = plan_load(checkpoint, stage_)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
-    model = build(checkpoint.config, stage_, compute_dtype(dtype, plan))
+    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
+    table = {spec.name: spec.shape for spec in plan.specs}
+    built = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     weights, report = read_weights(plan, torch.device(device))
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    unfilled = [name for name, param in model.named_parameters() if param.is_meta]
-    assert not unfilled, f"the rule table does not cover {unfilled}"
     model.checkpoint = checkpoint
     model.report = report
     model.publish(Event("load", 1, str(checkpoint.source)))
     return model
-
-
-def compute_dtype(dtype: Any, plan: LoadPlan) -> torch.dtype:
-    """What to compute in: as asked, or the dtype most bytes of the checkpoint have (float16 widened to float32)."""
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        if name not in COMPUTE_DTYPES:
-            raise ValueError(f"dtype {name} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
-        return COMPUTE_DTYPES[name]
-    sizes: dict[str, int] = {}
-    for info in plan.checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-    return torch.bfloat16 if max(sizes, key=sizes.__getitem__) == "BF16" else torch.float32
 
 
 def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.Tensor], LoadReport]:

@@ -123,7 +123,18 @@ class Model(nn.Module):
         config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
         capacity = bucket(length + max_new_tokens)
         heads = config.num_key_value_heads
-        cache = empty_cache(layers, rows, capacity, heads, config.head_dim, self.dtype, self.device, self.version)
+        with torch.inference_mode(False):  # the cache outlives the caller's inference mode
+            cache = empty_cache(
+                layers,
+                rows,
+                capacity,
+                heads,
+                config.head_dim,
+                self.dtype,
+                self.device,
+                self.version,
+                self.weights_stamp(),
+            )
         cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
         ids_BT, positions_BT = (self._long(array) for array in (checked.input_ids, checked.position_ids))
         return self._step(ids_BT, positions_BT, cache), cache
@@ -135,10 +146,10 @@ class Model(nn.Module):
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         self.check_runnable()
-        if cache.version != self.version:
+        if cache.stamp != self.weights_stamp():
             raise ValueError(
-                f"the cache holds keys and values of weights version {cache.version}, the model is at {self.version}."
-                " Run prefill again."
+                f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
+                f" {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(_host(token_ids), np.int64).reshape(-1, 1)
         if len(ids_B1) != len(cache.position):
@@ -199,6 +210,13 @@ class Model(nn.Module):
         self.version = event.version
         self.events = (*self.events, event)
         self.refusal = None
+
+    def weights_stamp(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors the parameters are and how often each was written: changes with every write, by whomever.
+
+        So a parameter that two models share makes the caches of both stale when either is updated.
+        """
+        return tuple((id(param), param._version) for param in self.parameters())
 
     def check_runnable(self) -> None:
         """Raises RuntimeError while the weights are a mixture of two versions."""

@@ -39,8 +39,9 @@ def get_embed_and_head(model: Model) -> tuple[nn.Parameter | None, nn.Parameter 
 def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
     """Swap embedding and head by writing into their storage; who shares it sees the change.
 
-    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting what is
-    already there publishes nothing.
+    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting the
+    very parameter that is there publishes nothing. What ``get_embed_and_head`` gave is live: clone it to
+    restore it later.
 
     Args:
         model: the model to change.
@@ -48,7 +49,9 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
         ValueError: listing wrong shapes and dtypes, or a head that a tied model cannot have. Nothing was changed.
+        RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
+    model.check_runnable()
     specs = specs_of(model.config, model.stage)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
@@ -70,7 +73,9 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
             model.events = (*model.events, Event("swap", model.version, "nothing changed", ignored))
         return model
     # the halves may be handed over crosswise: nothing to be written may lie where something is written first
-    staged = {name: value.clone() if _is_live(model, value) else value for name, value in changed.items()}
+    staged = {
+        name: value.clone() if _is_live(model, value) else value.to(model.device) for name, value in changed.items()
+    }
     _commit(model, staged)
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
@@ -94,6 +99,8 @@ def _misfits(half: str, value: Any, live: torch.Tensor) -> list[str]:
         return [f"{half} is a {type(value).__name__}, expected a torch tensor or NumPy array"]
     found = str(value.dtype).removeprefix("torch.")
     expected = str(live.dtype).removeprefix("torch.")
+    if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
+        return [f"{half} has no plain storage ({value.device}, {value.layout}), expected a dense tensor with values"]
     if (tuple(value.shape), found) == (tuple(live.shape), expected):
         return []
     shapes = f"{found} {tuple(value.shape)}, expected {expected} {tuple(live.shape)}"
@@ -120,7 +127,7 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     from torch_models.load import read_weights  # the loader builds models
 
     checkpoint = open_checkpoint(uri)
-    live = {name: NAMES[param.dtype] for name, param in parameters(model).items()}
+    live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
     plan = plan_reload(checkpoint, model.config, model.stage, live)
     staged, report = read_weights(plan, torch.device("cpu"))
     _commit(model, staged)
@@ -129,11 +136,17 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     return model
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _commit(model: Model, staged: dict[str, torch.Tensor]) -> None:
     """Write staged values over live parameters and verify them. Until ``publish``, the model refuses to run."""
     before = pointer_census(model)
     targets = {name: model.get_parameter(name) for name in staged}
+    frozen = [name for name, target in targets.items() if target.is_inference()]
+    if frozen:
+        raise RuntimeError(
+            f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
+        )
     model.refusal = f"an update of {len(staged)} parameters did not finish"
     for name, value in staged.items():
         targets[name].copy_(value)
@@ -145,7 +158,12 @@ def _commit(model: Model, staged: dict[str, torch.Tensor]) -> None:
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``.
+
+    Raises:
+        RuntimeError: an update failed half-way; a mixture of two versions is not written.
+    """
+    model.check_runnable()
     params = parameters(model)
     specs = specs_of(model.config, model.stage)
     return export_checkpoint(directory, model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu()))

@@ -116,7 +116,7 @@ def test_a_cache_of_old_weights_is_refused(dense: jax_models.Model) -> None:
     _, cache = dense.prefill(*batch("left"), max_new_tokens=STEPS)
     embed, _ = dense.get_embed_and_head()
     newer = dense.set_embed_and_head(embed * 2)
-    with pytest.raises(ValueError, match=r"version 1, the model is at 2\. Run prefill again"):
+    with pytest.raises(ValueError, match=r"version 1; the model is at 2\)\. Run prefill again"):
         newer.decode([1, 2, 3], cache)
     dense.decode([1, 2, 3], cache)  # of the old model, which still serves
 

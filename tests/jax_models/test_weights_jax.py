@@ -259,6 +259,19 @@ def test_a_numpy_buffer_may_be_overwritten_after_a_swap(dense: jax_models.Model)
     assert [bits(half) for half in new.get_embed_and_head()] == [random_table(1).tobytes()] * 2
 
 
+def test_no_kind_of_array_makes_a_swap_compile_anew(dense: jax_models.Model) -> None:
+    dense(IDS)
+    compiled = dense.programs.forward._cache_size()
+    ones = np.ones((V, D), np.float32)
+    weak = jax.lax.broadcast(1.0, (V, D))
+    assert weak.weak_type
+    for table in (ones, jnp.asarray(ones), jax.device_put(ones, jax.devices()[1]), weak):
+        new = dense.set_embed_and_head(table, table)
+        assert new.get_embed_and_head()[0].sharding == dense.get_embed_and_head()[0].sharding
+        assert bits(new(IDS)) == bits(dense.set_embed_and_head(ones, ones)(IDS))
+    assert dense.programs.forward._cache_size() == compiled
+
+
 def test_every_misfit_of_a_swap_is_listed_and_nothing_changes(dense: jax_models.Model) -> None:
     before = flatten(dense.weights)
     with pytest.raises(ValueError, match="Nothing was changed") as caught:
@@ -394,11 +407,13 @@ def test_replace_lists_every_leaf_that_differs(dense: jax_models.Model) -> None:
     weights["model"]["layers"]["0"]["extra"] = {"weight": jnp.zeros(3)}
     weights["lm_head"]["weight"] = weights["lm_head"]["weight"].astype(jnp.bfloat16)
     weights["model"]["embed_tokens"]["weight"] = weights["model"]["embed_tokens"]["weight"][:-1]
+    weights["model"]["layers"]["1"]["post_attention_layernorm"]["weight"] = jax.lax.broadcast(1.0, (D,))
     weights["model"]["layers"]["1"]["input_layernorm"]["weight"] = np.ones(D, np.float32)
     with pytest.raises(ValueError, match="Nothing was changed") as caught:
         dense.replace(weights=weights)
     for problem in (
         "model.norm.weight is missing",
+        "model.layers.1.post_attention_layernorm.weight is weakly typed",
         "model.layers.0.extra.weight is unexpected",
         "lm_head.weight is bfloat16 (211, 40), expected float32 (211, 40)",
         "model.embed_tokens.weight is float32 (210, 40), expected float32 (211, 40)",

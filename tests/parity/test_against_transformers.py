@@ -58,16 +58,16 @@ CASES = {
     "dense yarn": Case(DENSE | TWO | {"rope_parameters": YARN | {"truncate": False}}),
     "dense yarn all factors": Case(DENSE | TWO | {"rope_parameters": YARN_ALL}),
     "dense yarn attention factor": Case(DENSE | TWO | {"rope_parameters": YARN_ALL | {"attention_factor": 1.2}}),
-    "moe": Case(MOE, max_shard_size="60KB"),
+    "moe": Case(MOE | TWO, max_shard_size="40KB"),
     "moe tied unnormalised top 3 one kv head": Case(
         MOE | ONE_KV | TWO | {"tie_word_embeddings": True, "norm_topk_prob": False, "num_experts_per_tok": 3},
         torch.float16,
     ),
     "moe every second layer yarn bf16 files": Case(
-        MOE | {"decoder_sparse_step": 2, "rope_parameters": YARN}, torch.bfloat16
+        MOE | TWO | {"decoder_sparse_step": 2, "rope_parameters": YARN}, torch.bfloat16
     ),
     "moe two dense layers biased": Case(MOE | {"mlp_only_layers": [0, 2], "attention_bias": True}),
-    "moe windows": Case(MOE | {"use_sliding_window": True, "sliding_window": 5}, torch.bfloat16, "60KB"),
+    "moe windows": Case(MOE | TWO | {"use_sliding_window": True, "sliding_window": 5}, torch.bfloat16, "60KB"),
     "moe without head_dim dynamic": Case(NO_HEAD_DIM | {"max_position_embeddings": 20, "rope_parameters": DYNAMIC}),
 }
 B, T = 3, 29

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 
 import numpy as np
@@ -55,9 +56,10 @@ def test_planting_changes_the_code_and_takes_everything_back(trial):
     mutant, backend = trial
     found = places(mutant, backend)
     before = [vars(owner)[name] for owner, name in found]
-    with pytest.raises(ZeroDivisionError), mutant.planted(backend):
-        assert all(vars(owner)[name] is not was for (owner, name), was in zip(found, before, strict=True))
+    with contextlib.suppress(ZeroDivisionError), mutant.planted(backend):
+        during = [vars(owner)[name] for owner, name in found]
         raise ZeroDivisionError
+    assert all(planted is not was for planted, was in zip(during, before, strict=True))
     assert all(vars(owner)[name] is was for (owner, name), was in zip(found, before, strict=True))
 
 
@@ -116,4 +118,5 @@ def test_the_command_says_what_survived_and_fails(monkeypatch, capsys):
 
 def test_the_command_lists_every_mutant_without_trying_one(capsys):
     assert cli.main(["mutate", "--list"]) == 0
-    assert all(name in capsys.readouterr().out for name in ["rope_sign"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in MUTANTS)

@@ -469,7 +469,7 @@ def test_a_broken_checkpoint_leaves_the_old_weights_serving(
 
 
 def test_a_write_that_fails_half_way_makes_the_model_refuse_until_a_good_load(
-    make: Make, dense: torch_models.Model, monkeypatch: pytest.MonkeyPatch
+    make: Make, dense: torch_models.Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     norm = dense.get_parameter("model.norm.weight")
     real = torch.Tensor.copy_
@@ -485,7 +485,12 @@ def test_a_write_that_fails_half_way_makes_the_model_refuse_until_a_good_load(
             dense.update_weights_from_disk(make(seed=1))
     assert dense.version == 1
     for call in (dense, dense.with_taps, dense.prefill, dense.generate):
-        with pytest.raises(RuntimeError, match="refuses to run: an update of 35 parameters did not finish"):
+        with pytest.raises(RuntimeError, match="refuses to run: an update of 36 parameters did not finish"):
             call(IDS)
+    with pytest.raises(RuntimeError, match="refuses to run"):  # it would publish the mixture
+        dense.set_embed_and_head(random_table(1), random_table(2))
+    with pytest.raises(RuntimeError, match="refuses to run"):
+        dense.export(tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
     dense.update_weights_from_disk(make(seed=1))
     assert bits(dense(IDS)) == bits(torch_models.load(make(seed=1))(IDS))

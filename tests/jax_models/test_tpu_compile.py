@@ -1,0 +1,73 @@
+"""The programs that serve Qwen3-8B and Qwen3-30B-A3B, compiled at full depth for four TPU v5e that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = {"qwen3-8b": 36, "qwen3-30b-a3b": 48}
+MESH = {"qwen3-8b": "tensor=4", "qwen3-30b-a3b": "expert=4"}
+V5E_BYTES = 15.75 * 2**30  # of 16 GiB, what the compiler may use
+MEGABYTE = 10**6
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'"
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def model(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["prefill", "decode"])
+def program(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def measured(model, program, tmp_path_factory):
+    """What benchmarks/tpu_compile.py found, in a process of its own: libtpu cannot be unloaded."""
+    found = tmp_path_factory.mktemp("tpu") / "found.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
+    options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(found)]
+    done = subprocess.run(script + options, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    return json.loads(found.read_text(encoding="utf-8"))
+
+
+def test_weights_are_cut_in_four(measured):
+    assert measured["layers"] == LAYERS[measured["model"]]
+    assert measured["weight_bytes"] < 1.01 * measured["total_weight_bytes"] / 4  # norms and routers are whole
+    rest = measured["argument_bytes"] - measured["weight_bytes"] - measured["cache_bytes"]
+    assert 0 <= rest < MEGABYTE
+
+
+def test_the_cache_is_updated_in_place(measured):
+    assert abs(measured["alias_bytes"] - measured["cache_bytes"]) < MEGABYTE
+
+
+def test_it_fits_a_v5e_without_copies_of_weights(measured):
+    assert measured["peak_bytes"] < V5E_BYTES
+    assert measured["temp_bytes"] < (80 if measured["program"] == "decode" else 400) * MEGABYTE
+
+
+def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measured):
+    counts = {kind: found["count"] for kind, found in measured["collectives"].items()}
+    assert counts == {"all-reduce": 2 * measured["layers"] + 1}
+
+
+def test_prefill_computes_the_logits_of_the_last_position_only(measured):
+    if measured["program"] == "decode":
+        pytest.skip("decode has one position")
+    assert measured["full_vocabulary"] == []

@@ -1,0 +1,99 @@
+"""Caches belong to the weights they were computed with, whoever changed them; and odd callers get errors, not corpses."""
+
+import numpy as np
+import pytest
+import torch
+
+import jax_models
+import torch_models
+from parity.zoo import make_checkpoint
+
+IDS = [[3, 14, 15, 92, 65]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    return [make_checkpoint("qwen3", root / str(seed), seed=seed, num_hidden_layers=2) for seed in range(2)]
+
+
+def test_two_jax_models_of_one_version_do_not_read_each_others_caches(pair):
+    model = jax_models.load(pair[0])
+    embed, head = model.get_embed_and_head()
+    first, second = model.set_embed_and_head(embed * 2), model.set_embed_and_head(None, head * 2)
+    assert first.version == second.version
+    _, cache = first.prefill(IDS)
+    with pytest.raises(ValueError, match="other weights"):
+        second.decode([1], cache)
+
+
+def test_two_torch_models_of_one_version_do_not_read_each_others_caches(pair):
+    first, second = (torch_models.load(path) for path in pair)
+    _, cache = first.prefill(IDS)
+    with pytest.raises(ValueError, match="other weights"):
+        second.decode([1], cache)
+
+
+def test_updating_the_target_makes_the_caches_of_a_draft_that_shares_its_parameter_stale(pair):
+    target, draft = torch_models.load(pair[0]), torch_models.load(pair[0])
+    draft.model.embed_tokens.weight = target.model.embed_tokens.weight
+    _, cache = draft.prefill(IDS)
+    draft.decode([1], cache)
+    target.update_weights_from_disk(pair[1])
+    with pytest.raises(ValueError, match="other weights"):
+        draft.decode([1], cache)
+
+
+def test_a_torch_model_loaded_in_inference_mode_can_be_reloaded_and_its_caches_used_outside(pair):
+    with torch.inference_mode():
+        model = torch_models.load(pair[0])
+        _, cache = model.prefill(IDS)
+    model.decode([1], cache)
+    model.update_weights_from_disk(pair[1])
+    assert model.digests() == torch_models.load(pair[1]).digests()
+
+
+def test_a_half_without_values_is_refused_and_the_model_serves_on(pair):
+    model = torch_models.load(pair[0])
+    before = model(IDS)
+    embed, _ = model.get_embed_and_head()
+    with pytest.raises(ValueError, match="no plain storage"):
+        model.set_embed_and_head(torch.empty_like(embed, device="meta"))
+    assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_a_row_that_ended_is_filled_with_the_pad_id_even_when_that_is_no_token(package, tmp_path):
+    made = make_checkpoint("qwen3", tmp_path / "plain", num_hidden_layers=2)
+    ids = np.array([[3, 14, 15], [92, 65, 35]])
+    free = np.asarray(package.load(made).generate(ids, max_new_tokens=6, ignore_eos=True))
+    end = int(free[0, 1])
+    path = make_checkpoint("qwen3", tmp_path / "ends", num_hidden_layers=2, eos_token_id=end, pad_token_id=-1)
+    found = np.asarray(package.load(path).generate(ids, max_new_tokens=6))
+    for row in range(2):
+        stop = list(free[row]).index(end) + 1 if end in free[row] else 6
+        expected = [*free[row][:stop], *[-1] * 6][: found.shape[1]]
+        assert found[row].tolist() == expected
+
+
+def test_pad_id_of_generation_config_wins(tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "c", num_hidden_layers=2)
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "pad_token_id": 7}')
+    opened = torch_models.load(path).checkpoint
+    assert (opened.eos_token_ids, opened.pad_token_id) == ((5, 6), 7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
+def test_dtype_may_be_a_name_or_a_framework_dtype(pair, dtype):
+    assert torch_models.load(pair[0], dtype=dtype).dtype == torch.bfloat16
+    assert jax_models.load(pair[0], dtype=dtype).dtype.name == "bfloat16"
+
+
+def test_numpy_and_jax_dtype_objects_are_understood(pair):
+    import jax.numpy as jnp
+
+    for dtype in (np.float32, np.dtype("float32"), jnp.float32, jnp.dtype("float32")):
+        assert torch_models.load(pair[0], dtype=dtype).dtype == torch.float32
+        assert jax_models.load(pair[0], dtype=dtype).dtype.name == "float32"
+    with pytest.raises(ValueError, match="not computed in"):
+        jax_models.load(pair[0], dtype=jnp.float16)

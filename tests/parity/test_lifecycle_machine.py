@@ -1,0 +1,319 @@
+"""Random lives of a model: whatever happened to it, it equals a cold load of what it must hold now."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pkgutil
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from lives import BACKENDS, Benches
+
+import torch_models.model
+import torch_models.weights
+from loaders import CheckpointError
+from parity.cli import main
+from parity.events import render_text
+from parity.faults import MATCHING, OPENING, READING, other_architecture
+from parity.lifecycle import run_lifecycle
+from parity.live_model import HALVES, NEW_TOKENS, LawBroken, LiveModel
+
+ZOO = ("qwen3", "qwen3-tied", "qwen3-moe")
+IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+# first calls compile; nothing here is slow by accident
+STEADY = settings(suppress_health_check=list(HealthCheck), max_examples=200 if IS_THOROUGH else 20)
+
+letters = st.sampled_from("AB")
+some_faults = st.one_of(
+    st.lists(st.sampled_from(OPENING), min_size=1, max_size=2, unique=True),
+    st.lists(st.sampled_from([f for f in MATCHING if f is not other_architecture]), min_size=1, unique=True),
+    st.sampled_from((*READING, other_architecture)).map(lambda fault: [fault]),
+)
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory):
+    return Benches(tmp_path_factory.mktemp("lives"))
+
+
+class LifeOfAModel(RuleBasedStateMachine):
+    """Every rule is a change; each checks itself against a cold load, the version, addresses and compilations."""
+
+    def __init__(self, benches, backend):
+        super().__init__()
+        self.benches, self.backend = benches, backend
+        self.cache = None  # and the version it was computed at
+
+    @initialize(zoo=st.sampled_from(ZOO), letter=letters)
+    def start(self, zoo, letter):
+        self.bench = self.benches.bench(self.backend, zoo)
+        self.load(letter)
+
+    @rule(letter=letters)
+    def load(self, letter):
+        self.life = LiveModel(self.bench, letter)
+        self.cache = None
+
+    @rule(letter=letters)
+    def reload(self, letter):
+        self.life.reload(letter)
+
+    @rule(letter=letters, faults=some_faults)
+    def broken_reload(self, letter, faults):
+        self.life.broken_reload(letter, *faults)
+
+    @rule(letter=letters, halves=st.sampled_from([("embed",), ("head",), HALVES]), is_numpy=st.booleans())
+    def swap(self, letter, halves, is_numpy):
+        values = None
+        if not is_numpy:
+            values = dict(zip(HALVES, self.bench.load(self.bench.path(letter)).get_embed_and_head(), strict=True))
+            values = {half: x for half, x in values.items() if self.bench.half(half, letter) is not None}
+        self.life.swap(letter, halves, values)
+
+    @rule()
+    def set_what_is_there(self):
+        model = self.life.model.set_embed_and_head(*self.life.model.get_embed_and_head())
+        assert model.version == self.life.version
+        self.life.model = model
+        self.life.check()
+
+    @rule()
+    def poison(self):
+        self.life.poison()
+        self.cache = None  # poison is no event to torch; whether a cache outlives it is nobody's promise
+
+    @rule()
+    def export(self):
+        self.life.export()
+
+    @rule()
+    def generate(self):
+        self.life.generate()
+
+    @rule()
+    def decode(self):
+        """One step on from a good cache, which JAX then has used up."""
+        (cache, version), self.cache = self.cache, None
+        assert version == self.life.version
+        self.life.model.decode(np.zeros(len(self.bench.prompt), np.int64), cache)
+        self.life.check()
+
+    @invariant()
+    def a_cache_is_refused_once_its_version_is_gone(self):
+        """Holds after every step, not when chance has it: there is always a cache from before it."""
+        if not hasattr(self, "life"):
+            return
+        if self.cache is not None and self.cache[1] != self.life.version:
+            with pytest.raises(ValueError, match="version .*prefill"):
+                self.life.model.decode(np.zeros(len(self.bench.prompt), np.int64), self.cache[0])
+            self.cache = None
+        if self.cache is None:
+            _, cache = self.life.model.prefill(self.bench.prompt, max_new_tokens=NEW_TOKENS)
+            self.cache = cache, self.life.version
+
+    def teardown(self):
+        if hasattr(self, "life"):
+            self.life.check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_life_of_a_model_ends_as_a_cold_load_of_what_it_holds(backend, benches):
+    run_state_machine_as_test(
+        partial(LifeOfAModel, benches, backend), settings=settings(STEADY, stateful_step_count=15)
+    )
+
+
+@STEADY
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["target", "draft"]), st.sampled_from(["A", "B", "swap"])), max_size=8),
+    halves=st.sampled_from([("embed",), HALVES]),
+)
+def test_a_draft_that_shares_its_target_s_embedding_and_head_still_does_after_any_update(steps, halves, benches):
+    """Whoever of the two is reloaded or swapped, both see it, and everything else of the other stays."""
+    bench = benches.bench("torch", "qwen3")
+    lives = {"target": LiveModel(bench, "A"), "draft": LiveModel(bench, "A")}
+    target, draft = (life.model for life in lives.values())
+    draft.model.embed_tokens.weight = target.model.embed_tokens.weight
+    if "head" in halves:
+        draft.lm_head.weight = target.lm_head.weight
+    shared = [tensor for half in halves for tensor in bench.tensors_of_half(half, "A")]
+    lives["draft"].rebase()
+    for who, what in steps:
+        other = lives["draft" if who == "target" else "target"]
+        if what == "swap":
+            lives[who].swap("B", halves)
+        else:
+            lives[who].reload(what)
+        other.holds.update({tensor: lives[who].holds[tensor] for tensor in shared})
+        other.check()
+        assert draft.model.embed_tokens.weight is target.model.embed_tokens.weight
+        assert (draft.lm_head.weight is target.lm_head.weight) == ("head" in halves)
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+def test_every_event_passes_on_both_backends(zoo, benches, tmp_path):
+    results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], scratch=tmp_path)
+    skipped = {result.event for result in results if result.verdict == "skip"}
+    assert [result for result in results if result.verdict == "fail"] == [], render_text(results)
+    assert skipped == {"3 stages"} | (set() if zoo == "qwen3-tied" else {"tied embed and head"})
+    assert {result.backend for result in results} == set(BACKENDS)
+    roots = {name: [r.root for r in results if r.backend == name and r.root] for name in BACKENDS}
+    assert roots["jax"] == roots["torch"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def skips_a_parameter(commit):
+    return lambda model, staged: commit(model, {n: x for n, x in staged.items() if n != "model.norm.weight"})
+
+
+def moves_a_parameter(commit):
+    def changed(model, staged):
+        commit(model, staged)
+        model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.clone(), requires_grad=False)
+
+    return changed
+
+
+def writes_before_it_checks(update):
+    def changed(model, uri):
+        model.model.norm.weight.mul_(1.5)
+        return update(model, uri)
+
+    return changed
+
+
+def counts_failures(update):
+    def changed(model, uri):
+        try:
+            return update(model, uri)
+        except ValueError:
+            model.version += 1
+            raise
+
+    return changed
+
+
+def forgets_the_version(publish):
+    def changed(self, event):
+        publish(self, event)
+        self.version = 1
+
+    return changed
+
+
+def stops_at_the_first_problem(plan):
+    def changed(*args):
+        try:
+            return plan(*args)
+        except CheckpointError as error:
+            raise CheckpointError(error.where, error.problems[:1]) from None
+
+    return changed
+
+
+def keeps_the_old_head(swap):
+    return lambda model, embed=None, head=None: swap(model, embed, None if embed is not None else head)
+
+
+def moves_to_another_device(update):
+    def changed(model, uri):
+        found = update(model, uri)
+        weights = jax.tree.map(lambda x: jax.device_put(x, jax.devices("cpu")[1]), found.weights)
+        return dataclasses.replace(found, weights=weights)
+
+    return changed
+
+
+def keeps_a_leaf(replace):
+    return lambda self, *, weights: replace(self, weights=weights | {"lm_head": self.weights["lm_head"]})
+
+
+def exports_the_files_it_came_from(export):
+    def changed(model, directory):
+        return shutil.copytree(model.checkpoint.source.path, directory)
+
+    return changed
+
+
+SABOTAGE = [
+    ("torch", "torch_models.weights._commit", skips_a_parameter),
+    ("torch", "torch_models.weights._commit", moves_a_parameter),
+    ("torch", "torch_models.weights.update_weights_from_disk", writes_before_it_checks),
+    ("torch", "torch_models.weights.update_weights_from_disk", counts_failures),
+    ("torch", "torch_models.model.Model.publish", forgets_the_version),
+    ("torch", "torch_models.weights.plan_reload", stops_at_the_first_problem),
+    ("torch", "torch_models.weights.export", exports_the_files_it_came_from),
+    ("jax", "jax_models.weights.set_embed_and_head", keeps_the_old_head),
+    ("jax", "jax_models.weights.update_weights_from_disk", moves_to_another_device),
+    ("jax", "jax_models.model.Model.replace", keeps_a_leaf),
+    ("jax", "jax_models.weights.export", exports_the_files_it_came_from),
+]
+
+
+def short_life(bench):
+    life = LiveModel(bench, "A")
+    life.broken_reload("B", MATCHING[0], MATCHING[1])
+    life.swap("B")
+    life.export()
+    life.poison()
+    life.reload("B")
+    life.reload("A")
+    life.generate()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_short_life_breaks_no_law(backend, benches):
+    short_life(benches.bench(backend, "qwen3"))
+
+
+@pytest.mark.parametrize(("backend", "where", "broken"), SABOTAGE, ids=lambda x: getattr(x, "__name__", None))
+def test_a_backend_that_breaks_a_law_is_caught(backend, where, broken, benches, monkeypatch):
+    module, _, name = where.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    with pytest.raises(LawBroken):
+        short_life(benches.bench(backend, "qwen3"))
+
+
+def test_an_event_that_fails_is_one_line_and_the_next_gets_a_fresh_model(benches, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_models.weights, "export", exports_the_files_it_came_from(None))
+    pair = benches.pair("qwen3")
+    results = run_lifecycle(pair["A"], pair["B"], backends=["torch"], scratch=tmp_path)
+    failed = {result.event: result.detail for result in results if result.verdict == "fail"}
+    assert list(failed) == ["swap back"]  # the first to export what is in no file
+    assert "exported tensors differ from the model's" in failed["swap back"]
+    (after,) = (result for result in results if result.event == "swap what does not fit")
+    assert after.version == 1
+
+
+def test_the_verb_prints_the_table_writes_reports_and_returns_zero(benches, tmp_path, capsys):
+    pair = benches.pair("qwen3")
+    files = [tmp_path / "report.html", tmp_path / "report.json"]
+    command = ["lifecycle", str(pair["A"]), str(pair["B"]), "--backend", "torch", "--scratch", str(tmp_path)]
+    assert main([*command, "--html", str(files[0]), "--json", str(files[1])]) == 0
+    assert capsys.readouterr().out.startswith("event ")
+    assert sorted(tmp_path.iterdir()) == files
+    assert '"verdict": "PASS"' in files[1].read_text()
+
+
+def test_the_verb_returns_one_when_an_event_fails(benches, capsys, monkeypatch):
+    monkeypatch.setattr(torch_models.model.Model, "publish", forgets_the_version(torch_models.model.Model.publish))
+    pair = benches.pair("qwen3")
+    assert main(["lifecycle", str(pair["A"]), str(pair["B"]), "--backend", "torch"]) == 1
+    assert "version is 1, expected 2" in capsys.readouterr().out
+
+
+def test_checkpoints_that_show_nothing_or_do_not_fit_return_two(benches, capsys):
+    a, other = str(benches.pair("qwen3")["A"]), str(benches.pair("qwen3-moe")["B"])
+    assert main(["lifecycle", a, a]) == 2
+    assert "hold the same weights" in capsys.readouterr().err
+    assert main(["lifecycle", a, other]) == 2
+    assert "architecture" in capsys.readouterr().err
