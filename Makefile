@@ -16,12 +16,12 @@ help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 demo: $(VENV)/.set-up-demo  ## two small checkpoints, every lifecycle event on both backends, a report
-	$(BIN)/tandem demo
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/tandem demo
 
 test: $(VENV)/.set-up-test  ## what takes seconds, on the CPU, without network
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.set-up-test  ## what takes minutes
+test-slow: $(VENV)/.set-up-test-slow  ## what takes minutes
 	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu' $(PYTEST_ARGS)
 
 test-gpu:  ## what needs CUDA, with PYTHON, which needs torch, jax and pytest but no set-up
@@ -54,7 +54,8 @@ $(VENV)/.set-up-torch: $(NEEDS)
 
 $(VENV)/.set-up-demo: EXTRAS := jax,torch
 $(VENV)/.set-up-test: EXTRAS := jax,torch,test
+$(VENV)/.set-up-test-slow: EXTRAS := jax,torch,test,tpu-compiler
 $(VENV)/.set-up-check: EXTRAS := jax,torch,check
-$(VENV)/.set-up-demo $(VENV)/.set-up-test $(VENV)/.set-up-check: $(VENV)/.set-up-torch
+$(VENV)/.set-up-demo $(VENV)/.set-up-test $(VENV)/.set-up-test-slow $(VENV)/.set-up-check: $(VENV)/.set-up-torch
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

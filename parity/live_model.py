@@ -76,6 +76,7 @@ class Bench:
         plans = {letter: plan_load(checkpoint, Stage()) for letter, checkpoint in checkpoints.items()}
         self.specs: Specs = next(iter(plans.values())).specs
         self.tensors = {letter: tuple(plan.tensors) for letter, plan in plans.items()}
+        self._same_as = {tied.tensor: tied.same_as for tied in self.specs.tied}
         self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
 
     def path(self, letter: str) -> Path:
@@ -119,7 +120,9 @@ class Bench:
             if set(holds.values()) != {base}:
 
                 def read(name: str) -> np.ndarray:
-                    return self.checkpoints[holds.get(name, base)].read(name)
+                    source = self.checkpoints[holds.get(name, base)]
+                    # of two tied checkpoints only one may ship the redundant head: the embedding stands for it
+                    return source.read(name if name in source.tensors else self._same_as[name])
 
                 target = Path(directory) / "mixed"
                 generation = checkpoint.generation_document or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,7 @@ def _stage(checkpoint: Checkpoint, stage: Stage, args: argparse.Namespace) -> di
     plan = plan_load(checkpoint, stage)
     sizes = {}
     for spec in plan.specs:
-        count = 1
-        for size in spec.shape:
-            count *= size
-        sizes[spec.name] = count * bits(plan.dtypes[spec.name]) // 8
+        sizes[spec.name] = math.prod(spec.shape) * bits(plan.dtypes[spec.name]) // 8
     report = plan.report()
     layers = stage.layers(checkpoint.config.num_hidden_layers)
     found: dict[str, Any] = {
@@ -70,7 +68,7 @@ def _stage(checkpoint: Checkpoint, stage: Stage, args: argparse.Namespace) -> di
 def _per_device(checkpoint: Checkpoint, params: Any, sizes: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
     from jax.sharding import AbstractMesh
 
-    from jax_models.sharding import param_spec, replicated
+    from jax_models.sharding import axes_of, param_spec, replicated
 
     mesh = AbstractMesh((args.expert, args.tensor), ("expert", "tensor"))
     dims = checkpoint.config.dims()
@@ -78,7 +76,7 @@ def _per_device(checkpoint: Checkpoint, params: Any, sizes: dict[str, int], args
     for spec in params:
         parts = 1
         for axis in param_spec(spec, dims, mesh):
-            parts *= mesh.shape[axis] if axis else 1
+            parts *= math.prod(mesh.shape[name] for name in axes_of(axis))
         total += sizes[spec.name] // parts
     return {"bytes_per_device": total, "replicated": replicated(params, dims, mesh)}
 

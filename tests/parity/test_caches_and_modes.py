@@ -1,4 +1,4 @@
-"""Caches belong to the weights they were computed with, whoever changed them; and odd callers get errors, not corpses."""
+"""Caches belong to the weights they were computed with, whoever changed them; odd callers get errors, not corpses."""
 
 import numpy as np
 import pytest
