@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
             found = _one_model(name, title, Path(scratch) / name)
             comparisons += found[0]
             events += found[1]
-            print(render_text(found[1]), flush=True)
-            for what, comparison in found[0]:
-                print(f"{what}\n  {comparison.verdict}: {comparison.summary}\n", flush=True)
+    print(render_text(events))
+    for what, comparison in comparisons:
+        print(f"{what}\n  {comparison.verdict}: {comparison.summary}\n")
     seconds = time.perf_counter() - start
     args.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"models": ", ".join(MODELS.values()), "events": str(len(events)), "seconds": f"{seconds:.0f}"}
@@ -68,7 +68,7 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
     (scratch / "events").mkdir()
     backends = {backend: open_backend(backend) for backend in ("jax", "torch")}
     events = [
-        dataclasses.replace(event, event=f"{title}: {event.event}")
+        dataclasses.replace(event, backend=f"{title} {event.backend}")
         for event in run_lifecycle(a, b, backends=tuple(backends), scratch=scratch / "events")
     ]
     comparisons = []
