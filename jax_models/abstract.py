@@ -12,15 +12,15 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache, cache_like
-from jax_models.programs import Weights
+from jax_models.cache import Cache
+from jax_models.programs import Weights, model_class
 from jax_models.sharding import param_sharding, row_sharding
 from loaders.plan import specs_of
-from loaders.qwen3 import Qwen3Config
+from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
-def abstract_weights(config: Qwen3Config, mesh: Mesh | None, dtype: Any, stage: Stage | None = None) -> Weights:
+def abstract_weights(config: ModelConfig, mesh: Mesh | None, dtype: Any, stage: Stage | None = None) -> Weights:
     """What ``load`` would place, all in one stored ``dtype``."""
     dims = config.dims()
     flat = {
@@ -31,12 +31,11 @@ def abstract_weights(config: Qwen3Config, mesh: Mesh | None, dtype: Any, stage: 
 
 
 def abstract_cache(
-    config: Qwen3Config, rows: int, capacity: int, dtype: Any, mesh: Mesh | None, stage: Stage | None = None
+    config: ModelConfig, rows: int, capacity: int, dtype: Any, mesh: Mesh | None, stage: Stage | None = None
 ) -> Cache:
     """What ``empty_cache`` would make."""
-    layers = (stage or Stage()).layers(config.num_hidden_layers)
-    heads, head_dim = config.num_key_value_heads, config.head_dim
-    return cache_like(jax.ShapeDtypeStruct, layers, rows, capacity, heads, head_dim, dtype, mesh)
+    make = model_class(config).empty_cache
+    return make(config, stage or Stage(), dtype, mesh, rows=rows, capacity=capacity, make=jax.ShapeDtypeStruct)
 
 
 def abstract_rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

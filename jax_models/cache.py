@@ -51,14 +51,6 @@ class VersionedCache:
         return self.arrays.key_mask.shape[1]
 
 
-def empty_cache(
-    layers: range, rows: int, capacity: int, heads: int, head_dim: int, dtype: jnp.dtype, mesh: Mesh | None
-) -> Cache:
-    """A cache with no token in it."""
-    # every layer its own buffers: a donated buffer must not be seen twice
-    return cache_like(_zeros, layers, rows, capacity, heads, head_dim, dtype, mesh)
-
-
 def cache_like(
     make: Callable[..., Any],
     layers: range,
@@ -69,7 +61,10 @@ def cache_like(
     dtype: Any,
     mesh: Mesh | None,
 ) -> Cache:
-    """A cache of what ``make(shape, dtype, sharding=...)`` returns."""
+    """Keys and values for every layer, of what ``make(shape, dtype, sharding=...)`` returns.
+
+    Every layer has its own buffers: a donated buffer must not be seen twice.
+    """
     shape, cut = (rows, capacity, heads, head_dim), cache_sharding(mesh, rows, heads)
     entries = {
         str(layer): LayerCache(key=make(shape, dtype, sharding=cut), value=make(shape, dtype, sharding=cut))
@@ -94,5 +89,5 @@ def placed(cache: Cache, mesh: Mesh | None) -> Cache:
     return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, cuts[array.ndim]), cache)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding | None) -> jax.Array:
+def zeros(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding | None) -> jax.Array:
     return jnp.zeros(shape, dtype, device=sharding)

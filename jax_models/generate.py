@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loaders.inputs import check_sampling
+
 if TYPE_CHECKING:
     from jax_models.model import Model
 
@@ -60,7 +62,7 @@ def generate(
     Raises:
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
-    check_options(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (ends[0] if len(ends) else 0)
@@ -81,18 +83,3 @@ def generate(
             break
         logits_BV, cache = model.decode(token_B, cache)
     return jnp.asarray(np.stack(tokens, axis=1), jnp.int32)
-
-
-def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError listing every generation option that is out of range."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}, expected at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p}, expected in (0, 1]")
-    if problems:
-        raise ValueError("; ".join(problems))

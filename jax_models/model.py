@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_models import weights as life
-from jax_models.cache import VersionedCache, empty_cache
+from jax_models.cache import VersionedCache
 from jax_models.generate import generate
 from jax_models.programs import Programs, Weights
 from loaders.checkpoint import Checkpoint
@@ -126,9 +126,7 @@ class Model:
         checked = check_text(input_ids, attention_mask, None, vocab_size=self.config.vocab_size).left_aligned()
         checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
         rows, length = checked.input_ids.shape
-        config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
-        capacity = bucket(length + max_new_tokens)
-        cache = empty_cache(layers, rows, capacity, config.num_key_value_heads, config.head_dim, self.dtype, self.mesh)
+        cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
         logits_BV, cache = self.programs.prefill(
             self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
         )

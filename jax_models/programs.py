@@ -32,17 +32,22 @@ def programs_for(config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh
     return Programs(config, stage, dtype, mesh)
 
 
+def model_class(config: ModelConfig) -> Any:
+    """The family's class of this architecture."""
+    return vars(importlib.import_module(f"jax_models.{FAMILIES[config.architecture]}"))[config.architecture]
+
+
 class Programs:
     """Forward, prefill and decode of one pipeline stage."""
 
     def __init__(self, config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None) -> None:
-        family = importlib.import_module(f"jax_models.{FAMILIES[config.architecture]}")
-        build = vars(family)[config.architecture]
+        build = model_class(config)
         self.graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, stage, mesh, dtype)))
         self.abstract: Weights = nnx.to_pure_dict(state)
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
+        self.empty_cache = functools.partial(build.empty_cache, config, stage, dtype, mesh)
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")

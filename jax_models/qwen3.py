@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache
+from jax_models.cache import Cache, cache_like, zeros
 from jax_models.layers.attention import Attention, LayerCache, visible
 from jax_models.layers.linear import Embedding, Linear, project
 from jax_models.layers.mlp import MLP
@@ -24,10 +27,25 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: Qwen3Config, layer: int, mesh: Mesh | None) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            bias=config.attention_bias,
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if isinstance(config, Qwen3MoeConfig) and config.is_sparse(layer):
-            self.mlp = SparseMoeBlock(config, layer, mesh)
+            self.mlp = SparseMoeBlock(
+                config.hidden_size,
+                num_experts=config.num_experts,
+                expert_size=config.moe_intermediate_size,
+                top_k=config.num_experts_per_tok,
+                norm_topk_prob=config.norm_topk_prob,
+                layer=layer,
+                mesh=mesh,
+            )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
@@ -113,6 +131,21 @@ class Qwen3ForCausalLM(nnx.Module):
         """Logits, float32 [B, T, V]."""
         table = self.model.embed_tokens if self.is_tied else self.lm_head
         return project(x_BTD, table.weight[...])
+
+    @staticmethod
+    def empty_cache(
+        config: Qwen3Config,
+        stage: Stage,
+        dtype: Any,
+        mesh: Mesh | None,
+        *,
+        rows: int,
+        capacity: int,
+        make: Callable[..., Any] = zeros,
+    ) -> Cache:
+        """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns."""
+        layers, heads = stage.layers(config.num_hidden_layers), config.num_key_value_heads
+        return cache_like(make, layers, rows, capacity, heads, config.head_dim, dtype, mesh)
 
 
 Qwen3MoeForCausalLM = Qwen3ForCausalLM

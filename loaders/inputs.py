@@ -81,3 +81,18 @@ def _fit(positions: np.ndarray) -> bool:
 def bucket(length: int) -> int:
     """The size a compiled program is made for: the next power of two from 16 on, so that lengths share programs."""
     return max(16, 1 << (length - 1).bit_length())
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError listing every generation option that is out of range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}, expected in (0, 1]")
+    if problems:
+        raise ValueError("; ".join(problems))

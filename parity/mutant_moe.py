@@ -54,8 +54,8 @@ def _normed(original: Any, np_: Any, self: Any, x: Any) -> Any:
     return chosen / np_.sum(chosen, -1)[..., None], experts
 
 
-def _not_normed(original: Any, self: Any, *args: Any) -> None:
-    original(self, *args)
+def _not_normed(original: Any, self: Any, *args: Any, **options: Any) -> None:
+    original(self, *args, **options)
     self.norm_topk_prob = False
 
 

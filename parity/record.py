@@ -12,6 +12,8 @@ import numpy as np
 from loaders import Checkpoint
 from loaders.digest import digests, root_digest
 from loaders.inputs import check_text
+from loaders.plan import plan_load
+from loaders.stage import Stage
 from parity.backends import Backend
 from parity.oracle import oracle_forward
 from parity.trace import Trace, input_hash, make_meta
@@ -106,7 +108,7 @@ def record_oracle(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], *, l
         {} if like is None else {name: value for name, value in like.tensors.items() if name.startswith("routing.")}
     )
     tensors = oracle_forward(checkpoint, **inputs, routing=routing or None)
-    found = digests(checkpoint.stream())
+    found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage()).tensors))
     meta = make_meta(
         backend="oracle64",
         dtype="float64",

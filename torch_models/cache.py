@@ -40,7 +40,7 @@ class Cache:
         self.length += tokens
 
 
-def empty_cache(
+def cache_like(
     layers: range,
     rows: int,
     capacity: int,
@@ -51,7 +51,7 @@ def empty_cache(
     version: int,
     stamp: tuple[tuple[int, int], ...],
 ) -> Cache:
-    """A cache with no token in it."""
+    """Keys and values for every layer, zero, allocated once."""
     shape = (rows, capacity, heads, head_dim)
     entries = {
         str(layer): LayerCache(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loaders.inputs import check_sampling
+
 if TYPE_CHECKING:
     from torch_models.model import Model
 
@@ -56,7 +58,7 @@ def generate(
     Raises:
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
-    check_options(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     ends = torch.tensor([] if ignore_eos else model.checkpoint.eos_token_ids, dtype=torch.int64, device=model.device)
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
@@ -75,18 +77,3 @@ def generate(
             break
         logits_BV, cache = model.decode(token_B, cache)
     return torch.stack(tokens, dim=1)
-
-
-def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError listing every generation option that is out of range."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}, expected at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p}, expected in (0, 1]")
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -17,7 +17,7 @@ from loaders.plan import LoadReport
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from torch_models import weights as life
-from torch_models.cache import Cache, empty_cache
+from torch_models.cache import Cache
 from torch_models.generate import generate
 from torch_models.taps import collect
 
@@ -25,7 +25,7 @@ from torch_models.taps import collect
 class Model(nn.Module):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
-    A family's class adds ``self.model`` (embedding, layers, norm), ``embed`` and ``head``.
+    A family's class adds ``self.model`` (embedding, layers, norm), ``embed``, ``head`` and ``empty_cache``.
 
     Attributes:
         config: of the checkpoint.
@@ -41,6 +41,8 @@ class Model(nn.Module):
     model: Any
     checkpoint: Checkpoint
     report: LoadReport
+
+    config: Any  # loaders.spec.ModelConfig; the family's class narrows it
 
     def __init__(self, config: ModelConfig, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,6 +64,10 @@ class Model(nn.Module):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""
+        raise NotImplementedError
+
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
+        """A cache with no token in it."""
         raise NotImplementedError
 
     def forward(
@@ -120,21 +126,8 @@ class Model(nn.Module):
         ids = _host(input_ids), _host(attention_mask)
         checked = check_text(*ids, None, vocab_size=self.config.vocab_size).left_aligned()
         rows, length = checked.input_ids.shape
-        config, layers = self.config, self.stage.layers(self.config.num_hidden_layers)
-        capacity = bucket(length + max_new_tokens)
-        heads = config.num_key_value_heads
         with torch.inference_mode(False):  # the cache outlives the caller's inference mode
-            cache = empty_cache(
-                layers,
-                rows,
-                capacity,
-                heads,
-                config.head_dim,
-                self.dtype,
-                self.device,
-                self.version,
-                self.weights_stamp(),
-            )
+            cache = self.empty_cache(rows, bucket(length + max_new_tokens))
         cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
         ids_BT, positions_BT = (self._long(array) for array in (checked.input_ids, checked.position_ids))
         return self._step(ids_BT, positions_BT, cache), cache

@@ -7,7 +7,7 @@ from torch import nn
 
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
 from loaders.stage import Stage
-from torch_models.cache import Cache
+from torch_models.cache import Cache, cache_like
 from torch_models.layers.attention import Attention, LayerCache, visible
 from torch_models.layers.linear import Embedding, Linear, project
 from torch_models.layers.mlp import MLP
@@ -24,10 +24,24 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            bias=config.attention_bias,
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if isinstance(config, Qwen3MoeConfig) and config.is_sparse(layer):
-            self.mlp = SparseMoeBlock(config, layer)
+            self.mlp = SparseMoeBlock(
+                config.hidden_size,
+                num_experts=config.num_experts,
+                expert_size=config.moe_intermediate_size,
+                top_k=config.num_experts_per_tok,
+                norm_topk_prob=config.norm_topk_prob,
+                layer=layer,
+            )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
@@ -99,6 +113,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(Model):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
+    config: Qwen3Config
     model: Qwen3Model
 
     def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
@@ -116,6 +131,13 @@ class Qwen3ForCausalLM(Model):
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""
         return project(x_BTD, self.lm_head.weight)
+
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
+        """A cache with no token in it."""
+        config, stamp = self.config, self.weights_stamp()
+        layers, heads = self.stage.layers(config.num_hidden_layers), config.num_key_value_heads
+        dtype, device = self.dtype, self.device
+        return cache_like(layers, rows, capacity, heads, config.head_dim, dtype, device, self.version, stamp)
 
 
 Qwen3MoeForCausalLM = Qwen3ForCausalLM

@@ -11,7 +11,6 @@ from flax import nnx
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import RMSNorm
 from jax_models.layers.rotary import rotate
-from loaders.qwen3 import Qwen3Config
 
 
 class LayerCache(TypedDict):
@@ -41,16 +40,16 @@ class Attention(nnx.Module):
     Source: transformers ``Qwen3Attention``.
     """
 
-    def __init__(self, config: Qwen3Config) -> None:
-        n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        bias = config.attention_bias
-        self.q_proj = Linear(config.hidden_size, n * h, bias=bias)
-        self.k_proj = Linear(config.hidden_size, k * h, bias=bias)
-        self.v_proj = Linear(config.hidden_size, k * h, bias=bias)
-        self.o_proj = Linear(n * h, config.hidden_size, bias=bias)
-        self.q_norm = RMSNorm(h, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(h, eps=config.rms_norm_eps)
-        self.head_dim = h
+    def __init__(
+        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+    ) -> None:
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = RMSNorm(head_dim, eps=eps)
+        self.k_norm = RMSNorm(head_dim, eps=eps)
+        self.head_dim = head_dim
 
     def __call__(
         self,

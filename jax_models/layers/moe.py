@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from jax_models.sharding import expert_specs
 from jax_models.taps import tap
-from loaders.qwen3 import Qwen3MoeConfig
 
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
@@ -27,10 +26,10 @@ class TopKRouter(nnx.Module):
     Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
     """
 
-    def __init__(self, config: Qwen3MoeConfig) -> None:
-        self.weight = nnx.Param(jnp.zeros((config.num_experts, config.hidden_size)))
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
+    def __init__(self, hidden_size: int, num_experts: int, *, top_k: int, norm_topk_prob: bool) -> None:
+        self.weight = nnx.Param(jnp.zeros((num_experts, hidden_size)))
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, float32 [B, T, X], and experts, int32 [B, T, X], by falling weight."""
@@ -45,10 +44,9 @@ class TopKRouter(nnx.Module):
 class Experts(nnx.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
 
-    def __init__(self, config: Qwen3MoeConfig, mesh: Mesh | None) -> None:
-        e, m, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = nnx.Param(jnp.zeros((e, 2, m, d)))
-        self.down_proj = nnx.Param(jnp.zeros((e, d, m)))
+    def __init__(self, hidden_size: int, num_experts: int, expert_size: int, mesh: Mesh | None) -> None:
+        self.gate_up_proj = nnx.Param(jnp.zeros((num_experts, 2, expert_size, hidden_size)))
+        self.down_proj = nnx.Param(jnp.zeros((num_experts, hidden_size, expert_size)))
         self.mesh = mesh
 
     def __call__(self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array) -> jax.Array:
@@ -134,9 +132,19 @@ def grouped_on_tpu(rows: jax.Array, weights: jax.Array, sizes: jax.Array, interp
 class SparseMoeBlock(nnx.Module):
     """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
 
-    def __init__(self, config: Qwen3MoeConfig, layer: int, mesh: Mesh | None) -> None:
-        self.gate = TopKRouter(config)
-        self.experts = Experts(config, mesh)
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        expert_size: int,
+        top_k: int,
+        norm_topk_prob: bool,
+        layer: int,
+        mesh: Mesh | None,
+    ) -> None:
+        self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
+        self.experts = Experts(hidden_size, num_experts, expert_size, mesh)
         self.layer = layer
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

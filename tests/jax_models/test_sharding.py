@@ -15,7 +15,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
-from jax_models.cache import empty_cache
 from jax_models.layers.moe import grouped_on_tpu
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES, param_spec, replicated
@@ -337,8 +336,7 @@ def test_pipeline_stages_go_on_a_mesh(checkpoints, single):
 @pytest.mark.parametrize("name", MODELS)
 def test_abstract_weights_and_cache_are_the_real_ones_without_their_bytes(name, wide_mesh, checkpoints):
     model = jax_models.load(checkpoints(name), mesh=wide_mesh)
-    heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
-    cache = empty_cache(range(2), 4, 32, heads, head_dim, jnp.dtype("float32"), model.mesh)
+    cache = model.programs.empty_cache(rows=4, capacity=32)
 
     def described(tree):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)

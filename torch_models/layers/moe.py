@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loaders.qwen3 import Qwen3MoeConfig
 from torch_models.layers.linear import empty_param
 from torch_models.taps import tap
 
@@ -17,11 +16,11 @@ class TopKRouter(nn.Module):
     Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
     """
 
-    def __init__(self, config: Qwen3MoeConfig) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, *, top_k: int, norm_topk_prob: bool) -> None:
         super().__init__()
-        self.weight = empty_param(config.num_experts, config.hidden_size)
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = empty_param(num_experts, hidden_size)
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, float32 [B, T, X], and experts, int64 [B, T, X], by falling weight."""
@@ -38,11 +37,10 @@ class TopKRouter(nn.Module):
 class Experts(nn.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
 
-    def __init__(self, config: Qwen3MoeConfig) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
-        e, m, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = empty_param(e, 2, m, d)
-        self.down_proj = empty_param(e, d, m)
+        self.gate_up_proj = empty_param(num_experts, 2, expert_size, hidden_size)
+        self.down_proj = empty_param(num_experts, hidden_size, expert_size)
 
     def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
@@ -62,10 +60,19 @@ class Experts(nn.Module):
 class SparseMoeBlock(nn.Module):
     """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
 
-    def __init__(self, config: Qwen3MoeConfig, layer: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        expert_size: int,
+        top_k: int,
+        norm_topk_prob: bool,
+        layer: int,
+    ) -> None:
         super().__init__()
-        self.gate = TopKRouter(config)
-        self.experts = Experts(config)
+        self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
+        self.experts = Experts(hidden_size, num_experts, expert_size)
         self.layer = layer
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
