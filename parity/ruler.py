@@ -52,7 +52,7 @@ REASONS = {
     "u": "half an ulp of the compute dtype; below it an error is one rounding, and exact copies have error 0.",
     "k": "two correct bf16 variants differ by at most 1.04x over 12 to 40 seeds, so 2 has headroom and is tight; fp32"
     " kernels differ more in the order of their sums.",
-    "k_token": "single tokens scatter: over 24 seeds of dense and MoE, JAX against torch, up to 4.1x in bf16, 6.2x"
+    "k_token": "single tokens scatter: over 40 seeds of dense and MoE, JAX against torch, up to 4.1x in bf16, 6.2x"
     " in fp32 (benchmarks/calibrate_ruler.py); twice that. A token's floor is the median of the peer's errors, or a"
     " token where the peer was lucky would fail us.",
     "TOKEN_LID": "catches a token that both backends get wrong alike; the largest seen is a third of it.",
