@@ -1,4 +1,4 @@
-"""Cold start of ``tandem compare`` on two 1 MB traces and an oracle, beside ``python -c "import numpy"`` in the same run.
+"""Cold start of ``tandem compare`` on two 1 MB traces and an oracle, beside ``import numpy`` in the same run.
 
 python benchmarks/bench_compare.py [--rounds 7]
 """
