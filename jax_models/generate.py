@@ -44,7 +44,7 @@ def generate(
     seed: int = 0,
     ignore_eos: bool = False,
 ) -> jax.Array:
-    """Continue every row of a ragged batch as if it were alone.
+    """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
 
     Args:
         model: the whole model.

@@ -262,9 +262,13 @@ def _read_json(source: LocalDirectory, name: str, problems: list[str]) -> dict[s
 def _generation_problems(generation: dict[str, Any]) -> list[str]:
     found = generation.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if all(type(token) is int for token in ids):
-        return []
-    return [f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers"]
+    problems = []
+    if not all(type(token) is int for token in ids):
+        problems.append(f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers")
+    pad = generation.get("pad_token_id")
+    if pad is not None and type(pad) is not int:
+        problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer")
+    return problems
 
 
 def _weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:

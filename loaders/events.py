@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One published change.
+    """One published change, or a call that changed nothing but must be reported (its version is the one before).
 
     Attributes:
         kind: ``load``, ``swap``, ``reload``, ...

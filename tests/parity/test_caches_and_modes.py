@@ -6,6 +6,7 @@ import torch
 
 import jax_models
 import torch_models
+from loaders import CheckpointError
 from parity.zoo import make_checkpoint
 
 IDS = [[3, 14, 15, 92, 65]]
@@ -81,6 +82,17 @@ def test_pad_id_of_generation_config_wins(tmp_path):
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "pad_token_id": 7}')
     opened = torch_models.load(path).checkpoint
     assert (opened.eos_token_ids, opened.pad_token_id) == ((5, 6), 7)
+
+
+def test_token_ids_of_generation_config_that_are_no_integers_are_named_together(tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "c", num_hidden_layers=1)
+    (path / "generation_config.json").write_text('{"eos_token_id": "end", "pad_token_id": "pad"}')
+    with pytest.raises(CheckpointError) as caught:
+        torch_models.load(path)
+    assert [problem.split(" is ")[0] for problem in caught.value.problems] == [
+        "generation_config.json: eos_token_id",
+        "generation_config.json: pad_token_id",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
