@@ -12,7 +12,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache
+from jax_models.cache import Cache, empty_cache
 from jax_models.programs import Weights, model_class
 from jax_models.sharding import param_sharding, row_sharding
 from loaders.plan import specs_of
@@ -33,9 +33,10 @@ def abstract_weights(config: ModelConfig, mesh: Mesh | None, dtype: Any, stage: 
 def abstract_cache(
     config: ModelConfig, rows: int, capacity: int, dtype: Any, mesh: Mesh | None, stage: Stage | None = None
 ) -> Cache:
-    """What ``empty_cache`` would make."""
-    make = model_class(config).empty_cache
-    return make(config, stage or Stage(), dtype, mesh, rows=rows, capacity=capacity, make=jax.ShapeDtypeStruct)
+    """What ``Programs.empty_cache`` would make."""
+    sizes = {"rows": rows, "capacity": capacity}
+    entries = model_class(config).cache_entries(config, stage or Stage(), **sizes)
+    return empty_cache(entries, **sizes, dtype=dtype, mesh=mesh, make=jax.ShapeDtypeStruct)
 
 
 def abstract_rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

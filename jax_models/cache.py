@@ -1,4 +1,4 @@
-"""Key/value cache: a pytree that decoding steps pass on and donate."""
+"""What decoding keeps: keys and values, convolution and recurrent state; a pytree that steps pass on and donate."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jax_models.layers.attention import LayerCache
-from jax_models.sharding import cache_sharding, row_sharding
+from jax_models.layers.step import Entry, LayerCache
+from jax_models.sharding import entry_sharding, row_sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer of a stage, for rows that end at the same slot.
+    """The state of a stage for rows that end at the same slot.
 
     Attributes:
-        layers: layer number as text -> keys and values [B, S, K, H].
+        layers: layer number as text -> what the layer keeps, by name.
         key_mask: bool [B, S], slots that hold a real token.
         position: int32 [B], position of each row's next token.
         length: int32, slots filled.
@@ -31,10 +31,10 @@ class Cache:
     position: jax.Array
     length: jax.Array
 
-    def advanced(self, layers: dict[str, LayerCache], key_mask: jax.Array, tokens: int) -> Cache:
-        """The cache after ``tokens`` more slots; positions advance by the real tokens among them."""
-        real_B = jnp.sum(key_mask, axis=1, dtype=jnp.int32) - jnp.sum(self.key_mask, axis=1, dtype=jnp.int32)
-        return Cache(layers, key_mask, self.position + real_B, self.length + tokens)
+    def advanced(self, layers: dict[str, LayerCache], key_mask: jax.Array, mask_BT: jax.Array) -> Cache:
+        """The cache after T more slots; positions advance by the real tokens among them."""
+        real_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
+        return Cache(layers, key_mask, self.position + real_B, self.length + mask_BT.shape[1])
 
 
 @dataclass(frozen=True)
@@ -51,42 +51,46 @@ class VersionedCache:
         return self.arrays.key_mask.shape[1]
 
 
-def cache_like(
-    make: Callable[..., Any],
-    layers: range,
+def empty_cache(
+    entries: dict[str, dict[str, Entry]],
+    *,
     rows: int,
     capacity: int,
-    heads: int,
-    head_dim: int,
     dtype: Any,
     mesh: Mesh | None,
+    make: Callable[..., Any],
 ) -> Cache:
-    """Keys and values for every layer, of what ``make(shape, dtype, sharding=...)`` returns.
+    """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns.
 
     Every layer has its own buffers: a donated buffer must not be seen twice.
     """
-    shape, cut = (rows, capacity, heads, head_dim), cache_sharding(mesh, rows, heads)
-    entries = {
-        str(layer): LayerCache(key=make(shape, dtype, sharding=cut), value=make(shape, dtype, sharding=cut))
-        for layer in layers
+    layers = {
+        name: {
+            key: make(entry.shape, entry.dtype or dtype, sharding=entry_sharding(mesh, entry.shape, entry.axes))
+            for key, entry in parts.items()
+        }
+        for name, parts in entries.items()
     }
     by_row, whole = row_sharding(mesh, rows), row_sharding(mesh, None)
     return Cache(
-        entries,
+        layers,
         make((rows, capacity), jnp.bool_, sharding=by_row),
         make((rows,), jnp.int32, sharding=by_row),
         make((), jnp.int32, sharding=whole),
     )
 
 
-def placed(cache: Cache, mesh: Mesh | None) -> Cache:
+def placed(cache: Cache, entries: dict[str, dict[str, Entry]], mesh: Mesh | None) -> Cache:
     """Inside a program: the cache where ``empty_cache`` puts it, so that every step donates and none compiles anew."""
     if mesh is None:
         return cache
-    rows, _, heads, _ = next(iter(cache.layers.values()))["key"].shape
-    whole, by_row, by_head = row_sharding(mesh, None), row_sharding(mesh, rows), cache_sharding(mesh, rows, heads)
-    cuts = {0: whole, 1: by_row, 2: by_row, 4: by_head}
-    return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, cuts[array.ndim]), cache)
+    rows, capacity = cache.key_mask.shape
+
+    def where(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding) -> NamedSharding:
+        return sharding
+
+    wanted = empty_cache(entries, rows=rows, capacity=capacity, dtype=None, mesh=mesh, make=where)
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, wanted)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, *, sharding: NamedSharding | None) -> jax.Array:

@@ -19,7 +19,7 @@ from loaders import open_checkpoint
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load, weight_loader
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, place_of, plan_load
 from loaders.stage import Stage
 
 
@@ -28,6 +28,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     stage: tuple[int, int] | None = None,
+    mtp: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -38,13 +39,14 @@ def load(
         dtype: float32 or bfloat16; None: the checkpoint's own, float32 for a float16 one.
         mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device.
         stage: (index, count) of a pipeline; None: the whole model.
+        mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh or stage that makes no sense.
     """
     mesh = usable_mesh(mesh)
     checkpoint = open_checkpoint(uri)
-    stage_ = Stage.of(stage)
+    stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
     programs = programs_for(checkpoint.config, stage_, jnp.dtype(compute_dtype(dtype, plan)), mesh)
     table = {spec.name: spec.shape for spec in plan.specs}
@@ -82,12 +84,12 @@ def read_weights(plan: LoadPlan, mesh: Mesh | None) -> tuple[Weights, LoadReport
         spec, source = plan.targets[tensor]
         if spec.name not in host:
             host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
-        return host[spec.name][source.index]
+        return place_of(host[spec.name], spec, source)
 
     filling = Filling(plan)
     stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
     for spec, source, array, is_complete in filling.receive(stream):
-        weight_loader(host[spec.name], array, shard_id=source.shard_id, expert_id=source.expert_id)
+        filling.write(host[spec.name], spec, source, array)
         if is_complete:
             array = jax.device_put(host.pop(spec.name), param_sharding(spec, dims, mesh))
             # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not

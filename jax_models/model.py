@@ -69,7 +69,8 @@ class Model:
         Args:
             input_ids: integers [B, T], on the first stage.
             attention_mask: [B, T], 1 = real, padding on either side; None: all real.
-            position_ids: integers [B, T]; None: counted over each row's real tokens.
+            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
+                over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
@@ -213,13 +214,16 @@ class Model:
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )
 
+    def _limits(self) -> dict[str, Any]:
+        return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
+
     def _checked(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
     ) -> tuple[Any, TextInputs]:
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(input_ids, attention_mask, position_ids, vocab_size=self.config.vocab_size)
+            checked = check_text(input_ids, attention_mask, position_ids, **self._limits())
             return checked.input_ids, checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
@@ -229,7 +233,7 @@ class Model:
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        return x_BTD, check_text(tokens, attention_mask, position_ids, vocab_size=self.config.vocab_size)
+        return x_BTD, check_text(tokens, attention_mask, position_ids, **self._limits())
 
     def _needs_whole_model(self, what: str) -> None:
         if self.stage.count > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache, placed
+from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
@@ -33,7 +34,7 @@ def programs_for(config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh
 
 
 def model_class(config: ModelConfig) -> Any:
-    """The family's class of this architecture."""
+    """The family's class of this architecture: ``decoder``, ``embed``, ``head`` and ``cache_entries``."""
     return vars(importlib.import_module(f"jax_models.{FAMILIES[config.architecture]}"))[config.architecture]
 
 
@@ -47,7 +48,7 @@ class Programs:
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
-        self.empty_cache = functools.partial(build.empty_cache, config, stage, dtype, mesh)
+        self.cache_entries = functools.partial(build.cache_entries, config, stage)
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
@@ -57,11 +58,16 @@ class Programs:
         """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
         return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
 
+    def empty_cache(self, *, rows: int, capacity: int, make: Callable[..., Any] = zeros) -> Cache:
+        """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns."""
+        sizes = {"rows": rows, "capacity": capacity}
+        return empty_cache(self.cache_entries(**sizes), **sizes, dtype=self.dtype, mesh=self.mesh, make=make)
+
     def apply(self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, _ = module.model(self._enter(module, inputs), positions_BT, mask_BT)
+            x_BTD, _ = module.decoder(self._enter(module, inputs), positions_BT, mask_BT)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _apply_with_taps(
@@ -89,8 +95,12 @@ class Programs:
     ) -> tuple[jax.Array, Cache]:
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, cache = module.model(self._enter(module, inputs), positions_BT, key_mask_BS, cache)
-            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), placed(cache, self.mesh)
+            x_BTD, cache = module.decoder(self._enter(module, inputs), positions_BT, key_mask_BS, cache)
+            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self._placed(cache)
+
+    def _placed(self, cache: Cache) -> Cache:
+        rows, capacity = cache.key_mask.shape
+        return placed(cache, self.cache_entries(rows=rows, capacity=capacity), self.mesh)
 
     def _enter(self, module: Any, inputs: jax.Array) -> jax.Array:
         x_BTD = module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)

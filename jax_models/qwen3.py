@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.cache import Cache, cache_like, zeros
-from jax_models.layers.attention import Attention, LayerCache, visible
-from jax_models.layers.linear import Embedding, Linear, project
+from jax_models.layers.attention import Attention, key_value_entries
+from jax_models.layers.decoder import Decoder
+from jax_models.layers.linear import Linear, project
 from jax_models.layers.mlp import MLP
 from jax_models.layers.moe import SparseMoeBlock
 from jax_models.layers.norm import RMSNorm
-from jax_models.layers.rotary import rotary_embedding
+from jax_models.layers.step import Entry, LayerCache, Step
 from jax_models.taps import tap
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
 from loaders.stage import Stage
@@ -50,78 +47,28 @@ class DecoderLayer(nnx.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        cos_BTR: jax.Array,
-        sin_BTR: jax.Array,
-        visible_BTS: jax.Array,
-        cache: LayerCache | None = None,
-        start: jax.Array | int = 0,
+        self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), cos_BTR, sin_BTR, visible_BTS, cache, start)
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), step, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
-
-
-class Qwen3Model(nnx.Module):
-    """Embedding, this stage's decoder layers, final norm."""
-
-    def __init__(self, config: Qwen3Config, stage: Stage, mesh: Mesh | None) -> None:
-        if stage.is_first or (stage.is_last and config.tie_word_embeddings):
-            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nnx.Dict(
-            {str(layer): DecoderLayer(config, layer, mesh) for layer in stage.layers(config.num_hidden_layers)}
-        )
-        if stage.is_last:
-            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.config = config
-        self.stage = stage
-
-    def __call__(
-        self, x_BTD: jax.Array, position_ids_BT: jax.Array, key_mask_BS: jax.Array, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        config = self.config
-        start = 0 if cache is None else cache.length
-        # a frequency that depends on the length: over the batch, as transformers; with a cache, each row as if alone
-        length_B = jnp.max(position_ids_BT, axis=1) + 1
-        if cache is None:
-            length_B = jnp.broadcast_to(jnp.max(length_B), length_B.shape)
-        cos_BTR, sin_BTR = rotary_embedding(
-            config.rope_parameters, config.head_dim, config.max_position_embeddings, position_ids_BT, length_B
-        )
-        layer_indices = self.stage.layers(config.num_hidden_layers)
-        windows = {config.window(layer) for layer in layer_indices}
-        visible_BTS = {window: visible(key_mask_BS, start, x_BTD.shape[1], window) for window in windows}
-        layer_caches: dict[str, LayerCache] = {}
-        for layer in layer_indices:  # by number: the names sort as text
-            name = str(layer)
-            x_BTD, layer_cache = self.layers[name](
-                x_BTD,
-                cos_BTR,
-                sin_BTR,
-                visible_BTS[config.window(layer)],
-                None if cache is None else cache.layers[name],
-                start,
-            )
-            if layer_cache is not None:
-                layer_caches[name] = layer_cache
-            tap(f"model.layers.{layer}", x_BTD)
-        if cache is not None:
-            cache = cache.advanced(layer_caches, key_mask_BS, x_BTD.shape[1])
-        if self.stage.is_last:
-            x_BTD = tap("model.norm", self.norm(x_BTD))
-        return x_BTD, cache
 
 
 class Qwen3ForCausalLM(nnx.Module):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
     def __init__(self, config: Qwen3Config, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        self.model = Qwen3Model(config, stage, mesh)
+        layers = {layer: DecoderLayer(config, layer, mesh) for layer in stage.layers(config.num_hidden_layers)}
+        self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.is_tied = config.tie_word_embeddings
         self.dtype = dtype
+
+    @property
+    def decoder(self) -> Decoder:
+        """The text model."""
+        return self.model
 
     def embed(self, input_ids_BT: jax.Array) -> jax.Array:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
@@ -133,19 +80,10 @@ class Qwen3ForCausalLM(nnx.Module):
         return project(x_BTD, table.weight[...])
 
     @staticmethod
-    def empty_cache(
-        config: Qwen3Config,
-        stage: Stage,
-        dtype: Any,
-        mesh: Mesh | None,
-        *,
-        rows: int,
-        capacity: int,
-        make: Callable[..., Any] = zeros,
-    ) -> Cache:
-        """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns."""
-        layers, heads = stage.layers(config.num_hidden_layers), config.num_key_value_heads
-        return cache_like(make, layers, rows, capacity, heads, config.head_dim, dtype, mesh)
+    def cache_entries(config: Qwen3Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:
+        """What the layers of a stage keep, by layer number."""
+        entries = key_value_entries(rows, capacity, config.num_key_value_heads, config.head_dim)
+        return {str(layer): entries for layer in stage.layers(config.num_hidden_layers)}
 
 
 Qwen3MoeForCausalLM = Qwen3ForCausalLM

@@ -19,8 +19,13 @@ MESH_AXES = ("data", "expert", "tensor")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "V": ("expert", "tensor"),
     "NH": ("expert", "tensor"),
+    "N2H": ("expert", "tensor"),
     "KH": ("expert", "tensor"),
     "F": ("expert", "tensor"),
+    "SF": ("expert", "tensor"),
+    "QKV": ("expert", "tensor"),
+    "LV": ("expert", "tensor"),
+    "LN": ("expert", "tensor"),
     "M": ("tensor",),
     "E": ("expert",),
 }
@@ -70,7 +75,7 @@ def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh)
 
 def _wanted(spec: ParamSpec) -> list[tuple[str, ...]]:
     """The table's mesh axes for every axis. Only stacks are cut by experts: a router must see all its scores."""
-    is_stack = spec.sources[0].expert_id is not None
+    is_stack = spec.axes[0] == "E" and len(spec.axes) > 2
     return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in spec.axes]
 
 
@@ -79,12 +84,14 @@ def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> 
     return None if mesh is None else NamedSharding(mesh, param_spec(spec, dims, mesh))
 
 
-def cache_sharding(mesh: Mesh | None, rows: int, num_key_value_heads: int) -> NamedSharding | None:
-    """Sharding of keys and values [B, S, K, H], heads cut as k_proj cuts them; None without a mesh."""
+def entry_sharding(mesh: Mesh | None, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding | None:
+    """Sharding of what a layer keeps: rows over "data", heads as the projections cut them; None without a mesh."""
     if mesh is None:
         return None
-    heads = cut_of(mesh, LOGICAL_AXES["KH"], num_key_value_heads)
-    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, ("data",), rows), None, heads, None))
+    wanted = [("data",) if axis == "B" else LOGICAL_AXES.get(axis, ()) for axis in axes]
+    return NamedSharding(
+        mesh, PartitionSpec(*(cut_of(mesh, by, size) if by else None for by, size in zip(wanted, shape, strict=True)))
+    )
 
 
 def row_sharding(mesh: Mesh | None, rows: int | None) -> NamedSharding | None:

@@ -154,12 +154,13 @@ def check_same_structure(live: Weights, new: Weights) -> None:
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
     flat = flatten(model.weights)
-    specs = specs_of(model.config, model.stage)
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
+    left_out = model.report.left_out if model.stage.count == 1 else ()
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
 
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
     flat = flatten(model.weights)
-    specs = specs_of(model.config, model.stage)
+    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))

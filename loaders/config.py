@@ -49,6 +49,9 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    partial_rotary_factor: float = 1.0  # of a head's dimensions, the first so many turn
+    mrope_section: tuple[int, ...] | None = None  # pairs that turn by time, height and width; None: by one position
+    mrope_interleaved: bool = False
 
     @property
     def is_dynamic(self) -> bool:
@@ -60,8 +63,12 @@ ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
     "dynamic": {"rope_theta", "factor"},
-    "yarn": {field.name for field in dataclasses.fields(RopeParameters)} - {"rope_type"},
+    "yarn": {
+        *("rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    },
 }
+PARTIAL_KEYS = frozenset({"partial_rotary_factor", "mrope_section", "mrope_interleaved"})
 
 
 def config_from_json(document: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]:
@@ -115,8 +122,13 @@ def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
     return problems
 
 
-def read_rope(document: dict[str, Any]) -> tuple[RopeParameters | None, list[str]]:
-    """Rotary parameters from either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
+def read_rope(
+    document: dict[str, Any], more_keys: frozenset[str] = frozenset()
+) -> tuple[RopeParameters | None, list[str]]:
+    """Rotary parameters from either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+
+    ``more_keys``: of ``PARTIAL_KEYS``, those that the family implements.
+    """
     nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
     theta, longest = document.get("rope_theta"), document.get("max_position_embeddings")
     if nested is not None and scaling is not None and nested != scaling:
@@ -143,7 +155,7 @@ def read_rope(document: dict[str, Any]) -> tuple[RopeParameters | None, list[str
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         return None, [*problems, f"config.json: rope_type {brief(rope_type)} is not implemented. Known: {known}"]
-    for key in sorted(set(rope) - ROPE_KEYS[rope_type] - {"rope_type"}):
+    for key in sorted(set(rope) - ROPE_KEYS[rope_type] - more_keys - {"rope_type"}):
         option = f"{brief(key)} = {brief(rope.pop(key))}"
         problems.append(f"config.json: rope option {option} is not implemented for rope_type {rope_type!r}")
     if rope_type == "yarn" and isinstance(longest, int):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -20,17 +20,19 @@ class _Reader:
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
-        self.places = {source.tensor: (spec.name, source.index) for spec in specs for source in spec.sources}
-        shipped = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in checkpoint.tensors}
-        self.places |= {tensor: (same_as, ()) for tensor, same_as in shipped.items()}
+        self.places = {
+            source.tensor: (spec.name, source.index, spec.tensor_shape) for spec in specs for source in spec.sources
+        }
+        shipped = [tied for tied in specs.tied if tied.tensor in checkpoint.tensors]
+        self.places |= {tied.tensor: (tied.same_as, (), tied.shape) for tied in shipped}
         self._read_param = read_param
         self._kept: dict[str, np.ndarray] = {}
 
     def __call__(self, tensor: str) -> np.ndarray:
-        name, index = self.places[tensor]
+        name, index, shape = self.places[tensor]
         if name not in self._kept:
             self._kept = dict(list(self._kept.items())[-1:]) | {name: self._read_param(name)}
-        return self._kept[name][index]
+        return self._kept[name][index].reshape(shape)
 
 
 def tensors_of(
@@ -49,21 +51,33 @@ def tensors_of(
 
 
 def export_checkpoint(
-    directory: str | PathLike[str], checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]
+    directory: str | PathLike[str],
+    checkpoint: Checkpoint,
+    specs: Specs,
+    read_param: Callable[[str], np.ndarray],
+    left_out: Collection[str] = (),
 ) -> Path:
     """Write the tensors a model holds as a checkpoint laid out like the one it came from.
 
     A pipeline stage writes its own tensors only. All or nothing; an existing non-empty directory is refused.
 
+    Args:
+        directory: new or empty.
+        checkpoint: what the model was last loaded from.
+        specs: of the model's stage.
+        read_param: a parameter by name, on the host, in its stored dtype.
+        left_out: tensors the model never loaded, to be copied from ``checkpoint`` so that the export is whole.
     Raises:
         FileExistsError: the directory holds something already.
+        CheckpointError: a left out tensor can no longer be read.
     """
     reader = _Reader(checkpoint, specs, read_param)
-    held = {name: info for name, info in checkpoint.tensors.items() if name in reader.places}
+    copied = frozenset(left_out)
+    held = {name: info for name, info in checkpoint.tensors.items() if name in reader.places or name in copied}
     return write_checkpoint(
         directory,
         held,
-        reader,
+        lambda name: checkpoint.read(name) if name in copied else reader(name),
         config=checkpoint.config_document,
         generation=checkpoint.generation_document or None,
         files={name: info.file for name, info in held.items()},

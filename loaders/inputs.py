@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TextInputs:
-    """Checked inputs: int32 ``input_ids`` [B, T], bool ``attention_mask`` [B, T], int32 ``position_ids`` [B, T]."""
+    """Checked inputs: int32 ``input_ids`` [B, T], bool ``attention_mask`` [B, T], int32 ``position_ids``.
+
+    ``position_ids`` are [B, T], or [3, B, T]: time, height and width.
+    """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -40,7 +43,9 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
     return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
 
 
-def check_text(input_ids: object, attention_mask: object, position_ids: object, *, vocab_size: int) -> TextInputs:
+def check_text(
+    input_ids: object, attention_mask: object, position_ids: object, *, vocab_size: int, is_multi_axis: bool = False
+) -> TextInputs:
     """Check and complete what a caller gave.
 
     Args:
@@ -48,6 +53,7 @@ def check_text(input_ids: object, attention_mask: object, position_ids: object, 
         attention_mask: [B, T] of 0 and 1 (1 = real, padding on either side); None: all real.
         position_ids: integers [B, T], not negative; None: counted over the real tokens of each row.
         vocab_size: of the model.
+        is_multi_axis: [3, B, T] is allowed too.
     Raises:
         ValueError: listing everything that is wrong.
     """
@@ -64,10 +70,11 @@ def check_text(input_ids: object, attention_mask: object, position_ids: object, 
         mask = np.ones(ids.shape, bool)
     mask = mask.astype(bool)
     positions = positions_of(mask) if position_ids is None else np.asarray(position_ids)
-    if positions.shape != ids.shape or positions.dtype.kind not in "iu" or not _fit(positions):
+    shapes = [ids.shape, (3, *ids.shape)] if is_multi_axis else [ids.shape]
+    if positions.shape not in shapes or positions.dtype.kind not in "iu" or not _fit(positions):
         problems.append(
             f"position_ids is {positions.dtype} {positions.shape}, expected int32 values >= 0 of the shape of input_ids"
-            f" {ids.shape}"
+            f" {' or '.join(map(str, shapes))}"
         )
     if problems:
         raise ValueError("; ".join(problems))

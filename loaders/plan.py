@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,9 +79,12 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
     return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
-def specs_of(config: ModelConfig, stage: Stage) -> Specs:
-    """The parameters a pipeline stage of this configuration holds."""
-    return expand(family_module(config.architecture).RULES, config, stage)
+def specs_of(config: ModelConfig, stage: Stage, found: Collection[str] = ()) -> Specs:
+    """The parameters a pipeline stage of this configuration holds.
+
+    ``found``: the tensors of the checkpoint that the sources are to be named by; parameters are the same without.
+    """
+    return expand(family_module(config.architecture).RULES, config, stage, found)
 
 
 def plan_load(checkpoint: Checkpoint, stage: Stage) -> LoadPlan:
@@ -135,11 +138,16 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 
 
 def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[LoadPlan, list[str]]:
-    specs = specs_of(config, stage)
-    whole = specs if stage.count == 1 else specs_of(config, Stage())
-    left_out_patterns = family_module(config.architecture).LEFT_OUT
     found = checkpoint.tensors
+    specs = specs_of(config, stage, found)
+    whole = specs if stage.count == 1 else specs_of(config, Stage(mtp=stage.mtp), found)
+    left_out_patterns = family_module(config.architecture).LEFT_OUT
     problems: list[str] = []
+    if stage.mtp and config.num_mtp_layers != 1:
+        problems.append(
+            f"config.json: a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of"
+            " multi-token prediction, expected 1. Load it without."
+        )
     targets: dict[str, tuple[ParamSpec, Source]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
@@ -204,6 +212,29 @@ def weight_loader(
         place[...] = loaded_weight
 
 
+def load_fused_expert_weights(param: np.ndarray, loaded_weight: np.ndarray, *, num_shards: int = 1) -> None:
+    """Write the fused tensor of all experts into their host parameter, expert by expert and shard by shard.
+
+    Args:
+        param: [E, num_shards, M, D], or without the second axis for one shard.
+        loaded_weight: [E, num_shards * M, D], shard 0 (gate) first, as Qwen3.5 ships it.
+        num_shards: parts of each expert's rows.
+    Raises:
+        ValueError: another number of experts, or parts of another shape or dtype.
+    """
+    if len(loaded_weight) != len(param) or loaded_weight.shape[1] % num_shards:
+        expected = f"{len(param)} experts of {num_shards} parts"
+        raise ValueError(f"fused weight is {loaded_weight.dtype} {loaded_weight.shape}, expected {expected}")
+    for expert_id, expert in enumerate(loaded_weight):
+        for shard_id, part in enumerate(np.split(expert, num_shards)):
+            weight_loader(param, part, shard_id=shard_id if num_shards > 1 else None, expert_id=expert_id)
+
+
+def place_of(param: np.ndarray, spec: ParamSpec, source: Source) -> np.ndarray:
+    """The memory of ``param`` that a tensor is to be read into, in the tensor's own shape."""
+    return param[source.index].reshape(spec.tensor_shape)
+
+
 class Filling:
     """Exactly-once accounting of one load: which tensor was written how often, which parameter is complete."""
 
@@ -234,6 +265,13 @@ class Filling:
             spec, source = self._plan.targets[name]
             self._missing[spec.name] -= 1
             yield spec, source, array, self._missing[spec.name] == 0
+
+    def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
+        """Put one tensor into its place of its parameter, fused or not."""
+        if array.ndim + len(source.index) == param.ndim:
+            weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
+        else:  # fused: the axes of experts and shards are merged in the tensor
+            load_fused_expert_weights(param, array, num_shards=int(spec.axes[1]))
 
     def finish(self, params: Mapping[str, np.ndarray]) -> LoadReport:
         """Check that everything arrived and redundant tied tensors equal what they are tied to.

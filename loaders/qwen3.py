@@ -42,9 +42,22 @@ class Qwen3Config:
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
 
+    text_paths = ("model",)
+    num_mtp_layers = 0
+    is_multi_axis = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn: all."""
+        return self.head_dim
+
     def is_sparse(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` routes to experts."""
         return False
+
+    def rope(self, layer: int) -> RopeParameters:
+        """Rotary embedding of ``layer``: one for all."""
+        return self.rope_parameters
 
     def window(self, layer: int) -> int | None:
         """Keys a query of ``layer`` sees, itself included; None for all."""
@@ -199,14 +212,15 @@ def _sparse(config: Qwen3Config, layer: int) -> bool:
     return config.is_sparse(layer)
 
 
-_ATTN = "model.layers.{layer}.self_attn."
-_MLP = "model.layers.{layer}.mlp."
+_LAYER = "{text}.layers.{layer}."
+_ATTN = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
 _GATE_UP = _MLP + "experts.gate_up_proj"
 
 # Parameters keep the checkpoint's names; only the experts are stacked.
 RULES: tuple[Rule, ...] = (
-    Rule("model.embed_tokens.weight", "V D", on="embedding"),
-    Rule("model.layers.{layer}.input_layernorm.weight", "D"),
+    Rule("{text}.embed_tokens.weight", "V D", on="embedding"),
+    Rule(_LAYER + "input_layernorm.weight", "D"),
     Rule(_ATTN + "q_proj.weight", "NH D"),
     Rule(_ATTN + "k_proj.weight", "KH D"),
     Rule(_ATTN + "v_proj.weight", "KH D"),
@@ -217,7 +231,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_ATTN + "o_proj.bias", "D", when=_biased),
     Rule(_ATTN + "q_norm.weight", "H"),
     Rule(_ATTN + "k_norm.weight", "H"),
-    Rule("model.layers.{layer}.post_attention_layernorm.weight", "D"),
+    Rule(_LAYER + "post_attention_layernorm.weight", "D"),
     Rule(_MLP + "gate_proj.weight", "F D", when=_dense),
     Rule(_MLP + "up_proj.weight", "F D", when=_dense),
     Rule(_MLP + "down_proj.weight", "D F", when=_dense),
@@ -225,7 +239,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=_sparse),
     Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=_sparse),
     Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=_sparse),
-    Rule("model.norm.weight", "D", on="last"),
-    Rule("lm_head.weight", "V D", on="head", tied_to="model.embed_tokens.weight"),
+    Rule("{text}.norm.weight", "D", on="last"),
+    Rule("lm_head.weight", "V D", on="head", tied_to="{text}.embed_tokens.weight"),
 )
 LEFT_OUT: tuple[re.Pattern[str], ...] = ()

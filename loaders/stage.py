@@ -7,21 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Stage ``index`` of ``count``; the whole model is stage 0 of 1."""
+    """Stage ``index`` of ``count``; the whole model is stage 0 of 1.
+
+    ``mtp``: the multi-token-prediction draft is asked for; the last stage holds it.
+    """
 
     index: int = 0
     count: int = 1
+    mtp: bool = False
 
     def __post_init__(self) -> None:
         if not (type(self.index) is int and type(self.count) is int and 0 <= self.index < self.count):
             raise ValueError(f"stage=({self.index}, {self.count}) must be (index, count) with 0 <= index < count")
 
     @classmethod
-    def of(cls, stage: Stage | tuple[int, int] | None) -> Stage:
+    def of(cls, stage: Stage | tuple[int, int] | None, *, mtp: bool = False) -> Stage:
         """Accept what callers write: None for the whole model, or (index, count)."""
         if isinstance(stage, Stage):
             return stage
-        return cls() if stage is None else cls(*stage)
+        return cls(mtp=mtp) if stage is None else cls(*stage, mtp=mtp)
 
     @property
     def is_first(self) -> bool:
@@ -30,6 +34,10 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.index == self.count - 1
+
+    @property
+    def has_draft(self) -> bool:
+        return self.mtp and self.is_last
 
     def layers(self, num_hidden_layers: int) -> range:
         """This stage's decoder layers; earlier stages take one more when the division leaves a rest.

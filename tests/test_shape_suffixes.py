@@ -123,5 +123,5 @@ def test_the_models_tell_the_truth_in_forward_and_generate(package, tmp_path):
         model.generate(ids_BT, mask_BT, max_new_tokens=2, temperature=0.7, top_k=5, top_p=0.9)
     method = "__call__" if package == "jax_models" else "forward"
     expected = {"generate.sample", f"layers.attention.Attention.{method}", f"layers.mlp.MLP.{method}"}
-    expected |= {f"layers.moe.Experts.{method}", f"qwen3.Qwen3Model.{method}"}
+    expected |= {f"layers.moe.Experts.{method}", f"layers.decoder.Decoder.{method}"}
     assert {f"{package}.{name}" for name in expected} <= seen

@@ -23,6 +23,7 @@ ONLY_JAX: dict[str, str] = {
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
 ONLY_TORCH: dict[str, str] = {
+    "layers/norm.py: GemmaRMSNorm.derive()": "JAX computes what is derived inside every program",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }
 

@@ -13,8 +13,9 @@ from torch import nn
 from loaders import open_checkpoint
 from loaders.events import Event
 from loaders.families import FAMILIES
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load, weight_loader
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, place_of, plan_load
 from loaders.stage import Stage
+from torch_models.derived import allocate_derived
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
 
@@ -27,6 +28,7 @@ def load(
     dtype: Any = None,
     device: str | torch.device = "cpu",
     stage: tuple[int, int] | None = None,
+    mtp: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -37,12 +39,13 @@ def load(
         dtype: float32 or bfloat16 (name or torch.dtype); None: the checkpoint's own, float32 for a float16 one.
         device: where the parameters live.
         stage: (index, count) of a pipeline; None: the whole model.
+        mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype or stage that makes no sense.
     """
     checkpoint = open_checkpoint(uri)
-    stage_ = Stage.of(stage)
+    stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
@@ -54,6 +57,7 @@ def load(
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.report = report
     model.publish(Event("load", 1, str(checkpoint.source)))
@@ -77,12 +81,12 @@ def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.
         if spec.name not in host:
             host[spec.name] = torch.empty(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
             views[spec.name] = host_view(host[spec.name])
-        return views[spec.name][source.index]
+        return place_of(views[spec.name], spec, source)
 
     filling = Filling(plan)
     stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
     for spec, source, array, is_complete in filling.receive(stream):
-        weight_loader(views[spec.name], array, shard_id=source.shard_id, expert_id=source.expert_id)
+        filling.write(views[spec.name], spec, source, array)
         if is_complete:
             del views[spec.name]
             placed[spec.name] = host.pop(spec.name).to(device)

@@ -17,15 +17,17 @@ from loaders.plan import LoadReport
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from torch_models import weights as life
-from torch_models.cache import Cache
+from torch_models.cache import Cache, empty_cache
 from torch_models.generate import generate
+from torch_models.layers.decoder import Decoder
+from torch_models.layers.step import Entry
 from torch_models.taps import collect
 
 
 class Model(nn.Module):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
-    A family's class adds ``self.model`` (embedding, layers, norm), ``embed``, ``head`` and ``empty_cache``.
+    A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``.
 
     Attributes:
         config: of the checkpoint.
@@ -66,9 +68,22 @@ class Model(nn.Module):
         """Logits, float32 [B, T, V]."""
         raise NotImplementedError
 
+    @staticmethod
+    def cache_entries(config: Any, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:
+        """What the layers of a stage keep, by layer number."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> Decoder:
+        """Embedding, this stage's layers, final norm."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # a cache outlives the caller's inference mode
     def empty_cache(self, rows: int, capacity: int) -> Cache:
         """A cache with no token in it."""
-        raise NotImplementedError
+        entries = self.cache_entries(self.config, self.stage, rows, capacity)
+        place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
+        return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
     def forward(
         self,
@@ -83,7 +98,8 @@ class Model(nn.Module):
         Args:
             input_ids: integers [B, T], on the first stage.
             attention_mask: [B, T], 1 = real, padding on either side; None: all real.
-            position_ids: integers [B, T]; None: counted over each row's real tokens.
+            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
+                over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
@@ -126,8 +142,7 @@ class Model(nn.Module):
         ids = _host(input_ids), _host(attention_mask)
         checked = check_text(*ids, None, vocab_size=self.config.vocab_size).left_aligned()
         rows, length = checked.input_ids.shape
-        with torch.inference_mode(False):  # the cache outlives the caller's inference mode
-            cache = self.empty_cache(rows, bucket(length + max_new_tokens))
+        cache = self.empty_cache(rows, bucket(length + max_new_tokens))
         cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
         ids_BT, positions_BT = (self._long(array) for array in (checked.input_ids, checked.position_ids))
         return self._step(ids_BT, positions_BT, cache), cache
@@ -150,7 +165,7 @@ class Model(nn.Module):
         check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        cache.key_mask[:, cache.length] = True
+        cache.key_mask.index_fill_(1, cache.slot[None], True)
         return self._step(self._long(ids_B1), cache.position[:, None].clone(), cache), cache
 
     def generate(
@@ -221,16 +236,18 @@ class Model(nn.Module):
     def _run(self, entry: torch.Tensor, checked: TextInputs) -> torch.Tensor:
         mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
         x_BTD = self.embed(entry) if self.stage.is_first else entry.to(self.dtype)
-        x_BTD = self.model(x_BTD, self._long(checked.position_ids), mask_BT)
+        x_BTD = self.decoder(x_BTD, self._long(checked.position_ids), mask_BT)
         return self.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _step(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
-        end = cache.length + ids_BT.shape[1]
-        x_BTD = self.model(self.embed(ids_BT), positions_BT, cache.key_mask[:, :end], cache)
+        x_BTD = self.decoder(self.embed(ids_BT), positions_BT, cache.key_mask, cache)
         return self.head(x_BTD[:, -1:])[:, 0]
 
     def _long(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def _limits(self) -> dict[str, Any]:
+        return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
 
     def _checked(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
@@ -239,7 +256,7 @@ class Model(nn.Module):
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(_host(input_ids), mask, positions, vocab_size=self.config.vocab_size)
+            checked = check_text(_host(input_ids), mask, positions, **self._limits())
             return self._long(checked.input_ids), checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
@@ -247,7 +264,7 @@ class Model(nn.Module):
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        return x_BTD, check_text(tokens, mask, positions, vocab_size=self.config.vocab_size)
+        return x_BTD, check_text(tokens, mask, positions, **self._limits())
 
 
 def _host(value: Any) -> Any:

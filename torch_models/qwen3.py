@@ -7,13 +7,13 @@ from torch import nn
 
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
 from loaders.stage import Stage
-from torch_models.cache import Cache, cache_like
-from torch_models.layers.attention import Attention, LayerCache, visible
-from torch_models.layers.linear import Embedding, Linear, project
+from torch_models.layers.attention import Attention, key_value_entries
+from torch_models.layers.decoder import Decoder
+from torch_models.layers.linear import Linear, project
 from torch_models.layers.mlp import MLP
 from torch_models.layers.moe import SparseMoeBlock
 from torch_models.layers.norm import RMSNorm
-from torch_models.layers.rotary import rotary_embedding
+from torch_models.layers.step import Entry, LayerCache, Step
 from torch_models.model import Model
 from torch_models.taps import tap
 
@@ -45,84 +45,30 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        cos_BTR: torch.Tensor,
-        sin_BTR: torch.Tensor,
-        visible_BTS: torch.Tensor,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTR, sin_BTR, visible_BTS, cache, start)
+    def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-
-class Qwen3Model(nn.Module):
-    """Embedding, this stage's decoder layers, final norm."""
-
-    def __init__(self, config: Qwen3Config, stage: Stage) -> None:
-        super().__init__()
-        if stage.is_first or (stage.is_last and config.tie_word_embeddings):
-            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict(
-            {str(layer): DecoderLayer(config, layer) for layer in stage.layers(config.num_hidden_layers)}
-        )
-        if stage.is_last:
-            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.config = config
-        self.stage = stage
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        position_ids_BT: torch.Tensor,
-        key_mask_BS: torch.Tensor,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
-        config = self.config
-        start = 0 if cache is None else cache.length
-        # a frequency that depends on the length: over the batch, as transformers; with a cache, each row as if alone
-        length_B = position_ids_BT.amax(1) + 1
-        if cache is None:
-            length_B = length_B.amax().expand_as(length_B)
-        cos_BTR, sin_BTR = rotary_embedding(
-            config.rope_parameters, config.head_dim, config.max_position_embeddings, position_ids_BT, length_B
-        )
-        layer_indices = self.stage.layers(config.num_hidden_layers)
-        windows = {config.window(layer) for layer in layer_indices}
-        visible_BTS = {window: visible(key_mask_BS, start, x_BTD.shape[1], window) for window in windows}
-        for layer in layer_indices:
-            name = str(layer)
-            x_BTD = self.layers[name](
-                x_BTD,
-                cos_BTR,
-                sin_BTR,
-                visible_BTS[config.window(layer)],
-                None if cache is None else cache.layers[name],
-                start,
-            )
-            tap(f"model.layers.{layer}", x_BTD)
-        if cache is not None:
-            cache.advance(x_BTD.shape[1])
-        if self.stage.is_last:
-            x_BTD = tap("model.norm", self.norm(x_BTD))
-        return x_BTD
 
 
 class Qwen3ForCausalLM(Model):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
     config: Qwen3Config
-    model: Qwen3Model
+    model: Decoder
 
     def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
-        self.model = Qwen3Model(config, stage)
+        layers = {layer: DecoderLayer(config, layer) for layer in stage.layers(config.num_hidden_layers)}
+        self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last:
             # a tied head is the embedding itself, one module under two names: it cannot come apart
             is_tied = config.tie_word_embeddings
             self.lm_head = self.model.embed_tokens if is_tied else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The text model."""
+        return self.model
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
@@ -132,12 +78,11 @@ class Qwen3ForCausalLM(Model):
         """Logits, float32 [B, T, V]."""
         return project(x_BTD, self.lm_head.weight)
 
-    def empty_cache(self, rows: int, capacity: int) -> Cache:
-        """A cache with no token in it."""
-        config, stamp = self.config, self.weights_stamp()
-        layers, heads = self.stage.layers(config.num_hidden_layers), config.num_key_value_heads
-        dtype, device = self.dtype, self.device
-        return cache_like(layers, rows, capacity, heads, config.head_dim, dtype, device, self.version, stamp)
+    @staticmethod
+    def cache_entries(config: Qwen3Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:
+        """What the layers of a stage keep, by layer number."""
+        entries = key_value_entries(rows, capacity, config.num_key_value_heads, config.head_dim)
+        return {str(layer): entries for layer in stage.layers(config.num_hidden_layers)}
 
 
 Qwen3MoeForCausalLM = Qwen3ForCausalLM

@@ -16,6 +16,7 @@ from loaders.digest import digests
 from loaders.events import Event
 from loaders.export import export_checkpoint, tensors_of
 from loaders.plan import plan_reload, specs_of
+from torch_models.derived import derive
 from torch_models.storage import NAMES, host_view, moved, pointer_census, same_bits
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _commit(model: Model, staged: dict[str, torch.Tensor]) -> None:
     model.refusal = f"an update of {len(staged)} parameters did not finish"
     for name, value in staged.items():
         targets[name].copy_(value)
+    derive(model)
     wrong = [name for name, value in staged.items() if not same_bits(targets[name].cpu(), value.cpu())]
     wrong += moved(before, pointer_census(model))
     if wrong:
@@ -165,12 +167,15 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     """
     model.check_runnable()
     params = parameters(model)
-    specs = specs_of(model.config, model.stage)
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu()))
+    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
+    left_out = model.report.left_out if model.stage.count == 1 else ()
+    return export_checkpoint(
+        directory, model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu()), left_out
+    )
 
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
     params = parameters(model)
-    specs = specs_of(model.config, model.stage)
+    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu())))

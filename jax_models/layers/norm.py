@@ -23,3 +23,43 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
         return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
+
+
+class GemmaRMSNorm(nnx.Module):
+    """y = (1 + weight) * x / rms(x), all of it in float32, cast once at the end.
+
+    1 + weight is part of every program that uses it, so it cannot be stale. Source: transformers ``Gemma3RMSNorm``,
+    ``Qwen3_5RMSNorm``.
+    """
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        self.weight = nnx.Param(jnp.zeros((size,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        gamma = 1.0 + self.weight[...].astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * gamma).astype(x.dtype)
+
+    def add_norm(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The norm of x + residual, and that sum. The sum is rounded to the dtype of x, then normed as rounded."""
+        total = x + residual
+        return self(total), total
+
+
+class RMSNormGated(nnx.Module):
+    """y = weight * x / rms(x) * silu(gate): float32 but for the cast before the weight.
+
+    Source: transformers ``Qwen3_5RMSNormGated``.
+    """
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        self.weight = nnx.Param(jnp.ones((size,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        return ((self.weight[...] * normed).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)

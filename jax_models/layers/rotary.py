@@ -16,34 +16,49 @@ from loaders.config import RopeParameters
 
 
 def rotary_embedding(
-    rope: RopeParameters, head_dim: int, max_position_embeddings: int, positions_BT: jax.Array, length_B: jax.Array
+    rope: RopeParameters, rotary_dim: int, max_position_embeddings: int, position_ids: jax.Array, length_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's angles.
 
     Args:
-        rope: rope_parameters of the config.
-        head_dim: H.
+        rope: rotary parameters of the config.
+        rotary_dim: dimensions of a head that turn, 2R.
         max_position_embeddings: of the config; where "dynamic" starts to scale.
-        positions_BT: int32.
+        position_ids: int32 [B, T]; or [3, B, T], time, height and width, of which each pair turns by one.
         length_B: int32, tokens of each row's sequence; only "dynamic" looks at it.
     Returns:
-        Two float32 [B, T, H/2].
+        Two float32 [B, T, R].
     """
     if rope.is_dynamic:
-        freq = _dynamic_frequencies(rope, head_dim, max_position_embeddings, length_B)[:, None, :]
+        freq = _dynamic_frequencies(rope, rotary_dim, max_position_embeddings, length_B)[:, None, :]
         scale = 1.0
     else:
-        frequencies, scale = _static_frequencies(rope, head_dim)
+        frequencies, scale = _static_frequencies(rope, rotary_dim)
         freq = jnp.asarray(frequencies)[None, None, :]
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * freq
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    if position_ids.ndim == 3:
+        positions = jnp.moveaxis(position_ids[_axes(rope, rotary_dim)], 0, -1)
+    else:
+        positions = position_ids[:, :, None]
+    angles_BTR = positions.astype(jnp.float32) * freq
+    return jnp.cos(angles_BTR) * scale, jnp.sin(angles_BTR) * scale
 
 
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-    """Rotate the halves of each head against each other, in float32."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    """Rotate the halves of each head's first 2R dimensions against each other, in float32; the rest stays."""
+    turned, rest = jnp.split(x_BTNH, [2 * cos_BTR.shape[-1]], axis=-1)
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def _axes(rope: RopeParameters, rotary_dim: int) -> np.ndarray:
+    """Which of time, height and width turns each pair, int32 [R]: interleaved, the rest by time."""
+    assert rope.mrope_section is not None
+    _, height, width = rope.mrope_section
+    pairs = range(rotary_dim // 2)
+    axes = [1 if r % 3 == 1 and r < 3 * height else 2 if r % 3 == 2 and r < 3 * width else 0 for r in pairs]
+    return np.array(axes, np.int32)
 
 
 def _exponents(head_dim: int) -> np.ndarray:
@@ -51,7 +66,7 @@ def _exponents(head_dim: int) -> np.ndarray:
 
 
 def _static_frequencies(rope: RopeParameters, head_dim: int) -> tuple[np.ndarray, float]:
-    """Radians per position, float32 [H/2], and the factor on cos and sin."""
+    """Radians per position, float32 [R], and the factor on cos and sin."""
     # theta ** x rounded once to float32, then inverted in float32
     period = np.power(float(rope.rope_theta), _exponents(head_dim).astype(np.float64)).astype(np.float32)
     if rope.rope_type == "linear":
@@ -63,7 +78,7 @@ def _static_frequencies(rope: RopeParameters, head_dim: int) -> tuple[np.ndarray
 
 
 def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, length_B: jax.Array) -> jax.Array:
-    """Frequencies [B, H/2] whose base grows with the length beyond ``longest``."""
+    """Frequencies [B, R] whose base grows with the length beyond ``longest``."""
     assert rope.factor is not None
     length_B1 = jnp.maximum(length_B, longest).astype(jnp.float32)[:, None]
     stretch_B1 = rope.factor * length_B1 / longest - (rope.factor - 1)

@@ -93,11 +93,11 @@ def test_unknown_keys_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": GONE}, "architectures is None, expected a list of one of: Qwen3ForCausalLM,"),
+        ({"architectures": GONE}, "architectures is None, expected a list of one of: Gemma3ForCausalLM, Qwen3ForCausalLM,"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM', expected a list"),
         ({"architectures": []}, "architectures is [], expected a list"),
         ({"architectures": ["A", "B"]}, "architectures is ['A', 'B'], expected a list"),
-        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is unknown. Known: Qwen3"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is unknown. Known: Gemma3"),
         ({"architectures": [["Qwen3ForCausalLM"]]}, "architecture ['Qwen3ForCausalLM'] is unknown"),
         ({"architectures": [{}]}, "architecture {} is unknown"),
         ({"vocab_size": "11"}, "vocab_size is '11', expected an integer"),

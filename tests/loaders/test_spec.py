@@ -164,7 +164,7 @@ def test_every_family_offers_what_shared_code_reads(architecture: str) -> None:
 
 
 def test_a_parameter_without_stacks_is_its_tensor() -> None:
-    spec = ParamSpec("w", (3, 4), ("V", "D"), (Source("w"),))
+    spec = ParamSpec("w", (3, 4), ("V", "D"), (Source("w"),), (3, 4))
     assert spec.sources[0].index == ()
     assert spec.tensor_shape == (3, 4)
 

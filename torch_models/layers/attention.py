@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,27 +9,25 @@ from torch.nn import functional as F
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import RMSNorm
 from torch_models.layers.rotary import rotate
+from torch_models.layers.step import Entry, LayerCache, Step
 
 
-class LayerCache(TypedDict):
-    """Keys (rotated) and values of one layer, [B, S, K, H] in the compute dtype."""
+def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:
+    """What attention keeps: keys (rotated) and values, [B, S, K, H] in the compute dtype."""
+    shape = (rows, capacity, num_kv_heads, head_dim)
+    return {"key": Entry(shape), "value": Entry(shape)}
 
-    key: torch.Tensor
-    value: torch.Tensor
 
-
-def visible(key_mask_BS: torch.Tensor, start: int, length: int, window: int | None) -> torch.Tensor:
-    """Which keys each of ``length`` queries from slot ``start`` on may see, bool [B, T, S].
-
-    Real keys not after the query, at most ``window`` of them with itself; and always itself, so that a padded query has
-    something to average and stays finite.
-    """
-    query_T1 = start + torch.arange(length, device=key_mask_BS.device)[:, None]
-    key_1S = torch.arange(key_mask_BS.shape[1], device=key_mask_BS.device)[None, :]
-    causal_TS = key_1S <= query_T1
-    if window is not None:
-        causal_TS = causal_TS & (key_1S > query_T1 - window)
-    return (causal_TS[None] & key_mask_BS[:, None, :]) | (key_1S == query_T1)[None]
+def remembered(
+    k_BTKH: torch.Tensor, v_BTKH: torch.Tensor, step: Step, cache: LayerCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values so far, [B, S, K, H]; those given are first written into the cache, in place."""
+    if cache is None:
+        return k_BTKH, v_BTKH
+    slots_T = step.start + torch.arange(k_BTKH.shape[1], device=k_BTKH.device)
+    cache["key"].index_copy_(1, slots_T, k_BTKH)
+    cache["value"].index_copy_(1, slots_T, v_BTKH)
+    return cache["key"], cache["value"]
 
 
 class Attention(nn.Module):
@@ -52,29 +48,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        cos_BTR: torch.Tensor,
-        sin_BTR: torch.Tensor,
-        visible_BTS: torch.Tensor,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), cos_BTR, sin_BTR)
-        k_BSKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), cos_BTR, sin_BTR)
-        v_BSKH = self.v_proj(x_BTD).view(heads)
-        if cache is not None:
-            end = start + x_BTD.shape[1]
-            cache["key"][:, start:end] = k_BSKH
-            cache["value"][:, start:end] = v_BSKH
-            k_BSKH, v_BSKH = cache["key"][:, :end], cache["value"][:, :end]
+        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
+        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
+        k_BSKH, v_BSKH = remembered(k_BTKH, self.v_proj(x_BTD).view(heads), step, cache)
         out_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
             k_BSKH.transpose(1, 2),
             v_BSKH.transpose(1, 2),
-            attn_mask=visible_BTS[:, None],
+            attn_mask=step.visible_BTS[:, None],
             enable_gqa=True,
         )
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from torch_models.layers.linear import empty_param
 
@@ -25,3 +26,55 @@ class RMSNorm(nn.Module):
         mean_square = x32.pow(2).mean(-1, keepdim=True)
         normed = x32 * torch.rsqrt(mean_square + self.eps)
         return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+class GemmaRMSNorm(nn.Module):
+    """y = (1 + weight) * x / rms(x), all of it in float32, cast once at the end.
+
+    Kernels want a plain factor, so ``gemma_weight`` = 1 + weight, float32, is derived from the weight: allocated once,
+    written in place, at one address for the model's life. A run derives it where it is used, so that nobody who writes
+    to the weight, by whatever way, can leave it stale, a captured graph included. Source: transformers
+    ``Gemma3RMSNorm``, ``Qwen3_5RMSNorm``.
+    """
+
+    gemma_weight: torch.Tensor
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = empty_param(size)
+        self.register_buffer("gemma_weight", torch.empty(size, device="meta"), persistent=False)
+        self.eps = eps
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """Compute ``gemma_weight`` anew, where it is."""
+        torch.add(self.weight.float(), 1.0, out=self.gemma_weight)  # float32 before the sum: 1 + w in bf16 drops bits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.derive()
+        x32 = x.float()
+        mean_square = x32.pow(2).mean(-1, keepdim=True)
+        return (x32 * torch.rsqrt(mean_square + self.eps) * self.gemma_weight).to(x.dtype)
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum. The sum is rounded to the dtype of x, then normed as rounded."""
+        total = x + residual
+        return self(total), total
+
+
+class RMSNormGated(nn.Module):
+    """y = weight * x / rms(x) * silu(gate): float32 but for the cast before the weight.
+
+    Source: transformers ``Qwen3_5RMSNormGated``.
+    """
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = empty_param(size)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        mean_square = x32.pow(2).mean(-1, keepdim=True)
+        normed = (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        return ((self.weight * normed).float() * F.silu(gate.float())).to(x.dtype)

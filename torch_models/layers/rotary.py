@@ -6,6 +6,7 @@ the reference's: at position 40,000 one unit in the last place of a frequency is
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,52 +16,75 @@ from loaders.config import RopeParameters
 
 def rotary_embedding(
     rope: RopeParameters,
-    head_dim: int,
+    rotary_dim: int,
     max_position_embeddings: int,
-    positions_BT: torch.Tensor,
+    position_ids: torch.Tensor,
     length_B: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position's angles.
 
     Args:
-        rope: rope_parameters of the config.
-        head_dim: H.
+        rope: rotary parameters of the config.
+        rotary_dim: dimensions of a head that turn, 2R.
         max_position_embeddings: of the config; where "dynamic" starts to scale.
-        positions_BT: integers.
+        position_ids: integers [B, T]; or [3, B, T], time, height and width, of which each pair turns by one.
         length_B: integers, tokens of each row's sequence; only "dynamic" looks at it.
     Returns:
-        Two float32 [B, T, H/2].
+        Two float32 [B, T, R].
     """
     if rope.is_dynamic:
-        freq = _dynamic_frequencies(rope, head_dim, max_position_embeddings, length_B)[:, None, :]
+        freq = _dynamic_frequencies(rope, rotary_dim, max_position_embeddings, length_B)[:, None, :]
         scale = 1.0
     else:
-        frequencies, scale = _static_frequencies(rope, head_dim)
-        freq = frequencies.to(positions_BT.device)[None, None, :]
-    angles = positions_BT.float()[:, :, None] * freq
-    return torch.cos(angles) * scale, torch.sin(angles) * scale
+        frequencies, scale = _static_frequencies(rope, rotary_dim, position_ids.device)
+        freq = frequencies[None, None, :]
+    if position_ids.ndim == 3:
+        axis_R = _axes(rope, rotary_dim, position_ids.device)
+        positions = position_ids.index_select(0, axis_R).permute(1, 2, 0)
+    else:
+        positions = position_ids[:, :, None]
+    angles_BTR = positions.float() * freq
+    return torch.cos(angles_BTR) * scale, torch.sin(angles_BTR) * scale
 
 
 def rotate(x_BTNH: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of each head against each other, in float32."""
-    first, second = x_BTNH.float().chunk(2, dim=-1)
+    """Rotate the halves of each head's first 2R dimensions against each other, in float32; the rest stays."""
+    turned, rest = x_BTNH.tensor_split([2 * cos_BTR.shape[-1]], dim=-1)
+    first, second = turned.float().chunk(2, dim=-1)
     cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _axes(rope: RopeParameters, rotary_dim: int, device: torch.device) -> torch.Tensor:
+    """Which of time, height and width turns each pair, int64 [R]: interleaved, the rest by time."""
+    assert rope.mrope_section is not None
+    _, height, width = rope.mrope_section
+    pairs = range(rotary_dim // 2)
+    axes = [1 if r % 3 == 1 and r < 3 * height else 2 if r % 3 == 2 and r < 3 * width else 0 for r in pairs]
+    return torch.tensor(axes, device=device)
 
 
 def _exponents(head_dim: int) -> torch.Tensor:
     return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
 
 
-def _static_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Radians per position, float32 [H/2] on the CPU, and the factor on cos and sin."""
+@functools.cache  # a constant of the config, on each device once: a captured graph reads it where it is
+@torch.inference_mode(False)
+def _static_frequencies(rope: RopeParameters, head_dim: int, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Radians per position, float32 [R], and the factor on cos and sin. Computed on the CPU, wherever they go."""
     period = rope.rope_theta ** _exponents(head_dim)
-    if rope.rope_type == "linear":
-        assert rope.factor is not None
-        return (1.0 / period) / rope.factor, 1.0
+    scale = 1.0
     if rope.rope_type == "yarn":
-        return _yarn_frequencies(rope, head_dim, period)
-    return 1.0 / period, 1.0
+        frequencies, scale = _yarn_frequencies(rope, head_dim, period)
+    elif rope.rope_type == "linear":
+        assert rope.factor is not None
+        frequencies = (1.0 / period) / rope.factor
+    else:
+        frequencies = 1.0 / period
+    return frequencies.to(device), scale
 
 
 def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, length_B: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""The body of a decoder-only model: embedding, this stage's decoder layers, final norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jax_models.cache import Cache
+from jax_models.layers.linear import Embedding
+from jax_models.layers.step import LayerCache, steps
+from jax_models.taps import tap
+from loaders.stage import Stage
+
+
+class Decoder(nnx.Module):
+    """Runs the layers it is given; a family differs in what they and the norm are.
+
+    Args:
+        config: of the family; what ``layers.step.steps`` asks of it, sizes, and whether the head is tied.
+        stage: which layers these are, and whether the embedding and the norm are here.
+        layers: by number.
+        norm: the final norm.
+    """
+
+    def __init__(self, config: Any, stage: Stage, layers: dict[int, nnx.Module], norm: nnx.Module) -> None:
+        # a tied head and a draft read the embedding too
+        if stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp)):
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nnx.Dict({str(layer): module for layer, module in layers.items()})
+        if stage.is_last:
+            self.norm = norm
+        self.config = config
+        self.stage = stage
+        self.path = config.text_paths[0]
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        position_ids: jax.Array,
+        key_mask_BS: jax.Array,
+        cache: Cache | None = None,
+        *,
+        keep_history: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states after the stage, [B, T, D], and the cache that replaces the one given.
+
+        Args:
+            x_BTD: embeddings, or hidden states of the stage before.
+            position_ids: int32 [B, T] or [3, B, T].
+            key_mask_BS: bool, real tokens; with a cache of all its slots, these tokens included.
+            cache: what came before; None: nothing did.
+            keep_history: leave in the cache what undoing some of these tokens takes.
+        """
+        indices = self.stage.layers(self.config.num_hidden_layers)  # by number: the names sort as text
+        step_of = steps(
+            self.config,
+            indices,
+            position_ids,
+            key_mask_BS,
+            0 if cache is None else cache.length,
+            length=x_BTD.shape[1],
+            is_cached=cache is not None,
+            keep_history=keep_history,
+        )
+        layer_caches: dict[str, LayerCache] = {} if cache is None else dict(cache.layers)
+        for layer in indices:
+            name = str(layer)
+            x_BTD, kept = self.layers[name](x_BTD, step_of[layer], layer_caches.get(name))
+            if kept is not None:
+                layer_caches[name] = kept
+            tap(f"{self.path}.layers.{layer}", x_BTD)
+        if cache is not None:
+            cache = cache.advanced(layer_caches, key_mask_BS, step_of[indices[0]].mask_BT)
+        if self.stage.is_last:
+            x_BTD = tap(f"{self.path}.norm", self.norm(x_BTD))
+        return x_BTD, cache

@@ -1,0 +1,197 @@
+"""Gemma 3, text: config.json and the checkpoint's tensors, as published on Hugging Face.
+
+Source: transformers ``Gemma3TextConfig`` and the model's saved names (5.23).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from loaders.config import RopeParameters, read_fields, read_rope
+from loaders.errors import brief
+from loaders.spec import Dim, Rule
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+MOST_LAYERS = 10_000
+THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
+DEFAULT_PATTERN = 6  # every so many layers one attends in full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Config:
+    """config.json of Gemma3ForCausalLM. Letters: docs/glossary.md."""
+
+    architecture: str
+    vocab_size: int = 262_208  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int = 8  # N
+    num_key_value_heads: int = 4  # K
+    head_dim: int = 256  # H
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 131_072
+    rms_norm_eps: float = 1e-6
+    full_attention_rope: RopeParameters
+    sliding_attention_rope: RopeParameters
+    layer_types: tuple[str, ...]
+    sliding_window: int = 4096  # keys a query sees, itself included
+    query_pre_attn_scalar: float = 256.0  # scores are divided by its root
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    eos_token_id: tuple[int, ...] = field(default=(1,), compare=False)
+    pad_token_id: int | None = field(default=0, compare=False)
+
+    text_paths = ("model",)
+    num_mtp_layers = 0
+    is_multi_axis = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn: all."""
+        return self.head_dim
+
+    def rope(self, layer: int) -> RopeParameters:
+        """Rotary embedding of ``layer``: sliding and global layers have their own."""
+        return self.sliding_attention_rope if self.layer_types[layer] == SLIDING else self.full_attention_rope
+
+    def window(self, layer: int) -> int | None:
+        """Keys a query of ``layer`` sees, itself included; None for all."""
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    def dims(self) -> dict[str, Dim]:
+        n, k, h = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return {
+            "V": Dim(self.vocab_size, "vocab_size"),
+            "D": Dim(self.hidden_size, "hidden_size"),
+            "F": Dim(self.intermediate_size, "intermediate_size"),
+            "H": Dim(h, "head_dim"),
+            "NH": Dim(n * h, f"num_attention_heads={n}, head_dim={h}", units=n),
+            "KH": Dim(k * h, f"num_key_value_heads={k}, head_dim={h}", units=k),
+        }
+
+    def problems(self) -> list[str]:
+        """What this configuration asks for and cannot have, one sentence each."""
+        found = [
+            f"config.json: {name} is {value}, expected at least 1"
+            for name, value in vars(self).items()
+            if type(value) is int and value < 1 and name != "pad_token_id"
+        ]
+        if self.num_hidden_layers > MOST_LAYERS:
+            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
+        if found:
+            return found
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads={self.num_attention_heads}"
+            found.append(f"config.json: {heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}")
+        if self.head_dim % 2:
+            found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if self.hidden_activation != "gelu_pytorch_tanh":
+            activation = f"hidden_activation {brief(self.hidden_activation)}"
+            found.append(f"config.json: {activation} is not implemented, expected 'gelu_pytorch_tanh'")
+        for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                found.append(f"config.json: {name} is {value}, expected more than 0")
+        if self.full_attention_rope.is_dynamic or self.sliding_attention_rope.is_dynamic:
+            found.append("config.json: rope_type 'dynamic' is not implemented for Gemma 3")
+        if len(self.layer_types) != self.num_hidden_layers:
+            entries = f"{len(self.layer_types)} entries, expected num_hidden_layers={self.num_hidden_layers}"
+            found.append(f"config.json: layer_types has {entries}")
+        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
+        if unknown:
+            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {SLIDING}")
+        return found
+
+
+def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Gemma3Config | None, list[str]]:
+    """Read config.json in either spelling; None and every problem when it cannot be."""
+    ropes, problems = _ropes(document)
+    nested = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    spelled = {key: value for key, value in document.items() if key not in nested}
+    spelled["architecture"] = architecture
+    default = RopeParameters(rope_type="default", rope_theta=1e4)
+    for kind in (FULL, SLIDING):
+        spelled[f"{kind}_rope"] = ropes.get(kind, default)
+    if isinstance(spelled.get("eos_token_id"), int):
+        spelled["eos_token_id"] = [spelled["eos_token_id"]]
+    if spelled.pop("use_bidirectional_attention", None):
+        problems.append("config.json: option 'use_bidirectional_attention' = True is not implemented, expected False")
+    if spelled.pop("cache_implementation", None) not in (None, "hybrid"):
+        problems.append(f"config.json: cache_implementation {brief(document['cache_implementation'])} is not known")
+    private = spelled.pop("_sliding_window_pattern", None)
+    pattern = spelled.pop("sliding_window_pattern", None)
+    pattern = private if pattern is None else pattern
+    pattern = DEFAULT_PATTERN if pattern is None else pattern
+    if type(pattern) is not int or pattern < 1:
+        problems.append(f"config.json: sliding_window_pattern is {brief(pattern)}, expected an integer of at least 1")
+    elif spelled.get("layer_types") is None:
+        layers = spelled.get("num_hidden_layers")
+        few = layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0
+        spelled["layer_types"] = [SLIDING if (layer + 1) % pattern else FULL for layer in range(few)]
+    config, more = read_fields(Gemma3Config, spelled)
+    problems += more + (config.problems() if config is not None else [])
+    return (None if problems else config), problems
+
+
+def _ropes(document: dict[str, Any]) -> tuple[dict[str, RopeParameters], list[str]]:
+    """Rotary parameters of both kinds of layers: nested by kind, or the global ones plain beside the local base."""
+    nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
+    theta, local = document.get("rope_theta"), document.get("rope_local_base_freq")
+    if nested is not None and not (isinstance(nested, dict) and set(nested) <= {FULL, SLIDING}):
+        return {}, [f"config.json: rope_parameters is {brief(nested)}, expected an object with {FULL} and {SLIDING}"]
+    found: dict[str, RopeParameters] = {}
+    problems: list[str] = []
+    for kind, base, factor in ((FULL, theta, scaling), (SLIDING, local, None)):
+        given = dict((nested or {}).get(kind) or {})
+        for key, value in (factor or {}).items():
+            if given.setdefault(key, value) != value:
+                problems.append(f"config.json: rope_scaling and rope_parameters[{kind!r}] disagree about {key}")
+        if base is not None and given.setdefault("rope_theta", base) != base:
+            problems.append(f"config.json: two bases for {kind}: {brief(base)} and {brief(given['rope_theta'])}")
+        given.setdefault("rope_theta", THETA[kind])
+        rope, more = read_rope({**_without_rope(document), "rope_parameters": given})
+        problems += more
+        if rope is not None:
+            found[kind] = rope
+    return found, problems
+
+
+def _without_rope(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in ("rope_theta", "rope_scaling")}
+
+
+def _biased(config: Gemma3Config, layer: int) -> bool:
+    return config.attention_bias
+
+
+_LAYER = "{text}.layers.{layer}."
+_ATTN = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+
+RULES: tuple[Rule, ...] = (
+    Rule("{text}.embed_tokens.weight", "V D", on="embedding"),
+    Rule(_LAYER + "input_layernorm.weight", "D", zero_centred=True),
+    Rule(_ATTN + "q_proj.weight", "NH D"),
+    Rule(_ATTN + "k_proj.weight", "KH D"),
+    Rule(_ATTN + "v_proj.weight", "KH D"),
+    Rule(_ATTN + "o_proj.weight", "D NH"),
+    Rule(_ATTN + "q_proj.bias", "NH", when=_biased),
+    Rule(_ATTN + "k_proj.bias", "KH", when=_biased),
+    Rule(_ATTN + "v_proj.bias", "KH", when=_biased),
+    Rule(_ATTN + "o_proj.bias", "D", when=_biased),
+    Rule(_ATTN + "q_norm.weight", "H", zero_centred=True),
+    Rule(_ATTN + "k_norm.weight", "H", zero_centred=True),
+    Rule(_LAYER + "post_attention_layernorm.weight", "D", zero_centred=True),
+    Rule(_LAYER + "pre_feedforward_layernorm.weight", "D", zero_centred=True),
+    Rule(_MLP + "gate_proj.weight", "F D"),
+    Rule(_MLP + "up_proj.weight", "F D"),
+    Rule(_MLP + "down_proj.weight", "D F"),
+    Rule(_LAYER + "post_feedforward_layernorm.weight", "D", zero_centred=True),
+    Rule("{text}.norm.weight", "D", on="last", zero_centred=True),
+    Rule("lm_head.weight", "V D", on="head", tied_to="{text}.embed_tokens.weight"),
+)
+LEFT_OUT: tuple[re.Pattern[str], ...] = ()

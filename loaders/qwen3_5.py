@@ -1,0 +1,375 @@
+"""Qwen3.5, dense and mixture of experts, alone or inside the multimodal wrapper: config.json and tensors as published.
+
+Source: transformers ``Qwen3_5TextConfig``, ``Qwen3_5MoeTextConfig`` and the models' saved names (5.23); the draft's
+names (``mtp.*``), which transformers leaves out, are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys
+from loaders.errors import brief
+from loaders.spec import Dim, Rule
+
+FULL, LINEAR = "full_attention", "linear_attention"
+MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
+DEFAULT_INTERVAL, DEFAULT_PARTIAL = 4, 0.25
+DEFAULT_SECTION = [11, 11, 10]
+WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+# Keys of the wrapper around the text model; what they say of images waits for the vision tower.
+WRAPPER_KEYS = frozenset(
+    """text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
+    tie_word_embeddings""".split()
+)
+# Keys whose one implemented value is what the published models have.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
+    "mtp_use_dedicated_embeddings": (False,),
+    "norm_topk_prob": (True,),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3_5Config:
+    """The text part of config.json of Qwen3_5ForCausalLM and its wrapper. Letters: docs/glossary.md."""
+
+    architecture: str
+    vocab_size: int  # V
+    hidden_size: int  # D
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K
+    head_dim: int  # H
+    hidden_act: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: RopeParameters
+    layer_types: tuple[str, ...]
+    linear_conv_kernel_dim: int = 4  # W
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    mtp_num_hidden_layers: int = 1
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    intermediate_size: int = 0  # F; a mixture of experts has none
+    # how generation ends is not what the model computes: two configs that differ here are equal
+    eos_token_id: tuple[int, ...] = field(default=(), compare=False)
+    pad_token_id: int | None = field(default=None, compare=False)
+
+    is_multi_axis = True
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the text model stands inside the multimodal one."""
+        return self.architecture in WRAPPERS
+
+    @property
+    def text_paths(self) -> tuple[str, ...]:
+        # the text class is exported under the wrapper's names too (modelopt), and published so
+        return ("model.language_model",) if self.is_wrapped else ("model", "model.language_model")
+
+    @property
+    def num_mtp_layers(self) -> int:
+        return self.mtp_num_hidden_layers
+
+    @property
+    def key_dim(self) -> int:
+        """Width of all linear-attention keys."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of all linear-attention values."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn: the first so many."""
+        return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` is a gated delta net."""
+        return self.layer_types[layer] == LINEAR
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` routes to experts."""
+        return False
+
+    def rope(self, layer: int) -> RopeParameters:
+        """Rotary embedding of ``layer``: one for all."""
+        return self.rope_parameters
+
+    def window(self, layer: int) -> int | None:
+        """Keys a query of ``layer`` sees: all."""
+        return None
+
+    def dims(self) -> dict[str, Dim]:
+        n, k, h = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        keys = f"linear_num_key_heads={self.linear_num_key_heads}, linear_key_head_dim={self.linear_key_head_dim}"
+        values = (
+            f"linear_num_value_heads={self.linear_num_value_heads}, linear_value_head_dim={self.linear_value_head_dim}"
+        )
+        return {
+            "V": Dim(self.vocab_size, "vocab_size"),
+            "D": Dim(self.hidden_size, "hidden_size"),
+            "2D": Dim(2 * self.hidden_size, "hidden_size"),
+            "F": Dim(self.intermediate_size, "intermediate_size"),
+            "H": Dim(h, "head_dim"),
+            "N2H": Dim(2 * n * h, f"num_attention_heads={n}, head_dim={h}, a query and its gate per head", units=n),
+            "NH": Dim(n * h, f"num_attention_heads={n}, head_dim={h}", units=n),
+            "KH": Dim(k * h, f"num_key_value_heads={k}, head_dim={h}", units=k),
+            "QKV": Dim(2 * self.key_dim + self.value_dim, f"{keys}, {values}"),
+            "LV": Dim(self.value_dim, values, units=self.linear_num_value_heads),
+            "LN": Dim(self.linear_num_value_heads, "linear_num_value_heads"),
+            "LH": Dim(self.linear_value_head_dim, "linear_value_head_dim"),
+            "W": Dim(self.linear_conv_kernel_dim, "linear_conv_kernel_dim"),
+        }
+
+    def problems(self) -> list[str]:
+        """What this configuration asks for and cannot have, one sentence each."""
+        zero_is_fine = {"pad_token_id", "mtp_num_hidden_layers", "intermediate_size"}
+        if not isinstance(self, Qwen3_5MoeConfig):
+            zero_is_fine.discard("intermediate_size")
+        found = [
+            f"config.json: {name} is {value}, expected at least 1"
+            for name, value in vars(self).items()
+            if type(value) is int and value < 1 and name not in zero_is_fine
+        ]
+        if self.num_hidden_layers > MOST_LAYERS:
+            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
+        if found:
+            return found
+        for many, few in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            if getattr(self, many) % getattr(self, few):
+                both = f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}"
+                found.append(f"config.json: {both}")
+        partial, section = self.rope_parameters.partial_rotary_factor, self.rope_parameters.mrope_section or ()
+        if not 0 < partial <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
+            turned = f"partial_rotary_factor={partial} of head_dim={self.head_dim}"
+            found.append(f"config.json: {turned} is {self.rotary_dim} dimensions; rotary embedding needs pairs")
+        if len(section) != 3 or min(section, default=0) < 0:
+            found.append(f"config.json: mrope_section is {list(section)}, expected three numbers of pairs")
+        if not self.rope_parameters.mrope_interleaved:
+            found.append("config.json: rope option 'mrope_interleaved' = False is not implemented, expected True")
+        if self.rope_parameters.is_dynamic:
+            found.append("config.json: rope_type 'dynamic' is not implemented for Qwen3.5")
+        if self.hidden_act != "silu":
+            found.append(f"config.json: hidden_act {brief(self.hidden_act)} is not implemented, expected 'silu'")
+        if not self.rms_norm_eps > 0:
+            found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
+        if len(self.layer_types) != self.num_hidden_layers:
+            entries = f"{len(self.layer_types)} entries, expected num_hidden_layers={self.num_hidden_layers}"
+            found.append(f"config.json: layer_types has {entries}")
+        unknown = sorted(set(self.layer_types) - {FULL, LINEAR})
+        if unknown:
+            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {LINEAR}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3_5MoeConfig(Qwen3_5Config):
+    """The text part of config.json of Qwen3_5MoeForCausalLM and its wrapper: every layer routes."""
+
+    num_experts: int  # E
+    num_experts_per_tok: int  # X
+    moe_intermediate_size: int  # M
+    shared_expert_intermediate_size: int
+
+    norm_topk_prob = True  # always, whatever other families let the config say
+
+    def is_sparse(self, layer: int) -> bool:
+        return True
+
+    def dims(self) -> dict[str, Dim]:
+        return {
+            **super().dims(),
+            "E": Dim(self.num_experts, "num_experts"),
+            "M": Dim(self.moe_intermediate_size, "moe_intermediate_size"),
+            "2M": Dim(2 * self.moe_intermediate_size, "moe_intermediate_size"),
+            "SF": Dim(self.shared_expert_intermediate_size, "shared_expert_intermediate_size"),
+        }
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
+            limit = f"at most {MOST_EXPERTS} in all layers together"
+            found.append(f"config.json: num_experts is {self.num_experts}, expected {limit}")
+        if self.num_experts_per_tok > self.num_experts:
+            chosen = f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}"
+            found.append(f"config.json: {chosen} cannot be chosen")
+        return found
+
+
+def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3_5Config | None, list[str]]:
+    """Read config.json of any of the four architectures; None and every problem when it cannot be."""
+    problems: list[str] = []
+    text = document
+    if architecture in WRAPPERS:
+        text = document.get("text_config")
+        if not isinstance(text, dict):
+            return None, [f"config.json: text_config is {brief(text)}, expected an object"]
+        problems += refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
+        outer = {key: document[key] for key in ("eos_token_id", "pad_token_id") if document.get(key) is not None}
+        # what holds for the whole model is said outside, where there is a choice
+        tied = document.get("tie_word_embeddings")
+        text = {**text, **outer, **({} if tied is None else {"tie_word_embeddings": tied})}
+    spelled = {key: value for key, value in text.items() if key not in ("rope_theta", "rope_scaling")}
+    for key, known in FIXED.items():
+        if key in spelled and (value := spelled.pop(key)) is not None and value not in known:
+            option = f"option {key!r} = {brief(value)}"
+            problems.append(f"config.json: {option} is not implemented, expected {known[0]!r}")
+    partial = spelled.pop("partial_rotary_factor", None)
+    rope, more = read_rope(text | {"rope_parameters": _rope_document(text, partial)}, PARTIAL_KEYS)
+    problems += more
+    spelled["architecture"] = architecture
+    spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
+    if isinstance(spelled.get("eos_token_id"), int):
+        spelled["eos_token_id"] = [spelled["eos_token_id"]]
+    if spelled.get("head_dim") is None:
+        spelled["head_dim"] = 256
+    other = spelled.pop("num_mtp_layers", None)  # how transformers' own draft is asked for
+    if other is not None and spelled.setdefault("mtp_num_hidden_layers", other) != other:
+        both = f"mtp_num_hidden_layers={brief(spelled['mtp_num_hidden_layers'])} and num_mtp_layers={brief(other)}"
+        problems.append(f"config.json: {both} disagree")
+    kinds = spelled.pop("mtp_layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {FULL}):
+        problems.append(f"config.json: mtp_layer_types {brief(kinds)} is not implemented, expected only {FULL}")
+    interval = spelled.pop("full_attention_interval", None)
+    if spelled.get("layer_types") is None:
+        types, more = _layer_types(spelled.get("num_hidden_layers"), DEFAULT_INTERVAL if interval is None else interval)
+        problems += more
+        spelled["layer_types"] = types
+    is_moe = "Moe" in architecture
+    if is_moe:
+        spelled.pop("intermediate_size", None)  # of dense layers, which it has none of
+    elif spelled.get("intermediate_size") is None:
+        problems.append("config.json: intermediate_size is missing. Is the file complete?")
+        spelled["intermediate_size"] = 1
+    config, more = read_fields(Qwen3_5MoeConfig if is_moe else Qwen3_5Config, spelled)
+    problems += more + (config.problems() if config is not None else [])
+    return (None if problems else config), problems
+
+
+def _rope_document(text: dict[str, Any], partial: Any) -> Any:
+    """The rotary parameters with the family's defaults; one document, whichever way they were spelled."""
+    nested, scaling = text.get("rope_parameters"), text.get("rope_scaling")
+    given = nested if nested is not None else scaling if scaling is not None else {}
+    if not isinstance(given, dict) or (nested is not None and scaling is not None and nested != scaling):
+        return nested  # reported by ``read_rope``
+    defaults = {"partial_rotary_factor": DEFAULT_PARTIAL if partial is None else partial}
+    return defaults | {"mrope_section": DEFAULT_SECTION, "mrope_interleaved": True} | given
+
+
+def _layer_types(layers: Any, interval: Any) -> tuple[list[str], list[str]]:
+    """What a config.json without layer_types means: every ``interval``-th layer attends in full."""
+    if type(interval) is not int or interval < 1:
+        return [], [f"config.json: full_attention_interval is {brief(interval)}, expected an integer of at least 1"]
+    if type(layers) is not int or layers > MOST_LAYERS:
+        return [], []  # reported as missing or as too many
+    return [LINEAR if (layer + 1) % interval else FULL for layer in range(layers)], []
+
+
+def _linear(config: Qwen3_5Config, layer: int) -> bool:
+    return config.is_linear(layer)
+
+
+def _full(config: Qwen3_5Config, layer: int) -> bool:
+    return not config.is_linear(layer)
+
+
+def _always(config: Qwen3_5Config, layer: int) -> bool:
+    return True
+
+
+def _dense(config: Qwen3_5Config, layer: int) -> bool:
+    return not config.is_sparse(layer)
+
+
+def _sparse(config: Qwen3_5Config, layer: int) -> bool:
+    return config.is_sparse(layer)
+
+
+def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
+    """A decoder layer of the model, or of the draft, whose layers all attend in full."""
+    attn, mlp, linear = prefix + "self_attn.", prefix + "mlp.", prefix + "linear_attn."
+    gate_up, down = mlp + "experts.gate_up_proj", mlp + "experts.down_proj"
+    full = _always if on == "mtp" else _full
+
+    def biased(config: Qwen3_5Config, layer: int) -> bool:
+        return config.attention_bias and full(config, layer)
+
+    mixer = (
+        ()
+        if on == "mtp"
+        else tuple(
+            Rule(linear + name, dims, when=_linear)
+            for name, dims in (
+                ("in_proj_qkv.weight", "QKV D"),
+                ("in_proj_z.weight", "LV D"),
+                ("in_proj_b.weight", "LN D"),
+                ("in_proj_a.weight", "LN D"),
+                ("conv1d.weight", "QKV 1 W"),
+                ("dt_bias", "LN"),
+                ("A_log", "LN"),
+                ("norm.weight", "LH"),
+                ("out_proj.weight", "D LV"),
+            )
+        )
+    )
+    return (
+        Rule(prefix + "input_layernorm.weight", "D", on=on, zero_centred=True),
+        *mixer,
+        Rule(attn + "q_proj.weight", "N2H D", on=on, when=full),
+        Rule(attn + "k_proj.weight", "KH D", on=on, when=full),
+        Rule(attn + "v_proj.weight", "KH D", on=on, when=full),
+        Rule(attn + "o_proj.weight", "D NH", on=on, when=full),
+        Rule(attn + "q_proj.bias", "N2H", on=on, when=biased),
+        Rule(attn + "k_proj.bias", "KH", on=on, when=biased),
+        Rule(attn + "v_proj.bias", "KH", on=on, when=biased),
+        Rule(attn + "o_proj.bias", "D", on=on, when=biased),
+        Rule(attn + "q_norm.weight", "H", on=on, when=full, zero_centred=True),
+        Rule(attn + "k_norm.weight", "H", on=on, when=full, zero_centred=True),
+        Rule(prefix + "post_attention_layernorm.weight", "D", on=on, zero_centred=True),
+        Rule(mlp + "gate_proj.weight", "F D", on=on, when=_dense),
+        Rule(mlp + "up_proj.weight", "F D", on=on, when=_dense),
+        Rule(mlp + "down_proj.weight", "D F", on=on, when=_dense),
+        Rule(mlp + "gate.weight", "E D", on=on, when=_sparse),
+        # published fused; a model made and saved anew by transformers has them one by one, as some drafts do
+        Rule(gate_up, "E 2M D", on=on, when=_sparse, form="fused", param_dims="E 2 M D"),
+        Rule(mlp + "experts.{expert}.gate_proj.weight", "M D", gate_up, 0, on=on, when=_sparse, form="per expert"),
+        Rule(mlp + "experts.{expert}.up_proj.weight", "M D", gate_up, 1, on=on, when=_sparse, form="per expert"),
+        Rule(down, "E D M", on=on, when=_sparse, form="fused"),
+        Rule(mlp + "experts.{expert}.down_proj.weight", "D M", down, on=on, when=_sparse, form="per expert"),
+        Rule(mlp + "shared_expert.gate_proj.weight", "SF D", on=on, when=_sparse),
+        Rule(mlp + "shared_expert.up_proj.weight", "SF D", on=on, when=_sparse),
+        Rule(mlp + "shared_expert.down_proj.weight", "D SF", on=on, when=_sparse),
+        Rule(mlp + "shared_expert_gate.weight", "1 D", on=on, when=_sparse),
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("{text}.embed_tokens.weight", "V D", on="embedding"),
+    *_layer_rules("{text}.layers.{layer}.", "layer"),
+    Rule("{text}.norm.weight", "D", on="last", zero_centred=True),
+    Rule("lm_head.weight", "V D", on="head", tied_to="{text}.embed_tokens.weight"),
+    Rule("mtp.fc.weight", "D 2D", on="mtp"),
+    Rule("mtp.pre_fc_norm_embedding.weight", "D", on="mtp", zero_centred=True),
+    Rule("mtp.pre_fc_norm_hidden.weight", "D", on="mtp", zero_centred=True),
+    *_layer_rules("mtp.layers.{layer}.", "mtp"),
+    Rule("mtp.norm.weight", "D", on="mtp", zero_centred=True),
+)
+LEFT_OUT: tuple[re.Pattern[str], ...] = (
+    re.compile(r"mtp\..*"),  # unless the draft is asked for
+    re.compile(r"(model\.)?visual\..*"),  # the vision tower
+)

@@ -1,0 +1,100 @@
+"""What a decoder layer is told besides its hidden states, and what it keeps from one run to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_models.layers.rotary import rotary_embedding
+
+LayerCache = dict[str, torch.Tensor]  # what one layer keeps, by name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a layer's cache: its shape, and its dtype where that is not what is computed in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one run, as a layer sees them.
+
+    Attributes:
+        cos_BTR: cosines of the rotary embedding, float32.
+        sin_BTR: sines.
+        visible_BTS: bool, which keys each query may see.
+        mask_BT: bool, which tokens are real.
+        start: slot of the first token in the cache, an integer or int64 [].
+        keep_history: leave what undoing some of the tokens takes (``Cache.keep``).
+    """
+
+    cos_BTR: torch.Tensor
+    sin_BTR: torch.Tensor
+    visible_BTS: torch.Tensor
+    mask_BT: torch.Tensor
+    start: torch.Tensor | int
+    keep_history: bool = False
+
+
+def visible(key_mask_BS: torch.Tensor, start: torch.Tensor | int, length: int, window: int | None) -> torch.Tensor:
+    """Which keys each of ``length`` queries from slot ``start`` on may see, bool [B, T, S].
+
+    Real keys not after the query, at most ``window`` of them with itself; and always itself, so that a padded query has
+    something to average and stays finite.
+    """
+    query_T1 = start + torch.arange(length, device=key_mask_BS.device)[:, None]
+    key_1S = torch.arange(key_mask_BS.shape[1], device=key_mask_BS.device)[None, :]
+    causal_TS = key_1S <= query_T1
+    if window is not None:
+        causal_TS = causal_TS & (key_1S > query_T1 - window)
+    return (causal_TS[None] & key_mask_BS[:, None, :]) | (key_1S == query_T1)[None]
+
+
+def steps(
+    config: Any,
+    layers: Iterable[int],
+    position_ids: torch.Tensor,
+    key_mask_BS: torch.Tensor,
+    start: torch.Tensor | int,
+    *,
+    length: int,
+    is_cached: bool,
+    keep_history: bool = False,
+) -> dict[int, Step]:
+    """The step of each of ``layers``; layers with one rotary embedding and one window share theirs.
+
+    Args:
+        config: of the family: ``rope(layer)``, ``window(layer)``, ``rotary_dim``, ``max_position_embeddings``.
+        layers: decoder layers by number.
+        position_ids: integers [B, T], or [3, B, T] for time, height and width.
+        key_mask_BS: bool, slots that hold a real token, those of this run included.
+        start: slot of the first token.
+        length: T.
+        is_cached: there may be tokens before these.
+        keep_history: see ``Step``.
+    """
+    positions_BT = position_ids if position_ids.ndim == 2 else position_ids[0]
+    # a frequency that depends on the length: over the batch, as transformers; with a cache, each row as if alone
+    length_B = positions_BT.amax(1) + 1
+    if not is_cached:
+        length_B = length_B.amax().expand_as(length_B)
+    slots_T = start + torch.arange(length, device=key_mask_BS.device)
+    mask_BT = key_mask_BS.index_select(1, slots_T) if is_cached else key_mask_BS
+    found: dict[tuple[Any, Any], Step] = {}
+    by_layer: dict[int, Step] = {}
+    for layer in layers:
+        rope, window = config.rope(layer), config.window(layer)
+        if (rope, window) not in found:
+            cos_BTR, sin_BTR = rotary_embedding(
+                rope, config.rotary_dim, config.max_position_embeddings, position_ids, length_B
+            )
+            seen_BTS = visible(key_mask_BS, start, length, window)
+            found[rope, window] = Step(cos_BTR, sin_BTR, seen_BTS, mask_BT, start, keep_history)
+        by_layer[layer] = found[rope, window]
+    return by_layer
