@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from jax_models.layers.gated_delta import keep_first
 from jax_models.layers.step import Entry, LayerCache
 from jax_models.sharding import entry_sharding, row_sharding
 
@@ -35,6 +37,46 @@ class Cache:
         """The cache after T more slots; positions advance by the real tokens among them."""
         real_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
         return Cache(layers, key_mask, self.position + real_B, self.length + mask_BT.shape[1])
+
+    def without_history(self) -> tuple[Cache, dict[str, LayerCache]]:
+        """The cache as ``empty_cache`` shapes it, and what its layers left for undoing some of the last tokens."""
+        layers = {name: dict(parts) for name, parts in self.layers.items()}
+        history = {
+            name: {key: parts.pop(key) for key in list(parts) if key.endswith("_history")}
+            for name, parts in layers.items()
+        }
+        return dataclasses.replace(self, layers=layers), history
+
+    def kept(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int) -> Cache:
+        """Back to the first ``count_B`` (1 and more) of the last ``tokens`` tokens of each row; those were all real.
+
+        Slots of the others stay empty for good; ``compacted`` gets rid of them.
+        """
+        first = self.length - tokens
+        slots_S = jnp.arange(self.key_mask.shape[1])
+        is_dropped_BS = slots_S >= first + count_B[:, None]
+        layers = {name: parts | keep_first(history[name], count_B) for name, parts in self.layers.items()}
+        return Cache(layers, self.key_mask & ~is_dropped_BS, self.position + count_B - tokens, self.length)
+
+    def compacted(self) -> Cache:
+        """The same tokens without the empty slots that all rows can do without; rows end at the same slot again."""
+        S = self.key_mask.shape[1]
+        slots_S = jnp.arange(S)
+        rank_BS = jnp.where(slots_S < self.length, self.key_mask.astype(jnp.int32), 2)  # empty, real, not yet used
+        order_BS = jnp.argsort(rank_BS, axis=1, stable=True)
+        length = jnp.max(jnp.sum(self.key_mask, axis=1, dtype=jnp.int32))
+        order_BS = jnp.roll(order_BS, length - self.length, axis=1)
+
+        def moved(array: jax.Array, has_slots: bool) -> jax.Array:
+            index = order_BS.reshape(*order_BS.shape, *(1,) * (array.ndim - 2))
+            return jnp.take_along_axis(array, index, axis=1) if has_slots else array
+
+        layers = {
+            name: {key: moved(array, key in ("key", "value")) for key, array in parts.items()}
+            for name, parts in self.layers.items()
+        }
+        key_mask = jnp.take_along_axis(self.key_mask, order_BS, axis=1) & (slots_S < length)
+        return Cache(layers, key_mask, self.position, length)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from jax_models import weights as life
 from jax_models.cache import VersionedCache
+from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.programs import Programs, Weights
+from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import TextInputs, bucket, check_text
@@ -77,7 +79,7 @@ class Model:
         Raises:
             ValueError: inputs of the wrong shape, dtype or range.
         """
-        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
         return self.programs.forward(self.weights, entry, checked.attention_mask, checked.position_ids)
 
     def with_taps(
@@ -89,7 +91,7 @@ class Model:
         hidden_states: Any = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
-        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
         return self.programs.forward_with_taps(self.weights, entry, checked.attention_mask, checked.position_ids)
 
     def apply(
@@ -164,19 +166,49 @@ class Model:
         top_p: float | None = None,
         seed: int = 0,
         ignore_eos: bool = False,
+        draft: Draft | None = None,
+        draft_tokens: int = 3,
     ) -> jax.Array:
-        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``."""
-        return generate(
-            self,
-            input_ids,
-            attention_mask,
-            max_new_tokens,
-            temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            ignore_eos=ignore_eos,
-        )
+        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
+
+        With a ``draft``, ``draft_tokens`` at a time are guessed and checked; see ``jax_models.speculative``. What that
+        was worth stands in ``draft.report``.
+        """
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
+        if draft is None:
+            return generate(self, *prompt, **options)
+        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, draft_tokens=draft_tokens, **options)
+        return tokens
+
+    @property
+    def draft(self) -> Draft:
+        """The checkpoint's multi-token prediction, bound to this model.
+
+        Raises:
+            ValueError: the model was loaded without it, or this stage does not hold it.
+        """
+        if not self.stage.has_draft:
+            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
+        return Draft(self, self)
+
+    def mtp_forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the draft says of every token but the first; arguments as for the model itself.
+
+        A last stage of several takes ``hidden_states`` beside ``input_ids``.
+
+        Returns:
+            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
+            and the token at t + 1.
+        """
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -214,16 +246,18 @@ class Model:
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )
 
-    def _limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:
+        """What inputs are checked against."""
         return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
 
-    def _checked(
+    def checked(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
     ) -> tuple[Any, TextInputs]:
+        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(input_ids, attention_mask, position_ids, **self._limits())
+            checked = check_text(input_ids, attention_mask, position_ids, **self.limits())
             return checked.input_ids, checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
@@ -233,7 +267,7 @@ class Model:
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        return x_BTD, check_text(tokens, attention_mask, position_ids, **self._limits())
+        return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
 
     def _needs_whole_model(self, what: str) -> None:
         if self.stage.count > 1:

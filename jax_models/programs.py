@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_models.cache import Cache, empty_cache, placed, zeros
+from jax_models.draft import DraftPrograms
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
@@ -58,6 +59,11 @@ class Programs:
         """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
         return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
 
+    @functools.cached_property
+    def draft(self) -> DraftPrograms:
+        """The functions of speculative decoding; of a stage that has a draft."""
+        return DraftPrograms(self)
+
     def empty_cache(self, *, rows: int, capacity: int, make: Callable[..., Any] = zeros) -> Cache:
         """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns."""
         sizes = {"rows": rows, "capacity": capacity}
@@ -67,7 +73,7 @@ class Programs:
         """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, _ = module.decoder(self._enter(module, inputs), positions_BT, mask_BT)
+            x_BTD, _ = module.decoder(self.enter(module, inputs), positions_BT, mask_BT)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _apply_with_taps(
@@ -95,14 +101,16 @@ class Programs:
     ) -> tuple[jax.Array, Cache]:
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, cache = module.decoder(self._enter(module, inputs), positions_BT, key_mask_BS, cache)
-            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self._placed(cache)
+            x_BTD, cache = module.decoder(self.enter(module, inputs), positions_BT, key_mask_BS, cache)
+            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self.placed(cache)
 
-    def _placed(self, cache: Cache) -> Cache:
+    def placed(self, cache: Cache) -> Cache:
+        """Inside a program: the cache where ``empty_cache`` puts it."""
         rows, capacity = cache.key_mask.shape
         return placed(cache, self.cache_entries(rows=rows, capacity=capacity), self.mesh)
 
-    def _enter(self, module: Any, inputs: jax.Array) -> jax.Array:
+    def enter(self, module: Any, inputs: jax.Array) -> jax.Array:
+        """Hidden states of the stage's first layer, rows cut over the mesh."""
         x_BTD = module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)
         if self.mesh is None:
             return x_BTD

@@ -17,6 +17,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 MOST_LAYERS = 10_000
 THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 DEFAULT_PATTERN = 6  # every so many layers one attends in full
+DEFAULT_WINDOW = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Gemma3Config:
     full_attention_rope: RopeParameters
     sliding_attention_rope: RopeParameters
     layer_types: tuple[str, ...]
-    sliding_window: int = 4096  # keys a query sees, itself included
+    sliding_window: int = DEFAULT_WINDOW  # keys a query sees, itself included
     query_pre_attn_scalar: float = 256.0  # scores are divided by its root
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -116,24 +117,30 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Gemma
     default = RopeParameters(rope_type="default", rope_theta=1e4)
     for kind in (FULL, SLIDING):
         spelled[f"{kind}_rope"] = ropes.get(kind, default)
-    if isinstance(spelled.get("eos_token_id"), int):
-        spelled["eos_token_id"] = [spelled["eos_token_id"]]
-    if spelled.pop("use_bidirectional_attention", None):
-        problems.append("config.json: option 'use_bidirectional_attention' = True is not implemented, expected False")
-    if spelled.pop("cache_implementation", None) not in (None, "hybrid"):
-        problems.append(f"config.json: cache_implementation {brief(document['cache_implementation'])} is not known")
+    eos = document.get("eos_token_id", 1)
+    spelled["eos_token_id"] = [] if eos is None else [eos] if isinstance(eos, int) else eos  # null: nothing ends a row
+    if bidirectional := spelled.pop("use_bidirectional_attention", None):
+        found = f"option 'use_bidirectional_attention' = {brief(bidirectional)}"
+        problems.append(f"config.json: {found} is not implemented, expected False")
+    if (kept := spelled.pop("cache_implementation", None)) not in (None, "hybrid"):
+        problems.append(f"config.json: cache_implementation {brief(kept)} is not known, expected 'hybrid'")
     private = spelled.pop("_sliding_window_pattern", None)
     pattern = spelled.pop("sliding_window_pattern", None)
     pattern = private if pattern is None else pattern
     pattern = DEFAULT_PATTERN if pattern is None else pattern
     if type(pattern) is not int or pattern < 1:
         problems.append(f"config.json: sliding_window_pattern is {brief(pattern)}, expected an integer of at least 1")
-    elif spelled.get("layer_types") is None:
+        pattern = DEFAULT_PATTERN
+    if spelled.get("layer_types") is None:
         layers = spelled.get("num_hidden_layers")
         few = layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0
         spelled["layer_types"] = [SLIDING if (layer + 1) % pattern else FULL for layer in range(few)]
     config, more = read_fields(Gemma3Config, spelled)
-    problems += more + (config.problems() if config is not None else [])
+    problems += more
+    if config is not None:
+        problems += config.problems()
+        if SLIDING in config.layer_types and document.get("sliding_window", DEFAULT_WINDOW) is None:
+            problems.append("config.json: layer_types asks for sliding_attention, but sliding_window is null")
     return (None if problems else config), problems
 
 
@@ -141,27 +148,32 @@ def _ropes(document: dict[str, Any]) -> tuple[dict[str, RopeParameters], list[st
     """Rotary parameters of both kinds of layers: nested by kind, or the global ones plain beside the local base."""
     nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
     theta, local = document.get("rope_theta"), document.get("rope_local_base_freq")
-    if nested is not None and not (isinstance(nested, dict) and set(nested) <= {FULL, SLIDING}):
-        return {}, [f"config.json: rope_parameters is {brief(nested)}, expected an object with {FULL} and {SLIDING}"]
-    found: dict[str, RopeParameters] = {}
     problems: list[str] = []
+    if nested is not None and not (isinstance(nested, dict) and set(nested) <= {FULL, SLIDING}):
+        problems.append(f"config.json: rope_parameters is {brief(nested)}, expected an object of {FULL} and {SLIDING}")
+        nested = None
+    if scaling is not None and not isinstance(scaling, dict):
+        problems.append(f"config.json: rope_scaling is {brief(scaling)}, expected an object")
+        scaling = None
+    found: dict[str, RopeParameters] = {}
     for kind, base, factor in ((FULL, theta, scaling), (SLIDING, local, None)):
-        given = dict((nested or {}).get(kind) or {})
+        given = (nested or {}).get(kind) or {}
+        if not isinstance(given, dict):
+            problems.append(f"config.json: rope_parameters[{kind!r}] is {brief(given)}, expected an object")
+            continue
+        given = dict(given)
         for key, value in (factor or {}).items():
             if given.setdefault(key, value) != value:
-                problems.append(f"config.json: rope_scaling and rope_parameters[{kind!r}] disagree about {key}")
+                problems.append(f"config.json: rope_scaling and rope_parameters[{kind!r}] disagree about {brief(key)}")
         if base is not None and given.setdefault("rope_theta", base) != base:
             problems.append(f"config.json: two bases for {kind}: {brief(base)} and {brief(given['rope_theta'])}")
         given.setdefault("rope_theta", THETA[kind])
-        rope, more = read_rope({**_without_rope(document), "rope_parameters": given})
-        problems += more
+        longest = document.get("max_position_embeddings", Gemma3Config.max_position_embeddings)
+        rope, more = read_rope({"rope_parameters": given, "max_position_embeddings": longest})
+        problems += [f"{problem} ({kind})" for problem in more]
         if rope is not None:
             found[kind] = rope
     return found, problems
-
-
-def _without_rope(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key not in ("rope_theta", "rope_scaling")}
 
 
 def _biased(config: Gemma3Config, layer: int) -> bool:

@@ -35,12 +35,14 @@ class Backend:
     device: str
     place: Any
 
-    def load(self, uri: Any, *, dtype: str | None = None, stage: tuple[int, int] | None = None) -> Any:
+    def load(
+        self, uri: Any, *, dtype: str | None = None, stage: tuple[int, int] | None = None, mtp: bool = False
+    ) -> Any:
         """The backend's model of a checkpoint; see its ``load``."""
         with self.scope():
             if self.name == "torch":
-                return self.module.load(uri, dtype=dtype, device=self.place, stage=stage)
-            return self.module.load(uri, dtype=dtype, stage=stage)
+                return self.module.load(uri, dtype=dtype, device=self.place, stage=stage, mtp=mtp)
+            return self.module.load(uri, dtype=dtype, stage=stage, mtp=mtp)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model must be used so that it runs on this device."""

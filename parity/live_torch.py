@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from parity.backends import Backend
-from torch_models.storage import pointer_census
+from torch_models.census import pointer_census
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class _Life:
     def _addresses(self) -> Any:
         if self.backend == "jax":
             return None
-        from torch_models.storage import pointer_census
+        from torch_models.census import pointer_census
 
         return pointer_census(self.model)
 

@@ -2,6 +2,6 @@
 
 from torch_models.load import load
 from torch_models.model import Model
-from torch_models.storage import pointer_census
+from torch_models.census import pointer_census
 
 __all__ = ["Model", "load", "pointer_census"]

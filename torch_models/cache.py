@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from torch_models.layers.gated_delta import keep_first
 from torch_models.layers.step import Entry, LayerCache
 
 
@@ -36,11 +37,53 @@ class Cache:
         """Slots a row has."""
         return self.key_mask.shape[1]
 
+    def first_rows(self, rows: int) -> Cache:
+        """The same memory, as a cache of the first ``rows`` rows alone."""
+        layers = {name: {key: part[:rows] for key, part in parts.items()} for name, parts in self.layers.items()}
+        return replace(self, layers=layers, key_mask=self.key_mask[:rows], position=self.position[:rows])
+
+    def reset(self) -> None:
+        """No token in it any more. All of it zero: under a mask, what is left there may still be NaN, and 0 NaN is NaN."""
+        for parts in self.layers.values():
+            for part in parts.values():
+                part.zero_()
+        for tensor in (self.key_mask, self.position, self.slot):
+            tensor.zero_()
+        self.length = 0
+
     def advance(self, mask_BT: torch.Tensor) -> None:
         """Count T more slots as filled; positions advance by the real tokens among them."""
         self.position += mask_BT.sum(1)
         self.slot += mask_BT.shape[1]
         self.length += mask_BT.shape[1]
+
+    def keep(self, count_B: torch.Tensor, tokens: int) -> None:
+        """Go back to the first ``count_B`` (1 and more) of the last ``tokens`` tokens of each row; those were all real.
+
+        Slots of the others stay empty for good; ``compact`` gets rid of them.
+        """
+        first = self.slot - tokens
+        slots_S = torch.arange(self.capacity, device=count_B.device)
+        self.key_mask &= slots_S < first + count_B[:, None]
+        self.position += count_B - tokens
+        for parts in self.layers.values():
+            keep_first(parts, count_B)
+
+    def compact(self) -> None:
+        """Drop the empty slots that all rows can do without; rows end at the same slot again. Tensors stay put."""
+        slots_S = torch.arange(self.capacity, device=self.slot.device)
+        rank_BS = torch.where(slots_S < self.slot, self.key_mask.long(), 2)  # empty, real, not yet used
+        order_BS = rank_BS.argsort(dim=1, stable=True)
+        length = int(self.key_mask.sum(1).max())
+        order_BS = order_BS.roll(length - self.length, dims=1)
+        row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
+        for parts in self.layers.values():
+            for key in ("key", "value"):
+                if key in parts:
+                    parts[key].copy_(parts[key][row_B1, order_BS])
+        self.key_mask.copy_(self.key_mask[row_B1, order_BS] & (slots_S < length))
+        self.slot.fill_(length)
+        self.length = length
 
 
 def empty_cache(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders.inputs import check_sampling
+from torch_models.graphs import Batch
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -39,6 +40,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     ignore_eos: bool = False,
+    graphs: bool = False,
 ) -> torch.Tensor:
     """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
 
@@ -52,17 +54,20 @@ def generate(
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
         seed: of the sampling; ignored at temperature 0.
         ignore_eos: go on after an end-of-sequence token.
+        graphs: decode by replaying captured graphs, kept for the next call; see ``torch_models.graphs``.
     Returns:
         int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
         (or its end token when the config names none).
     Raises:
         ValueError: options out of range, bad inputs, or a pipeline stage.
+        RuntimeError: a graph's tensors were moved since it was captured.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     ends = torch.tensor([] if ignore_eos else model.checkpoint.eos_token_ids, dtype=torch.int64, device=model.device)
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
-    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
+    prefill = model.graphs.prefill if graphs else model.prefill
+    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
     generator = torch.Generator(model.device).manual_seed(seed)
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []
@@ -75,5 +80,5 @@ def generate(
         has_ended_B |= torch.isin(token_B, ends)
         if has_ended_B.all() or step == max_new_tokens - 1:
             break
-        logits_BV, cache = model.decode(token_B, cache)
+        logits_BV = state.decode(token_B) if isinstance(state, Batch) else model.decode(token_B, state)[0]
     return torch.stack(tokens, dim=1)

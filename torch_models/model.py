@@ -16,11 +16,16 @@ from loaders.inputs import TextInputs, bucket, check_text
 from loaders.plan import LoadReport
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
+from torch_models import sleep
 from torch_models import weights as life
 from torch_models.cache import Cache, empty_cache
+from torch_models.draft import Draft
 from torch_models.generate import generate
+from torch_models.graphs import DecodeGraphs
+from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
+from torch_models.speculative import generate_with_draft
 from torch_models.taps import collect
 
 
@@ -38,6 +43,8 @@ class Model(nn.Module):
         report: what that load did.
         events: everything published so far.
         refusal: why the model must not run (an update broke half-way); None while it may.
+        graphs: captured decode steps; see ``torch_models.graphs``.
+        asleep: the bytes of its storages while it sleeps, else None; see ``torch_models.sleep``.
     """
 
     model: Any
@@ -54,6 +61,8 @@ class Model(nn.Module):
         self.version = 0
         self.events: tuple[Event, ...] = ()
         self.refusal: str | None = None
+        self.graphs = DecodeGraphs(self)
+        self.asleep: sleep.HostCopy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,9 +88,10 @@ class Model(nn.Module):
         raise NotImplementedError
 
     @torch.inference_mode(False)  # a cache outlives the caller's inference mode
-    def empty_cache(self, rows: int, capacity: int) -> Cache:
-        """A cache with no token in it."""
-        entries = self.cache_entries(self.config, self.stage, rows, capacity)
+    def empty_cache(self, rows: int, capacity: int, entries: dict[str, dict[str, Entry]] | None = None) -> Cache:
+        """A cache with no token in it; ``entries``: of more than this model's layers, where a draft needs them."""
+        if entries is None:
+            entries = self.cache_entries(self.config, self.stage, rows, capacity)
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
@@ -108,7 +118,7 @@ class Model(nn.Module):
             RuntimeError: an update failed half-way; load good weights first.
         """
         self.check_runnable()
-        entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
         return self._run(entry, checked)
 
     def with_taps(
@@ -136,16 +146,27 @@ class Model(nn.Module):
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
-        self.check_runnable()
-        if self.stage.count > 1:
-            raise ValueError(f"prefill needs the whole model; this is stage {self.stage.index} of {self.stage.count}")
-        ids = _host(input_ids), _host(attention_mask)
-        checked = check_text(*ids, None, vocab_size=self.config.vocab_size).left_aligned()
-        rows, length = checked.input_ids.shape
+        prompt = self.checked_prompt(input_ids, attention_mask)
+        rows, length = prompt.input_ids.shape
         cache = self.empty_cache(rows, bucket(length + max_new_tokens))
-        cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
-        ids_BT, positions_BT = (self._long(array) for array in (checked.input_ids, checked.position_ids))
-        return self._step(ids_BT, positions_BT, cache), cache
+        return self.prefill_into(prompt, cache), cache
+
+    def checked_prompt(self, input_ids: Any, attention_mask: Any = None) -> TextInputs:
+        """What ``prefill`` was given, checked, every row's real tokens at its end.
+
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage.
+            RuntimeError: the model must not run.
+        """
+        self.check_runnable()
+        self.check_whole()
+        given = on_host(input_ids), on_host(attention_mask)
+        return check_text(*given, None, vocab_size=self.config.vocab_size).left_aligned()
+
+    def prefill_into(self, prompt: TextInputs, cache: Cache) -> torch.Tensor:
+        """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
+        cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
+        return self._step(self.long(prompt.input_ids), self.long(prompt.position_ids), cache)
 
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], and the cache, written in place.
@@ -154,19 +175,27 @@ class Model(nn.Module):
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         self.check_runnable()
+        return self.decode_step(self.next_ids(token_ids, cache, rows=len(cache.position)), cache), cache
+
+    def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
+        """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
         if cache.stamp != self.weights_stamp():
             raise ValueError(
                 f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
                 f" {self.version}). Run prefill again."
             )
-        ids_B1 = np.asarray(_host(token_ids), np.int64).reshape(-1, 1)
-        if len(ids_B1) != len(cache.position):
-            raise ValueError(f"{len(ids_B1)} tokens for a cache of {len(cache.position)} rows")
+        ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
+        if len(ids_B1) != rows:
+            raise ValueError(f"{len(ids_B1)} tokens for a cache of {rows} rows")
         check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
+        return self.long(ids_B1)
+
+    def decode_step(self, ids_B1: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """One token a row, unchecked: logits, float32 [B, V]. What graphs capture: all it reads is on the device."""
         cache.key_mask.index_fill_(1, cache.slot[None], True)
-        return self._step(self._long(ids_B1), cache.position[:, None].clone(), cache), cache
+        return self._step(ids_B1, cache.position[:, None].clone(), cache)
 
     def generate(
         self,
@@ -179,19 +208,52 @@ class Model(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         ignore_eos: bool = False,
+        graphs: bool = False,
+        draft: Draft | None = None,
+        draft_tokens: int = 3,
     ) -> torch.Tensor:
-        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``."""
-        return generate(
-            self,
-            input_ids,
-            attention_mask,
-            max_new_tokens,
-            temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            ignore_eos=ignore_eos,
-        )
+        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
+
+        With a ``draft``, ``draft_tokens`` at a time are guessed and checked; see ``torch_models.speculative``. What
+        that was worth stands in ``draft.report``.
+        """
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
+        if draft is None:
+            return generate(self, *prompt, **options, graphs=graphs)
+        if graphs:
+            raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
+        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, draft_tokens=draft_tokens, **options)
+        return tokens
+
+    @property
+    def draft(self) -> Draft:
+        """The checkpoint's multi-token prediction, bound to this model.
+
+        Raises:
+            ValueError: the model was loaded without it, or this stage does not hold it.
+        """
+        if not self.stage.has_draft:
+            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
+        return Draft(self, self)
+
+    def mtp_forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the draft says of every token but the first; arguments as for the model itself.
+
+        A last stage of several takes ``hidden_states`` beside ``input_ids``.
+
+        Returns:
+            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
+            and the token at t + 1.
+        """
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same parameter twice."""
@@ -204,6 +266,14 @@ class Model(nn.Module):
     def update_weights_from_disk(self, uri: str | os.PathLike[str]) -> Model:
         """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
         return life.update_weights_from_disk(self, uri)
+
+    def sleep(self) -> Model:
+        """Free the weights' storage, with a copy on the host, and drop all graphs; see ``torch_models.sleep``."""
+        return sleep.sleep(self)
+
+    def wake(self) -> Model:
+        """Bring the weights back, bit for bit, into the same parameters; see ``torch_models.sleep``."""
+        return sleep.wake(self)
 
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
@@ -227,45 +297,50 @@ class Model(nn.Module):
         return tuple((id(param), param._version) for param in self.parameters())
 
     def check_runnable(self) -> None:
-        """Raises RuntimeError while the weights are a mixture of two versions."""
+        """Raises RuntimeError while the model sleeps, or its weights are a mixture of two versions."""
+        sleep.check_awake(self)
         if self.refusal is not None:
             raise RuntimeError(
                 f"the model refuses to run: {self.refusal}. Call update_weights_from_disk with good weights."
             )
 
+    def check_whole(self) -> None:
+        """Raises ValueError on a pipeline stage."""
+        if self.stage.count > 1:
+            raise ValueError(f"prefill needs the whole model; this is stage {self.stage.index} of {self.stage.count}")
+
     def _run(self, entry: torch.Tensor, checked: TextInputs) -> torch.Tensor:
         mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
         x_BTD = self.embed(entry) if self.stage.is_first else entry.to(self.dtype)
-        x_BTD = self.decoder(x_BTD, self._long(checked.position_ids), mask_BT)
+        x_BTD = self.decoder(x_BTD, self.long(checked.position_ids), mask_BT)
         return self.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _step(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         x_BTD = self.decoder(self.embed(ids_BT), positions_BT, cache.key_mask, cache)
         return self.head(x_BTD[:, -1:])[:, 0]
 
-    def _long(self, array: np.ndarray) -> torch.Tensor:
+    def long(self, array: np.ndarray) -> torch.Tensor:
+        """Integers where the model is, int64."""
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
-    def _limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:
+        """What inputs are checked against."""
         return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
 
-    def _checked(
+    def checked(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
     ) -> tuple[torch.Tensor, TextInputs]:
-        mask, positions = _host(attention_mask), _host(position_ids)
+        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
+        mask, positions = on_host(attention_mask), on_host(position_ids)
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(_host(input_ids), mask, positions, **self._limits())
-            return self._long(checked.input_ids), checked
+            checked = check_text(on_host(input_ids), mask, positions, **self.limits())
+            return self.long(checked.input_ids), checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
         x_BTD = torch.as_tensor(hidden_states).to(self.device, self.dtype)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        return x_BTD, check_text(tokens, mask, positions, **self._limits())
-
-
-def _host(value: Any) -> Any:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        return x_BTD, check_text(tokens, mask, positions, **self.limits())

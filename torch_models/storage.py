@@ -1,12 +1,9 @@
-"""Where tensors live: NumPy views of their memory, and the census that proves nothing moved."""
+"""The bytes of tensors: NumPy views of their memory, and whether two hold the same bits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from torch import nn
 
 from loaders.dtypes import to_numpy
 
@@ -29,25 +26,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(
         a.detach().contiguous().view(-1).view(torch.uint8), b.detach().contiguous().view(-1).view(torch.uint8)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """What a captured graph remembers of a tensor."""
-
-    data_ptr: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def pointer_census(module: nn.Module) -> dict[str, Address]:
-    """Address of every parameter and buffer by name; one that has two names appears under both."""
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: Address(t.data_ptr(), tuple(t.shape), tuple(t.stride()), t.dtype, t.device) for name, t in tensors}
-
-
-def moved(before: dict[str, Address], after: dict[str, Address]) -> list[str]:
-    """Names whose address differs between two censuses, vanished and new ones included."""
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))

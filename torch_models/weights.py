@@ -16,8 +16,10 @@ from loaders.digest import digests
 from loaders.events import Event
 from loaders.export import export_checkpoint, tensors_of
 from loaders.plan import plan_reload, specs_of
+from torch_models.census import moved, pointer_census
 from torch_models.derived import derive
-from torch_models.storage import NAMES, host_view, moved, pointer_census, same_bits
+from torch_models.sleep import check_awake
+from torch_models.storage import NAMES, host_view, same_bits
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -123,8 +125,9 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
-        RuntimeError: writing failed half-way.
+        RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
+    check_awake(model)
     from torch_models.load import read_weights  # the loader builds models
 
     checkpoint = open_checkpoint(uri)
@@ -176,6 +179,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
+    check_awake(model)
     params = parameters(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu())))

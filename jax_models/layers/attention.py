@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jax_models.layers.linear import Linear
-from jax_models.layers.norm import RMSNorm
+from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import Entry, LayerCache, Step
 
@@ -28,22 +29,73 @@ def remembered(
     return k_BSKH, v_BSKH, {"key": k_BSKH, "value": v_BSKH}
 
 
-class Attention(nnx.Module):
-    """softmax(q kᵀ / √H) v over the keys a query may see; scores and softmax in float32.
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    visible_BTS: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """softmax(scale · q kᵀ) v over the keys a query may see, [B, T, N, H]; scores and softmax in float32.
 
-    Source: transformers ``Qwen3Attention``.
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys, each for N/K query heads.
+        v_BSKH: values.
+        visible_BTS: bool, which keys each query may see.
+        scale: None: 1 / √H.
+        softcap: scores are squeezed into ±softcap before the mask, softcap · tanh(score / softcap); None: they are not.
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], scale=scale)
+    q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3])
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKGTS * (q_BTNH.shape[3] ** -0.5 if scale is None else scale)
+    scores_BKGTS = jnp.tanh(scores_BKGTS / softcap) * softcap
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+
+
+class Attention(nnx.Module):
+    """Softmax attention with norms of q and k before they are rotated. Source: transformers ``Qwen3Attention``.
+
+    Args:
+        hidden_size: D.
+        num_heads: N.
+        num_kv_heads: K.
+        head_dim: H.
+        eps: of the norms.
+        bias: every projection has one.
+        norm: what q and k are normed by.
+        scale: see ``attend``.
+        softcap: see ``attend``.
     """
 
     def __init__(
-        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        bias: bool,
+        norm: type[RMSNorm] | type[GemmaRMSNorm] = RMSNorm,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.q_norm = RMSNorm(head_dim, eps=eps)
-        self.k_norm = RMSNorm(head_dim, eps=eps)
+        self.q_norm = norm(head_dim, eps=eps)
+        self.k_norm = norm(head_dim, eps=eps)
         self.head_dim = head_dim
+        self.scale = scale
+        self.softcap = softcap
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -52,5 +104,5 @@ class Attention(nnx.Module):
         q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
         k_BSKH, v_BSKH, cache = remembered(k_BTKH, self.v_proj(x_BTD).reshape(heads), step, cache)
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=step.visible_BTS[:, None])
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jax_models.layers.linear import Linear
 
 
-class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``."""
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, in float32, rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``, ``Gemma3MLP``."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    ) -> None:
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.activation = activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

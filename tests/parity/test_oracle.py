@@ -20,10 +20,10 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import loaders
 from loaders.config import RopeParameters
-from parity import oracle
 from parity.oracle import oracle_forward
-from parity.oracle_inputs import checked_inputs
-from parity.oracle_rope import rotation
+from parity.oracles import run as oracle_run
+from parity.oracles.inputs import checked_inputs
+from parity.oracles.rope import rotation
 
 # head_dim != hidden / heads, heads / kv = 2 and 5, no two sizes alike, nothing a power of two but head_dim
 DENSE = {
@@ -318,7 +318,7 @@ def test_a_row_of_padding_alone_is_finite(dense: Run) -> None:
 
 
 def test_a_head_widened_in_parts_gives_the_same_logits(dense: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "HEAD_ROWS", 7)
+    monkeypatch.setattr(oracle_run, "HEAD_ROWS", 7)
     got = oracle_forward(dense.checkpoint, **dense.inputs)
     assert relative_error(got["logits"], dense.got["logits"]) <= FLOAT64_BOUND
 
@@ -446,22 +446,19 @@ def test_positions_count_real_tokens_from_zero(dense: Run) -> None:
     assert positions_BT.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
 
 
-def test_default_frequencies_are_powers_of_theta(dense: Run) -> None:
+def test_default_frequencies_are_powers_of_theta() -> None:
     rope = RopeParameters(rope_type="default", rope_theta=100.0)
-    config = dataclasses.replace(dense.checkpoint.config, head_dim=4, rope_parameters=rope)
-    cos_BTR, sin_BTR = rotation(config, np.array([[0, 3]]))
+    cos_BTR, sin_BTR = rotation(rope, 4, 64, np.array([[0, 3]]))
     np.testing.assert_allclose(cos_BTR, [[[1, 1], [np.cos(3), np.cos(0.3)]]], rtol=1e-15)
     np.testing.assert_allclose(sin_BTR, [[[0, 0], [np.sin(3), np.sin(0.3)]]], rtol=1e-15)
 
 
-def test_dynamic_scaling_starts_beyond_the_trained_length(dense: Run) -> None:
-    config = dense.checkpoint.config  # max_position_embeddings 64
-    rope = dataclasses.replace(config.rope_parameters, rope_type="dynamic", factor=2.0)
-    dynamic = dataclasses.replace(config, rope_parameters=rope)
+def test_dynamic_scaling_starts_beyond_the_trained_length() -> None:
+    plain, dynamic = (RopeParameters(rope_type=kind, rope_theta=1e4, factor=2.0) for kind in ("default", "dynamic"))
     for last, is_scaled in [(63, False), (64, True)]:
         positions_BT = np.array([[0, 1], [last, 1]])  # the batch's longest row decides for every row
-        plain_cos, cos = rotation(config, positions_BT)[0], rotation(dynamic, positions_BT)[0]
-        assert (cos[0, 1] != plain_cos[0, 1]).any() == is_scaled
+        unscaled, cos = (rotation(rope, 16, 64, positions_BT)[0] for rope in (plain, dynamic))
+        assert (cos[0, 1] != unscaled[0, 1]).any() == is_scaled
 
 
 def test_it_needs_neither_torch_nor_jax() -> None:

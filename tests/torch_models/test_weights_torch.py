@@ -16,7 +16,8 @@ import torch_models
 from loaders import CheckpointError, open_checkpoint
 from loaders.plan import weight_loader
 from parity.zoo import make_checkpoint
-from torch_models.storage import host_view, pointer_census
+from torch_models.census import pointer_census
+from torch_models.storage import host_view
 from torch_models.weights import parameters
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_models.layers.linear import Linear
-from torch_models.layers.norm import RMSNorm
+from torch_models.layers.norm import GemmaRMSNorm, RMSNorm
 from torch_models.layers.rotary import rotate
 from torch_models.layers.step import Entry, LayerCache, Step
 
@@ -30,34 +30,86 @@ def remembered(
     return cache["key"], cache["value"]
 
 
-class Attention(nn.Module):
-    """softmax(q kᵀ / √H) v over the keys a query may see; scores and softmax in float32.
+def attend(
+    q_BTNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    visible_BTS: torch.Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v over the keys a query may see, [B, T, N, H]; scores and softmax in float32.
 
-    Source: transformers ``Qwen3Attention``.
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys, each for N/K query heads.
+        v_BSKH: values.
+        visible_BTS: bool, which keys each query may see.
+        scale: None: 1 / √H.
+        softcap: scores are squeezed into ±softcap before the mask, softcap · tanh(score / softcap); None: they are not.
+    """
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BTNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            attn_mask=visible_BTS[:, None],
+            scale=scale,
+            enable_gqa=True,
+        ).transpose(1, 2)
+    q_BTKGH = q_BTNH.unflatten(2, (k_BSKH.shape[2], -1))
+    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.float(), k_BSKH.float())
+    scores_BKGTS = scores_BKGTS * (q_BTNH.shape[3] ** -0.5 if scale is None else scale)
+    scores_BKGTS = torch.tanh(scores_BKGTS / softcap) * softcap
+    scores_BKGTS = scores_BKGTS.masked_fill(~visible_BTS[:, None, None], torch.finfo(torch.float32).min)
+    weight_BKGTS = scores_BKGTS.softmax(-1).to(v_BSKH.dtype)
+    return torch.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Softmax attention with norms of q and k before they are rotated. Source: transformers ``Qwen3Attention``.
+
+    Args:
+        hidden_size: D.
+        num_heads: N.
+        num_kv_heads: K.
+        head_dim: H.
+        eps: of the norms.
+        bias: every projection has one.
+        norm: what q and k are normed by.
+        scale: see ``attend``.
+        softcap: see ``attend``.
     """
 
     def __init__(
-        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        bias: bool,
+        norm: type[RMSNorm] | type[GemmaRMSNorm] = RMSNorm,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.q_norm = RMSNorm(head_dim, eps=eps)
-        self.k_norm = RMSNorm(head_dim, eps=eps)
+        self.q_norm = norm(head_dim, eps=eps)
+        self.k_norm = norm(head_dim, eps=eps)
         self.head_dim = head_dim
+        self.scale = scale
+        self.softcap = softcap
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
         k_BSKH, v_BSKH = remembered(k_BTKH, self.v_proj(x_BTD).view(heads), step, cache)
-        out_BNTH = F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            attn_mask=step.visible_BTS[:, None],
-            enable_gqa=True,
-        )
-        return self.o_proj(out_BNTH.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,14 +11,22 @@ from torch.nn import functional as F
 from torch_models.layers.linear import Linear
 
 
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``."""
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation, in float32, rounded once."""
+    return F.gelu(x, approximate="tanh")  # float32 inside
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``, ``Gemma3MLP``."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, activation: Callable[[torch.Tensor], torch.Tensor] = F.silu
+    ) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.activation = activation
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch_models.layers.linear import empty_param
 from torch_models.taps import tap
 
+STEP_TOKENS = 8  # runs of so many tokens a row are steps of decoding, one token or a draft's few, not prompts
+
 
 class TopKRouter(nn.Module):
     """Softmax over all experts, then the best ``top_k``; ties go to the lower index.
@@ -43,18 +45,47 @@ class Experts(nn.Module):
         self.down_proj = empty_param(num_experts, hidden_size, expert_size)
 
     def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
-        x_UD = x_BTD.flatten(0, 1)
-        experts_UX, weights_UX = experts_BTX.flatten(0, 1), weights_BTX.flatten(0, 1)
-        # one slot per (token, choice), summed at the end in a fixed order: an atomic add would not repeat on a GPU
-        out_UXD = torch.zeros(*experts_UX.shape, x_UD.shape[-1], device=x_UD.device)
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
+
+        Shapes alone decide how, so that a decode step can be captured: few assignments take copies of their experts'
+        weights, other short runs go through every expert, and a prompt asks the host which experts were hit.
+        """
+        x_UD, experts_UX = x_BTD.flatten(0, 1), experts_BTX.flatten(0, 1)
+        if experts_UX.numel() <= len(self.down_proj):
+            out_UXD = self._of_copies(x_UD, experts_UX)
+        elif x_BTD.shape[1] <= STEP_TOKENS:
+            out_UXD = self._of_all(x_UD, experts_UX)
+        else:
+            out_UXD = self._of_hit(x_UD, experts_UX)
+        # summed in a fixed order: an atomic add would not repeat on a GPU
+        out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
+        return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
+
+    def _of_copies(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
+        experts_A = experts_UX.flatten()
+        x_AD1 = x_UD[:, None].expand(*experts_UX.shape, -1).flatten(0, 1)[..., None]
+        gate_A2MD = self.gate_up_proj.index_select(0, experts_A).to(x_UD.dtype)
+        gate_AM1, up_AM1 = torch.bmm(gate_A2MD.flatten(1, 2), x_AD1).chunk(2, dim=1)
+        down_ADM = self.down_proj.index_select(0, experts_A).to(x_UD.dtype)
+        return torch.bmm(down_ADM, F.silu(gate_AM1) * up_AM1).view(*experts_UX.shape, -1)
+
+    def _of_all(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
+        x_EUD = x_UD.expand(len(self.down_proj), -1, -1)
+        both_E2MD = self.gate_up_proj.to(x_UD.dtype).flatten(1, 2)
+        gate_EUM, up_EUM = torch.bmm(x_EUD, both_E2MD.transpose(1, 2)).chunk(2, dim=2)
+        out_EUD = torch.bmm(F.silu(gate_EUM) * up_EUM, self.down_proj.to(x_UD.dtype).transpose(1, 2))
+        row_U1 = torch.arange(len(x_UD), device=x_UD.device)[:, None]
+        return out_EUD[experts_UX, row_U1]  # picked, not weighted by zero: an expert nobody chose may be infinite
+
+    def _of_hit(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
+        out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
         for expert in experts_UX.unique().tolist():
             token_A, choice_A = (experts_UX == expert).nonzero(as_tuple=True)
             rows_AD = x_UD[token_A]
             gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_UD.dtype)) for part_MD in self.gate_up_proj[expert])
-            hidden_AD = F.linear(F.silu(gate_AM) * up_AM, self.down_proj[expert].to(x_UD.dtype))
-            out_UXD[token_A, choice_A] = hidden_AD.float()
-        return torch.einsum("uxd,ux->ud", out_UXD, weights_UX).view(x_BTD.shape).to(x_BTD.dtype)
+            hidden_AM = F.silu(gate_AM) * up_AM
+            out_UXD[token_A, choice_A] = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
+        return out_UXD
 
 
 class SparseMoeBlock(nn.Module):

@@ -71,6 +71,12 @@ def _exponents(head_dim: int) -> torch.Tensor:
     return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _exponents_on(head_dim: int, device: torch.device) -> torch.Tensor:
+    return _exponents(head_dim).to(device)
+
+
 @functools.cache  # a constant of the config, on each device once: a captured graph reads it where it is
 @torch.inference_mode(False)
 def _static_frequencies(rope: RopeParameters, head_dim: int, device: torch.device) -> tuple[torch.Tensor, float]:
@@ -93,7 +99,7 @@ def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, leng
     length_B1 = length_B.clamp(min=longest).float()[:, None]
     stretch_B1 = rope.factor * length_B1 / longest - (rope.factor - 1)
     base_B1 = rope.rope_theta * stretch_B1 ** (head_dim / (head_dim - 2))
-    return 1.0 / base_B1 ** _exponents(head_dim).to(length_B.device)[None, :]
+    return 1.0 / base_B1 ** _exponents_on(head_dim, length_B.device)[None, :]
 
 
 def _yarn_frequencies(rope: RopeParameters, head_dim: int, period: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -1,7 +1,8 @@
 """Rotary embedding of the oracle, in float64: exact frequencies for every rope type the loaders accept.
 
-R is the number of rotated pairs, H / 2. Source: arXiv:2104.09864 (RoPE), arXiv:2309.00071 (YaRN) and the meaning
-transformers ``modeling_rope_utils`` (5.23) gives to each key; checked against it in tests/parity/test_oracle.py.
+R is the number of rotated pairs, half of the dimensions that turn. Source: arXiv:2104.09864 (RoPE), arXiv:2309.00071
+(YaRN) and the meaning transformers ``modeling_rope_utils`` (5.23) gives to each key; checked against it in
+tests/parity/test_oracle.py.
 """
 
 from __future__ import annotations
@@ -11,30 +12,45 @@ import math
 import numpy as np
 
 from loaders.config import RopeParameters
-from loaders.qwen3 import Qwen3Config
 
 
-def rotation(config: Qwen3Config, positions_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rotation(
+    rope: RopeParameters, rotary_dim: int, trained: int, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine by which ``rotate`` turns queries and keys.
 
     Args:
-        config: head_dim, max_position_embeddings and rope_parameters are read.
-        positions_BT: integers [B, T]. Dynamic scaling looks at the largest of the whole batch, padding included.
+        rope: the rotary parameters.
+        rotary_dim: dimensions of a head that turn, 2R.
+        trained: max_position_embeddings.
+        positions: integers [B, T]; or [3, B, T], time, height and width, of which every pair turns by one. Dynamic
+            scaling looks at the largest of the whole batch, padding included.
 
     Returns:
         Two float64 [B, T, R], already multiplied by YaRN's attention factor.
     """
-    length = int(positions_BT.max(initial=0)) + 1
-    frequencies_R, scale = _frequencies(config.rope_parameters, config.head_dim, config.max_position_embeddings, length)
-    angles_BTR = positions_BT[..., None] * frequencies_R
+    frequencies_R, scale = _frequencies(rope, rotary_dim, trained, int(positions.max(initial=0)) + 1)
+    if positions.ndim == 3:
+        of_pairs = np.moveaxis(positions[_axis_of_pairs(rope, rotary_dim // 2)], 0, -1)
+    else:
+        of_pairs = positions[..., None]
+    angles_BTR = of_pairs * frequencies_R
     return scale * np.cos(angles_BTR), scale * np.sin(angles_BTR)
 
 
 def rotate(x_BTNH: np.ndarray, cos_BTR: np.ndarray, sin_BTR: np.ndarray) -> np.ndarray:
-    """Turn each pair (i, i + R) of every head by its angle; float64 [B, T, N, H] in and out."""
+    """Turn each pair (i, i + R) of every head by its angle and leave the rest; float64 [B, T, N, H] in and out."""
     cos_BT1R, sin_BT1R = cos_BTR[:, :, None], sin_BTR[:, :, None]
-    a_BTNR, b_BTNR = np.split(x_BTNH, 2, axis=-1)
-    return np.concatenate([a_BTNR * cos_BT1R - b_BTNR * sin_BT1R, b_BTNR * cos_BT1R + a_BTNR * sin_BT1R], axis=-1)
+    R = cos_BTR.shape[-1]
+    a_BTNR, b_BTNR, still = np.split(x_BTNH, [R, 2 * R], axis=-1)
+    turned = a_BTNR * cos_BT1R - b_BTNR * sin_BT1R, b_BTNR * cos_BT1R + a_BTNR * sin_BT1R
+    return np.concatenate([*turned, still], axis=-1)
+
+
+def _axis_of_pairs(rope: RopeParameters, pairs: int) -> list[int]:
+    """0, 1 or 2 for each pair: interleaved T H W T H W ..., height and width ending after as many as their sections."""
+    assert rope.mrope_section is not None, f"{rope=}"
+    return [pair % 3 if pair % 3 and pair < 3 * rope.mrope_section[pair % 3] else 0 for pair in range(pairs)]
 
 
 def _frequencies(rope: RopeParameters, head_dim: int, trained: int, length: int) -> tuple[np.ndarray, float]:

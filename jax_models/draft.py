@@ -1,0 +1,239 @@
+"""The draft: a checkpoint's multi-token prediction, run with the embedding and the head of the model it drafts for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_models.cache import Cache
+from jax_models.layers.step import LayerCache, steps
+from loaders.inputs import check_text
+from loaders.speculation import SpeculationReport
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+    from jax_models.programs import Programs, Weights
+
+
+@dataclass(eq=False)
+class Draft:
+    """``mtp.*`` of one model, bound to a target. It owns no embedding and no head: the target's buffers serve both.
+
+    Attributes:
+        source: the model whose ``mtp.*`` these are.
+        target: the model it drafts for; None: it cannot run.
+        report: what it was worth in its last generation.
+    """
+
+    source: Model
+    target: Model | None
+    report: SpeculationReport | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The target's weights with this draft's ``mtp``; every buffer is shared with its owner.
+
+        Raises:
+            RuntimeError: it is bound to no model.
+        """
+        if self.target is None:
+            raise RuntimeError("the draft is bound to no model and has no embedding or head of its own. Call bind.")
+        return {**self.target.weights, "mtp": self.source.weights["mtp"]}
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What it reads of its target, ``shared`` or ``copied``: a last stage keeps a copy of the first's embedding."""
+        if self.target is None:
+            return {"embed": "absent", "head": "absent"}
+        stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
+        return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
+        weights, target = self.weights, self.target
+        assert target is not None
+        if np.shape(input_ids)[-1] < 2:
+            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
+        checked = check_text(input_ids, attention_mask, position_ids, **target.limits())
+        entry = checked.input_ids
+        if not target.stage.is_first:
+            entry, _ = target.checked(None, attention_mask, position_ids, hidden_states)
+        programs = self.source.programs.draft
+        return programs.forward(weights, entry, checked.input_ids, checked.attention_mask, checked.position_ids)
+
+    def bind(self, target: Model) -> Draft:
+        """The same draft for another model of its config.
+
+        Raises:
+            ValueError: sizes, dtype, stage or devices differ.
+        """
+        ours, theirs = self.source, target
+        problems = []
+        if ours.config != theirs.config:
+            problems.append(f"the configs differ ({ours.config.architecture}, {theirs.config.architecture})")
+        if ours.dtype != theirs.dtype:
+            problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
+        if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
+            problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
+        if ours.mesh != theirs.mesh:
+            problems.append("they are on different meshes")
+        if problems:
+            raise ValueError(f"the draft does not fit: {'; '.join(problems)}. Nothing was bound.")
+        if not theirs.stage.is_first and not theirs.stage.mtp and not theirs.config.tie_word_embeddings:
+            raise ValueError("the target's last stage has no copy of the embedding: load it with mtp=True")
+        return Draft(self.source, target)
+
+    def unbind(self) -> Draft:
+        """The same draft without a target: it holds nothing of one any more."""
+        return Draft(self.source, None)
+
+
+class DraftPrograms:
+    """The compiled functions of speculative decoding, for models that were loaded with their draft."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self.forward = jax.jit(self._forward)
+        self.prefill = jax.jit(self._prefill, donate_argnames="cache")
+        self.verify = jax.jit(self._verify, donate_argnames="cache")
+        self.keep = jax.jit(self._keep, donate_argnames="cache", static_argnames="tokens")
+        self.extend = jax.jit(self._extend, donate_argnames="cache")
+        self.step = jax.jit(self._step, donate_argnames="cache")
+        self.compact = jax.jit(self._compact, donate_argnames="cache")
+
+    def _forward(
+        self, weights: Weights, inputs: jax.Array, ids_BT: jax.Array, mask_BT: jax.Array, position_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1."""
+        programs = self._programs
+        with programs.precision():
+            module = nnx.merge(programs.graphdef, weights)
+            x_BTD = programs.enter(module, inputs)
+            hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT)
+            is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
+            step = self._steps(module, position_ids[..., 1:], is_pair_BT, 0, is_cached=False)
+            drafted_BTD, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+            return module.head(drafted_BTD), drafted_BTD
+
+    def _prefill(
+        self, weights: Weights, ids_BT: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """As of a model without draft; also the final hidden states, [B, T, D]."""
+        rest = cache.key_mask.shape[1] - mask_BT.shape[1]
+        key_mask_BS = jnp.pad(mask_BT, ((0, 0), (0, rest)))
+        head, hidden_BTD, cache = self._run(weights, ids_BT, positions_BT, key_mask_BS, cache, keep_history=False)
+        return head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, self._programs.placed(cache)
+
+    def _verify(
+        self, weights: Weights, ids_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, jax.Array, dict[str, LayerCache], Cache]:
+        """Logits [B, T, V] and hidden states after each of T tokens; how to undo some of them; and the cache."""
+        slots_S, T = jnp.arange(cache.key_mask.shape[1]), ids_BT.shape[1]
+        is_new_S = (slots_S >= cache.length) & (slots_S < cache.length + T)
+        positions_BT = cache.position[:, None] + jnp.arange(T)
+        key_mask_BS = cache.key_mask | is_new_S
+        head, hidden_BTD, cache = self._run(weights, ids_BT, positions_BT, key_mask_BS, cache, keep_history=True)
+        cache, history = cache.without_history()
+        return head(hidden_BTD), hidden_BTD, history, self._programs.placed(cache)
+
+    def _run(
+        self,
+        weights: Weights,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        key_mask_BS: jax.Array,
+        cache: Cache,
+        *,
+        keep_history: bool,
+    ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array, Cache]:
+        """The model's head, its final hidden states [B, T, D], and the cache."""
+        programs = self._programs
+        with programs.precision():
+            module = nnx.merge(programs.graphdef, weights)
+            x_BTD = programs.enter(module, ids_BT)
+            x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, keep_history=keep_history)
+
+        def head(x_BTD: jax.Array) -> jax.Array:
+            with programs.precision():
+                return module.head(x_BTD)
+
+        return head, x_BTD, cache
+
+    def _keep(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int, cache: Cache) -> Cache:
+        """Of the ``tokens`` just verified, keep the first ``count_B`` of each row, 1 and more."""
+        return self._programs.placed(cache.kept(history, count_B, tokens))
+
+    def _extend(
+        self,
+        weights: Weights,
+        next_ids_BT: jax.Array,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        last_B: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """The draft reads the tokens that came last, each with the hidden state before it.
+
+        Args:
+            weights: of target and draft.
+            next_ids_BT: the token after each of the last T slots.
+            hidden_BTD: the target's final hidden states of those slots.
+            positions_BT: of ``next_ids_BT``.
+            last_B: the last real one of each row.
+            cache: after those slots.
+        Returns:
+            Its logits [B, V] and hidden state [B, 1, D] at ``last_B``, and the cache.
+        """
+        start = cache.length - next_ids_BT.shape[1]
+        return self._draft(weights, next_ids_BT, hidden_BTD, positions_BT, cache.key_mask, start, last_B, cache)
+
+    def _step(
+        self, weights: Weights, ids_B: jax.Array, hidden_B1D: jax.Array, offset: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """One more guess, from the draft's own last state and token; ``offset``: guesses in the cache already."""
+        slots_S = jnp.arange(cache.key_mask.shape[1])
+        is_guess_S = (slots_S >= cache.length) & (slots_S <= cache.length + offset)
+        positions_B1 = cache.position[:, None] + 1 + offset
+        last_B = jnp.zeros_like(ids_B)
+        key_mask_BS = cache.key_mask | is_guess_S
+        ids_B1, start = ids_B[:, None], cache.length + offset
+        return self._draft(weights, ids_B1, hidden_B1D, positions_B1, key_mask_BS, start, last_B, cache)
+
+    def _draft(
+        self,
+        weights: Weights,
+        ids_BT: jax.Array,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        key_mask_BS: jax.Array,
+        start: jax.Array,
+        last_B: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        programs = self._programs
+        with programs.precision():
+            module = nnx.merge(programs.graphdef, weights)
+            step = self._steps(module, positions_BT, key_mask_BS, start, is_cached=True)
+            drafted_BTD, kept = module.mtp(module.embed(ids_BT), hidden_BTD, step, cache.layers["mtp"])
+            hidden_B1D = jnp.take_along_axis(drafted_BTD, last_B[:, None, None], axis=1)
+            cache = dataclasses.replace(cache, layers={**cache.layers, "mtp": kept})
+            return module.head(hidden_B1D)[:, 0], hidden_B1D, programs.placed(cache)
+
+    def _steps(
+        self, module: Any, position_ids: jax.Array, key_mask_BS: jax.Array, start: jax.Array | int, *, is_cached: bool
+    ) -> Any:
+        length = position_ids.shape[-1]
+        config = module.decoder.config
+        return steps(config, [0], position_ids, key_mask_BS, start, length=length, is_cached=is_cached)[0]
+
+    def _compact(self, cache: Cache) -> Cache:
+        return self._programs.placed(cache.compacted())

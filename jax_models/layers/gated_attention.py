@@ -1,0 +1,44 @@
+"""Full attention of hybrid models: a query brings a gate for its head's output."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from jax_models.layers.attention import remembered
+from jax_models.layers.linear import Linear
+from jax_models.layers.norm import GemmaRMSNorm
+from jax_models.layers.rotary import rotate
+from jax_models.layers.step import LayerCache, Step
+
+
+class GatedAttention(nnx.Module):
+    """softmax(q kᵀ / √H) v * sigmoid(gate). ``q_proj`` holds, head by head, a query and its gate.
+
+    Source: transformers ``Qwen3_5Attention``.
+    """
+
+    def __init__(
+        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+    ) -> None:
+        self.q_proj = Linear(hidden_size, 2 * num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
+        self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
+        self.head_dim = head_dim
+
+    def __call__(
+        self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        rows = x_BTD.shape[:2]
+        qg_BTN2H = self.q_proj(x_BTD).reshape(*rows, -1, 2, self.head_dim)
+        q_BTNH, gate_BTNH = qg_BTN2H[..., 0, :], qg_BTN2H[..., 1, :]
+        q_BTNH = rotate(self.q_norm(q_BTNH), step.cos_BTR, step.sin_BTR)
+        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
+        v_BTKH = self.v_proj(x_BTD).reshape(*rows, -1, self.head_dim)
+        k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
+        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=step.visible_BTS[:, None])
+        out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
+        return self.o_proj(out_BTNH.reshape(*rows, -1)), cache

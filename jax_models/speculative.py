@@ -1,0 +1,129 @@
+"""Speculative decoding: a draft guesses, the target checks all guesses at once, and what it would not say is undone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loaders.inputs import bucket, check_sampling, check_text
+from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
+
+if TYPE_CHECKING:
+    from jax_models.draft import Draft
+    from jax_models.model import Model
+
+
+def generate_with_draft(
+    model: Model,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    *,
+    draft: Draft,
+    draft_tokens: int = 3,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    ignore_eos: bool = False,
+) -> tuple[jax.Array, SpeculationReport]:
+    """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
+
+    Args:
+        model: the whole model.
+        input_ids: integers [B, T].
+        attention_mask: [B, T], padding on either side.
+        max_new_tokens: at most so many per row.
+        temperature: 0 = the best token; else the softmax temperature.
+        draft: bound to ``model``.
+        draft_tokens: guesses in each round.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the sampling.
+        ignore_eos: go on after an end-of-sequence token.
+    Returns:
+        int32 [B, N] as of ``generate``, and what the draft was worth.
+    Raises:
+        ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if type(draft_tokens) is not int or draft_tokens < 1:
+        raise ValueError(f"draft_tokens={draft_tokens}, expected at least 1")
+    if draft.target is not model:
+        raise ValueError(
+            f"the draft is bound to another model or version, this model is at version {model.version}."
+            " Use model.draft, or draft.bind(model)."
+        )
+    if model.stage.count > 1:
+        raise ValueError(f"generate needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+    programs, weights = draft.source.programs, draft.weights
+    rng = np.random.default_rng(seed)
+    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
+    pad = model.checkpoint.pad_token_id
+    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+
+    def probabilities(logits: jax.Array) -> np.ndarray:
+        return distribution(np.asarray(logits), temperature, top_p or 1.0, top_k)
+
+    def choose(logits_BV: jax.Array) -> tuple[np.ndarray, np.ndarray | None]:
+        """A token a row, and the distribution it was drawn from."""
+        if temperature == 0:
+            return np.asarray(jnp.argmax(logits_BV, axis=-1), np.int32), None
+        found_BV = probabilities(logits_BV)
+        return np.array([draw(row_V, rng) for row_V in found_BV], np.int32), found_BV
+
+    checked = check_text(input_ids, attention_mask, None, vocab_size=model.config.vocab_size).left_aligned()
+    checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
+    B, length = checked.input_ids.shape
+    T = draft_tokens + 1
+    room = bucket(length + max_new_tokens + 3 * T)
+    cache = programs.empty_cache(rows=B, capacity=room)
+    prompt = (checked.input_ids, checked.attention_mask, checked.position_ids)
+    logits_BV, hidden_BTD, cache = programs.draft.prefill(weights, *prompt, cache=cache)
+    rows = Rows(B, max_new_tokens, ends, filler)
+    token_B, _ = choose(logits_BV)
+    for row in range(B):
+        rows.add(row, [int(token_B[row])])
+    next_ids_BT = np.concatenate([checked.input_ids[:, 1:], token_B[:, None]], axis=1)
+    next_positions_BT = checked.position_ids + 1
+    last_B, position_B = np.full(B, length - 1, np.int32), checked.attention_mask.sum(1).astype(np.int32)
+    filled, rounds, accepted = length, 0, 0
+    while rows.is_active_B.any():
+        logits_BV, state_B1D, cache = programs.draft.extend(
+            weights, next_ids_BT, hidden_BTD, next_positions_BT, last_B, cache=cache
+        )
+        if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
+            cache = programs.draft.compact(cache=cache)
+            filled = int(cache.length)
+        drafted, drawn_from = [], []
+        for guess in range(draft_tokens):
+            if guess:
+                logits_BV, state_B1D, cache = programs.draft.step(
+                    weights, drafted[-1], state_B1D, jnp.int32(guess - 1), cache=cache
+                )
+            guess_B, found_BV = choose(logits_BV)
+            drafted.append(guess_B)
+            drawn_from.append(found_BV)
+        drafted_BK = np.stack(drafted, axis=1)
+        fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
+        logits_BTV, hidden_BTD, history, cache = programs.draft.verify(weights, fed_BT, cache=cache)
+        if temperature == 0:
+            count_B, token_B = accept_greedy(drafted_BK, np.asarray(jnp.argmax(logits_BTV, axis=-1)))
+        else:
+            count_B, token_B = accept_sampled(drafted_BK, np.stack(drawn_from, axis=1), probabilities(logits_BTV), rng)
+        count_B, token_B = count_B.astype(np.int32), token_B.astype(np.int32)
+        cache = programs.draft.keep(history, count_B + 1, T, cache=cache)
+        rounds += int(rows.is_active_B.sum())
+        accepted += int(count_B[rows.is_active_B].sum())
+        for row in range(B):
+            rows.add(row, [*map(int, drafted_BK[row, : count_B[row]]), int(token_B[row])])
+        steps_T = np.arange(T)
+        next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
+        next_positions_BT = (position_B[:, None] + steps_T + 1).astype(np.int32)
+        last_B, position_B = count_B, position_B + count_B + 1
+        filled += T
+    report = SpeculationReport(rounds, rounds * draft_tokens, accepted)
+    return jnp.asarray(rows.finished(), jnp.int32), report

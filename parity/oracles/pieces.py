@@ -1,0 +1,119 @@
+"""What the families' oracles are made of: float64 NumPy, from the equations. Letters: docs/glossary.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from parity.oracles.run import Weights
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x)."""
+    small = np.exp(-np.abs(x))  # never overflows, and loses no digits on either side
+    return np.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times its sigmoid."""
+    return x * sigmoid(x)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The approximation of GELU by tanh. Source: arXiv:1606.08415, section 2."""
+    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def capped(x: np.ndarray, cap: float | None) -> np.ndarray:
+    """Bent to stay within ``cap``; None for no cap."""
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """``weight`` times x over its root mean square along the last axis."""
+    return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def linear(read: Weights, name: str, x: np.ndarray, size: int, *, bias: bool = False) -> np.ndarray:
+    """The linear layer ``name`` with ``size`` outputs."""
+    y = x @ read(name + ".weight", size, x.shape[-1]).T
+    return y + read(name + ".bias", size) if bias else y
+
+
+def visible(mask_BT: np.ndarray, window: int | None) -> np.ndarray:
+    """Which key each query sees: real, not later, and at most ``window`` back, itself included; bool [B, T, S]."""
+    steps = np.arange(mask_BT.shape[1])
+    back_TS = steps[:, None] - steps[None, :]
+    seen_TS = (back_TS >= 0) & (back_TS < (len(steps) if window is None else window))
+    seen_BTS = seen_TS & mask_BT[:, None, :]
+    blind_BT1 = ~seen_BTS.any(axis=-1, keepdims=True)  # padding only; itself keeps its softmax finite
+    return seen_BTS | (blind_BT1 & (back_TS == 0))
+
+
+def attend(
+    q_BTNH: np.ndarray,
+    k_BSKH: np.ndarray,
+    v_BSKH: np.ndarray,
+    visible_BTS: np.ndarray,
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> np.ndarray:
+    """Softmax attention with grouped heads, [B, T, N*H]."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    # query heads K-major: head n reads key/value head n // G
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BK1HS = k_BSKH.transpose(0, 2, 3, 1)[:, :, None]
+    v_BK1SH = v_BSKH.transpose(0, 2, 1, 3)[:, :, None]
+    scores_BKGTS = capped(q_BKGTH @ k_BK1HS * scale, cap)
+    mixed_BKGTH = softmax(np.where(visible_BTS[:, None, None], scores_BKGTS, -np.inf)) @ v_BK1SH
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
+
+
+def swiglu(read: Weights, prefix: str, x: np.ndarray, size: int) -> np.ndarray:
+    """The gated MLP of width ``size`` under ``prefix``."""
+    gate, up = linear(read, prefix + "gate_proj", x, size), linear(read, prefix + "up_proj", x, size)
+    return linear(read, prefix + "down_proj", silu(gate) * up, x.shape[-1])
+
+
+def route(
+    config: Any, read: Weights, x_BTD: np.ndarray, mask_BT: np.ndarray, replayed_BTX: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Router logits [B, T, E], experts [B, T, X] and their weights [B, T, X]."""
+    logits_BTE = linear(read, "mlp.gate", x_BTD, config.num_experts)
+    probabilities_BTE = softmax(logits_BTE)
+    experts_BTX = np.argsort(-probabilities_BTE, axis=-1, kind="stable")[..., : config.num_experts_per_tok]
+    if replayed_BTX is not None:
+        experts_BTX = np.where(mask_BT[..., None], replayed_BTX, experts_BTX)
+    weights_BTX = np.take_along_axis(probabilities_BTE, experts_BTX, axis=-1)
+    if config.norm_topk_prob:
+        weights_BTX = weights_BTX / weights_BTX.sum(axis=-1, keepdims=True)
+    return logits_BTE, experts_BTX, weights_BTX
+
+
+def experts(
+    config: Any, read: Weights, x_BTD: np.ndarray, experts_BTX: np.ndarray, weights_BTX: np.ndarray
+) -> np.ndarray:
+    """Every token's experts, weighted and summed; stored one by one, or all in one tensor."""
+    out_BTD = np.zeros_like(x_BTD)
+    E, M, D = config.num_experts, config.moe_intermediate_size, x_BTD.shape[-1]
+    fused = read.under("mlp.experts.")
+    for expert in np.unique(experts_BTX):
+        row, step, slot = np.nonzero(experts_BTX == expert)
+        x = x_BTD[row, step]
+        if fused.has("gate_up_proj"):  # rows of the gate first
+            gate_up = x @ fused.stored("gate_up_proj", E, 2 * M, D)[expert].astype(np.float64).T
+            inner = silu(gate_up[:, :M]) * gate_up[:, M:]
+            y = inner @ fused.stored("down_proj", E, D, M)[expert].astype(np.float64).T
+        else:
+            y = swiglu(read, f"mlp.experts.{expert}.", x, M)
+        out_BTD[row, step] += weights_BTX[row, step, slot, None] * y  # a token names an expert once: no repeated index
+    return out_BTD

@@ -1,0 +1,94 @@
+"""One pass of an oracle over one batch: what it reads from, what it was given, what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loaders import Checkpoint, CheckpointError
+
+EXACT_IN_FLOAT64 = ("F64", "F32", "F16", "BF16")
+HEAD_ROWS = 8192  # rows of the head widened at a time: all of V x D in float64 is four times the stored bf16
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint whose names begin with ``prefix``; called, one of them in float64."""
+
+    checkpoint: Checkpoint
+    prefix: str = ""
+
+    def __call__(self, name: str, *shape: int) -> np.ndarray:
+        """The tensor in float64, every value exact; errors as ``stored``."""
+        return self.stored(name, *shape).astype(np.float64)
+
+    def stored(self, name: str, *shape: int) -> np.ndarray:
+        """The tensor as it is stored, ``shape`` being what config.json asks for.
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or a dtype whose values mean nothing without scales.
+        """
+        name, source = self.prefix + name, self.checkpoint.source
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(source, [f"tensor {name!r} is missing. Is config.json from the same checkpoint?"])
+        if info.shape != shape:
+            problem = f"tensor {name!r} has shape {info.shape}, expected {shape} ({info.file})"
+            raise CheckpointError(source, [f"{problem}. Is config.json from the same checkpoint?"])
+        if info.dtype not in EXACT_IN_FLOAT64:
+            known = ", ".join(EXACT_IN_FLOAT64)
+            raise CheckpointError(source, [f"tensor {name!r} is {info.dtype}; the oracle widens {known} only"])
+        return self.checkpoint.read(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor."""
+        return self.prefix + name in self.checkpoint.tensors
+
+    def under(self, prefix: str) -> Weights:
+        """The tensors whose names go on with ``prefix``."""
+        return Weights(self.checkpoint, self.prefix + prefix)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checkpoint and a batch, checked; ``out`` is what ``parity.oracle.oracle_forward`` returns."""
+
+    checkpoint: Checkpoint
+    config: Any
+    ids_BT: np.ndarray
+    mask_BT: np.ndarray
+    positions: np.ndarray  # [B, T] or [3, B, T]
+    replayed: Mapping[str, np.ndarray]
+    out: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """Every tensor, by its whole name."""
+        return Weights(self.checkpoint)
+
+    @property
+    def text(self) -> Weights:
+        """The tensors of the text model, under whichever of its names they are stored."""
+        spelled = (f"{path}." for path in self.config.text_paths)
+        known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
+        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."))
+
+    def embedding(self) -> np.ndarray:
+        """The embedding as it is stored, [V, D]."""
+        return self.text.stored("embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+
+    def head(self, x_BTD: np.ndarray) -> np.ndarray:
+        """Logits [B, T, V] by the head, which is the embedding in a tied model."""
+        sizes = self.config.vocab_size, self.config.hidden_size
+        is_tied = self.config.tie_word_embeddings
+        head_VD = self.embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
+        parts = [head_VD[start : start + HEAD_ROWS] for start in range(0, len(head_VD), HEAD_ROWS)]
+        return np.concatenate([x_BTD @ part.astype(np.float64).T for part in parts], axis=-1)
+
+    def route(self, name: str, logits_BTE: np.ndarray, experts_BTX: np.ndarray) -> None:
+        """Write down what the router of one layer chose; ``name`` is ``routing.i``."""
+        self.out[name.replace("routing", "router_logits")] = logits_BTE
+        self.out[name] = experts_BTX.astype(np.int32)

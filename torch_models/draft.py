@@ -1,0 +1,164 @@
+"""The draft: a checkpoint's multi-token prediction, run with the embedding and the head of the model it drafts for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from loaders.inputs import check_text
+from loaders.speculation import SpeculationReport
+from torch_models.cache import Cache
+from torch_models.host import on_host
+from torch_models.layers.step import Step, steps
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+
+@dataclass(eq=False)
+class Draft:
+    """``mtp.*`` of one model, bound to a target. It owns no embedding and no head: the target's modules serve both.
+
+    Attributes:
+        source: the model whose ``mtp.*`` these are.
+        target: the model it drafts for; None: it cannot run.
+        report: what it was worth in its last generation.
+    """
+
+    source: Model
+    target: Model | None
+    report: SpeculationReport | None = None
+
+    @property
+    def bound(self) -> Model:
+        """The target.
+
+        Raises:
+            RuntimeError: it is bound to no model, or one of the two must not run.
+        """
+        if self.target is None:
+            raise RuntimeError("the draft is bound to no model and has no embedding or head of its own. Call bind.")
+        self.source.check_runnable()
+        self.target.check_runnable()
+        return self.target
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What it reads of its target, ``shared`` or ``copied``: a last stage keeps a copy of the first's embedding."""
+        if self.target is None:
+            return {"embed": "absent", "head": "absent"}
+        stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
+        return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
+
+    def bind(self, target: Model) -> Draft:
+        """The same draft for another model of its config.
+
+        Raises:
+            ValueError: sizes, dtype, stage or devices differ.
+        """
+        ours, theirs = self.source, target
+        problems = []
+        if ours.config != theirs.config:
+            problems.append(f"the configs differ ({ours.config.architecture}, {theirs.config.architecture})")
+        if ours.dtype != theirs.dtype:
+            problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
+        if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
+            problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
+        if ours.device != theirs.device:
+            problems.append(f"the draft is on {ours.device}, the target on {theirs.device}")
+        if problems:
+            raise ValueError(f"the draft does not fit: {'; '.join(problems)}. Nothing was bound.")
+        if not theirs.stage.is_first and not theirs.stage.mtp and not theirs.config.tie_word_embeddings:
+            raise ValueError("the target's last stage has no copy of the embedding: load it with mtp=True")
+        return Draft(self.source, target)
+
+    def unbind(self) -> Draft:
+        """The same draft without a target: it holds nothing of one any more."""
+        return Draft(self.source, None)
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
+        target = self.bound
+        if np.shape(input_ids)[-1] < 2:
+            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
+        ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
+        checked = check_text(ids, mask, positions, **target.limits())
+        ids_BT = target.long(checked.input_ids)
+        x_BTD = target.embed(ids_BT)
+        if not target.stage.is_first:
+            x_BTD, _ = target.checked(None, mask, positions, hidden_states)
+        mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
+        positions = target.long(checked.position_ids)
+        hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
+        is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
+        step = self._steps(positions[..., 1:], is_pair_BT, 0, is_cached=False)
+        drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+        return target.head(drafted_BTD), drafted_BTD
+
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
+        """A cache for the target and the draft, with no token in it."""
+        target = self.bound
+        entries = self.source.cache_entries(self.source.config, self.source.stage, rows, capacity)
+        return target.empty_cache(rows, capacity, entries)
+
+    def extend(
+        self,
+        next_ids_BT: torch.Tensor,
+        hidden_BTD: torch.Tensor,
+        positions_BT: torch.Tensor,
+        last_B: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft reads the tokens that came last, each with the hidden state before it.
+
+        Args:
+            next_ids_BT: the token after each of the last T slots.
+            hidden_BTD: the target's final hidden states of those slots.
+            positions_BT: of ``next_ids_BT``.
+            last_B: the last real one of each row.
+            cache: after those slots; its entry of the draft is written in place.
+        Returns:
+            Its logits [B, V] and hidden state [B, 1, D] at ``last_B``.
+        """
+        start = cache.slot - next_ids_BT.shape[1]
+        return self._draft(next_ids_BT, hidden_BTD, positions_BT, cache.key_mask, start, last_B, cache)
+
+    def step(
+        self, ids_B: torch.Tensor, hidden_B1D: torch.Tensor, offset: int, cache: Cache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more guess, from the draft's own last state and token; ``offset``: guesses in the cache already."""
+        slots_S = torch.arange(cache.capacity, device=ids_B.device)
+        is_guess_S = (slots_S >= cache.slot) & (slots_S <= cache.slot + offset)
+        positions_B1 = cache.position[:, None] + 1 + offset
+        key_mask_BS = cache.key_mask | is_guess_S
+        last_B = torch.zeros_like(ids_B)
+        return self._draft(ids_B[:, None], hidden_B1D, positions_B1, key_mask_BS, cache.slot + offset, last_B, cache)
+
+    def _draft(
+        self,
+        ids_BT: torch.Tensor,
+        hidden_BTD: torch.Tensor,
+        positions_BT: torch.Tensor,
+        key_mask_BS: torch.Tensor,
+        start: torch.Tensor,
+        last_B: torch.Tensor,
+        cache: Cache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target = self.bound
+        step = self._steps(positions_BT, key_mask_BS, start, is_cached=True)
+        drafted_BTD = self.source.mtp(target.embed(ids_BT), hidden_BTD, step, cache.layers["mtp"])
+        hidden_B1D = drafted_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
+        return target.head(hidden_B1D)[:, 0], hidden_B1D
+
+    def _steps(
+        self, position_ids: torch.Tensor, key_mask_BS: torch.Tensor, start: torch.Tensor | int, *, is_cached: bool
+    ) -> Step:
+        length = position_ids.shape[-1]
+        config = self.source.config
+        return steps(config, [0], position_ids, key_mask_BS, start, length=length, is_cached=is_cached)[0]

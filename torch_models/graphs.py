@@ -1,0 +1,226 @@
+"""Decoding as captured graphs: static tensors, one program for each bucket of rows and capacity, replayed.
+
+On CUDA a real graph; elsewhere a recorded replay (``torch_models.recording``), which runs as fast as eager code, and is
+stale exactly where a graph would be.
+
+    logits_BV, batch = model.graphs.prefill(input_ids, max_new_tokens=64)
+    logits_BV = batch.decode(logits_BV.argmax(-1))
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from loaders.inputs import bucket
+from torch_models.cache import Cache
+from torch_models.census import Watch
+from torch_models.recording import Recording
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+WARM_UPS = 2  # libraries choose kernels and take their workspaces before the capture
+_FEW = (1, 2, 4, 8, 12)
+_STEPS = ((256, 8), (512, 16))  # up to so many rows, buckets so far apart; beyond them 32
+_NAMED = 5  # moved tensors that an error lists
+
+
+def row_bucket(rows: int) -> int:
+    """Rows of the graph that serves ``rows``: 1, 2, 4, 8, 12, 16, 24, ... 256, 272, ... 512, 544, ..."""
+    few = next((size for size in _FEW if rows <= size), None)
+    step = next((step for most, step in _STEPS if rows <= most), 32)
+    return few or -(-rows // step) * step
+
+
+class _Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+class DecodeGraph:
+    """One captured decode step, and the tensors it reads and writes. They live as long as it does, and never move.
+
+    Attributes:
+        rows: of the batch, padding included.
+        capacity: slots of the cache.
+        cache: keys, values and states; padded rows have no real token in it.
+        token_ids: int64 [B, 1], of the next step.
+        logits: float32 [B, V], of the last one.
+        refusal: why it must not replay any more; None while it may.
+        takes: how many batches have used it.
+    """
+
+    def __init__(self, model: Model, rows: int, capacity: int, pool: Any) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.refusal: str | None = None
+        self.takes = 0
+        with torch.inference_mode(False):
+            self.cache = model.empty_cache(rows, capacity)
+            self.token_ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+            self.logits = torch.zeros(rows, model.config.vocab_size, device=model.device)
+        self.program, self._outside = self._capture(model, pool)
+        own = {"cache": self.cache, "token_ids": self.token_ids, "logits": self.logits}
+        self.watches = (Watch(model), Watch(own, f"graph {rows}x{capacity}"))
+
+    def moved(self, *, also_new: bool = False) -> list[str]:
+        """Names of the tensors that are not where they were at the capture."""
+        return [name for watch in self.watches for name in (watch.moved_or_new() if also_new else watch.moved())]
+
+    def check(self, *, also_new: bool = False) -> None:
+        """Raises RuntimeError if a replay would compute something else than the model."""
+        if self.refusal is not None:
+            raise RuntimeError(f"the graph of {self.rows} rows and {self.capacity} slots is gone: {self.refusal}.")
+        names = self.moved(also_new=also_new)
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise RuntimeError(
+                f"the graph of {self.rows} rows and {self.capacity} slots must not replay: {len(names)} tensors are not"
+                f" where they were when it was captured: {', '.join(names[:_NAMED])}{more}. Write tensors in place, or"
+                f" capture again after model.graphs.drop()."
+            )
+
+    def give_up(self, reason: str) -> None:
+        """Let go of all memory; never replay again."""
+        self.refusal = reason
+        self.watches, self._outside = (), []
+        del self.program, self.cache, self.token_ids, self.logits
+
+    def _capture(self, model: Model, pool: Any) -> tuple[_Replayable, list[torch.Tensor]]:
+        def step() -> None:
+            self.logits.copy_(model.decode_step(self.token_ids, self.cache))
+
+        with torch.inference_mode(False), torch.no_grad():
+            step()  # constants are made at their first use, outside of any graph
+            self.cache.reset()
+            recording = Recording(step)
+            self.cache.reset()
+            program = recording if model.device.type != "cuda" else _capture_cuda(step, self.cache, model.device, pool)
+        # also what a graph reads must live as long as it: whoever rebinds a tensor gets stale values, never a crash
+        return program, recording.outside
+
+
+def _capture_cuda(step: Callable[[], None], cache: Cache, device: torch.device, pool: Any) -> _Replayable:
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+                cache.reset()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            step()
+    cache.reset()
+    return graph
+
+
+class Batch:
+    """Rows that decode through a graph, from one prefill to the next that takes the same graph."""
+
+    def __init__(self, model: Model, graph: DecodeGraph, rows: int) -> None:
+        self._model, self._graph, self._take = model, graph, graph.takes
+        self.rows = rows
+
+    def decode(self, token_ids: Any) -> torch.Tensor:
+        """Append one token a row: logits, float32 [B, V], of the real rows.
+
+        Raises:
+            RuntimeError: a replay would compute something else: tensors moved, the graph was dropped or the model put
+                to sleep since, a later prefill took its cache, or the weights are a mixture.
+            ValueError: the cache was computed with other weights, is full, or has other rows.
+        """
+        graph = self._graph
+        self._model.check_runnable()
+        graph.check()
+        if graph.takes != self._take:
+            raise RuntimeError("a later prefill took the graph and its cache. One batch at a time, or graphs=False.")
+        ids_B1 = self._model.next_ids(token_ids, graph.cache, rows=self.rows)
+        with torch.inference_mode(False), torch.no_grad():
+            graph.token_ids.zero_()[: self.rows].copy_(ids_B1)
+            graph.program.replay()
+            graph.cache.length += 1
+            return graph.logits[: self.rows].clone()
+
+
+class DecodeGraphs:
+    """The graphs of a model, by rows and capacity; captured when first needed, kept until dropped.
+
+    They share one memory pool on CUDA, so one replay must end before the next begins, as on one stream it does. Each
+    has a cache of its own: ``drop`` what is no longer used. Weights may change in place as often as they like.
+    """
+
+    is_outside_census = True  # each graph watches its own
+
+    def __init__(self, model: Model) -> None:
+        self._model = weakref.ref(model)
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._pool: Any = None
+        self.num_captures = 0
+        weakref.finalize(model, self._graphs.clear).atexit = False  # graphs hold the weights: without a model, none
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __getitem__(self, key: tuple[int, int]) -> DecodeGraph:
+        return self._graphs[key]
+
+    def __delitem__(self, key: tuple[int, int]) -> None:
+        self.drop(*key)
+
+    def capture(self, rows: int | Iterable[int], capacity: int) -> list[DecodeGraph]:
+        """Make ready for batches of ``rows`` (several: the largest first, whose memory the others use again).
+
+        Args:
+            rows: rounded up to a bucket, see ``row_bucket``.
+            capacity: slots, prompt and new tokens; rounded up to a power of two.
+        Raises:
+            CannotCapture: the model's step does what no graph can.
+            ValueError: rows or capacity below 1, or a pipeline stage.
+        """
+        sizes = [rows] if isinstance(rows, int) else list(rows)
+        if capacity < 1 or not sizes or min(sizes) < 1:
+            raise ValueError(f"rows={sizes}, capacity={capacity}, expected at least 1 of each")
+        wanted = sorted({row_bucket(size) for size in sizes}, reverse=True)
+        return [self._ready(size, bucket(capacity)) for size in wanted]
+
+    def prefill(
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+    ) -> tuple[torch.Tensor, Batch]:
+        """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
+        model = self._live()
+        prompt = model.checked_prompt(input_ids, attention_mask)
+        rows, length = prompt.input_ids.shape
+        (graph,) = self.capture(rows, length + max_new_tokens)
+        graph.check(also_new=True)
+        graph.takes += 1
+        graph.cache.reset()
+        graph.cache.version, graph.cache.stamp = model.version, model.weights_stamp()
+        logits_BV = model.prefill_into(prompt, graph.cache.first_rows(rows))
+        graph.cache.length = length
+        return logits_BV, Batch(model, graph, rows)
+
+    def drop(self, rows: int | None = None, capacity: int | None = None, *, reason: str = "it was dropped") -> None:
+        """Free graphs and their caches, all or those of some rows or capacity. A batch that used one is refused."""
+        for key in list(self._graphs):
+            if rows in (None, key[0]) and capacity in (None, key[1]):
+                self._graphs.pop(key).give_up(reason)
+
+    def _live(self) -> Model:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    def _ready(self, rows: int, capacity: int) -> DecodeGraph:
+        if (rows, capacity) not in self._graphs:
+            model = self._live()
+            model.check_runnable()
+            model.check_whole()
+            if self._pool is None and model.device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            self._graphs[rows, capacity] = DecodeGraph(model, rows, capacity, self._pool)
+            self.num_captures += 1
+        return self._graphs[rows, capacity]

@@ -1,0 +1,49 @@
+"""Full attention of hybrid models: a query brings a gate for its head's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torch_models.layers.attention import remembered
+from torch_models.layers.linear import Linear
+from torch_models.layers.norm import GemmaRMSNorm
+from torch_models.layers.rotary import rotate
+from torch_models.layers.step import LayerCache, Step
+
+
+class GatedAttention(nn.Module):
+    """softmax(q kᵀ / √H) v * sigmoid(gate). ``q_proj`` holds, head by head, a query and its gate.
+
+    Source: transformers ``Qwen3_5Attention``.
+    """
+
+    def __init__(
+        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.q_proj = Linear(hidden_size, 2 * num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
+        self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
+        self.head_dim = head_dim
+
+    def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
+        rows = x_BTD.shape[:2]
+        q_BTNH, gate_BTNH = self.q_proj(x_BTD).view(*rows, -1, 2, self.head_dim).unbind(-2)
+        q_BTNH = rotate(self.q_norm(q_BTNH), step.cos_BTR, step.sin_BTR)
+        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
+        v_BTKH = self.v_proj(x_BTD).view(*rows, -1, self.head_dim)
+        k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BTNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            attn_mask=step.visible_BTS[:, None],
+            enable_gqa=True,
+        )
+        out_BTNH = out_BNTH.transpose(1, 2) * torch.sigmoid(gate_BTNH)
+        return self.o_proj(out_BTNH.reshape(*rows, -1))

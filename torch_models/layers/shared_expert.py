@@ -1,0 +1,42 @@
+"""Mixture of experts with one expert that every token has, behind a gate of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torch_models.layers.linear import Linear
+from torch_models.layers.mlp import MLP
+from torch_models.layers.moe import Experts, TopKRouter
+from torch_models.taps import tap
+
+
+class SharedExpertMoeBlock(nn.Module):
+    """experts(x) + sigmoid(gate(x)) * shared_expert(x). Source: transformers ``Qwen3_5MoeSparseMoeBlock``.
+
+    ``path``: of the decoder layer, for taps.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        expert_size: int,
+        shared_size: int,
+        top_k: int,
+        norm_topk_prob: bool,
+        path: str,
+    ) -> None:
+        super().__init__()
+        self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
+        self.experts = Experts(hidden_size, num_experts, expert_size)
+        self.shared_expert = MLP(hidden_size, shared_size)
+        self.shared_expert_gate = Linear(hidden_size, 1)
+        self.path = path
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        weights_BTX, experts_BTX = self.gate(x_BTD)
+        tap(f"{self.path}.mlp.gate", experts_BTX)
+        shared_BTD = torch.sigmoid(self.shared_expert_gate(x_BTD)) * self.shared_expert(x_BTD)
+        return self.experts(x_BTD, weights_BTX, experts_BTX) + shared_BTD

@@ -1,0 +1,87 @@
+"""Sleep and wake: the weights' memory given back for a while, their parameters kept.
+
+While a model sleeps its storages are empty and the host holds a copy. Every parameter and buffer stays the object it
+is, and tensors that share storage go on sharing it. No version is published: the weights do not change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+HostCopy = list[tuple[torch.UntypedStorage, torch.Tensor]]  # a storage, and its bytes on the host, uint8
+
+
+@torch.no_grad()
+def sleep(model: Model) -> Model:
+    """Free the storage of every parameter and buffer, with a copy on the host. Twice is once.
+
+    All graphs are dropped, and every cache computed before is refused by ``decode`` from now on. Until ``wake`` the
+    model refuses to run, to change and to be exported.
+
+    Raises:
+        RuntimeError: an update failed half-way; a mixture of two versions is not kept.
+    """
+    if model.asleep is not None:
+        return model
+    model.check_runnable()
+    copies: HostCopy = [(storage, _bytes(storage).to("cpu", copy=True)) for storage in _storages(model)]
+    model.graphs.drop(reason="the model was put to sleep")
+    model.asleep = copies
+    _touch(model)
+    for storage, _ in copies:
+        storage.resize_(0)
+    return model
+
+
+@torch.no_grad()
+def wake(model: Model) -> Model:
+    """Give every storage its memory and its bytes back, and compare them. Twice is once.
+
+    The addresses may be others than before, so graphs are captured anew when next asked for.
+
+    Raises:
+        RuntimeError: bytes differ from what was put to sleep. The model sleeps on; so it does when memory runs out.
+    """
+    if model.asleep is None:
+        return model
+    for storage, copy in model.asleep:
+        storage.resize_(copy.numel())
+        _bytes(storage).copy_(copy)
+    wrong = sum(not torch.equal(_bytes(storage).cpu(), copy) for storage, copy in model.asleep)
+    if wrong:
+        raise RuntimeError(f"{wrong} of {len(model.asleep)} storages woke with other bytes. The model sleeps on.")
+    _touch(model)
+    model.asleep = None
+    return model
+
+
+def check_awake(model: Model) -> None:
+    """Raises RuntimeError while the model, or one that shares parameters with it, sleeps."""
+    # an empty storage is read without a check, by address: on a CPU that ends the process
+    if model.asleep is not None or any(_is_freed(param) for param in model.parameters()):
+        raise RuntimeError("the model sleeps, or one that it shares parameters with: call wake() first.")
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    return not tensor.data_ptr() and bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
+
+
+def _storages(model: Model) -> list[torch.UntypedStorage]:
+    """Every storage once, however many tensors share it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _touch(model: Model) -> None:
+    """Make the stamp another one, for every model that shares these parameters."""
+    for param in model.parameters():
+        torch.autograd.graph.increment_version(param)

@@ -1,0 +1,133 @@
+"""Speculative decoding: a draft guesses, the target checks all guesses at once, and what it would not say is undone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from loaders.inputs import bucket, check_sampling, check_text
+from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
+from torch_models.host import on_host
+
+if TYPE_CHECKING:
+    from torch_models.draft import Draft
+    from torch_models.model import Model
+
+
+def generate_with_draft(
+    model: Model,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    *,
+    draft: Draft,
+    draft_tokens: int = 3,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    ignore_eos: bool = False,
+) -> tuple[torch.Tensor, SpeculationReport]:
+    """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
+
+    Args:
+        model: the whole model.
+        input_ids: integers [B, T].
+        attention_mask: [B, T], padding on either side.
+        max_new_tokens: at most so many per row.
+        temperature: 0 = the best token; else the softmax temperature.
+        draft: bound to ``model``.
+        draft_tokens: guesses in each round.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the sampling.
+        ignore_eos: go on after an end-of-sequence token.
+    Returns:
+        int64 [B, N] as of ``generate``, and what the draft was worth.
+    Raises:
+        ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if type(draft_tokens) is not int or draft_tokens < 1:
+        raise ValueError(f"draft_tokens={draft_tokens}, expected at least 1")
+    if draft.target is not model:
+        raise ValueError(
+            f"the draft is bound to another model or version, this model is at version {model.version}."
+            " Use model.draft, or draft.bind(model)."
+        )
+    if model.stage.count > 1:
+        raise ValueError(f"generate needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+    rng = np.random.default_rng(seed)
+    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
+    pad = model.checkpoint.pad_token_id
+    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+
+    def probabilities(logits: torch.Tensor) -> np.ndarray:
+        return distribution(logits.cpu().numpy(), temperature, top_p or 1.0, top_k)
+
+    def choose(logits_BV: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """A token a row, and the distribution it was drawn from."""
+        if temperature == 0:
+            return logits_BV.argmax(-1).cpu().numpy(), None
+        found_BV = probabilities(logits_BV)
+        return np.array([draw(row_V, rng) for row_V in found_BV]), found_BV
+
+    given = on_host(input_ids), on_host(attention_mask)
+    checked = check_text(*given, None, vocab_size=model.config.vocab_size).left_aligned()
+    B, length = checked.input_ids.shape
+    T = draft_tokens + 1
+    room = bucket(length + max_new_tokens + 3 * T)
+    cache = draft.empty_cache(B, room)
+    cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
+    hidden_BTD = model.decoder(
+        model.embed(model.long(checked.input_ids)), model.long(checked.position_ids), cache.key_mask, cache
+    )
+    logits_BV = model.head(hidden_BTD[:, -1:])[:, 0]
+    rows = Rows(B, max_new_tokens, ends, filler)
+    token_B, _ = choose(logits_BV)
+    for row in range(B):
+        rows.add(row, [int(token_B[row])])
+    next_ids_BT = np.concatenate([checked.input_ids[:, 1:], token_B[:, None]], axis=1)
+    next_positions_BT = checked.position_ids + 1
+    last_B, position_B = np.full(B, length - 1), checked.attention_mask.sum(1)
+    filled, rounds, accepted = length, 0, 0
+    while rows.is_active_B.any():
+        logits_BV, state_B1D = draft.extend(
+            model.long(next_ids_BT), hidden_BTD, model.long(next_positions_BT), model.long(last_B), cache
+        )
+        if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
+            cache.compact()
+            filled = cache.length
+        drafted, drawn_from = [], []
+        for guess in range(draft_tokens):
+            if guess:
+                logits_BV, state_B1D = draft.step(model.long(drafted[-1]), state_B1D, guess - 1, cache)
+            guess_B, found_BV = choose(logits_BV)
+            drafted.append(guess_B)
+            drawn_from.append(found_BV)
+        drafted_BK = np.stack(drafted, axis=1)
+        fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
+        positions_BT = cache.position[:, None] + torch.arange(T, device=model.device)
+        cache.key_mask[:, filled : filled + T] = True
+        hidden_BTD = model.decoder(
+            model.embed(model.long(fed_BT)), positions_BT, cache.key_mask, cache, keep_history=True
+        )
+        logits_BTV = model.head(hidden_BTD)
+        if temperature == 0:
+            count_B, token_B = accept_greedy(drafted_BK, logits_BTV.argmax(-1).cpu().numpy())
+        else:
+            count_B, token_B = accept_sampled(drafted_BK, np.stack(drawn_from, axis=1), probabilities(logits_BTV), rng)
+        cache.keep(model.long(count_B + 1), T)
+        rounds += int(rows.is_active_B.sum())
+        accepted += int(count_B[rows.is_active_B].sum())
+        for row in range(B):
+            rows.add(row, [*map(int, drafted_BK[row, : count_B[row]]), int(token_B[row])])
+        steps_T = np.arange(T)
+        next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
+        next_positions_BT = position_B[:, None] + steps_T + 1
+        last_B, position_B = count_B, position_B + count_B + 1
+        filled += T
+    report = SpeculationReport(rounds, rounds * draft_tokens, accepted)
+    return model.long(rows.finished()), report
