@@ -169,7 +169,7 @@ class DraftPrograms:
         return head, x_BTD, cache
 
     def _keep(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int, cache: Cache) -> Cache:
-        """Of the ``tokens`` just verified, keep the first ``count_B`` of each row, 1 and more."""
+        """Of the ``tokens`` just verified, keep the first ``count_B`` of each row."""
         return self._programs.placed(cache.kept(history, count_B, tokens))
 
     def _extend(

@@ -139,7 +139,7 @@ class Qwen3_5ForCausalLM(nnx.Module):
     @property
     def decoder(self) -> Decoder:
         """The text model."""
-        return self.model.language_model if self.config.is_wrapped else self.model
+        return self.model.language_model if isinstance(self.model, Qwen3_5Model) else self.model
 
     def embed(self, input_ids_BT: jax.Array) -> jax.Array:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""

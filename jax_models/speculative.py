@@ -115,15 +115,16 @@ def generate_with_draft(
         else:
             count_B, token_B = accept_sampled(drafted_BK, np.stack(drawn_from, axis=1), probabilities(logits_BTV), rng)
         count_B, token_B = count_B.astype(np.int32), token_B.astype(np.int32)
-        cache = programs.draft.keep(history, count_B + 1, T, cache=cache)
         rounds += int(rows.is_active_B.sum())
         accepted += int(count_B[rows.is_active_B].sum())
         for row in range(B):
             rows.add(row, [*map(int, drafted_BK[row, : count_B[row]]), int(token_B[row])])
+        kept_B = np.where(rows.is_active_B, count_B + 1, 0).astype(np.int32)  # a row that has ended needs no more room
+        cache = programs.draft.keep(history, kept_B, T, cache=cache)
         steps_T = np.arange(T)
         next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
         next_positions_BT = (position_B[:, None] + steps_T + 1).astype(np.int32)
-        last_B, position_B = count_B, position_B + count_B + 1
+        last_B, position_B = count_B, position_B + kept_B
         filled += T
     report = SpeculationReport(rounds, rounds * draft_tokens, accepted)
     return jnp.asarray(rows.finished(), jnp.int32), report

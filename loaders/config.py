@@ -102,7 +102,7 @@ def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
             continue
         try:
             values[name] = _convert(types[name], found)
-        except TypeError:
+        except (TypeError, OverflowError):  # an integer that no float can hold
             problems.append(f"config.json: {name} is {brief(found)}, expected {_spell(types[name])}")
     found = None if problems else cls(**values)
     return found, problems + refused_keys(document, set(fields))

@@ -268,7 +268,7 @@ class Filling:
 
     def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
         """Put one tensor into its place of its parameter, fused or not."""
-        if array.ndim + len(source.index) == param.ndim:
+        if len(spec.tensor_shape) + len(source.index) == len(spec.shape):
             weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
         else:  # fused: the axes of experts and shards are merged in the tensor
             load_fused_expert_weights(param, array, num_shards=int(spec.axes[1]))

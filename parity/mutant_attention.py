@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from parity.mutant_plants import (
     rms,
     subclassed,
     swapping,
+    uncached,
     wrapped,
     xp,
 )
@@ -33,28 +35,36 @@ _RELATIVE = "rotary embedding is relative: only differences of positions reach a
 _CALL = "layers.attention:Attention.CALL"
 _NORM = "layers.norm:RMSNorm"
 _WINDOW = "loaders.qwen3:Qwen3Config.window"
-_ROPE = "qwen3:rotary_embedding"
+_ROPE = "layers.step:rotary_embedding"
+_BUILD = "layers.attention:Attention.__init__"
 
 
-def _full_width(original: Any, backend: str) -> Any:
-    np_ = xp(backend)
-    return subclassed(original, backend, lambda self, x: self.weight[...] * rms(np_, x, self.eps, (-2, -1)))
+def _with_norm(change: Callable[[Any, Any, Any], Any]) -> Callable[[Any, str], Any]:
+    """Attention whose q/k norm computes ``change(array module, norm, x)``."""
+
+    def make(build: Any, backend: str) -> Any:
+        normal = import_module(f"{backend}_models.layers.norm").RMSNorm
+        norm = subclassed(normal, backend, lambda self, x: change(xp(backend), self, x))
+        return lambda self, *args, **kw: build(self, *args, **kw | {"norm": norm})
+
+    return make
+
+
+def _full_width(np_: Any, self: Any, x: Any) -> Any:
+    return self.weight[...] * rms(np_, x, self.eps, (-2, -1))
 
 
 def _norm_after_rope() -> list[Patch]:
     waiting: list[Callable[[Any], Any]] = []  # q_norm, rotate, k_norm, rotate: each norm waits for the next rotation
 
-    def late(original: Any, backend: str) -> Any:
-        def call(self: Any, x: Any) -> Any:
-            waiting.append(lambda rotated: self.weight[...] * rms(xp(backend), rotated, self.eps))
-            return x
-
-        return subclassed(original, backend, call)
+    def late(np_: Any, self: Any, x: Any) -> Any:
+        waiting.append(lambda rotated: self.weight[...] * rms(np_, rotated, self.eps))
+        return x
 
     def rotate(original: Any, backend: str) -> Any:
         return lambda *args: waiting.pop()(original(*args))
 
-    return [Patch("layers.attention:RMSNorm", late), Patch("layers.attention:rotate", rotate)]
+    return [Patch(_BUILD, _with_norm(late)), Patch("layers.attention:rotate", rotate)]
 
 
 def _interleaved(original: Any, np_: Any, x: Any, cos: Any, sin: Any) -> Any:
@@ -102,8 +112,15 @@ def _decode_positions() -> list[Patch]:
     return [Patch("programs:Programs._decode", make, in_torch="model:Model._step")]
 
 
-def _slot_before(original: Any, self: Any, x: Any, cos: Any, sin: Any, seen: Any, cache: Any, start: Any) -> Any:
-    return original(self, x, cos, sin, seen, cache, start - 1 if cache is not None and x.shape[1] == 1 else start)
+def _slot_before(original: Any, self: Any, x: Any, step: Any, cache: Any = None) -> Any:
+    is_decoded = cache is not None and x.shape[1] == 1
+    return original(self, x, dataclasses.replace(step, start=step.start - 1) if is_decoded else step, cache)
+
+
+def _yarn(name: str, change: Callable[..., Any]) -> Callable[[], list[Patch]]:
+    """Change part of YaRN, and keep no frequencies from before."""
+    anew = Patch("layers.rotary:_static_frequencies", uncached)
+    return lambda: [anew, *wrapped(f"layers.rotary:{name}", change)()]
 
 
 def _unshifted(original: Any, ids: Any, mask: Any, positions: Any, **kwargs: Any) -> Any:
@@ -133,7 +150,7 @@ ATTENTION: list[Mutant] = [
     _attention(
         "norm_over_full_width",
         "parity 3",
-        lambda: [Patch("layers.attention:RMSNorm", _full_width)],
+        lambda: [Patch(_BUILD, _with_norm(_full_width))],
         "q/k norm over all heads at once, as OLMo has it",
     ),
     _attention("norm_after_rope", "parity 4", _norm_after_rope, "q/k norm after the rotation", backends=("torch",)),
@@ -223,7 +240,7 @@ ATTENTION: list[Mutant] = [
     _attention(
         "yarn_factor_dropped",
         "parity 13",
-        wrapped("layers.rotary:_yarn_attention_factor", lambda factor, rope: 1.0),
+        _yarn("_yarn_attention_factor", lambda factor, rope: 1.0),
         "YaRN without its attention factor",
         subject=YARN,
         backends=BOTH,
@@ -231,9 +248,7 @@ ATTENTION: list[Mutant] = [
     _attention(
         "yarn_not_interpolated",
         "parity 13",
-        wrapped(
-            "layers.rotary:_yarn_frequencies", lambda yarn, rope, h, period: (1 / period, yarn(rope, h, period)[1])
-        ),
+        _yarn("_yarn_frequencies", lambda yarn, rope, h, period: (1 / period, yarn(rope, h, period)[1])),
         "YaRN with the original frequencies",
         subject=YARN,
     ),
@@ -248,7 +263,7 @@ ATTENTION: list[Mutant] = [
     _attention(
         "sees_next_token",
         "parity 16",
-        wrapped("qwen3:visible", lambda visible, mask, start, *rest: visible(mask, start + 1, *rest)),
+        wrapped("layers.step:visible", lambda visible, mask, start, *rest: visible(mask, start + 1, *rest)),
         "causal mask off by one",
         backends=BOTH,
     ),
@@ -305,7 +320,7 @@ ATTENTION: list[Mutant] = [
     _attention(
         "padding_visible",
         "parity 21",
-        at_backend("qwen3:visible", lambda visible, np_, mask, *rest: visible(np_.ones_like(mask), *rest)),
+        at_backend("layers.step:visible", lambda visible, np_, mask, *rest: visible(np_.ones_like(mask), *rest)),
         "keys of padding are seen",
         backends=BOTH,
     ),

@@ -22,8 +22,10 @@ from loaders.digest import digests
 from loaders.writer import TensorType, write_checkpoint
 from parity.comparison import Comparison
 from parity.oracle import oracle_forward
+from parity.record import trace_names
 from parity.trace import Trace, input_hash, make_meta
 from parity.zoo import make_checkpoint, prompts
+from parity.zoo_draft import make_drafting_checkpoint
 
 BACKENDS = ("torch", "jax")
 STEPS = 6  # tokens decoded one by one; the rest of the prompt is prefilled
@@ -32,11 +34,19 @@ TOKENS = 96  # shorter prompts are blind to rotary bugs
 
 @dataclass(frozen=True)
 class Subject:
-    """A zoo model to try a mutant on. ``changes`` are config overrides, as pairs so that it can be a key."""
+    """A zoo model to try a mutant on.
+
+    Attributes:
+        model: its name.
+        changes: config overrides, as pairs so that it can be a key.
+        dtype: of what is stored.
+        is_drafting: with a draft that is often right (``parity.zoo_draft``).
+    """
 
     model: str
     changes: tuple[tuple[str, Any], ...] = ()
     dtype: str = "F32"
+    is_drafting: bool = False
 
     def __str__(self) -> str:
         return ", ".join([self.model, *(f"{key}={value}" for key, value in self.changes)])
@@ -48,13 +58,21 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.clean: dict[Any, list[str]] = {}  # what each detector found in the clean code
+        self.kept: dict[Any, Any] = {}  # what detectors made from the clean code and go on using
         for name in ("path", "batch", "oracle", "clean_trace", "clean_logits", "on_disk", "renamed", "swapped"):
             setattr(self, name, lru_cache(maxsize=None)(getattr(self, name)))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when ``key`` was first asked for: in the clean code, as detectors run there first."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def path(self, subject: Subject, seed: int = 0) -> Path:
         """The subject's checkpoint. Another seed is other weights of the same config."""
         directory = self._new("seed", seed)
-        return make_checkpoint(
+        make = make_drafting_checkpoint if subject.is_drafting else make_checkpoint
+        return make(
             subject.model, directory, seed=seed, dtype=subject.dtype, max_file_bytes=1 << 17, **dict(subject.changes)
         )
 
@@ -74,7 +92,7 @@ class Bench:
     def clean_trace(self, subject: Subject, backend: str) -> Trace:
         return record(backend, load(backend, self.path(subject)), self.batch(subject))
 
-    def clean_logits(self, path: Path, subject: Subject, backend: str) -> np.ndarray:
+    def clean_logits(self, path: Path, subject: Subject, backend: str) -> tuple[np.ndarray, ...]:
         return logits(load(backend, path), self.batch(subject))
 
     def on_disk(self, path: Path) -> dict[str, str]:
@@ -107,28 +125,29 @@ class Bench:
 
 
 def load(backend: str, path: Path, dtype: str = "float32") -> Any:
-    return importlib.import_module(f"{backend}_models").load(path, dtype=dtype)
+    """The whole checkpoint, its draft with it."""
+    has_draft = open_checkpoint(path).config.num_mtp_layers > 0
+    return importlib.import_module(f"{backend}_models").load(path, dtype=dtype, mtp=has_draft)
 
 
-def logits(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.asarray(model.with_taps(**batch)[0]).copy()
+def logits(model: Any, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The model's, and those of its draft if it has one."""
+    found = [model.with_taps(**batch)[0]] + ([model.mtp_forward(**batch)[0]] if model.stage.has_draft else [])
+    return tuple(np.asarray(x).copy() for x in found)
 
 
 def record(backend: str, model: Any, batch: dict[str, np.ndarray]) -> Trace:
     """Run a model with its taps on."""
     out, taps = model.with_taps(**batch)
-    tensors = {"logits": out, "hidden_states.0": taps["model.embed_tokens"], "final_hidden_state": taps["model.norm"]}
-    for layer in range(model.config.num_hidden_layers):
-        if f"model.layers.{layer}" in taps:
-            tensors[f"hidden_states.{layer + 1}"] = taps[f"model.layers.{layer}"]
-        if f"model.layers.{layer}.mlp.gate" in taps:
-            tensors[f"routing.{layer + 1}"] = taps[f"model.layers.{layer}.mlp.gate"]
+    names = trace_names(model.checkpoint)
+    tensors = {"logits": out} | {names[path]: value for path, value in taps.items() if path in names}
     return as_trace(backend, batch, {name: np.asarray(tensor) for name, tensor in tensors.items()})
 
 
 def as_trace(backend: str, batch: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> Trace:
-    kept = {name: array for name, array in tensors.items() if not name.startswith("router_logits")}
-    return Trace({**kept, **batch}, make_meta(backend=backend, dtype="float32", input_hash=input_hash(**batch)))
+    kept = {name: array for name, array in tensors.items() if not name.startswith(("router_logits", "mtp.router"))}
+    kept |= {name: array for name, array in batch.items() if name != "position_ids"}
+    return Trace(kept, make_meta(backend=backend, dtype="float32", input_hash=input_hash(**batch)))
 
 
 Detector = Callable[[Bench, Subject, str], "list[str]"]
@@ -137,7 +156,7 @@ Detector = Callable[[Bench, Subject, str], "list[str]"]
 def forward(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """The whole prompt at once, under the three-way ruler; the peer is the other backend."""
     trace = record(backend, load(backend, bench.path(subject)), bench.batch(subject))
-    return _judge(trace, bench.clean_trace(subject, other(backend)), bench.oracle(subject))
+    return judge(trace, bench.clean_trace(subject, other(backend)), bench.oracle(subject))
 
 
 def decode(bench: Bench, subject: Subject, backend: str) -> list[str]:
@@ -157,7 +176,7 @@ def decode(bench: Bench, subject: Subject, backend: str) -> list[str]:
         ended = {name: trace.tensors[name][_left_padded(bench.batch(subject))] for name in trace.tensors}
         tail = {name: array[:, -STEPS - 1 :] for name, array in ended.items() if name not in batch}
         references.append(as_trace(trace.backend, last, tail))
-    return _judge(mine, *references)
+    return judge(mine, *references)
 
 
 def loaded_bits(bench: Bench, subject: Subject, backend: str) -> list[str]:
@@ -180,7 +199,8 @@ def differences(when: str, expected: dict[str, str], found: dict[str, str]) -> l
     return [f"{when}, {len(wrong)} tensor(s) differ from what they should be, first {wrong[0]}"] if wrong else []
 
 
-def _judge(mine: Trace, peer: Trace, oracle: Trace) -> list[str]:
+def judge(mine: Trace, peer: Trace, oracle: Trace) -> list[str]:
+    """What the three-way ruler holds against ``mine``."""
     # imported here: binding ``parity.compare`` to the module of that name would shadow the public function
     from parity.compare import compare
 

@@ -63,7 +63,7 @@ class _Life:
         yield "a shard_id given by position was taken without a word"
 
     def _is(self, when: str, path: Path) -> Iterator[str]:
-        """The live model is what loading ``path`` fresh gives: digests, and logits bit for bit."""
+        """The live model is what loading ``path`` fresh gives: digests, and logits bit for bit, the draft's too."""
         yield from differences(when, self.bench.on_disk(path), self.model.digests())
         expected = self.bench.clean_logits(path, self.subject, self.backend)
         if not _same_bits(logits(self.model, self.batch), expected):
@@ -165,8 +165,9 @@ class _Life:
         return pointer_census(self.model)
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+def _same_bits(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all((x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes()) for x, y in pairs)
 
 
 def _programs(model: Any) -> Any:

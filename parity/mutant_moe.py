@@ -31,6 +31,11 @@ _ROUTER = "layers.moe:TopKRouter"
 _EXPERTS = "layers.moe:Experts.CALL"
 
 
+def _with_gelu(build: Any, backend: str) -> Any:
+    kernels = import_module("torch.nn.functional" if backend == "torch" else "jax.nn")
+    return lambda self, *args, **kw: build(self, *args, **kw | {"activation": kernels.gelu})
+
+
 def _gelu(original: Any, backend: str) -> Any:
     if backend == "torch":
         return Instead(original, silu=original.gelu)
@@ -83,11 +88,9 @@ def _last_layer_skipped(original: Any, backend: str) -> Any:
         original.__init__(self, config, layer, *args)
         self.is_skipped = layer == config.num_hidden_layers - 1
 
-    def call(self: Any, x: Any, cos: Any, sin: Any, seen: Any, cache: Any, start: Any) -> Any:
+    def call(self: Any, x: Any, step: Any, cache: Any = None) -> Any:
         if not self.is_skipped:
-            return getattr(original, "forward" if backend == "torch" else "__call__")(
-                self, x, cos, sin, seen, cache, start
-            )
+            return getattr(original, "forward" if backend == "torch" else "__call__")(self, x, step, cache)
         return x if backend == "torch" else (x, cache)
 
     mutant = subclassed(original, backend, call)
@@ -121,7 +124,7 @@ MOE_AND_HEAD: list[Mutant] = [
     _moe(
         "gelu_for_silu",
         "parity 23",
-        lambda: [Patch("layers.mlp:KERNELS", _gelu)],
+        lambda: [Patch("layers.mlp:MLP.__init__", _with_gelu)],
         "gelu for silu in the dense MLP",
         subject=DENSE,
         backends=("torch",),
@@ -256,7 +259,7 @@ MOE_AND_HEAD: list[Mutant] = [
         "head",
         "final_norm_dropped",
         "parity 39",
-        lambda: [Patch("qwen3:Qwen3Model.__init__", _no_final_norm)],
+        lambda: [Patch("layers.decoder:Decoder.__init__", _no_final_norm)],
         "no final norm",
         backends=BOTH,
     ),

@@ -23,7 +23,13 @@ from parity.mutant_bench import Bench, Detector, Subject, decode, forward
 Kind = Literal["attention", "moe", "head", "loader", "reload"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
 
-TRACED = ("layers.", "qwen3:", "programs:", "loaders.qwen3:Qwen3", "loaders.stage:")  # what XLA programs are made from
+# what XLA programs are made from
+_FAMILIES = ("qwen3", "qwen3_5", "gemma3")
+TRACED = (
+    *("layers.", "programs:", "draft:", "cache:", "loaders.stage:"),
+    *(f"{family}:" for family in _FAMILIES),
+    *(f"loaders.{family}:{family.capitalize()}" for family in _FAMILIES),
+)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loaders.families import FAMILIES
 from parity.cli import EXIT_CODES, VERBS, main
 from parity.zoo import make_checkpoint
 
@@ -117,6 +118,10 @@ def test_the_table_of_what_exists_says_what_the_models_have(column, package, tmp
     rows = re.findall(r"^\|[^|]*\| `model\.(\w+)` \| (yes|no) \| (yes|no) \|$", README, re.MULTILINE)
     assert len(rows) > 3
     assert {row[0]: row[column] for row in rows} == {row[0]: "yes" if hasattr(model, row[0]) else "no" for row in rows}
+
+
+def test_the_readme_names_every_architecture_that_opens():
+    assert set(re.findall(r"`(\w+For(?:CausalLM|ConditionalGeneration))`", README)) == set(FAMILIES)
 
 
 def test_every_dependency_has_its_reason_in_the_changelog():

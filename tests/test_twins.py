@@ -20,9 +20,18 @@ SAME = {"__call__": "forward"}  # one thing under two names: JAX's, torch's
 PARAMETERS = ("Param", "Parameter", "empty_param")  # what makes one
 # Files ("layers/a.py") and public names ("layers/a.py: f()") that one side alone has, each with the reason.
 ONLY_JAX: dict[str, str] = {
+    "draft.py: Draft.weights()": "torch's modules hold theirs",
+    **{
+        f"draft.py: {line}": "torch has no compiled programs; the draft runs as it stands"
+        for line in ("DraftPrograms", "DraftPrograms.__init__()")
+    },
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
 ONLY_TORCH: dict[str, str] = {
+    **{
+        f"draft.py: Draft.{name}()": "JAX's are compiled, in DraftPrograms"
+        for name in ("bound", "empty_cache", "extend", "step")
+    },
     "layers/norm.py: GemmaRMSNorm.derive()": "JAX computes what is derived inside every program",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }
@@ -31,7 +40,7 @@ ONLY_TORCH: dict[str, str] = {
 def twin_files(package: Path) -> set[str]:
     layers = {f"layers/{path.name}" for path in package.glob("layers/*.py")}
     families = {f"{family}.py" for family in FAMILIES.values() if (package / f"{family}.py").exists()}
-    return layers | families | {"taps.py"}
+    return layers | families | {"taps.py", "draft.py", "speculative.py"}
 
 
 TWINS = sorted(twin_files(JAX) & twin_files(TORCH))

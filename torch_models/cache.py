@@ -43,7 +43,7 @@ class Cache:
         return replace(self, layers=layers, key_mask=self.key_mask[:rows], position=self.position[:rows])
 
     def reset(self) -> None:
-        """No token in it any more. All of it zero: under a mask, what is left there may still be NaN, and 0 NaN is NaN."""
+        """No token in it any more, and all of it zero: what a mask hides is still multiplied by 0, and 0 NaN is NaN."""
         for parts in self.layers.values():
             for part in parts.values():
                 part.zero_()
@@ -58,9 +58,10 @@ class Cache:
         self.length += mask_BT.shape[1]
 
     def keep(self, count_B: torch.Tensor, tokens: int) -> None:
-        """Go back to the first ``count_B`` (1 and more) of the last ``tokens`` tokens of each row; those were all real.
+        """Go back to the first ``count_B`` of the last ``tokens`` tokens of each row; those were all real.
 
-        Slots of the others stay empty for good; ``compact`` gets rid of them.
+        Slots of the others stay empty for good, whatever lies in them; ``compact`` gets rid of them. A row of which
+        nothing is kept has ended: its convolution and recurrent state mean nothing from then on.
         """
         first = self.slot - tokens
         slots_S = torch.arange(self.capacity, device=count_B.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import weakref
@@ -18,6 +19,7 @@ from torch import nn
 _LEAVES = (str, bytes, bytearray, int, float, complex, type(None), types.ModuleType, np.ndarray, np.generic)
 _LEAVES = (*_LEAVES, type, *weakref.ProxyTypes)
 _LEAF_PACKAGES = frozenset({"loaders", "logging", "pathlib", "threading", "triton"})
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _TREE = ("_parameters", "_buffers", "_modules")  # of a module; walked by checkpoint path
 
 
@@ -52,7 +54,12 @@ def pointer_census(root: Any, name: str = "") -> dict[str, Address]:
         root: a module, or any object, container or function.
         name: what to call it.
     """
-    return {place: Address.of(tensor) for place, tensor in _Walk(root, name).tensors}
+    return {place: Address.of(tensor) for place, tensor in tensors_of(root, name)}
+
+
+def tensors_of(root: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """The tensors of which ``pointer_census`` gives the addresses."""
+    return _Walk(root, name).tensors
 
 
 def moved(before: dict[str, Address], after: dict[str, Address]) -> list[str]:
@@ -80,8 +87,8 @@ class Watch:
     def moved_or_new(self) -> list[str]:
         """Likewise by a whole census: also names that were not there."""
         names = moved(self.census, pointer_census(self._root(), self._name))
-        if not names:
-            self._look()  # another object with the same tensors
+        if not names and not self._is_untouched():
+            self._look()  # another object, with the same tensors
         return names
 
     def _look(self) -> None:
@@ -122,6 +129,8 @@ class _Walk:
     def __init__(self, root: Any, name: str) -> None:
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._nodes: dict[int, _Node] = {}  # by id; they also keep the ids theirs
+        self._leaf_kinds: dict[type, bool] = {}
+        self._members: dict[type, list[tuple[type, str, Any]]] = {}
         self._met_again: list[tuple[_Node, int]] = []
         self._fruitful: list[_Node] = []
         self._pending = [_Node(name, root, None, None)]
@@ -152,9 +161,9 @@ class _Walk:
             if id(value) not in self._nodes:
                 self._tree(node)
             return
-        elif _is_leaf(value) or not self._is_first(node):
+        elif self._is_leaf(value) or not self._is_first(node):
             return
-        self._push(node, _children(value))
+        self._push(node, self._children(value))
 
     def _is_first(self, node: _Node) -> bool:
         if id(node.value) in self._nodes:
@@ -173,7 +182,7 @@ class _Walk:
                 continue
             if id(module) not in self._nodes:
                 self._nodes[id(module)] = node
-                self._push(node, ((s, look, k, v) for s, look, k, v in _children(module) if k not in _TREE))
+                self._push(node, (child for child in self._children(module) if child[2] not in _TREE))
             for holder in (module._parameters, module._buffers):
                 self._push(node, ((f".{leaf}", holder.__getitem__, leaf, held) for leaf, held in holder.items()))
             for leaf, child in module._modules.items():
@@ -183,26 +192,45 @@ class _Walk:
 
     def _push(self, parent: _Node, children: Iterable[Child]) -> None:
         for suffix, look, key, child in children:
-            if isinstance(child, torch.Tensor) or not _is_leaf(child):
+            if not self._is_leaf(child) and not (isinstance(child, _CONTAINERS) and not child):
                 edge = None if look is None else (look, key, child)
                 self._pending.append(_Node(_joined(parent.name, suffix), child, parent, edge))
+
+    def _is_leaf(self, value: Any) -> bool:
+        kind = type(value)
+        found = self._leaf_kinds.get(kind)
+        if found is None:
+            found = self._leaf_kinds[kind] = (
+                issubclass(kind, _LEAVES)
+                or kind.__module__.partition(".")[0] in _LEAF_PACKAGES
+                or getattr(kind, "is_outside_census", False)
+            )
+        return found
+
+    def _children(self, value: Any) -> Iterator[Child]:
+        """What an object holds: as the container or function it is, in its dictionary and slots, and in its classes."""
+        yield from _contents(value)
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            for key, child in list(own.items()):
+                yield f".{key}", own.__getitem__, key, child
+        kind = type(value)
+        if kind not in self._members:
+            self._members[kind] = list(_members(kind))
+        for owner, key, member in self._members[kind]:
+            if not isinstance(member, types.MemberDescriptorType):
+                yield f".<class {owner.__name__}>.{key}", vars(owner).__getitem__, key, member
+                continue
+            with contextlib.suppress(AttributeError):  # an empty slot
+                yield f".{key}", functools.partial(_in_slot, value), member, _in_slot(value, member)
 
 
 def _joined(name: str, suffix: str) -> str:
     return name + suffix if name else suffix.removeprefix(".")
 
 
-def _is_leaf(value: Any) -> bool:
-    kind = type(value)
-    return (
-        isinstance(value, _LEAVES)
-        or kind.__module__.partition(".")[0] in _LEAF_PACKAGES
-        or getattr(kind, "is_outside_census", False)
-    )
-
-
-def _children(value: Any) -> Iterator[Child]:
-    """What an object holds."""
+def _contents(value: Any) -> Iterator[Child]:
+    """Of containers, functions and what binds them."""
     if isinstance(value, dict | types.MappingProxyType):
         for key, child in list(value.items()):
             yield (
@@ -226,7 +254,6 @@ def _children(value: Any) -> Iterator[Child]:
             yield ".__func__", None, "__func__", value.__func__
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value)
-    yield from _attributes(value)
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Child]:
@@ -245,23 +272,15 @@ def _in_cell(cell: types.CellType, _: str) -> Any:
     return cell.cell_contents
 
 
-def _attributes(value: Any) -> Iterator[Child]:
-    """Of the instance, in its dictionary and its slots; then of its classes, where they are no code."""
-    own = getattr(value, "__dict__", None)
-    if isinstance(own, dict):
-        for key, child in list(own.items()):
-            yield f".{key}", own.__getitem__, key, child
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] in ("builtins", "torch", "functools", "collections"):
+def _members(kind: type) -> Iterator[tuple[type, str, Any]]:
+    """Slots, and class attributes that are data."""
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] in ("builtins", "torch", "functools", "collections"):
             continue
-        for key, member in list(vars(kind).items()):
-            if isinstance(member, types.MemberDescriptorType):
-                try:
-                    yield f".{key}", functools.partial(_in_slot, value), member, _in_slot(value, member)
-                except AttributeError:  # an empty slot
-                    continue
-            elif isinstance(member, torch.Tensor | dict | list | tuple) and not key.startswith("__"):
-                yield f".<class {kind.__name__}>.{key}", vars(kind).__getitem__, key, member
+        for key, member in vars(owner).items():
+            is_data = isinstance(member, torch.Tensor | dict | list | tuple) and not key.startswith("__")
+            if is_data or isinstance(member, types.MemberDescriptorType):
+                yield owner, key, member
 
 
 def _in_slot(value: Any, member: types.MemberDescriptorType) -> Any:

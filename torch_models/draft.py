@@ -54,6 +54,27 @@ class Draft:
         stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
         return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
 
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
+        target = self.bound
+        if np.shape(input_ids)[-1] < 2:
+            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
+        ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
+        checked = check_text(ids, mask, positions, **target.limits())
+        ids_BT = target.long(checked.input_ids)
+        x_BTD = target.embed(ids_BT)
+        if not target.stage.is_first:
+            x_BTD, _ = target.checked(None, mask, positions, hidden_states)
+        mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
+        positions = target.long(checked.position_ids)
+        hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
+        is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
+        step = self._steps(positions[..., 1:], is_pair_BT, 0, is_cached=False)
+        drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+        return target.head(drafted_BTD), drafted_BTD
+
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.
 
@@ -79,27 +100,6 @@ class Draft:
     def unbind(self) -> Draft:
         """The same draft without a target: it holds nothing of one any more."""
         return Draft(self.source, None)
-
-    def __call__(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        target = self.bound
-        if np.shape(input_ids)[-1] < 2:
-            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
-        ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
-        checked = check_text(ids, mask, positions, **target.limits())
-        ids_BT = target.long(checked.input_ids)
-        x_BTD = target.embed(ids_BT)
-        if not target.stage.is_first:
-            x_BTD, _ = target.checked(None, mask, positions, hidden_states)
-        mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
-        positions = target.long(checked.position_ids)
-        hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
-        is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
-        step = self._steps(positions[..., 1:], is_pair_BT, 0, is_cached=False)
-        drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-        return target.head(drafted_BTD), drafted_BTD
 
     def empty_cache(self, rows: int, capacity: int) -> Cache:
         """A cache for the target and the draft, with no token in it."""

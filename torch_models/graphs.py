@@ -134,8 +134,8 @@ class Batch:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         graph = self._graph
-        self._model.check_runnable()
-        graph.check()
+        graph.check()  # nothing moved, so nothing sleeps
+        self._model.check_refusal()
         if graph.takes != self._take:
             raise RuntimeError("a later prefill took the graph and its cache. One batch at a time, or graphs=False.")
         ids_B1 = self._model.next_ids(token_ids, graph.cache, rows=self.rows)
@@ -146,6 +146,18 @@ class Batch:
             return graph.logits[: self.rows].clone()
 
 
+class KeptGraphs:
+    """What a model keeps of its graphs."""
+
+    is_outside_census = True  # each graph watches its own
+
+    def __init__(self, model: Model) -> None:
+        self.graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self.pool: Any = None
+        self.num_captures = 0
+        weakref.finalize(model, self.graphs.clear).atexit = False  # graphs hold weights: when the model goes, they go
+
+
 class DecodeGraphs:
     """The graphs of a model, by rows and capacity; captured when first needed, kept until dropped.
 
@@ -153,20 +165,19 @@ class DecodeGraphs:
     has a cache of its own: ``drop`` what is no longer used. Weights may change in place as often as they like.
     """
 
-    is_outside_census = True  # each graph watches its own
-
-    def __init__(self, model: Model) -> None:
-        self._model = weakref.ref(model)
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
-        self._pool: Any = None
-        self.num_captures = 0
-        weakref.finalize(model, self._graphs.clear).atexit = False  # graphs hold the weights: without a model, none
+    def __init__(self, model: Model, kept: KeptGraphs) -> None:
+        self._model, self._kept = model, kept
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return len(self._kept.graphs)
 
     def __getitem__(self, key: tuple[int, int]) -> DecodeGraph:
-        return self._graphs[key]
+        return self._kept.graphs[key]
+
+    @property
+    def num_captures(self) -> int:
+        """Since the model was loaded."""
+        return self._kept.num_captures
 
     def __delitem__(self, key: tuple[int, int]) -> None:
         self.drop(*key)
@@ -191,7 +202,7 @@ class DecodeGraphs:
         self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
     ) -> tuple[torch.Tensor, Batch]:
         """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
-        model = self._live()
+        model = self._model
         prompt = model.checked_prompt(input_ids, attention_mask)
         rows, length = prompt.input_ids.shape
         (graph,) = self.capture(rows, length + max_new_tokens)
@@ -205,22 +216,17 @@ class DecodeGraphs:
 
     def drop(self, rows: int | None = None, capacity: int | None = None, *, reason: str = "it was dropped") -> None:
         """Free graphs and their caches, all or those of some rows or capacity. A batch that used one is refused."""
-        for key in list(self._graphs):
+        for key in list(self._kept.graphs):
             if rows in (None, key[0]) and capacity in (None, key[1]):
-                self._graphs.pop(key).give_up(reason)
-
-    def _live(self) -> Model:
-        model = self._model()
-        assert model is not None, "the model is gone"
-        return model
+                self._kept.graphs.pop(key).give_up(reason)
 
     def _ready(self, rows: int, capacity: int) -> DecodeGraph:
-        if (rows, capacity) not in self._graphs:
-            model = self._live()
-            model.check_runnable()
-            model.check_whole()
-            if self._pool is None and model.device.type == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
-            self._graphs[rows, capacity] = DecodeGraph(model, rows, capacity, self._pool)
-            self.num_captures += 1
-        return self._graphs[rows, capacity]
+        kept = self._kept
+        if (rows, capacity) not in kept.graphs:
+            self._model.check_runnable()
+            self._model.check_whole()
+            if kept.pool is None and self._model.device.type == "cuda":
+                kept.pool = torch.cuda.graph_pool_handle()
+            kept.graphs[rows, capacity] = DecodeGraph(self._model, rows, capacity, kept.pool)
+            kept.num_captures += 1
+        return kept.graphs[rows, capacity]

@@ -21,11 +21,12 @@ from torch_models import weights as life
 from torch_models.cache import Cache, empty_cache
 from torch_models.draft import Draft
 from torch_models.generate import generate
-from torch_models.graphs import DecodeGraphs
+from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.speculative import generate_with_draft
+from torch_models.storage import parameters_of
 from torch_models.taps import collect
 
 
@@ -43,11 +44,11 @@ class Model(nn.Module):
         report: what that load did.
         events: everything published so far.
         refusal: why the model must not run (an update broke half-way); None while it may.
-        graphs: captured decode steps; see ``torch_models.graphs``.
         asleep: the bytes of its storages while it sleeps, else None; see ``torch_models.sleep``.
     """
 
     model: Any
+    mtp: Any  # of families that have a draft, where it was asked for
     checkpoint: Checkpoint
     report: LoadReport
 
@@ -61,13 +62,18 @@ class Model(nn.Module):
         self.version = 0
         self.events: tuple[Event, ...] = ()
         self.refusal: str | None = None
-        self.graphs = DecodeGraphs(self)
+        self._kept_graphs = KeptGraphs(self)
         self.asleep: sleep.HostCopy | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
+
+    @property
+    def graphs(self) -> DecodeGraphs:
+        """Captured decode steps; see ``torch_models.graphs``."""
+        return DecodeGraphs(self, self._kept_graphs)
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
@@ -294,11 +300,15 @@ class Model(nn.Module):
 
         So a parameter that two models share makes the caches of both stale when either is updated.
         """
-        return tuple((id(param), param._version) for param in self.parameters())
+        return tuple((id(param), param._version) for param in parameters_of(self))
 
     def check_runnable(self) -> None:
         """Raises RuntimeError while the model sleeps, or its weights are a mixture of two versions."""
         sleep.check_awake(self)
+        self.check_refusal()
+
+    def check_refusal(self) -> None:
+        """Raises RuntimeError while the weights are a mixture of two versions."""
         if self.refusal is not None:
             raise RuntimeError(
                 f"the model refuses to run: {self.refusal}. Call update_weights_from_disk with good weights."

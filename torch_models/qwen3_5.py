@@ -141,7 +141,7 @@ class Qwen3_5ForCausalLM(Model):
     @property
     def decoder(self) -> Decoder:
         """The text model."""
-        return self.model.language_model if self.config.is_wrapped else self.model
+        return self.model.language_model if isinstance(self.model, Qwen3_5Model) else self.model
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""

@@ -47,7 +47,7 @@ class Recording:
     def __init__(self, program: Callable[[], object]) -> None:
         self._operations: list[_Operation] = []
         self._made: set[int] = set()
-        self._outside: dict[tuple[int, int, Any], torch.Tensor] = {}
+        self._outside: dict[Any, torch.Tensor] = {}
         with torch.inference_mode(False), torch.no_grad(), _NoHost(), _Recorder(self._note):
             program()
         self.outside = list(self._outside.values())
@@ -112,9 +112,9 @@ def _check_capturable(run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], g
         raise CannotCapture("a tensor made of host data (torch.tensor, torch.from_numpy)", "a replay would keep it")
     if torch.Tag.data_dependent_output in run.tags:
         raise CannotCapture(name, "it brings a value to the host (item, bool, int), where a replay does not look")
-    by_index = isinstance(args[1], list | tuple) if name.startswith("aten::index") and len(args) > 1 else False
-    if by_index:
-        if any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1])):
+    indices = next((arg for arg in args[1:2] if isinstance(arg, list | tuple)), None)
+    if name.startswith("aten::index") and indices is not None:
+        if any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(indices)):
             raise CannotCapture(f"{name} by a mask", "the shape of the result depends on values; use torch.where")
     elif torch.Tag.dynamic_output_shape in run.tags:
         raise CannotCapture(name, "the shape of the result depends on values")

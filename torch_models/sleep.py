@@ -1,7 +1,8 @@
 """Sleep and wake: the weights' memory given back for a while, their parameters kept.
 
 While a model sleeps its storages are empty and the host holds a copy. Every parameter and buffer stays the object it
-is, and tensors that share storage go on sharing it. No version is published: the weights do not change.
+is, and tensors that share storage go on sharing it. No version is published: the weights do not change. Of a model on
+the CPU nothing is saved, but everything goes the same way.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torch_models.census import tensors_of
+from torch_models.storage import parameters_of
+
 if TYPE_CHECKING:
     from torch_models.model import Model
 
 HostCopy = list[tuple[torch.UntypedStorage, torch.Tensor]]  # a storage, and its bytes on the host, uint8
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def sleep(model: Model) -> Model:
     """Free the storage of every parameter and buffer, with a copy on the host. Twice is once.
@@ -29,15 +34,20 @@ def sleep(model: Model) -> Model:
     if model.asleep is not None:
         return model
     model.check_runnable()
-    copies: HostCopy = [(storage, _bytes(storage).to("cpu", copy=True)) for storage in _storages(model)]
+    storages = _storages(model)
+    copies = [_bytes(storage).to("cpu", copy=storage.resizable()) for storage in storages]
     model.graphs.drop(reason="the model was put to sleep")
-    model.asleep = copies
+    owned = [storage if storage.resizable() else _exchanged(model, storage) for storage in storages]
+    model.asleep = list(zip(owned, copies, strict=True))
     _touch(model)
-    for storage, _ in copies:
+    for storage in owned:
         storage.resize_(0)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # for whoever shares the device
     return model
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def wake(model: Model) -> Model:
     """Give every storage its memory and its bytes back, and compare them. Twice is once.
@@ -63,7 +73,7 @@ def wake(model: Model) -> Model:
 def check_awake(model: Model) -> None:
     """Raises RuntimeError while the model, or one that shares parameters with it, sleeps."""
     # an empty storage is read without a check, by address: on a CPU that ends the process
-    if model.asleep is not None or any(_is_freed(param) for param in model.parameters()):
+    if model.asleep is not None or any(_is_freed(param) for param in parameters_of(model)):
         raise RuntimeError("the model sleeps, or one that it shares parameters with: call wake() first.")
 
 
@@ -73,8 +83,18 @@ def _is_freed(tensor: torch.Tensor) -> bool:
 
 def _storages(model: Model) -> list[torch.UntypedStorage]:
     """Every storage once, however many tensors share it."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*parameters_of(model), *model.buffers()]
     return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def _exchanged(model: Model, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Another storage, without the bytes, for all tensors of one whose memory NumPy has seen: torch resizes no such."""
+    fresh = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+    for _, tensor in tensors_of(model):
+        if tensor.layout is torch.strided and tensor.untyped_storage()._cdata == storage._cdata:
+            place = tensor.storage_offset(), tensor.size(), tensor.stride()
+            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(fresh, *place)
+    return fresh
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -83,5 +103,5 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 def _touch(model: Model) -> None:
     """Make the stamp another one, for every model that shares these parameters."""
-    for param in model.parameters():
+    for param in parameters_of(model):
         torch.autograd.graph.increment_version(param)

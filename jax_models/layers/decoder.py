@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ class Decoder(nnx.Module):
         norm: the final norm.
     """
 
-    def __init__(self, config: Any, stage: Stage, layers: dict[int, nnx.Module], norm: nnx.Module) -> None:
+    def __init__(self, config: Any, stage: Stage, layers: Mapping[int, nnx.Module], norm: nnx.Module) -> None:
         # a tied head and a draft read the embedding too
         if stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp)):
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)

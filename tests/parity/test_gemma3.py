@@ -429,6 +429,16 @@ def test_a_reload_is_a_cold_load_bit_for_bit_and_so_is_the_way_back(backend: str
     np.testing.assert_array_equal(np.asarray(model.generate(**inputs, max_new_tokens=4)), first_tokens)
 
 
+def test_a_norm_whose_weight_is_written_by_others_is_not_stale(checkpoint_of: Build) -> None:
+    """1 + w is kept in torch: a run computes it anew, whoever wrote w."""
+    a, b = checkpoint_of("capped"), checkpoint_of("capped", seed=8)
+    model, other, inputs = torch_models.load(a), torch_models.load(b), inputs_of("plain")
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    np.testing.assert_array_equal(model(**inputs).numpy(), other(**inputs).numpy())
+
+
 @pytest.mark.parametrize("backend", MODELS)
 def test_a_swapped_embedding_is_swapped_in_the_tied_head_too(
     backend: str, checkpoint_of: Build, tmp_path: Path

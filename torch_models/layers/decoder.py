@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Decoder(nn.Module):
         norm: the final norm.
     """
 
-    def __init__(self, config: Any, stage: Stage, layers: dict[int, nn.Module], norm: nn.Module) -> None:
+    def __init__(self, config: Any, stage: Stage, layers: Mapping[int, nn.Module], norm: nn.Module) -> None:
         super().__init__()
         # a tied head and a draft read the embedding too
         if stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp)):

@@ -1,0 +1,104 @@
+"""Detectors of what newer families have: a draft, speculation, positions of three axes, roundings that are owed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from loaders import open_checkpoint
+from parity.mutant_bench import Bench, Subject, as_trace, judge, load, other, record
+from parity.oracle import oracle_forward
+from parity.trace import Trace
+from parity.zoo import prompts
+
+PROMPT, NEW, DRAFTED = 24, 20, 3  # tokens of speculation: several rounds, and one compaction of the cache
+ROUNDED = 0.02  # share of values whose correct rounding an ulp in float32 may tip
+
+
+def mtp(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """What the draft says of every token but the first, under the three-way ruler."""
+    batch = bench.batch(subject)
+    peer = bench.once(("mtp", subject, other(backend)), lambda: _draft_trace(bench, subject, other(backend)))
+    oracle = bench.once(("mtp oracle", subject), lambda: _draft_oracle(bench.path(subject), batch))
+    return judge(_draft_trace(bench, subject, backend), peer, oracle)
+
+
+def _draft_trace(bench: Bench, subject: Subject, backend: str) -> Trace:
+    batch = bench.batch(subject)
+    logits, hidden = load(backend, bench.path(subject)).mtp_forward(**batch)
+    return as_trace(backend, batch, {"mtp.logits": np.asarray(logits), "mtp.hidden_state": np.asarray(hidden)})
+
+
+def _draft_oracle(path: Any, batch: dict[str, Any]) -> Trace:
+    found = oracle_forward(open_checkpoint(path), **batch, mtp=True)
+    return as_trace("oracle64", batch, {name: found[name] for name in ("mtp.logits", "mtp.hidden_state")})
+
+
+def axes(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """Time, height and width that differ, as of images, under the three-way ruler."""
+    batch = bench.batch(subject)
+    rng = np.random.default_rng(0)
+    batch = batch | {"position_ids": rng.integers(0, 90, (3, *batch["input_ids"].shape))}
+
+    def trace(backend: str) -> Trace:
+        return record(backend, load(backend, bench.path(subject)), batch)
+
+    def oracle() -> Trace:
+        given: dict[str, Any] = batch
+        return as_trace("oracle64", batch, oracle_forward(open_checkpoint(bench.path(subject)), **given))
+
+    peer = bench.once(("axes", subject, other(backend)), lambda: trace(other(backend)))
+    return judge(trace(backend), peer, bench.once(("axes oracle", subject), oracle))
+
+
+def speculative(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """Greedy tokens are the same with a draft as without; and it is taken as often as on the other backend.
+
+    A draft that is wrong costs time only, so its worth is held against an independent implementation's.
+    """
+    config = open_checkpoint(bench.path(subject)).config
+    batch = prompts(config, rows=4, tokens=PROMPT, padding="left", seed=3)
+
+    def run(backend: str, *, drafts: bool) -> tuple[np.ndarray, Any]:
+        model = load(backend, bench.path(subject))
+        draft = model.draft if drafts else None
+        options = {"max_new_tokens": NEW, "ignore_eos": True}
+        found = model.generate(**batch, **options, draft=draft, draft_tokens=DRAFTED)
+        return np.asarray(found), draft and draft.report
+
+    plain, _ = bench.once(("plain", subject, backend), lambda: run(backend, drafts=False))
+    _, worth = bench.once(("drafted", subject, other(backend)), lambda: run(other(backend), drafts=True))
+    assert 0 < worth.accepted < worth.drafted, f"{worth}: nothing is refused, or nothing taken"
+    tokens, report = run(backend, drafts=True)
+    if tokens.shape != plain.shape or (tokens != plain).any():
+        return ["with a draft, greedy tokens are others than without"]
+    return [f"of the draft's tokens {report}, expected {worth}"] if report != worth else []
+
+
+def rounding(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """In bfloat16: embeddings and final norm are rounded once, from weights and inputs that are known exactly."""
+    checkpoint = open_checkpoint(bench.path(subject))
+    config, text = checkpoint.config, checkpoint.config.text_paths[0]
+    batch = bench.batch(subject)
+    _, taps = load(backend, bench.path(subject), "bfloat16").with_taps(**batch)
+    last = f"{text}.layers.{config.num_hidden_layers - 1}"
+    seen = {name: _wide(taps[f"{text}.{name}" if "." not in name else name]) for name in ("embed_tokens", last, "norm")}
+    is_real = batch["attention_mask"] == 1
+    rows = checkpoint.read(f"{text}.embed_tokens.weight")[batch["input_ids"]]
+    scale = np.asarray(config.hidden_size**0.5 if "Gemma" in config.architecture else 1.0, rows.dtype)
+    x = seen[last]
+    root = np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps)
+    gamma = 1.0 + checkpoint.read(f"{text}.norm.weight").astype(np.float64)
+    expected = {"embed_tokens": rows.astype(np.float64) * scale.astype(np.float64), "norm": x / root * gamma}
+    for name, value in expected.items():
+        rounded = value.astype(np.float32).astype(rows.dtype).astype(np.float64)
+        wrong = float((rounded != seen[name])[is_real].mean())
+        if wrong > ROUNDED:
+            return [f"{name}: {wrong:.0%} of the values are not rounded once, at most {ROUNDED:.0%} may be"]
+    return []
+
+
+def _wide(tensor: Any) -> np.ndarray:
+    """A tap in float64, whatever framework it is of."""
+    return np.asarray(tensor.float() if hasattr(tensor, "float") else tensor.astype("float32")).astype(np.float64)
