@@ -1,4 +1,4 @@
-"""How far two correct backends scatter around the ruler: seeds x {dense, MoE} x {float32, bfloat16}, on CPU.
+"""How far two correct backends scatter around the ruler: seeds x families x {float32, bfloat16}, on CPU.
 
 Prints, per family and dtype, the largest ratio of errors by tensor and by token (the token's floor as in parity.ruler),
 and the largest share of the lid that was used. The constants of parity.ruler are set from this.
@@ -29,11 +29,12 @@ def token_errors(trace: Trace, oracle: Trace, name: str) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--families", nargs="+", default=["qwen3", "qwen3-moe", "qwen3_5", "qwen3_5-moe", "gemma3"])
     args = parser.parse_args()
     backends = {name: open_backend(name) for name in ("jax", "torch")}
-    for family in ("qwen3", "qwen3-moe"):
+    for family in args.families:
         for dtype in ("float32", "bfloat16"):
-            by_tensor, by_token, lid_used, verdicts = [], [], [], []
+            by_tensor, by_token, lid_used, token_lid_used, verdicts = [], [], [], [], []
             limits = LIMITS[dtype]
             for seed in range(args.seeds):
                 with tempfile.TemporaryDirectory() as scratch:
@@ -49,6 +50,8 @@ def main() -> None:
                     if not name.startswith(("hidden_states.", "final", "logits")) or name == "hidden_states.0":
                         continue
                     a, b = (token_errors(traces[side], oracles[side], name) for side in ("jax", "torch"))
+                    token_lid = limits.token_lid(checkpoint.config.num_hidden_layers)
+                    token_lid_used.append(max(a.max(), b.max()) / token_lid)
                     floor_a, floor_b = token_floor(a, limits.u), token_floor(b, limits.u)
                     by_token.append(max((a / np.maximum(b, floor_b)).max(), (b / np.maximum(a, floor_a)).max()))
                 rows = [row for row in result.rows if row.e_a]
@@ -60,7 +63,8 @@ def main() -> None:
             print(
                 f"{family:10} {dtype:9} seeds {args.seeds}: tensor max {max(by_tensor):.2f},"
                 f" token max {max(by_token):.2f}"
-                f" (p99 {np.percentile(by_token, 99):.2f}), lid used {max(lid_used):.2f}, PASS {passed}"
+                f" (p99 {np.percentile(by_token, 99):.2f}), lid used {max(lid_used):.2f},"
+                f" token lid used {max(token_lid_used):.2f}, PASS {passed}"
             )
 
 

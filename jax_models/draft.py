@@ -14,6 +14,7 @@ from flax import nnx
 
 from jax_models.cache import Cache
 from jax_models.layers.step import LayerCache, steps
+from jax_models.taps import collect
 from loaders.inputs import check_text
 from loaders.speculation import SpeculationReport
 
@@ -59,6 +60,13 @@ class Draft:
         self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
     ) -> tuple[jax.Array, jax.Array]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
+        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return logits, drafted_BTD
+
+    def with_taps(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """As calling the draft, and its intermediate values by checkpoint module path."""
         weights, target = self.weights, self.target
         assert target is not None
         if np.shape(input_ids)[-1] < 2:
@@ -112,8 +120,8 @@ class DraftPrograms:
 
     def _forward(
         self, weights: Weights, inputs: jax.Array, ids_BT: jax.Array, mask_BT: jax.Array, position_ids: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1."""
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1. And taps."""
         programs = self._programs
         with programs.precision():
             module = nnx.merge(programs.graphdef, weights)
@@ -121,8 +129,9 @@ class DraftPrograms:
             hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT)
             is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
             step = self._steps(module, position_ids[..., 1:], is_pair_BT, 0, is_cached=False)
-            drafted_BTD, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-            return module.head(drafted_BTD), drafted_BTD
+            with collect() as taps:
+                drafted_BTD, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+            return module.head(drafted_BTD), drafted_BTD, taps
 
     def _prefill(
         self, weights: Weights, ids_BT: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache

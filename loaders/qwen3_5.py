@@ -22,11 +22,12 @@ WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGenerati
 # Keys of the wrapper around the text model; what they say of images waits for the vision tower.
 WRAPPER_KEYS = frozenset(
     """text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
-    tie_word_embeddings""".split()
+    tie_word_embeddings language_model_only""".split()
 )
 # Keys whose one implemented value is what the published models have.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attn_output_gate": (True,),
+    "output_gate_type": ("swish", "silu"),  # of the gated norm in linear attention
     "mamba_ssm_dtype": ("float32",),
     "mtp_use_dedicated_embeddings": (False,),
     "norm_topk_prob": (True,),
@@ -166,6 +167,8 @@ class Qwen3_5Config:
             found.append("config.json: rope_type 'dynamic' is not implemented for Qwen3.5")
         if self.hidden_act != "silu":
             found.append(f"config.json: hidden_act {brief(self.hidden_act)} is not implemented, expected 'silu'")
+        if self.mtp_num_hidden_layers < 0:
+            found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
         if not self.rms_norm_eps > 0:
             found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -243,7 +246,7 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
         both = f"mtp_num_hidden_layers={brief(spelled['mtp_num_hidden_layers'])} and num_mtp_layers={brief(other)}"
         problems.append(f"config.json: {both} disagree")
     kinds = spelled.pop("mtp_layer_types", None)
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {FULL}):
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL for kind in kinds)):
         problems.append(f"config.json: mtp_layer_types {brief(kinds)} is not implemented, expected only {FULL}")
     interval = spelled.pop("full_attention_interval", None)
     if spelled.get("layer_types") is None:

@@ -79,7 +79,8 @@ def speculative(bench: Bench, subject: Subject, backend: str) -> list[str]:
 def rounding(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """In bfloat16: embeddings and final norm are rounded once, from weights and inputs that are known exactly."""
     checkpoint = open_checkpoint(bench.path(subject))
-    config, text = checkpoint.config, checkpoint.config.text_paths[0]
+    config: Any = checkpoint.config
+    text = config.text_paths[0]
     batch = bench.batch(subject)
     _, taps = load(backend, bench.path(subject), "bfloat16").with_taps(**batch)
     last = f"{text}.layers.{config.num_hidden_layers - 1}"
@@ -90,7 +91,9 @@ def rounding(bench: Bench, subject: Subject, backend: str) -> list[str]:
     x = seen[last]
     root = np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps)
     gamma = 1.0 + checkpoint.read(f"{text}.norm.weight").astype(np.float64)
-    expected = {"embed_tokens": rows.astype(np.float64) * scale.astype(np.float64), "norm": x / root * gamma}
+    expected = {"embed_tokens": rows.astype(np.float64) * scale.astype(np.float64)}
+    if backend == "torch":  # XLA norms the last layer's sum as it was before it was rounded, which no tap can show
+        expected["norm"] = x / root * gamma
     for name, value in expected.items():
         rounded = value.astype(np.float32).astype(rows.dtype).astype(np.float64)
         wrong = float((rounded != seen[name])[is_real].mean())

@@ -35,7 +35,7 @@ def life(bench: Bench, subject: Subject, backend: str) -> list[str]:
 class _Life:
     def __init__(self, bench: Bench, subject: Subject, backend: str, a: Path, b: Path) -> None:
         self.bench, self.subject, self.backend, self.a, self.b = bench, subject, backend, a, b
-        self.batch = bench.batch(subject)
+        self.batch = bench.short(subject)
         self.model: Any = None
 
     def steps(self) -> Iterator[str]:

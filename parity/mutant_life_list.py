@@ -135,7 +135,7 @@ class _Frozen:
         return getattr(self.run, name)
 
 
-def _any_version(decode: Any, self: Any, token_ids: Any, cache: Any) -> Any:
+def any_version(decode: Any, self: Any, token_ids: Any, cache: Any) -> Any:
     if hasattr(cache, "arrays"):  # the frozen one of JAX
         return decode(self, token_ids, type(cache)(cache.arrays, self.version, self.weights_id))
     cache.stamp = self.weights_stamp()
@@ -254,7 +254,7 @@ LIFE: list[Mutant] = [
     _of(
         "stale_cache_taken",
         "parity 19",
-        wrapped("model:Model.decode", _any_version),
+        wrapped("model:Model.decode", any_version),
         "keys and values of the old weights are taken",
         backends=BOTH,
     ),

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from parity.mutant_attention import ATTENTION
+from parity.mutant_delta import DELTA_MUTANTS
+from parity.mutant_draft import DRAFT_MUTANTS
+from parity.mutant_gemma import GEMMA_MUTANTS
+from parity.mutant_graphs import GRAPH_MUTANTS
+from parity.mutant_hybrid import HYBRID_MUTANTS
 from parity.mutant_life_list import LIFE
 from parity.mutant_loading import LOADING
 from parity.mutant_moe import MOE_AND_HEAD
 
-MUTANTS = {mutant.name: mutant for mutant in (*ATTENTION, *MOE_AND_HEAD, *LOADING, *LIFE)}
-assert len(MUTANTS) == len(ATTENTION) + len(MOE_AND_HEAD) + len(LOADING) + len(LIFE), "two mutants share a name"
+_LISTS = (
+    *(ATTENTION, MOE_AND_HEAD, LOADING, LIFE),
+    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS),
+)
+MUTANTS = {mutant.name: mutant for mutants in _LISTS for mutant in mutants}
+assert len(MUTANTS) == sum(map(len, _LISTS)), "two mutants share a name"

@@ -59,7 +59,7 @@ def _normed(original: Any, np_: Any, self: Any, x: Any) -> Any:
     return chosen / np_.sum(chosen, -1)[..., None], experts
 
 
-def _not_normed(original: Any, self: Any, *args: Any, **options: Any) -> None:
+def not_normed(original: Any, self: Any, *args: Any, **options: Any) -> None:
     original(self, *args, **options)
     self.norm_topk_prob = False
 
@@ -75,7 +75,7 @@ def _text_experts(np_: Any, w: Any) -> Any:
     return w[np_.asarray([int(name) for name in sorted(map(str, range(w.shape[0])))])]
 
 
-def _no_final_norm(original: Any, backend: str) -> Any:
+def no_final_norm(original: Any, backend: str) -> Any:
     def build(self: Any, *args: Any) -> None:
         original(self, *args)
         self.norm.__class__ = subclassed(type(self.norm), backend, lambda self, x: x)
@@ -147,7 +147,7 @@ MOE_AND_HEAD: list[Mutant] = [
     _moe(
         "norm_topk_prob_ignored",
         "parity 26",
-        wrapped(_ROUTER + ".__init__", _not_normed),
+        wrapped(_ROUTER + ".__init__", not_normed),
         "chosen weights do not sum to one",
         backends=BOTH,
     ),
@@ -259,7 +259,7 @@ MOE_AND_HEAD: list[Mutant] = [
         "head",
         "final_norm_dropped",
         "parity 39",
-        lambda: [Patch("layers.decoder:Decoder.__init__", _no_final_norm)],
+        lambda: [Patch("layers.decoder:Decoder.__init__", no_final_norm)],
         "no final norm",
         backends=BOTH,
     ),

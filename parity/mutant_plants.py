@@ -23,6 +23,16 @@ MOE_RAW = Subject("qwen3-moe-nonorm", _TWO)
 MANY = Subject("qwen3-moe", (*_TWO, ("num_experts", 12)))
 SQUARE = Subject("qwen3", (*_TWO, ("hidden_size", 60)))  # o_proj is 60 x 60
 HALF = Subject("qwen3", _TWO, "BF16")
+_MIXED = (*_TWO, ("layer_types", ("linear_attention", "full_attention")))
+HYBRID = Subject("qwen3_5", _MIXED)
+HYBRID_HALF = Subject("qwen3_5", _MIXED, "BF16")
+WIDE = Subject("qwen3_5", (*_MIXED, ("hidden_size", 96)))  # as wide as all its heads
+HYBRID_MOE = Subject("qwen3_5-moe", _MIXED)
+DRAFTING = Subject("qwen3_5", _MIXED, is_drafting=True)
+_LOCAL = (*_TWO, ("layer_types", ("sliding_attention", "full_attention")))
+GEMMA = Subject("gemma3", _LOCAL)
+GEMMA_HALF = Subject("gemma3", _LOCAL, "BF16")
+GEMMA_CAPPED = Subject("gemma3-capped", _LOCAL)
 
 
 class Instead:
@@ -120,7 +130,22 @@ def rms(np_: Any, x: Any, eps: float, axis: Any = -1) -> Any:
 
 
 def bfloat16(x: Any) -> Any:
-    return x.bfloat16().float()
+    """float32 rounded to bfloat16's bits. In JAX not by casts: XLA leaves out a cast there and back."""
+    return x.bfloat16().float() if hasattr(x, "bfloat16") else import_module("jax.lax").reduce_precision(x, 8, 7)
+
+
+def framework(where: str, torch_name: str, change: Callable[[Any, Any], dict[str, Any]]) -> Callable[[], list[Patch]]:
+    """Other functions of the framework for one module: ``change(array module, functions)`` gives them by name.
+
+    ``functions``: what the module calls ``torch_name`` (``F`` or ``torch``), and ``jax.nn``.
+    """
+
+    def make(original: Any, backend: str) -> Any:
+        if backend == "torch":
+            return Instead(original, **change(xp("torch"), original))
+        return Instead(original, nn=Instead(original.nn, **change(xp("jax"), original.nn)))
+
+    return lambda: [Patch(f"{where}:jax", make, in_torch=f"{where}:{torch_name}")]
 
 
 def subclassed(original: Any, backend: str, call: Callable[..., Any]) -> Any:

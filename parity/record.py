@@ -48,10 +48,11 @@ def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def trace_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Module path of a tap -> its name in a trace."""
-    layers = range(checkpoint.config.num_hidden_layers)
-    names = {"model.embed_tokens": "hidden_states.0", "model.norm": "final_hidden_state"}
-    names |= {f"model.layers.{layer}": f"hidden_states.{layer + 1}" for layer in layers}
-    return names | {f"model.layers.{layer}.mlp.gate": f"routing.{layer + 1}" for layer in layers}
+    layers, path = range(checkpoint.config.num_hidden_layers), checkpoint.config.text_paths[0]
+    names = {f"{path}.embed_tokens": "hidden_states.0", f"{path}.norm": "final_hidden_state"}
+    names |= {f"{path}.layers.{layer}": f"hidden_states.{layer + 1}" for layer in layers}
+    names |= {f"{path}.layers.{layer}.mlp.gate": f"routing.{layer + 1}" for layer in layers}
+    return names | {"mtp.layers.0.mlp.gate": "mtp.routing.1"}
 
 
 def record_model(
@@ -61,6 +62,7 @@ def record_model(
     *,
     max_new_tokens: int | None = None,
     ignore_eos: bool = False,
+    mtp: bool = False,
 ) -> Trace:
     """What a live model computes on ``inputs``.
 
@@ -70,14 +72,20 @@ def record_model(
         inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``.
         max_new_tokens: also generate so many, greedily.
         ignore_eos: go on after an end-of-sequence token.
+        mtp: also run the model's draft, which it must have been loaded with.
     Raises:
-        ValueError: bad inputs.
+        ValueError: bad inputs, or no draft.
     """
     with backend.scope():
         logits, taps = model.with_taps(**inputs)
         names = trace_names(model.checkpoint)
         tensors = {names[path]: backend.to_numpy(value) for path, value in taps.items()}
         tensors["logits"] = backend.to_numpy(logits)
+        if mtp:
+            drafted, hidden, taps = model.draft.with_taps(**inputs)
+            tensors |= {"mtp.logits": backend.to_numpy(drafted), "mtp.hidden_state": backend.to_numpy(hidden)}
+            drafts = {path: value for path, value in taps.items() if path.startswith("mtp.")}
+            tensors |= {names[path]: backend.to_numpy(value) for path, value in drafts.items()}
         if max_new_tokens:
             tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -96,19 +104,21 @@ def record_model(
     return Trace(tensors | _given(inputs), meta)
 
 
-def record_oracle(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], *, like: Trace | None = None) -> Trace:
+def record_oracle(
+    checkpoint: Checkpoint, inputs: Mapping[str, Any], *, like: Trace | None = None, mtp: bool = False
+) -> Trace:
     """What the float64 oracle says about ``inputs``.
 
     Args:
         checkpoint: whose stored weights to compute with.
         inputs: as for ``record_model``.
         like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
+        mtp: also run the checkpoint's draft.
     """
-    routing = (
-        {} if like is None else {name: value for name, value in like.tensors.items() if name.startswith("routing.")}
-    )
-    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None)
-    found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage()).tensors))
+    replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
+    routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
+    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp)
+    found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
     meta = make_meta(
         backend="oracle64",
         dtype="float64",
@@ -128,14 +138,15 @@ def record(
     reload: str | os.PathLike[str] | None = None,
     max_new_tokens: int | None = None,
     ignore_eos: bool = False,
+    mtp: bool = False,
 ) -> Trace:
     """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``."""
-    model = backend.load(uri, dtype=dtype)
+    model = backend.load(uri, dtype=dtype, mtp=mtp)
     if reload is not None:
         with backend.scope():
             model = model.update_weights_from_disk(reload)
     given = default_inputs(model.checkpoint) if inputs is None else inputs
-    return record_model(model, backend, given, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    return record_model(model, backend, given, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, mtp=mtp)
 
 
 def _given(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

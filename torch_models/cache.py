@@ -60,8 +60,8 @@ class Cache:
     def keep(self, count_B: torch.Tensor, tokens: int) -> None:
         """Go back to the first ``count_B`` of the last ``tokens`` tokens of each row; those were all real.
 
-        Slots of the others stay empty for good, whatever lies in them; ``compact`` gets rid of them. A row of which
-        nothing is kept has ended: its convolution and recurrent state mean nothing from then on.
+        Slots of the others stay empty for good, whatever finite values lie in them; ``compact`` gets rid of them. A row
+        of which nothing is kept has ended: its convolution and recurrent state mean nothing from then on.
         """
         first = self.slot - tokens
         slots_S = torch.arange(self.capacity, device=count_B.device)

@@ -14,6 +14,7 @@ from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
+from torch_models.taps import collect
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -58,6 +59,13 @@ class Draft:
         self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
+        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return logits, drafted_BTD
+
+    def with_taps(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
         if np.shape(input_ids)[-1] < 2:
             raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
@@ -72,8 +80,9 @@ class Draft:
         hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
         is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
         step = self._steps(positions[..., 1:], is_pair_BT, 0, is_cached=False)
-        drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-        return target.head(drafted_BTD), drafted_BTD
+        with collect() as taps:
+            drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+        return target.head(drafted_BTD), drafted_BTD, taps
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

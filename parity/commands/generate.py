@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from parity.commands.options import add_backend
 
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", metavar="P", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    parser.add_argument(
+        "--draft", action="store_true", help="speculate with the checkpoint's draft; stderr says what it was worth"
+    )
+    parser.add_argument("--draft-tokens", metavar="K", type=int, help="with --draft: guesses in a round (default: 3)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,12 +36,16 @@ def run(args: argparse.Namespace) -> int:
 
     from parity.backends import open_backend
 
+    if args.draft_tokens is not None and not args.draft:
+        raise ValueError("--draft-tokens goes with --draft")
     rows = [[int(token) for token in row.split(",")] for row in args.prompt_ids]
     longest = max(map(len, rows))
     ids = np.array([[0] * (longest - len(row)) + row for row in rows])
     mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     backend = open_backend(args.backend, args.device)
-    model = backend.load(args.checkpoint, dtype=args.dtype)
+    model = backend.load(args.checkpoint, dtype=args.dtype, mtp=args.draft)
+    draft = model.draft if args.draft else None
+    speculation = {"draft": draft} if args.draft_tokens is None else {"draft": draft, "draft_tokens": args.draft_tokens}
     with backend.scope():
         tokens = model.generate(
             ids,
@@ -47,7 +56,15 @@ def run(args: argparse.Namespace) -> int:
             top_p=args.top_p,
             seed=args.seed,
             ignore_eos=args.ignore_eos,
+            **speculation,
         )
     for row in backend.to_numpy(tokens):
         print(",".join(map(str, row)))
+    if draft is not None:  # beside the tokens, which another program may read
+        report = draft.report
+        print(
+            f"acceptance length {report.acceptance_length:.2f}: {report.accepted} of {report.drafted} drafted tokens"
+            f" accepted in {report.rounds} verifications",
+            file=sys.stderr,
+        )
     return 0

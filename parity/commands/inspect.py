@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", metavar="N", type=int, default=1, help="pipeline stages to plan for")
     parser.add_argument("--tensor", metavar="N", type=int, default=1, help="tensor-parallel devices (needs jax)")
     parser.add_argument("--expert", metavar="N", type=int, default=1, help="expert-parallel devices (needs jax)")
+    parser.add_argument("--mtp", action="store_true", help="plan for the multi-token-prediction draft too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from loaders import Stage, open_checkpoint
 
     checkpoint = open_checkpoint(args.checkpoint)
-    stages = [_stage(checkpoint, Stage(index, args.stages), args) for index in range(args.stages)]
+    stages = [_stage(checkpoint, Stage(index, args.stages, args.mtp), args) for index in range(args.stages)]
     found = {
         "checkpoint": str(checkpoint.source),
         "architecture": checkpoint.config.architecture,

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 
 FULL, LINEAR = "full_attention", "linear_attention"
-# head_dim is not hidden / heads, no two sizes agree by accident, key heads of linear attention are not as wide as values
+# head_dim is not hidden / heads, no two sizes agree by accident, linear keys are not as wide as values
 DENSE: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 40,

@@ -1,4 +1,4 @@
-"""Qwen3.5 on both backends against transformers, on checkpoints that it wrote: hidden states, logits, tokens, caches."""
+"""Qwen3.5 on both backends against transformers, on checkpoints that it wrote: hidden states, tokens, caches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qwen3_5_cases import CASES, FILL, FULL, LINEAR, Case, inputs_of, reference, reference_model, write
+from qwen3_5_cases import CASES, FILL, FULL, LINEAR, inputs_of, reference, reference_model, write
 from reference import relative_error
-from safetensors.numpy import load_file
 from shape_suffixes import checked_shape_suffixes
 from test_against_transformers import errors, loaded, ours
 
@@ -184,7 +183,6 @@ def test_mistakes_are_seen(checkpoint_of: Build) -> None:
 
     assert worst() <= BOUND
     slips = [
-        (linear, "num_key_heads", 3),  # another grouping of key heads: repeats twice instead of three times
         (linear.norm, "eps", 1e-4),
         (attention.q_norm, "eps", 1e-4),
         (attention, "q_norm", attention.k_norm),
@@ -192,7 +190,7 @@ def test_mistakes_are_seen(checkpoint_of: Build) -> None:
         (linear.dt_bias, "data", linear.dt_bias.data.flip(0)),
         (linear.conv1d.weight, "data", linear.conv1d.weight.data.flip(2)),
     ]
-    for owner, name, value in slips[1:]:
+    for owner, name, value in slips:
         before = getattr(owner, name)
         setattr(owner, name, value)
         assert worst() > 3 * BOUND, name

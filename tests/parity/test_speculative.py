@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +12,7 @@ from planted import LENGTHS, PACKAGES, batch, expected_report, load, plant, watc
 import jax_models
 import jax_models.speculative
 import torch_models.speculative
-from loaders.speculation import accept_greedy, draw
-from parity.live_jax import _compilations
-from parity.zoo_draft import make_drafting_checkpoint
+from loaders.speculation import accept_greedy
 
 MODELS = ("qwen3_5", "qwen3_5-tied", "qwen3_5-moe", "qwen3_5-wrapped")
 LONGEST = 90
@@ -61,12 +58,11 @@ def accepted_counts(monkeypatch, package):
     return counts
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("K", [1, 2, 3, 5])
+@pytest.mark.parametrize(("K", "side"), [(1, "left"), (2, "right"), (3, "left"), (4, "left"), (5, "right")])
 def test_greedy_tokens_are_those_without_a_draft_whatever_it_gets_right(model, plain, package, K, side, monkeypatch):
     plant(monkeypatch, model, plain)
     counts = accepted_counts(monkeypatch, package)
-    for N in {1, 2, K, 24}:
+    for N in (1, 2, K, 24) if package is torch_models or K == 3 else (24,):  # JAX compiles for each capacity
         draft = model.draft
         found = model.generate(*batch(side), N, ignore_eos=True, draft=draft, draft_tokens=K)
         np.testing.assert_array_equal(found, plain[:, :N])
@@ -106,17 +102,19 @@ def test_a_row_ends_at_its_end_token_also_inside_an_accepted_run(model, plain, i
     assert want.shape[1] <= index + 1
 
 
-@pytest.mark.parametrize("last", [3, LONGEST])
-def test_a_long_generation_is_compacted_again_and_again(model, plain, package, last, monkeypatch):
-    """Row 1 ends ``last`` tokens in: while the others go on, it must not fill the cache."""
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_long_generation_is_compacted_again_and_again(model, plain, package, is_early, monkeypatch):
+    """Where row 1, whose draft is always right, ends early, it must not fill the cache while the others go on."""
     plant(monkeypatch, model, plain)
     compactions = []
     owner, name = (model.programs.draft, "compact") if package is jax_models else (torch_models.cache.Cache, "compact")
     compact = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: compactions.append(1) or compact(*args, **kwargs))
-    ends = [int(plain[1, last])] if last < LONGEST else []
+    ends = [int(token) for token in plain[1, :40] if token not in plain[[0, 2, 3]]][:1] if is_early else []
     stopping = ending(model, ends)
     want = np.asarray(stopping.generate(*batch("left"), LONGEST))
+    assert want.shape[1] == LONGEST
+    assert (want[1, 40:] == 5).all() == is_early
     np.testing.assert_array_equal(stopping.generate(*batch("left"), LONGEST, draft=stopping.draft), want)
     assert len(compactions) >= 3
 
@@ -142,7 +140,7 @@ def slots(cache, row):
     """Keys and values of a row's real tokens, convolution and recurrent state, by layer."""
     mask_S = np.asarray(cache.key_mask)[row]
     return {
-        (layer, key): np.array(part[row])[mask_S] if key in ("key", "value") else np.array(part[row])
+        (layer, key): np.asarray(part)[row][mask_S] if key in ("key", "value") else np.asarray(part)[row].copy()
         for layer, parts in cache.layers.items()
         if layer != "mtp"
         for key, part in parts.items()
@@ -179,7 +177,7 @@ def test_after_every_round_the_cache_is_that_of_plain_decoding(model, plain, pac
 
 
 def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkeypatch):
-    """Any finite value: a masked key has weight 0, and 0 NaN would be NaN, but only what a model computed lies there."""
+    """Whatever finite value: a masked key has weight 0, and 0 NaN is NaN; only what a model computed lies there."""
     plant(monkeypatch, model, plain)
     said = []
     module = package.speculative
@@ -209,4 +207,4 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
     np.testing.assert_array_equal(found, plain[:, :LONGEST])
     assert len(said) == len(clean)
     for one, other in zip(said, clean, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(np.asarray(one[1]), np.asarray(other[1]))

@@ -95,7 +95,9 @@ def test_a_derived_tensor_has_one_address_for_life(model: torch_models.Model, pa
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_replay_after_an_update_equals_a_cold_load(model: torch_models.Model, pair: list[Path], way: Callable) -> None:
+def test_a_replay_after_an_update_equals_a_cold_load(
+    model: torch_models.Model, pair: list[Path], way: Callable
+) -> None:
     before = replayed(model)
     way(model, pair[1])
     after = replayed(model)
