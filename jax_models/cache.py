@@ -50,8 +50,8 @@ class Cache:
     def kept(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int) -> Cache:
         """Back to the first ``count_B`` of the last ``tokens`` tokens of each row; those were all real.
 
-        Slots of the others stay empty for good, whatever finite values lie in them; ``compacted`` gets rid of them. A row
-        of which nothing is kept has ended: its convolution and recurrent state mean nothing from then on.
+        Slots of the others stay empty for good, whatever finite values lie in them; ``compacted`` gets rid of them. A
+        row of which nothing is kept has ended: its convolution and recurrent state mean nothing from then on.
         """
         first = self.length - tokens
         slots_S = jnp.arange(self.key_mask.shape[1])

@@ -127,11 +127,11 @@ class DraftPrograms:
             module = nnx.merge(programs.graphdef, weights)
             x_BTD = programs.enter(module, inputs)
             hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT)
-            is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
-            step = self._steps(module, position_ids[..., 1:], is_pair_BT, 0, is_cached=False)
+            is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
+            step = self._steps(module, position_ids[..., 1:], is_pair, 0, is_cached=False)
             with collect() as taps:
-                drafted_BTD, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-            return module.head(drafted_BTD), drafted_BTD, taps
+                drafted, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+            return module.head(drafted), drafted, taps
 
     def _prefill(
         self, weights: Weights, ids_BT: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache

@@ -73,7 +73,7 @@ def generate_with_draft(
         if temperature == 0:
             return np.asarray(jnp.argmax(logits_BV, axis=-1), np.int32), None
         found_BV = probabilities(logits_BV)
-        return np.array([draw(row_V, rng) for row_V in found_BV], np.int32), found_BV
+        return draw(found_BV, rng).astype(np.int32), found_BV
 
     checked = check_text(input_ids, attention_mask, None, vocab_size=model.config.vocab_size).left_aligned()
     checked = checked.padded_to(bucket(checked.input_ids.shape[1]))

@@ -54,28 +54,24 @@ def accept_sampled(
         How many stay, [B], 0..K; and the token after them, [B].
     """
     B, K = drafted_BK.shape
-    count_B, next_B = np.zeros(B, np.int64), np.zeros(B, np.int64)
-    for row in range(B):
-        count = 0
-        while count < K:
-            token = drafted_BK[row, count]
-            q, p = draft_BKV[row, count, token], target_BTV[row, count, token]
-            if rng.random() * q >= p:  # never for p = 0: a drawn token has q > 0
-                break
-            count += 1
-        left_V = target_BTV[row, count].astype(np.float64)
-        if count < K:
-            more_V = np.maximum(left_V - draft_BKV[row, count], 0.0)
-            # rounding may leave nothing where p and q are equal; then the token was one of p's in any case
-            left_V = more_V if more_V.sum() > 0 else left_V
-        count_B[row], next_B[row] = count, draw(left_V, rng)
-    return count_B, next_B
+    q_BK, p_BK = (
+        np.take_along_axis(part, drafted_BK[..., None], axis=-1)[..., 0] for part in (draft_BKV, target_BTV[:, :K])
+    )
+    is_taken_BK = rng.random((B, K)) * q_BK < p_BK  # never for p = 0
+    count_B = np.cumprod(is_taken_BK, axis=1).sum(axis=1)
+    rows_B, is_rejected_B = np.arange(B), count_B < K
+    left_BV = target_BTV[rows_B, count_B].astype(np.float64)
+    more_BV = np.maximum(left_BV - draft_BKV[rows_B, np.minimum(count_B, K - 1)], 0.0)
+    # rounding may leave nothing where p and q are equal; then the token was one of p's in any case
+    has_more_B = is_rejected_B & (more_BV.sum(axis=1) > 0)
+    return count_B, draw(np.where(has_more_B[:, None], more_BV, left_BV), rng)
 
 
-def draw(weights_V: np.ndarray, rng: np.random.Generator) -> int:
-    """An index with probability in proportion to its weight, float64 sums."""
-    total_V = np.cumsum(weights_V, dtype=np.float64)
-    return int(np.searchsorted(total_V, rng.random() * total_V[-1], side="right").clip(max=len(total_V) - 1))
+def draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices into the last axis, each with probability in proportion to its weight; float64 sums."""
+    total = np.cumsum(weights, axis=-1, dtype=np.float64)
+    wanted = rng.random(total.shape[:-1]) * total[..., -1]
+    return (total <= wanted[..., None]).sum(axis=-1).clip(max=total.shape[-1] - 1)
 
 
 def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int | None) -> np.ndarray:

@@ -55,6 +55,15 @@ class Case:
     def has_oracle(self, name: str) -> bool:
         return all(oracle is not None and name in oracle.tensors for oracle in (self.oracle_a, self.oracle_b))
 
+    def amplification(self, name: str) -> np.ndarray:
+        """How much the oracle amplifies rounding at each unpadded token of a tensor, float64 [n]; 0 where unknown."""
+        mask = self.mask(name)
+        oracles = [oracle for oracle in (self.oracle_a, self.oracle_b) if oracle is not None]
+        found = [
+            oracle.tensors[f"amplification.{name}"] for oracle in oracles if f"amplification.{name}" in oracle.tensors
+        ]
+        return np.max([array[mask].astype(np.float64) for array in found], axis=0) if found else np.zeros(mask.sum())
+
     def mask(self, name: str = "logits") -> np.ndarray:
         """Booleans [B, T] or, for the draft's tensors, [B, T-1]: the positions of a tensor that carry a meaning."""
         return for_tensor(name, self.a.mask & self.b.mask)

@@ -26,6 +26,7 @@ class TokenError:
     e_b: float | None
     direct: float
     margin: float
+    amplification: float = 0.0  # of rounding, by the oracle; 0 where unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,10 @@ _RESET = "\033[0m"
 ROOT_SHOWN = 8  # hex digits of a weights root: enough to see that A, B, A comes back to A
 
 
+class Skipped(Exception):  # noqa: N818  (not an error)
+    """The event does not apply to this checkpoint or backend; says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class EventResult:
     """What one backend did at one event.

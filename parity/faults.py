@@ -7,6 +7,7 @@ Faults of the first two kinds can be combined with others of their kind; every o
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import tempfile
@@ -20,11 +21,12 @@ import numpy as np
 
 from loaders.checkpoint import CONFIG, Checkpoint
 from loaders.errors import CheckpointError
+from loaders.header import TensorInfo
 from loaders.plan import specs_of
-from loaders.spec import Source
+from loaders.spec import Source, Specs
 from loaders.stage import Stage
 from loaders.writer import PlannedTensor, TensorType, write_checkpoint
-from parity.zoo import zoo_config
+from parity.zoo import ZOO, zoo_config
 
 Delivered = Iterator[tuple[str, np.ndarray]]
 Delivery = Callable[[Checkpoint, Delivered], Delivered]
@@ -58,12 +60,17 @@ class Draft:
 
 
 def _draft(checkpoint: Checkpoint) -> Draft:
-    sources = [source for spec in specs_of(checkpoint.config, Stage()) for source in spec.sources]
+    sources = [source for spec in _specs(checkpoint) for source in spec.sources]
     victims = sorted(sources, key=lambda source: -len(source.index))
     tensors: dict[str, tuple[PlannedTensor, Callable[[], np.ndarray]]] = {
         name: (info, partial(checkpoint.read, name)) for name, info in checkpoint.tensors.items()
     }
-    return Draft(checkpoint, dict(checkpoint.config_document), tensors, victims)
+    return Draft(checkpoint, copy.deepcopy(checkpoint.config_document), tensors, victims)
+
+
+def _specs(checkpoint: Checkpoint) -> Specs:
+    """What a model without its draft reads, by the names this checkpoint has for it."""
+    return specs_of(checkpoint.config, Stage(), checkpoint.tensors)
 
 
 # Seen when the files are opened.
@@ -139,27 +146,32 @@ def wrong_dtype(draft: Draft) -> None:
 
 
 def other_config(draft: Draft) -> None:
-    draft.config["rms_norm_eps"] = 2 * draft.config["rms_norm_eps"]
+    text = draft.config.get("text_config", draft.config)  # of the model inside a wrapper
+    text["rms_norm_eps"] *= 2
     draft.told.append("rms_norm_eps")
 
 
 def other_architecture(draft: Draft) -> None:
-    is_dense = draft.checkpoint.config.architecture == "Qwen3ForCausalLM"
-    draft.config = zoo_config("qwen3-moe" if is_dense else "qwen3")
+    ours = draft.checkpoint.config.architecture
+    draft.config = zoo_config(next(name for name, model in ZOO.items() if model.architecture != ours))
     draft.told.append("architecture")
 
 
 # Seen when the bytes are read.
 
 
-def _half(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.tensors) // 2
+def _half(checkpoint: Checkpoint) -> tuple[int, TensorInfo]:
+    """How many tensors a load has been given half-way, and the next one; a wrapper's others are not streamed."""
+    wanted = _specs(checkpoint).tensors()
+    streamed = [info for name, info in checkpoint.tensors.items() if name in wanted]
+    return len(streamed) // 2, streamed[len(streamed) // 2]
 
 
 def unreadable_half_way(draft: Draft) -> None:
     def fail(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
+        half, _ = _half(checkpoint)
         for number, item in enumerate(delivered):
-            if number == _half(checkpoint):
+            if number == half:
                 raise CheckpointError(checkpoint.source, ["injected: the disk went away"])
             yield item
 
@@ -169,8 +181,9 @@ def unreadable_half_way(draft: Draft) -> None:
 
 def truncated_after_opening(draft: Draft) -> None:
     def cut(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
-        path = checkpoint.source.path / [info.file for info in checkpoint.tensors.values()][_half(checkpoint)]
-        os.truncate(path, path.stat().st_size // 2)
+        _, info = _half(checkpoint)
+        path = checkpoint.source.path / info.file
+        os.truncate(path, info.offsets[0])
         draft.told.append(path.name)
         return delivered
 
@@ -179,9 +192,10 @@ def truncated_after_opening(draft: Draft) -> None:
 
 def delivered_twice(draft: Draft) -> None:
     def repeat(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
+        half, _ = _half(checkpoint)
         for number, item in enumerate(delivered):
             yield item
-            if number == _half(checkpoint):
+            if number == half:
                 yield item
 
     draft.deliveries.append(repeat)

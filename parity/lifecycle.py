@@ -22,17 +22,14 @@ from loaders.digest import digests
 from loaders.plan import plan_load, plan_reload
 from loaders.stage import Stage
 from parity.backends import NAMES, open_backend
-from parity.events import EventResult
+from parity.events import EventResult, Skipped
 from parity.faults import FAULTS, OPENING, Fault
-from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, same_bits, some
+from parity.lifecycle_serving import draft, nap, replay, speculate
+from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, has_draft, same_bits, some
 from parity.zoo import prompts
 
 LIVE = {"jax": "parity.live_jax", "torch": "parity.live_torch"}
 PROMPT_ROWS, PROMPT_TOKENS = 2, 12
-
-
-class Skipped(Exception):  # noqa: N818  (not an error)
-    """The event does not apply to this checkpoint; says why."""
 
 
 Event = Callable[[LiveModel], str]  # does it, checks it, says what was checked
@@ -72,8 +69,9 @@ def run_lifecycle(
 
 def check_pair(a: Checkpoint, b: Checkpoint) -> None:
     """Raises CheckpointError or ValueError unless B can be reloaded over A and shows that it was."""
-    plan = plan_load(a, Stage())
-    plan_reload(b, a.config, Stage(), plan.dtypes)
+    stage = Stage(mtp=has_draft(a) and has_draft(b))
+    plan = plan_load(a, stage)
+    plan_reload(b, a.config, stage, plan.dtypes)
     if digests(a.stream(names=plan.tensors)) == digests(b.stream(names=[n for n in plan.tensors if n in b.tensors])):
         raise ValueError(f"{a.source} and {b.source} hold the same weights: nothing would be seen to change")
 
@@ -278,8 +276,8 @@ def _check_stages(life: LiveModel, models: list[Any], letter: str) -> None:
     parts = [model.digests() for model in models]
     union = {name: value for part in parts for name, value in part.items()}
     expect(union == whole.digests, f"the stages' weights are not the whole's: {some(differing(union, whole.digests))}")
-    # the embedding of a tied model is on the first stage and, as head, on the last
-    twice = int(life.model.config.tie_word_embeddings)
+    # the embedding is on the first stage and, as a tied head or for the draft, on the last
+    twice = int(life.model.config.tie_word_embeddings or life.bench.has_draft)
     expect(sum(map(len, parts)) == len(union) + twice, "two stages hold the same tensors")
     with life.live.backend.scope():
         x = models[0](life.bench.prompt)
@@ -327,6 +325,10 @@ EVENTS: tuple[tuple[str, Event], ...] = (
     ("poison and reload", poison),
     ("stale cache", stale_cache),
     ("cache kept", kept_cache),
+    ("draft", draft),
+    ("speculation", speculate),
+    ("replay", replay),
+    ("sleep and wake", nap),
     *((f"broken reload: {name}", broken(fault)) for name, fault in FAULTS.items()),
     ("2 stages", stages(2)),
     ("3 stages", stages(3)),

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_models.weights import flatten
 from parity.backends import Backend
+from parity.live_model import STEPS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for every program, from the disk cache or not
 
@@ -22,6 +23,7 @@ class JaxLive:
     backend: Backend
     poison_publishes: bool = True
     keeps_old: bool = True
+    captures: bool = False
 
     def fixed(self, model: Any) -> dict[str, Any]:
         """Everything compiled programs depend on: equal before and after means that none becomes invalid."""
@@ -35,6 +37,7 @@ class JaxLive:
         """Programs compiled so far: the model's, by its caches, and by JAX's own count all of this process."""
         programs = model.programs
         by_name = {name: vars(programs)[name] for name in ("forward", "forward_with_taps", "prefill", "decode")}
+        by_name |= {f"draft.{name}": value for name, value in vars(programs.draft).items() if not name.startswith("_")}
         return {name: jitted._cache_size() for name, jitted in by_name.items()} | {"process": len(_compilations())}
 
     def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]:
@@ -49,6 +52,19 @@ class JaxLive:
             return jax.device_put(np.full(leaf.shape, np.nan, leaf.dtype), leaf.sharding)
 
         return model.replace(weights=jax.tree.map(poisoned, model.weights))
+
+    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+        """Logits of a prompt and of the steps after it, each from its best token."""
+        logits, cache = model.prefill(prompt, max_new_tokens=STEPS)
+        found = [np.asarray(logits)]
+        for _ in range(STEPS):
+            logits, cache = model.decode(found[-1].argmax(-1), cache)
+            found.append(np.asarray(logits))
+        return found
+
+    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+        """The same programs, which no update of weights compiles again."""
+        return self.stepped(model, prompt)
 
     def stage_tolerance(self, model: Any) -> float:
         """Relative; stages are other programs, whose sums XLA may order otherwise."""

@@ -25,6 +25,7 @@ from parity.backends import Backend
 from parity.faults import Fault, broken_checkpoint
 
 NEW_TOKENS = 4
+STEPS = 3  # decoded to compare logits
 POISON = "NaN"  # where a tensor comes from that came from no checkpoint
 HALVES = ("embed", "head")
 
@@ -39,6 +40,7 @@ class LiveBackend(Protocol):
     Attributes:
         poison_publishes: whether poison is an event with a version (JAX) or an accident (torch).
         keeps_old: whether the model from before a change must go on as it was.
+        captures: whether decoding is captured in graphs and the model can sleep (torch).
     """
 
     @property
@@ -47,20 +49,29 @@ class LiveBackend(Protocol):
     def poison_publishes(self) -> bool: ...
     @property
     def keeps_old(self) -> bool: ...
+    @property
+    def captures(self) -> bool: ...
     def fixed(self, model: Any) -> dict[str, Any]: ...
     def compiled(self, model: Any) -> dict[str, int]: ...
     def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]: ...
     def poison(self, model: Any) -> Any: ...
+    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]: ...
+    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]: ...
     def stage_tolerance(self, model: Any) -> float: ...
 
 
 @dataclass(frozen=True)
 class Witness:
-    """A cold load of one state: digests as the files have them, logits and tokens as a new model computes them."""
+    """A cold load of one state: digests as the files have them, the rest as a new model computes it.
+
+    ``drafted``: logits of the draft, None without one. ``steps``: logits of a prompt, and of decoding after it.
+    """
 
     digests: dict[str, str]
     logits: np.ndarray
     tokens: np.ndarray
+    drafted: np.ndarray | None
+    steps: list[np.ndarray]
 
 
 class Bench:
@@ -73,9 +84,12 @@ class Bench:
         self.checkpoints = dict(checkpoints)
         self.prompt = prompt
         self.scratch = scratch
-        plans = {letter: plan_load(checkpoint, Stage()) for letter, checkpoint in checkpoints.items()}
+        self.has_draft = all(map(has_draft, checkpoints.values()))
+        stage = Stage(mtp=self.has_draft)
+        plans = {letter: plan_load(checkpoint, stage) for letter, checkpoint in checkpoints.items()}
         self.specs: Specs = next(iter(plans.values())).specs
         self.tensors = {letter: tuple(plan.tensors) for letter, plan in plans.items()}
+        self.left_out = {letter: plan.left_out for letter, plan in plans.items()}
         self._same_as = {tied.tensor: tied.same_as for tied in self.specs.tied}
         self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
 
@@ -83,15 +97,22 @@ class Bench:
         return self.checkpoints[letter].source.path
 
     def load(self, uri: Any, stage: tuple[int, int] | None = None) -> Any:
-        return self.live.backend.load(uri, stage=stage)
+        return self.live.backend.load(uri, stage=stage, mtp=self.has_draft)
 
     def logits(self, model: Any) -> np.ndarray:
         with self.live.backend.scope():
             return self.live.backend.to_numpy(model(self.prompt))
 
-    def tokens(self, model: Any) -> np.ndarray:
+    def drafted(self, model: Any) -> np.ndarray | None:
+        """Logits of the model's draft, None without one."""
+        if not self.has_draft:
+            return None
         with self.live.backend.scope():
-            options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+            return self.live.backend.to_numpy(model.mtp_forward(self.prompt)[0])
+
+    def tokens(self, model: Any, draft: Any = None) -> np.ndarray:
+        with self.live.backend.scope():
+            options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "draft": draft, "draft_tokens": 2}
             return self.live.backend.to_numpy(model.generate(self.prompt, **options))
 
     def tensors_of_half(self, half: str, letter: str) -> list[str]:
@@ -132,7 +153,9 @@ class Bench:
                 checkpoint = open_checkpoint(target)
             on_disk = digests(checkpoint.stream(names=holds))
             model = self.load(checkpoint.source.path)
-            return Witness(on_disk, self.logits(model), self.tokens(model))
+            with self.live.backend.scope():
+                steps = self.live.stepped(model, self.prompt)
+            return Witness(on_disk, self.logits(model), self.tokens(model), self.drafted(model), steps)
 
 
 class LiveModel:
@@ -217,14 +240,15 @@ class LiveModel:
         return text
 
     def export(self) -> None:
-        """Exported tensors are what the model holds, in the layout of the checkpoint it came from."""
+        """Exported tensors are what the model holds, and what it left out, in the layout of its checkpoint."""
         old = self._before()
         with tempfile.TemporaryDirectory(prefix="export-", dir=self.bench.scratch) as directory:
             with self.live.backend.scope():
                 exported = open_checkpoint(self.model.export(Path(directory) / "checkpoint"))
             on_disk = digests(exported.stream())
-        held = self.model.digests()
-        original = self.bench.checkpoints[self.base].tensors
+        source = self.bench.checkpoints[self.base]
+        held = self.model.digests() | digests(source.stream(names=self.bench.left_out[self.base]))
+        original = source.tensors
         expect(on_disk == held, f"exported tensors differ from the model's: {some(differing(on_disk, held))}")
         strayed = [name for name, info in exported.tensors.items() if info.file != original[name].file]
         expect(not strayed, f"exported into other files than they came from: {some(strayed)}")
@@ -237,6 +261,33 @@ class LiveModel:
         if not self.is_poisoned:
             expect(same_bits(tokens, self._witness().tokens), "generated tokens differ from a cold load's")
         self._after(old)
+
+    def speculate(self) -> None:
+        """Greedy tokens with the draft are those of a cold load without."""
+        tokens = self.bench.tokens(self.model, self.model.draft)
+        expect(same_bits(tokens, self._witness().tokens), "a draft changes the tokens")
+        self.check()
+
+    def replay(self) -> None:
+        """Decoding by programs or graphs from before is a cold load's, bit for bit."""
+        with self.live.backend.scope():
+            steps = self.live.replayed(self.model, self.bench.prompt)
+        wrong = [i for i, pair in enumerate(zip(steps, self._witness().steps, strict=True)) if not same_bits(*pair)]
+        expect(not wrong, f"replayed logits differ from a cold load's at steps {wrong}")
+        self.check()
+
+    def nap(self) -> None:
+        """Sleep, in which nothing runs, and wake with the same weights, wherever they are now."""
+        self.model.sleep().sleep()
+        try:
+            self.model(self.bench.prompt)
+        except RuntimeError as error:
+            expect("wake" in str(error), f"the error does not say what to do: {error}")
+        else:
+            raise LawBroken("a model that sleeps was run")
+        self.model.wake().wake()
+        self.rebase()
+        self.check()
 
     def check(self) -> None:
         """Everything that must hold at any moment. Raises LawBroken with all that does not."""
@@ -287,8 +338,17 @@ class LiveModel:
     def _wrong_logits(self) -> list[str]:
         logits = self.bench.logits(self.model)
         if self.is_poisoned:
-            return [] if np.isnan(logits).all() else ["poisoned weights give numbers: something is not read from them"]
-        return [] if same_bits(logits, self._witness().logits) else ["logits differ from a cold load's"]
+            is_nan = np.isnan(logits).all()
+            return [] if is_nan else ["poisoned weights give numbers: something is not read from them"]
+        drafted, cold = self.bench.drafted(self.model), self._witness()
+        wrong = [] if same_bits(logits, cold.logits) else ["logits differ from a cold load's"]
+        is_same = drafted is None or cold.drafted is None or same_bits(drafted, cold.drafted)
+        return wrong + ([] if is_same else ["the draft's logits differ from a cold load's"])
+
+
+def has_draft(checkpoint: Checkpoint) -> bool:
+    """Whether it holds the draft that its config speaks of; some are saved without."""
+    return checkpoint.config.num_mtp_layers > 0 and any(name.startswith("mtp.") for name in checkpoint.tensors)
 
 
 def expect(condition: bool, text: str) -> None:

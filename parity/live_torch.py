@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from loaders.inputs import bucket
 from parity.backends import Backend
+from parity.live_model import STEPS
 from torch_models.census import pointer_census
+from torch_models.graphs import row_bucket
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class TorchLive:
     backend: Backend
     poison_publishes: bool = False
     keeps_old: bool = False
+    captures: bool = True
 
     def fixed(self, model: Any) -> dict[str, Any]:
         """Everything a captured graph remembers: the address of every parameter and buffer."""
@@ -37,6 +42,26 @@ class TorchLive:
         for param in model.parameters():
             param.fill_(float("nan"))
         return model
+
+    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+        """Logits of a prompt and of the steps after it, each from its best token, on the rows a graph would have."""
+        rows, length = prompt.shape
+        all_rows = row_bucket(rows)
+        cache = model.empty_cache(all_rows, bucket(length + STEPS))
+        found = [model.prefill_into(model.checked_prompt(prompt), cache.first_rows(rows)).cpu().numpy().copy()]
+        cache.length = length
+        for _ in range(STEPS):
+            token_B = np.pad(found[-1].argmax(-1), (0, all_rows - rows))
+            found.append(model.decode(token_B, cache)[0][:rows].cpu().numpy().copy())
+        return found
+
+    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+        """Likewise by replaying a graph, which is captured when first asked for."""
+        logits_BV, batch = model.graphs.prefill(prompt, max_new_tokens=STEPS)
+        found = [logits_BV.cpu().numpy().copy()]
+        for _ in range(STEPS):
+            found.append(batch.decode(found[-1].argmax(-1)).cpu().numpy().copy())
+        return found
 
     def stage_tolerance(self, model: Any) -> float:
         """The same kernels on the same numbers."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from parity.mutant_bench import decode
+from parity.mutant_detectors import holes
 from parity.mutant_life import life
 from parity.mutant_life_list import any_version
 from parity.mutant_plants import (
@@ -146,7 +147,7 @@ def _gate_first(norm: Any, np_: Any, self: Any, x: Any, gate: Any) -> Any:
 
 
 def _of(name: str, plant: Callable[[], Any], says: str, subject: Any = HYBRID, **more: Any) -> Mutant:
-    more = {"source": "issue, hybrid"} | more
+    more = {"source": "issue hybrid"} | more
     return of("hybrid", name, more.pop("source"), plant, says, subject, **more)
 
 
@@ -208,7 +209,6 @@ DELTA_MUTANTS: list[Mutant] = [
         _kept("conv", lambda np_, before, after: before),
         "the convolution forgets decoded tokens",
         detector=decode,
-        backends=BOTH,
     ),
     _of(
         "conv_state_short",
@@ -267,19 +267,13 @@ DELTA_MUTANTS: list[Mutant] = [
         "padding writes to the state",
         backends=BOTH,
     ),
+    _of("padding_fades", _rules(_fading), "padding decays the state", detector=holes),
+    _of("padding_learns", _rules(_writing), "padding has a beta", detector=holes),
     _of(
-        "padding_fades",
+        "padding_fades_at_the_ends",
         _rules(_fading),
-        "padding decays the state",
-        detector=decode,
-        equivalent="the state before the first real token is zero, and nothing real follows padding on the right",
-    ),
-    _of(
-        "padding_learns",
-        _rules(_writing),
-        "padding has a beta",
-        detector=decode,
-        equivalent="padding enters as zero, so its key and value are zero: whatever beta says, nothing is written",
+        "padding decays the state, but stands at the ends of rows alone",
+        equivalent="before the first real token the state is zero, and after the last nothing reads it",
     ),
     _of(
         "stale_state_taken",

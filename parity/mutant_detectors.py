@@ -39,7 +39,20 @@ def axes(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """Time, height and width that differ, as of images, under the three-way ruler."""
     batch = bench.batch(subject)
     rng = np.random.default_rng(0)
-    batch = batch | {"position_ids": rng.integers(0, 90, (3, *batch["input_ids"].shape))}
+    return _forward_of(
+        "axes", bench, subject, backend, {"position_ids": rng.integers(0, 90, (3, *batch["input_ids"].shape))}
+    )
+
+
+def holes(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """Padding in the middle of rows, which no convolution and no state may see, under the three-way ruler."""
+    mask_BT = bench.batch(subject)["attention_mask"].copy()
+    mask_BT[:, 30:33] = 0
+    return _forward_of("holes", bench, subject, backend, {"attention_mask": mask_BT})
+
+
+def _forward_of(name: str, bench: Bench, subject: Subject, backend: str, changes: dict[str, np.ndarray]) -> list[str]:
+    batch = bench.batch(subject) | changes
 
     def trace(backend: str) -> Trace:
         return record(backend, load(backend, bench.path(subject)), batch)
@@ -48,8 +61,8 @@ def axes(bench: Bench, subject: Subject, backend: str) -> list[str]:
         given: dict[str, Any] = batch
         return as_trace("oracle64", batch, oracle_forward(open_checkpoint(bench.path(subject)), **given))
 
-    peer = bench.once(("axes", subject, other(backend)), lambda: trace(other(backend)))
-    return judge(trace(backend), peer, bench.once(("axes oracle", subject), oracle))
+    peer = bench.once((name, subject, other(backend)), lambda: trace(other(backend)))
+    return judge(trace(backend), peer, bench.once((name, subject), oracle))
 
 
 def speculative(bench: Bench, subject: Subject, backend: str) -> list[str]:

@@ -174,7 +174,7 @@ def _values_stay(compact: Any, self: Any) -> None:
 
 
 def _of(name: str, plant: Callable[[], Any], says: str, subject: Subject = HYBRID, **more: Any) -> Mutant:
-    more = {"detector": mtp, "source": "issue, draft"} | more
+    more = {"detector": mtp, "source": "issue draft"} | more
     return of("draft", name, more.pop("source"), plant, says, subject, **more)
 
 
@@ -279,7 +279,6 @@ DRAFT_MUTANTS: list[Mutant] = [
         "position_not_rolled_back",
         _keep(lambda before, after, count, tokens: {"position": before.position}),
         "positions count refused guesses",
-        backends=BOTH,
     ),
     _speculation(
         "refused_keys_visible",

@@ -97,7 +97,7 @@ def _norm_after_sum(original: Any, backend: str) -> Any:
 
 
 def _of(name: str, plant: Callable[[], Any], says: str, subject: Subject = GEMMA, **more: Any) -> Mutant:
-    return of("gemma", name, "issue, gemma", plant, says, subject, **more)
+    return of("gemma", name, "issue gemma", plant, says, subject, **more)
 
 
 GEMMA_MUTANTS: list[Mutant] = [

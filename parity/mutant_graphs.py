@@ -55,7 +55,7 @@ def _nothing(original: Any, *args: Any, **options: Any) -> Any:
 
 
 def _of(name: str, plant: Callable[[], Any], says: str, subject: Subject = HYBRID, **more: Any) -> Mutant:
-    more = {"source": "issue, graphs"} | more
+    more = {"source": "issue graphs"} | more
     return of("graphs", name, more.pop("source"), plant, says, subject, detector=replay, **more)
 
 

@@ -107,7 +107,7 @@ def _first_axis(rope: Any, parameters: Any, size: int, longest: int, positions: 
 
 
 def _of(name: str, plant: Callable[[], Any], says: str, subject: Any = HYBRID, **more: Any) -> Mutant:
-    more = {"source": "issue, hybrid"} | more
+    more = {"source": "issue hybrid"} | more
     return of("hybrid", name, more.pop("source"), plant, says, subject, **more)
 
 

@@ -29,7 +29,7 @@ def replay(bench: Bench, subject: Subject, backend: str) -> list[str]:
 
 
 def _eager(path: Path, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """A cold load's logits of the prompt and of every step, without graphs; padded rows are there as graphs have them."""
+    """A cold load's logits of the prompt and of every step, without graphs; padded rows as graphs have them."""
     from torch_models.graphs import row_bucket
 
     model = load("torch", path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 from parity.mutant_bench import Bench, Detector, Subject, decode, forward
-from parity.mutant_detectors import axes, mtp, speculative
+from parity.mutant_detectors import axes, holes, mtp, speculative
 
 Kind = Literal["attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
@@ -103,7 +103,7 @@ class Mutant:
                 # import_module, since the package has a function of that name
                 loader, programs = import_module("jax_models.load"), import_module("jax_models.programs")
                 stack.enter_context(patch.object(loader, "programs_for", lru_cache(programs.Programs)))
-                if self.detector in (forward, decode, mtp, axes, speculative):  # the ruler; others want bits
+                if self.detector in (forward, decode, mtp, axes, holes, speculative):  # the ruler; others want bits
                     stack.enter_context(_hasty_compiler())
             for one in patches:
                 stack.enter_context(one.on(backend))

@@ -41,6 +41,7 @@ def oracle_forward(
     *,
     routing: Mapping[str, np.ndarray] | None = None,
     mtp: bool = False,
+    shake: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
 
@@ -56,6 +57,8 @@ def oracle_forward(
             run that flips near-ties is compared under its own choices. Values at padding are ignored.
         mtp: run the multi-token-prediction draft too. Its row t is made of the final hidden state at t and the token at
             t+1, and is real where both are.
+        shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
+            result moves says how much the checkpoint amplifies rounding.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -75,7 +78,7 @@ def oracle_forward(
     if mtp and ids_BT.shape[1] < 2:
         raise ValueError("a draft was asked for, but its first row needs two tokens")
     replayed = checked_routing(config, routing or {}, mask_BT, mtp=mtp)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

@@ -17,8 +17,10 @@ from loaders.stage import Stage
 from parity.backends import Backend
 from parity.oracle import oracle_forward
 from parity.trace import Trace, input_hash, make_meta
+from parity.trace_layout import activations
 from parity.zoo import prompts
 
+SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -118,6 +120,7 @@ def record_oracle(
     replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
     routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
     tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp)
+    tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp)
     found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
     meta = make_meta(
         backend="oracle64",
@@ -127,6 +130,24 @@ def record_oracle(
         checkpoint=str(checkpoint.source),
     )
     return Trace(tensors | _given(inputs), meta)
+
+
+def amplification(
+    checkpoint: Checkpoint, inputs: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, mtp: bool = False
+) -> dict[str, np.ndarray]:
+    """How much larger a relative error of every layer has become in each tensor, by token: ``amplification.NAME``.
+
+    Where a norm follows what nearly cancels, as the first tokens of a gated delta net can, rounding alone decides; the
+    ruler has to know. Measured by shaking the oracle, with its own experts replayed. Float32 [B, T].
+    """
+    routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
+    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE)
+    found: dict[str, np.ndarray] = {}
+    for name in activations(tensors):
+        size = np.linalg.norm(tensors[name], axis=-1)
+        moved = np.linalg.norm(shaken[name] - tensors[name], axis=-1)
+        found[f"amplification.{name}"] = (moved / np.maximum(size, 1e-30) / SHAKE).astype(np.float32)
+    return found
 
 
 def record(

@@ -17,11 +17,13 @@ from parity.ruler import Judgement, Side
 class Errors:
     """Errors of one tensor: of the whole over the tokens kept, and float64 [n] by token; inf where not finite.
 
-    e_a and e_b are None without an oracle, direct is always there.
+    e_a and e_b are not there without an oracle, direct is always.
     """
 
     whole: dict[str, float]
     by_token: dict[str, np.ndarray]
+    amplification: np.ndarray  # of rounding by the oracle, by token; 0 where unknown
+    overall: float  # the same of the whole tensor
 
 
 def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np.ndarray]:
@@ -37,7 +39,7 @@ def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np
     kept = keep[mask]
     finite = total.finite_a & total.finite_b
     judged = kept | ~finite  # what is not finite fails, also behind a router flip
-    errors = _errors(total, judged)
+    errors = _errors(total, judged, case.amplification(name))
     used = _used_by_token(case, errors)
     picture = np.full(mask.shape, np.nan, np.float32)
     places = np.argwhere(mask)[judged]
@@ -50,7 +52,7 @@ def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np
     return _row(case, name, errors, worst, len(used)), picture
 
 
-def _errors(total: Sums, judged: np.ndarray) -> Errors:
+def _errors(total: Sums, judged: np.ndarray, amplification: np.ndarray) -> Errors:
     parts = {"direct": (total.diff, total.size, total.finite_a & total.finite_b)}
     for key, error, scale, finite in (
         ("e_a", total.error_a, total.scale_a, total.finite_a),
@@ -65,14 +67,19 @@ def _errors(total: Sums, judged: np.ndarray) -> Errors:
         safe_error, safe_scale = np.where(finite, error, 0.0), np.where(np.isfinite(scale), scale, 0.0)
         by_token[key] = np.where(finite, ruler.relative_by_token(safe_error, safe_scale), np.inf)
         whole[key] = ruler.relative(float(safe_error.sum()), float(safe_scale.sum())) if finite.all() else math.inf
-    return Errors(whole, by_token)
+    amplified, scale = amplification[judged], total.size[judged]
+    scale = np.where(np.isfinite(scale), scale, 0.0)
+    overall = ruler.relative(float((amplified**2 * scale).sum()), float(scale.sum()))
+    return Errors(whole, by_token, amplified, overall)
 
 
 def _used_by_token(case: Case, errors: Errors) -> np.ndarray:
-    limits, lid = case.limits, case.limits.token_lid(case.num_layers)
+    limits, amplified = case.limits, errors.amplification
     if "e_a" not in errors.by_token:
-        return errors.by_token["direct"] / (2 * lid)
-    return ruler.used_by_token(errors.by_token["e_a"], errors.by_token["e_b"], k=limits.k_token, lid=lid, u=limits.u)
+        return errors.by_token["direct"] / (2 * limits.token_lid(case.num_layers))
+    lid = np.array([limits.token_lid(case.num_layers, float(value)) for value in amplified])
+    e_a, e_b = errors.by_token["e_a"], errors.by_token["e_b"]
+    return ruler.used_by_token(e_a, e_b, k=limits.k_token, lid=lid, u=limits.u, amplification=amplified)
 
 
 def _worst_token(name: str, errors: Errors, used: np.ndarray, places: np.ndarray) -> TokenError | None:
@@ -83,11 +90,12 @@ def _token(name: str, errors: Errors, used: np.ndarray, places: np.ndarray, inde
     values = {key: float(array[index]) for key, array in errors.by_token.items()}
     row, position = map(int, places[index])
     margin = 1 - float(used[index])
-    return TokenError(name, row, position, values.get("e_a"), values.get("e_b"), values["direct"], margin)
+    amplified = float(errors.amplification[index])
+    return TokenError(name, row, position, values.get("e_a"), values.get("e_b"), values["direct"], margin, amplified)
 
 
 def _judge_whole(case: Case, errors: Errors) -> Judgement:
-    limits, lid = case.limits, case.limits.lid(case.num_layers)
+    limits, lid = case.limits, case.limits.lid(case.num_layers, errors.overall)
     if "e_a" not in errors.whole:
         return ruler.judge_direct(errors.whole["direct"], lid=lid)
     e_a, e_b = errors.whole["e_a"], errors.whole["e_b"]
@@ -95,10 +103,11 @@ def _judge_whole(case: Case, errors: Errors) -> Judgement:
 
 
 def _judge_token(case: Case, errors: Errors, token: TokenError) -> Judgement:
-    limits, lid = case.limits, case.limits.token_lid(case.num_layers)
+    limits, lid = case.limits, case.limits.token_lid(case.num_layers, token.amplification)
     if token.e_a is None or token.e_b is None:
         return ruler.judge_direct(token.direct, lid=lid)
-    floors = [ruler.token_floor(errors.by_token[key], limits.u) for key in ("e_a", "e_b")]
+    least = limits.u * token.amplification
+    floors = [max(ruler.token_floor(errors.by_token[key], limits.u), least) for key in ("e_a", "e_b")]
     return ruler.judge(token.e_a, token.e_b, k=limits.k_token, lid=lid, floor_a=floors[0], floor_b=floors[1])
 
 
@@ -120,7 +129,7 @@ def _row(case: Case, name: str, errors: Errors, worst: TokenError | None, tokens
         direct=errors.whole["direct"],
         ratio=None if e_a is None or e_b is None else ruler.ratio(e_a, e_b, case.limits.u),
         limit=whole.limit,
-        lid=case.limits.lid(case.num_layers),
+        lid=case.limits.lid(case.num_layers, errors.overall),
         margin=1 - whole.used,
         token_margin=worst.margin if worst else 1.0,
         verdict="SKIP" if not tokens else "FAIL" if cause else "PASS",

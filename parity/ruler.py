@@ -27,13 +27,16 @@ class Limits:
     k_token: float  # the same for one token
     c: float  # the lid, in u * sqrt(L)
 
-    def lid(self, num_layers: int) -> float:
-        """The error no backend may exceed, however bad its peer; L counts as at least one layer."""
-        return self.c * self.u * math.sqrt(max(num_layers, 1))
+    def lid(self, num_layers: int, amplification: float = 0.0) -> float:
+        """The error no backend may exceed, however bad its peer; L counts as at least one layer.
 
-    def token_lid(self, num_layers: int) -> float:
+        A model that amplifies rounding more than sqrt(L) is allowed as much more.
+        """
+        return self.c * self.u * max(math.sqrt(max(num_layers, 1)), amplification)
+
+    def token_lid(self, num_layers: int, amplification: float = 0.0) -> float:
         """The lid for a single token."""
-        return TOKEN_LID * self.lid(num_layers)
+        return TOKEN_LID * self.lid(num_layers, amplification)
 
 
 LIMITS = {
@@ -108,9 +111,19 @@ def judge_direct(distance: float, *, lid: float) -> Judgement:
     return Judgement(limit, used, "bug" if used > 1 else None)
 
 
-def used_by_token(e_a: np.ndarray, e_b: np.ndarray, *, k: float, lid: float, u: float) -> np.ndarray:
+def used_by_token(
+    e_a: np.ndarray,
+    e_b: np.ndarray,
+    *,
+    k: float,
+    lid: np.ndarray | float,
+    u: float,
+    amplification: np.ndarray | float = 0.0,
+) -> np.ndarray:
     """Share of its limit that each token uses, of the worse side: float64 [n] from errors by token, float64 [n]."""
-    clamped_a, clamped_b = np.maximum(e_a, token_floor(e_a, u)), np.maximum(e_b, token_floor(e_b, u))
+    least = u * np.asarray(amplification)
+    clamped_a = np.maximum(np.maximum(e_a, token_floor(e_a, u)), least)
+    clamped_b = np.maximum(np.maximum(e_b, token_floor(e_b, u)), least)
     return np.maximum(e_a / np.minimum(k * clamped_b, lid), e_b / np.minimum(k * clamped_a, lid))
 
 

@@ -78,11 +78,11 @@ class Draft:
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
         positions = target.long(checked.position_ids)
         hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
-        is_pair_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
-        step = self._steps(positions[..., 1:], is_pair_BT, 0, is_cached=False)
+        is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
+        step = self._steps(positions[..., 1:], is_pair, 0, is_cached=False)
         with collect() as taps:
-            drafted_BTD = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-        return target.head(drafted_BTD), drafted_BTD, taps
+            drafted = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+        return target.head(drafted), drafted, taps
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

@@ -72,7 +72,7 @@ def generate_with_draft(
         if temperature == 0:
             return logits_BV.argmax(-1).cpu().numpy(), None
         found_BV = probabilities(logits_BV)
-        return np.array([draw(row_V, rng) for row_V in found_BV]), found_BV
+        return draw(found_BV, rng), found_BV
 
     given = on_host(input_ids), on_host(attention_mask)
     checked = check_text(*given, None, vocab_size=model.config.vocab_size).left_aligned()

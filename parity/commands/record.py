@@ -27,12 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from parity.trace import Trace
 
     inputs = read_inputs(args.inputs) if args.inputs else None
-    draft = {"mtp": True} if args.mtp else {}
     if args.backend == "oracle":
         _refuse_backend_options(args)
         checkpoint = open_checkpoint(args.reload or args.checkpoint)
         like = Trace.load(args.like) if args.like else None
-        trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like, **draft)
+        trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like, mtp=args.mtp)
     else:
         if args.like:
             raise ValueError("--like goes with --backend oracle")
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             reload=args.reload,
             max_new_tokens=args.max_new_tokens,
             ignore_eos=args.ignore_eos,
-            **draft,
+            mtp=args.mtp,
         )
     trace.save(args.output)
     print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")

@@ -17,16 +17,16 @@ def forward(run: Run) -> None:
     config: Gemma3Config = run.config
     norm = partial(_norm, config)
     stored_VD = run.embedding()
-    # a factor of the embedding's own dtype: 6.4807405 in float32, 6.46875 in bfloat16
-    factor = np.asarray(np.float32(config.hidden_size**0.5)).astype(stored_VD.dtype).astype(np.float64)
-    x_BTD = run.out["hidden_states.0"] = stored_VD[run.ids_BT].astype(np.float64) * factor
+    # computed in bfloat16 the factor is rounded to it, 6.46875 for 6.4807405: that is rounding, and judged as such
+    factor = np.float64(np.float32(config.hidden_size**0.5))
+    x_BTD = run.residual("hidden_states.0", stored_VD[run.ids_BT].astype(np.float64) * factor)
     for layer in range(config.num_hidden_layers):
         read = run.text.under(f"layers.{layer}.")
         mixed_BTD = _attention(run, read, norm(read, "input_layernorm", x_BTD), layer)
         x_BTD = x_BTD + norm(read, "post_attention_layernorm", mixed_BTD)
         mixed_BTD = _mlp(config, read, norm(read, "pre_feedforward_layernorm", x_BTD))
         x_BTD = x_BTD + norm(read, "post_feedforward_layernorm", mixed_BTD)
-        run.out[f"hidden_states.{layer + 1}"] = x_BTD
+        x_BTD = run.residual(f"hidden_states.{layer + 1}", x_BTD)
     x_BTD = run.out["final_hidden_state"] = norm(run.text, "norm", x_BTD)
     run.out["logits"] = capped(run.head(x_BTD), config.final_logit_softcapping)
 

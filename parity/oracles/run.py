@@ -62,6 +62,7 @@ class Run:
     mask_BT: np.ndarray
     positions: np.ndarray  # [B, T] or [3, B, T]
     replayed: Mapping[str, np.ndarray]
+    shake: float = 0.0
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -79,6 +80,14 @@ class Run:
     def embedding(self) -> np.ndarray:
         """The embedding as it is stored, [V, D]."""
         return self.text.stored("embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+
+    def residual(self, name: str, x_BTD: np.ndarray) -> np.ndarray:
+        """Write down the residual stream and go on from it, with a relative error of ``shake`` if there is any."""
+        self.out[name] = x_BTD
+        if not self.shake:
+            return x_BTD
+        rng = np.random.default_rng(list(name.encode()))
+        return x_BTD * (1 + self.shake * rng.standard_normal(x_BTD.shape))
 
     def head(self, x_BTD: np.ndarray) -> np.ndarray:
         """Logits [B, T, V] by the head, which is the embedding in a tied model."""

@@ -35,7 +35,7 @@ def pairs(accept, p_VV, q_VV):
     while min(map(len, tokens)) < 2:
         drafted, last = [], np.array([row[-1] if row else 0 for row in tokens])
         for _ in range(K):
-            last = np.array([draw(q_V, rng) for q_V in q_VV[last]])
+            last = draw(q_VV[last], rng)
             drafted.append(last)
         drafted_BK = np.stack(drafted, axis=1)
         before_BT = np.concatenate([[[row[-1] if row else 0] for row in tokens], drafted_BK], axis=1)
@@ -54,12 +54,12 @@ def chi_square(found, want):
 
 
 def always(drafted_BK, draft_BKV, target_BTV, rng):
-    return np.full(len(drafted_BK), K), np.array([draw(p_V, rng) for p_V in target_BTV[:, -1]])
+    return np.full(len(drafted_BK), K), draw(target_BTV[:, -1], rng)
 
 
 def without_residual(drafted_BK, draft_BKV, target_BTV, rng):
     count_B, _ = accept_sampled(drafted_BK, draft_BKV, target_BTV, rng)
-    return count_B, np.array([draw(target_BTV[row, count], rng) for row, count in enumerate(count_B)])
+    return count_B, draw(target_BTV[np.arange(len(count_B)), count_B], rng)
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 3.0])
@@ -111,8 +111,8 @@ def test_draw_never_takes_what_has_no_weight():
         def __init__(self, value):
             self.value = value
 
-        def random(self):
-            return self.value
+        def random(self, shape):
+            return np.full(shape, self.value)
 
     for value, weights in itertools.product((0.0, 1 - 2**-53), ([0, 0, 1.0, 0], [0, 0.1, 0.2, 0], [0, 1e-300, 0, 0])):
         assert weights[draw(np.array(weights), Ends(value))] > 0

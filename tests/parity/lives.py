@@ -11,7 +11,15 @@ from parity.live_model import Bench
 from parity.zoo import make_checkpoint, prompts
 
 BACKENDS = ("jax", "torch")
-OPTIONS = {"qwen3-tied": {"ship_tied_head": True, "dtype": "BF16"}}
+_LINEAR, _SLIDING, _FULL = "linear_attention", "sliding_attention", "full_attention"
+_HYBRID, _GEMMA = {"layer_types": [_LINEAR, _FULL]}, {"layer_types": [_SLIDING, _FULL]}
+OPTIONS = {
+    "qwen3-tied": {"ship_tied_head": True, "dtype": "BF16"},
+    "qwen3_5": _HYBRID,
+    "qwen3_5-wrapped": _HYBRID,
+    "qwen3_5-moe": _HYBRID | {"dtype": "BF16"},
+    "gemma3": _GEMMA,
+}
 
 
 class Benches:

@@ -118,7 +118,12 @@ CASES = {
         draft_experts="per expert",
     ),
     "wrapped moe bf16 files": Case(
-        MOE | {"layer_types": [LINEAR, FULL], "num_hidden_layers": 2, "rope_parameters": SECTIONS},
+        MOE
+        | {
+            "layer_types": [LINEAR, FULL],
+            "num_hidden_layers": 2,
+            "rope_parameters": SECTIONS | {"mrope_section": [4, 1, 1]},
+        },
         torch.bfloat16,
         is_wrapped=True,
     ),

@@ -1,4 +1,4 @@
-"""transformers as the oracles' reference: in float64 throughout, and what it computes on the way by the oracle's names."""
+"""transformers as the oracles' reference: in float64 throughout, and what it computes under the oracle's names."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from lives import BACKENDS, Benches
 import jax_models
 from loaders import CheckpointError
 from loaders.checkpoint import Checkpoint
+from loaders.config import config_from_json
 from loaders.plan import weight_loader
 from loaders.sources.local import OpenFile
 from parity.faults import (
@@ -31,6 +33,8 @@ from parity.faults import (
 from parity.live_model import LiveModel, same_bits
 
 ZOO = ("qwen3", "qwen3-moe")
+# two kinds of layers, fused experts, a wrapper's names, tensors that no load reads
+OTHERS = ("qwen3_5", "qwen3_5-moe", "qwen3_5-wrapped", "gemma3")
 # the error about another architecture says nothing about the fields of its config
 PAIRS = [
     pair
@@ -87,6 +91,30 @@ def test_a_checkpoint_with_faults_cannot_be_loaded_as_a_new_model_either(life):
         ):
             life.bench.load(directory)
     life.check()
+
+
+@pytest.mark.parametrize("zoo", OTHERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_family_refuses_every_fault_alone_and_with_all_of_its_kind(backend, zoo, benches):
+    life = LiveModel(benches.bench(backend, zoo), "A")
+    for fault in FAULTS.values():
+        refused(life, fault)
+    for kind in (OPENING, [fault for fault in MATCHING if fault is not other_architecture]):
+        text = refused(life, *kind)
+        assert int(text.split(": ")[1].split(" problem")[0]) >= len(kind)
+    life.reload("B")
+
+
+@pytest.mark.parametrize("zoo", [*ZOO, *OTHERS])
+def test_another_config_or_architecture_is_a_good_config_and_the_checkpoint_keeps_its_own(zoo, benches):
+    good = benches.bench("torch", zoo).checkpoints["B"]
+    for fault, is_ours in ((other_config, True), (other_architecture, False)):
+        with broken_checkpoint(good, benches.root, fault) as (directory, _):
+            found, problems = config_from_json(json.loads((directory / "config.json").read_text()))
+        assert problems == []
+        assert (found.architecture == good.config.architecture) == is_ours
+        assert found != good.config
+        assert good.config_document == json.loads((good.source.path / "config.json").read_text())
 
 
 def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):

@@ -26,7 +26,8 @@ from parity.faults import MATCHING, OPENING, READING, other_architecture
 from parity.lifecycle import run_lifecycle
 from parity.live_model import HALVES, NEW_TOKENS, LawBroken, LiveModel
 
-ZOO = ("qwen3", "qwen3-tied", "qwen3-moe")
+ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
+NO_DRAFT = {"draft", "speculation"}
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # first calls compile; nothing here is slow by accident
 STEADY = settings(suppress_health_check=list(HealthCheck), max_examples=200 if IS_THOROUGH else 20)
@@ -99,6 +100,23 @@ class LifeOfAModel(RuleBasedStateMachine):
         self.life.generate()
 
     @rule()
+    def replay(self):
+        """Whatever was captured first, it goes on."""
+        if not self.life.is_poisoned:
+            self.life.replay()
+
+    @rule()
+    def speculate(self):
+        if self.bench.has_draft and not self.life.is_poisoned:
+            self.life.speculate()
+
+    @rule()
+    def nap(self):
+        if self.bench.live.captures:
+            self.life.nap()
+            self.cache = None  # refused, although its version is still there
+
+    @rule()
     def decode(self):
         """One step on from a good cache, which JAX then has used up."""
         (cache, version), self.cache = self.cache, None
@@ -161,13 +179,24 @@ def test_a_draft_that_shares_its_target_s_embedding_and_head_still_does_after_an
 @pytest.mark.parametrize("zoo", ZOO)
 def test_every_event_passes_on_both_backends(zoo, benches, tmp_path):
     results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], scratch=tmp_path)
-    skipped = {result.event for result in results if result.verdict == "skip"}
+    skipped = {result.event for result in results if result.verdict == "skip" and result.backend == "torch"}
     assert [result for result in results if result.verdict == "fail"] == [], render_text(results)
-    assert skipped == {"3 stages"} | (set() if zoo == "qwen3-tied" else {"tied embed and head"})
+    is_tied = zoo in ("qwen3-tied", "gemma3")
+    no_draft = set() if zoo == "qwen3_5" else NO_DRAFT
+    assert skipped == {"3 stages"} | no_draft | (set() if is_tied else {"tied embed and head"})
+    assert {r.event for r in results if r.verdict == "skip" and r.backend == "jax"} == skipped | {"sleep and wake"}
     assert {result.backend for result in results} == set(BACKENDS)
-    roots = {name: [r.root for r in results if r.backend == name and r.root] for name in BACKENDS}
-    assert roots["jax"] == roots["torch"]
+    roots = {name: {r.event: r.root for r in results if r.backend == name and r.root} for name in BACKENDS}
+    assert {event: root for event, root in roots["torch"].items() if event in roots["jax"]} == roots["jax"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("zoo", ["qwen3_5-wrapped", "qwen3_5-moe"])
+def test_every_event_passes_on_wrapped_and_sparse_hybrids(zoo, benches, tmp_path):
+    """In torch alone, which compiles nothing; the vision tower is left out, and exported as it was."""
+    results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], backends=["torch"], scratch=tmp_path)
+    assert [result for result in results if result.verdict == "fail"] == [], render_text(results)
+    assert {r.event for r in results if r.verdict == "skip"} == {"3 stages", "tied embed and head"}
 
 
 def skips_a_parameter(commit):
@@ -243,6 +272,41 @@ def exports_the_files_it_came_from(export):
     return changed
 
 
+def forgets_the_draft(commit):
+    return lambda model, staged: commit(model, {n: x for n, x in staged.items() if not n.startswith("mtp.")})
+
+
+def exports_what_it_holds(export):
+    def changed(directory, checkpoint, specs, read, left_out=()):
+        return export(directory, checkpoint, specs, read)
+
+    return changed
+
+
+def forgets_to_restore(wake):
+    def changed(model):
+        found = wake(model)
+        model.decoder.norm.weight.mul_(2)
+        return found
+
+    return changed
+
+
+def accepts_everything(accept):
+    return lambda drafted, best: (np.full(len(drafted), drafted.shape[1]), best[:, -1])
+
+
+def replays_nothing(replay):
+    return lambda self: None
+
+
+HYBRID_SABOTAGE = [
+    ("qwen3_5", "torch_models.weights._commit", forgets_the_draft, lambda life: life.reload("B")),
+    ("qwen3_5", "torch_models.sleep.wake", forgets_to_restore, lambda life: life.nap()),
+    ("qwen3_5", "torch_models.speculative.accept_greedy", accepts_everything, lambda life: life.speculate()),
+    ("qwen3_5", "torch_models.recording.Recording.replay", replays_nothing, lambda life: life.replay()),
+    ("qwen3_5-wrapped", "torch_models.weights.export_checkpoint", exports_what_it_holds, lambda life: life.export()),
+]
 SABOTAGE = [
     ("torch", "torch_models.weights._commit", skips_a_parameter),
     ("torch", "torch_models.weights._commit", moves_a_parameter),
@@ -281,6 +345,16 @@ def test_a_backend_that_breaks_a_law_is_caught(backend, where, broken, benches, 
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
     with pytest.raises(LawBroken):
         short_life(benches.bench(backend, "qwen3"))
+
+
+@pytest.mark.parametrize(("zoo", "where", "broken", "act"), HYBRID_SABOTAGE, ids=lambda x: getattr(x, "__name__", None))
+def test_a_draft_a_graph_or_a_tower_that_is_left_behind_is_caught(zoo, where, broken, act, benches, monkeypatch):
+    life = LiveModel(benches.bench("torch", zoo), "A")
+    module, _, name = where.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    with pytest.raises(LawBroken):
+        act(life)
 
 
 def test_an_event_that_fails_is_one_line_and_the_next_gets_a_fresh_model(benches, tmp_path, monkeypatch):

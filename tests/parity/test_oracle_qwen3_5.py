@@ -22,8 +22,8 @@ from parity.zoo import make_checkpoint, prompts
 NAMES = ("qwen3_5", "qwen3_5-tied", "qwen3_5-moe", "qwen3_5-wrapped", "qwen3_5-moe-wrapped")
 BATCHES = ("left", "right", "full", "far", "three axes")
 B, T = 3, 150  # two chunk boundaries, at 64 and 128
-# transformers in float32: 2e-6 to 9e-6 measured, the worst tensor of each case. The norm after the recurrence divides by
-# what the state says, which is small for some tokens
+# transformers in float32: 2e-6 to 6e-6 measured, the worst tensor of each case; the norm after the recurrence divides
+# by what the state says, which is small for some tokens
 FLOAT32_BOUND = 2e-5
 # the same code in float64: 4e-15 to 2e-14 measured
 FLOAT64_BOUND = 1e-13
@@ -175,6 +175,10 @@ def test_rows_of_padding_are_finite(made: Callable[..., Checkpoint], mask: list[
 
 # The draft
 
+# as published models end; transformers makes the draft's norms of the first class with such a name in the last layer,
+# and in a linear one that is the gated norm
+ENDS_FULL = ("linear_attention", "full_attention", "linear_attention", "full_attention")
+
 
 def draft_reference(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """transformers' draft on the final hidden states of its own model; it knows no padding."""
@@ -203,7 +207,7 @@ def draft_reference(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> di
 @pytest.mark.parametrize("kind", ["full", "far"])
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5-tied", "qwen3_5-moe", "qwen3_5-wrapped"])
 def test_the_draft_agrees_with_transformers(made: Callable[..., Checkpoint], name: str, kind: str) -> None:
-    checkpoint = made(name)
+    checkpoint = made(name, layer_types=ENDS_FULL)
     inputs = batch(checkpoint, kind)
     got, want = oracle_forward(checkpoint, **inputs, mtp=True), draft_reference(checkpoint, inputs)
     assert sorted(want) == sorted(key for key in got if key.startswith("mtp."))

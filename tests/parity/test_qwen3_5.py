@@ -167,6 +167,15 @@ def test_padding_never_reaches_what_a_layer_keeps(kind: str, backend: str, check
                 assert relative_error(kept[layer][key][number], parts[key][0]) <= 1e-5, (layer, key, number)
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_padding_in_the_middle_neither_fades_nor_writes_a_state(backend: str, checkpoint_of: Build) -> None:
+    """Against the oracle: transformers would let the state fade there."""
+    directory, inputs = checkpoint_of("dense"), inputs_of("plain")
+    inputs["attention_mask"][:, 70:79] = 0
+    found = oracle_errors(directory, inputs, ours(backend, directory, inputs))
+    assert max(found.values()) <= BOUND, found
+
+
 # Mistakes
 
 

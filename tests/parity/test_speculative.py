@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from planted import LENGTHS, PACKAGES, batch, expected_report, load, plant, watch_keep, wrong
+from shape_suffixes import checked_shape_suffixes
 
 import jax_models
 import jax_models.speculative
@@ -208,3 +209,11 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
     assert len(said) == len(clean)
     for one, other in zip(said, clean, strict=True):
         np.testing.assert_array_equal(np.asarray(one[1]), np.asarray(other[1]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_shape_suffixes_tell_the_truth_while_speculating(model, temperature):
+    with checked_shape_suffixes("jax_models", "torch_models", "loaders") as seen:
+        model.generate(*batch("left"), 24, temperature, ignore_eos=True, draft=model.draft)
+        model.mtp_forward(*batch("right"))
+    assert {"loaders.speculation.accept_sampled" if temperature else "loaders.speculation.accept_greedy"} <= seen

@@ -1,61 +1,31 @@
-"""The zoo is real, repeatable and sensitive: held against transformers, tensor by tensor."""
+"""The zoo is real and repeatable: held against transformers, tensor by tensor. test_zoo_sensitivity.py has the rest."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from zoo_peers import HYBRID, SPARSE, TIED, WRAPPED, checkpoints, logits_of, peers, specs
 
 from loaders import Checkpoint, CheckpointError, open_checkpoint
 from loaders.digest import digests, root_digest
-from loaders.families import FAMILIES
-from parity.zoo import HUGE_TOKEN, TINY_TOKEN, TWIN_TOKENS, ZOO, canaries, make_checkpoint, prompts, zoo_config
-
-SPARSE = [name for name in ZOO if "num_experts" in ZOO[name].config]
-TIED = [name for name in ZOO if ZOO[name].config["tie_word_embeddings"]]
+from loaders.families import FAMILIES, family_module
+from parity.zoo import ZOO, canaries, make_checkpoint, prompts, zoo_config
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
-    @cache
-    def made(name: str, **options: Any) -> Checkpoint:
-        return open_checkpoint(make_checkpoint(name, tmp_path_factory.mktemp(name) / "checkpoint", **options))
-
-    return made
+    return checkpoints(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Callable[..., Any]:
-    @cache
-    def loaded(checkpoint: str, dtype: torch.dtype) -> Any:
-        model, report = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
-        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-        return model.eval()
-
-    return lambda checkpoint, dtype=torch.float32: loaded(str(checkpoint.source), dtype)
-
-
-def inputs(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in prompts(checkpoint.config).items()}
-
-
-def logits_of(model: Any, checkpoint: Checkpoint) -> np.ndarray:
-    """Float64 [real tokens, V]."""
-    given = inputs(checkpoint)
-    with torch.no_grad():
-        return model(**given).logits[given["attention_mask"].bool()].double().numpy()
-
-
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return peers()
 
 
 def test_every_architecture_is_in_the_zoo() -> None:
@@ -69,6 +39,13 @@ def test_every_architecture_is_in_the_zoo() -> None:
         "qwen3-deep",
         "qwen3-moe",
         "qwen3-moe-nonorm",
+        "qwen3_5",
+        "qwen3_5-tied",
+        "qwen3_5-moe",
+        "qwen3_5-wrapped",
+        "qwen3_5-moe-wrapped",
+        "gemma3",
+        "gemma3-capped",
     }
 
 
@@ -101,11 +78,34 @@ def test_two_models_of_the_zoo_share_no_weights(zoo: Callable[..., Checkpoint]) 
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_another_dtype_is_another_rounding_of_the_same_weights(zoo: Callable[..., Checkpoint], dtype: str) -> None:
-    rounded = zoo("qwen3-moe", dtype=dtype)
-    assert {info.dtype for info in rounded.tensors.values()} == {dtype}
-    for name, array in zoo("qwen3-moe").stream():
-        np.testing.assert_array_equal(rounded.read(name), array.astype(rounded.read(name).dtype))
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3_5-moe-wrapped", "gemma3"])
+def test_another_dtype_is_another_rounding_of_the_same_weights(
+    zoo: Callable[..., Checkpoint], name: str, dtype: str
+) -> None:
+    rounded = zoo(name, dtype=dtype)
+    kept = {tensor for tensor in rounded.tensors if tensor.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))}
+    assert len(kept) == (2 * 3 if name in HYBRID else 0)
+    assert {tensor for tensor, info in rounded.tensors.items() if info.dtype == "F32"} == kept  # as published
+    assert {rounded.tensors[tensor].dtype for tensor in set(rounded.tensors) - kept} == {dtype}
+    for tensor, array in zoo(name).stream():
+        np.testing.assert_array_equal(rounded.read(tensor), array.astype(rounded.read(tensor).dtype))
+
+
+def test_both_forms_of_the_experts_are_one_model(zoo: Callable[..., Checkpoint]) -> None:
+    fused = zoo("qwen3_5-moe", experts="fused", draft_experts="fused")
+    apart = zoo("qwen3_5-moe", experts="per expert", draft_experts="per expert")
+    for found, is_fused in ((fused, True), (apart, False)):
+        assert any(tensor.endswith("experts.gate_up_proj") for tensor in found.tensors) == is_fused
+        assert any(tensor.endswith("experts.3.up_proj.weight") for tensor in found.tensors) == (not is_fused)
+    for spec in specs(fused):
+        if "experts" not in spec.name:
+            np.testing.assert_array_equal(fused.read(spec.name), apart.read(spec.name))
+            continue
+        whole, place = fused.read(spec.name), spec.name.rpartition(".")[0]
+        for expert in range(5):
+            down, gate, up = (apart.read(f"{place}.{expert}.{kind}_proj.weight") for kind in ("down", "gate", "up"))
+            expected = down if spec.name.endswith("down_proj") else np.concatenate([gate, up])
+            np.testing.assert_array_equal(whole[expert], expected)
 
 
 def test_an_option_leaves_all_other_weights_alone(zoo: Callable[..., Checkpoint]) -> None:
@@ -127,6 +127,7 @@ def test_an_override_the_loader_refuses_is_refused_here(tmp_path: Path) -> None:
 def test_a_tied_head_is_shipped_only_on_request_and_then_equal(zoo: Callable[..., Checkpoint], name: str) -> None:
     assert "lm_head.weight" not in zoo(name).tensors
     shipped = zoo(name, ship_tied_head=True)
+    assert shipped.tensors["lm_head.weight"].shape == (shipped.config.vocab_size, shipped.config.hidden_size)
     np.testing.assert_array_equal(shipped.read("lm_head.weight"), shipped.read("model.embed_tokens.weight"))
     assert set(shipped.tensors) - set(zoo(name).tensors) == {"lm_head.weight"}
 
@@ -144,6 +145,57 @@ def test_both_spellings_of_config_json_are_what_the_world_writes() -> None:
     assert not {"num_local_experts", "dtype", "rope_parameters"} & set(hub)
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert zoo_config("qwen3-yarn", spelling="hub")["rope_scaling"] == yarn
+    gemma = zoo_config("gemma3-capped", spelling="hub")
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"], gemma["sliding_window_pattern"]) == (5e4, 1e3, 3)
+    assert gemma["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert not {"layer_types", "rope_parameters", "dtype"} & set(gemma)
+    outer = zoo_config("qwen3_5-moe-wrapped", spelling="hub", dtype="BF16")
+    text = outer["text_config"]
+    assert (outer["model_type"], text["model_type"], text["torch_dtype"]) == (
+        *("qwen3_5_moe", "qwen3_5_moe_text", "bfloat16"),
+    )
+    assert (text["full_attention_interval"], text["partial_rotary_factor"], text["attn_output_gate"]) == (4, 0.75, True)
+    assert not {"vision_config", "architectures"} & set(text)
+    assert not {"hidden_size", "num_experts"} & set(outer)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_checkpoint_holds_what_its_family_declares_and_what_is_left_out_of_a_text_model(
+    zoo: Callable[..., Checkpoint], name: str
+) -> None:
+    checkpoint = zoo(name)
+    own = {source.tensor for spec in specs(checkpoint) for source in spec.sources}
+    others = set(checkpoint.tensors) - own
+    assert own <= set(checkpoint.tensors)
+    assert any(tensor.startswith("model.visual.") for tensor in others) == (name in WRAPPED)
+    assert all(tensor.startswith("model.visual.") for tensor in others)
+    assert any(tensor.startswith("mtp.layers.0.mlp.") for tensor in own) == (name in HYBRID)
+    text = "model.language_model" if name in WRAPPED else "model"
+    assert f"{text}.norm.weight" in own
+    left_out = family_module(checkpoint.config.architecture).LEFT_OUT
+    optional = {tensor for tensor in checkpoint.tensors if any(pattern.fullmatch(tensor) for pattern in left_out)}
+    assert optional == others | {tensor for tensor in own if tensor.startswith("mtp.")}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "draft"),
+    [
+        ("qwen3-moe", "per expert", None),
+        ("qwen3_5-moe", "fused", "fused"),
+        ("qwen3_5-moe-wrapped", "fused", "per expert"),
+    ],
+)
+def test_experts_come_in_the_form_that_is_declared(
+    zoo: Callable[..., Checkpoint], name: str, form: str, draft: str | None
+) -> None:
+    experts = [tensor for tensor in zoo(name).tensors if ".experts." in tensor]
+    for is_draft, declared in ((False, form), (True, draft)):
+        found = [tensor for tensor in experts if tensor.startswith("mtp.") == is_draft]
+        assert {tensor.split(".experts.")[1][0].isdigit() for tensor in found} == (
+            set() if declared is None else {declared == "per expert"}
+        )
+    assert ZOO[name].experts[0] == form
+    assert draft is None or ZOO[name].experts[1] == draft
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -158,13 +210,35 @@ def test_transformers_loads_every_tensor_and_computes_the_same_from_both_spellin
 
 @pytest.mark.parametrize("name", ZOO)
 def test_sizes_do_not_agree_by_accident(zoo: Callable[..., Checkpoint], name: str) -> None:
-    config: Any = zoo(name).config
-    sizes = {letter: dim.size for letter, dim in config.dims().items()}
-    assert config.head_dim * config.num_attention_heads != config.hidden_size
-    assert sizes["NH"] != sizes["KH"]
+    checkpoint = zoo(name)
+    config: Any = checkpoint.config
+    dims = {letter: dim.size for letter, dim in config.dims().items()}
+    # tensors of different axes differ in shape, and transposed too; no matrix is square
+    axes_of: dict[tuple[int, ...], set[tuple[str, ...]]] = {}
+    rules = specs(checkpoint).rules
+    for tensor, rule in ((tensor, rules[tensor]) for tensor in rules if tensor in checkpoint.tensors):
+        shape, letters = checkpoint.tensors[tensor].shape, rule.dims.split()
+        assert shape == tuple(int(letter) if letter.isdigit() else dims[letter] for letter in letters)
+        assert len(set(shape)) == len(shape), tensor
+        axes_of.setdefault(tuple(sorted(shape)), set()).add(tuple(sorted(letters)))
+    assert {shape: axes for shape, axes in axes_of.items() if len(axes) > 1} == {}
+    # nor do axes, but an expert's gate and up are as wide as all keys: tensors of another rank
+    used = {letter for axes in axes_of.values() for letters in axes for letter in letters} - {"1", "2M"}
+    used -= {"KH"} if config.num_key_value_heads == 1 else set()
+    assert len({dims[letter] for letter in used}) == len(used), dims
+    assert not [letter for letter in used & {"V", "D", "F", "M", "SF"} if dims[letter] % 16 == 0]
     assert config.vocab_size % 2 == 1
-    assert all(sizes[letter] % 16 for letter in "VDF")
-    assert len({sizes[letter] for letter in ("V", "D", "F", "NH")}) == 4
+    assert config.head_dim * config.num_attention_heads != config.hidden_size
+    assert config.num_attention_heads != config.num_key_value_heads
+    if name in HYBRID:
+        heads = (config.num_key_value_heads, config.linear_num_key_heads, config.linear_num_value_heads)
+        widths = (config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim, config.rotary_dim)
+        assert (len(set(heads)), len(set(widths))) == (3, 4)
+        assert config.linear_num_value_heads // config.linear_num_key_heads != (
+            config.num_attention_heads // config.num_key_value_heads
+        )
+    if "query_pre_attn_scalar" in ZOO[name].config:
+        assert config.query_pre_attn_scalar not in (config.head_dim, config.hidden_size / config.num_attention_heads)
 
 
 def test_the_special_models_are_special(zoo: Callable[..., Checkpoint]) -> None:
@@ -177,155 +251,21 @@ def test_the_special_models_are_special(zoo: Callable[..., Checkpoint]) -> None:
     assert (configs["qwen3-moe"].norm_topk_prob, configs["qwen3-moe-nonorm"].norm_topk_prob) == (True, False)
     assert (configs["qwen3-moe"].num_experts, configs["qwen3-moe"].num_experts_per_tok) == (5, 2)
     assert configs["qwen3-bias"].attention_bias
-    assert TIED == ["qwen3-tied", "qwen3-moe-nonorm"]
-
-
-# Sensitive
-
-
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_logits_spread_over_about_three_and_predict_many_tokens(
-    zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], name: str, seed: int
-) -> None:
-    checkpoint = zoo(name, seed=seed)
-    logits = logits_of(theirs(checkpoint), checkpoint)
-    assert 2.5 < logits.std() < 3.7
-    chosen, times = np.unique(logits.argmax(axis=1), return_counts=True)
-    assert len(chosen) > 25
-    assert times.max() < len(logits) / 3
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_every_attention_and_every_mlp_moves_the_residual_stream(
-    zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], name: str
-) -> None:
-    checkpoint = zoo(name)
-    model = theirs(checkpoint)
-    mask = inputs(checkpoint)["attention_mask"].bool().reshape(-1)
-    sizes: dict[str, float] = {}
-
-    def keep(where: str) -> Callable[..., None]:
-        def hook(module: Any, given: Any, out: Any) -> None:
-            branch = (out[0] if isinstance(out, tuple) else out).reshape(len(mask), -1)[mask]
-            sizes[where] = branch.square().mean(dim=1).sqrt().median().item()
-
-        return hook
-
-    handles = []
-    for number, layer in enumerate(model.model.layers):
-        handles.append(layer.self_attn.register_forward_hook(keep(f"attention {number}")))
-        handles.append(layer.mlp.register_forward_hook(keep(f"mlp {number}")))
-    logits_of(model, checkpoint)
-    for handle in handles:
-        handle.remove()
-    assert len(sizes) == 2 * checkpoint.config.num_hidden_layers
-    assert {where: size for where, size in sizes.items() if not 0.5 < size < 4.5} == {}
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_nothing_is_left_as_a_library_initialises_it(zoo: Callable[..., Checkpoint], name: str) -> None:
-    norms = []
-    for tensor, stored in zoo(name).stream():
-        array = stored.astype(np.float64)
-        assert not np.isin(array, (0.0, 1.0)).any()
-        if tensor.endswith("norm.weight"):
-            norms.append(array)
-            assert 0.05 < array.std() < 0.6
-            assert 0.6 < array.mean() < 1.4
-        elif tensor.endswith(".bias"):
-            assert 0.1 < array.std() < 0.5
-    assert len(norms) == 4 * zoo(name).config.num_hidden_layers + 1
-
-
-@pytest.mark.parametrize(
-    "name", ["qwen3", "qwen3-tied", "qwen3-bias", "qwen3-sliding", "qwen3-moe", "qwen3-moe-nonorm"]
-)
-def test_one_percent_of_any_tensor_moves_the_logits(
-    zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], name: str
-) -> None:
-    checkpoint = zoo(name)
-    model = theirs(checkpoint)
-    expected = logits_of(model, checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    moved: dict[str, float] = {}
-    state = model.state_dict()  # experts are fused there: gate, up and down of one expert are slices
-    parts = {
-        (key, expert): state[key][expert] if expert is not None else state[key]
-        for key in state
-        for expert in (range(state[key].shape[0]) if ".experts." in key else [None])
-        if not (key == "lm_head.weight" and checkpoint.config.tie_word_embeddings)
-    }
-    for part, tensor in parts.items():
-        kept = tensor.clone()
-        noise = torch.randn(tensor.shape, generator=generator)
-        tensor.add_(noise * kept.square().mean().sqrt() * 0.01)
-        moved[str(part)] = distance(logits_of(model, checkpoint), expected)
-        tensor.copy_(kept)
-    assert distance(logits_of(model, checkpoint), expected) == 0
-    # a hundred times the noise of float32
-    assert {part: by for part, by in moved.items() if by < 1e-4} == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [
-        ("qwen3", {"rms_norm_eps": 1e-5}),
-        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
-        ("qwen3-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}),
-        ("qwen3-sliding", {"use_sliding_window": False, "layer_types": None}),
-        ("qwen3-sliding", {"sliding_window": 25}),
-        ("qwen3-moe", {"norm_topk_prob": False}),
-        ("qwen3-moe-nonorm", {"norm_topk_prob": True}),
-        ("qwen3-moe", {"num_experts_per_tok": 1}),
-    ],
-)
-def test_every_option_moves_the_logits(
-    zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], tmp_path: Path, name: str, other: dict[str, Any]
-) -> None:
-    right, wrong = zoo(name), open_checkpoint(make_checkpoint(name, tmp_path / "other", **other))
-    assert digests(right.stream()) == digests(wrong.stream())
-    assert distance(logits_of(theirs(wrong), wrong), logits_of(theirs(right), right)) > 1e-2
-
-
-@pytest.mark.parametrize("name", SPARSE)
-def test_routing_survives_bf16_and_hears_every_expert(
-    zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], name: str
-) -> None:
-    checkpoint = zoo(name, dtype="BF16")
-    mask = inputs(checkpoint)["attention_mask"].bool().reshape(-1)
-    routed: dict[torch.dtype, list[torch.Tensor]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found = routed[dtype] = []
-
-        def keep(gate: Any, given: Any, out: Any, found: list[torch.Tensor] = found) -> None:
-            hidden = given[0].reshape(len(mask), -1)[mask]
-            found.append(torch.softmax(hidden.float() @ gate.weight.float().T, dim=-1))
-
-        model = theirs(checkpoint, dtype)
-        sparse = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-        handles = [gate.register_forward_hook(keep) for gate in sparse]
-        logits_of(model, checkpoint)
-        for handle in handles:
-            handle.remove()
-    for exact, rounded in zip(routed[torch.float32], routed[torch.bfloat16], strict=True):
-        top, again = exact.topk(2), rounded.topk(2)
-        same = (top.indices.sort().values == again.indices.sort().values).all(dim=1)
-        assert same.float().mean() > 0.95
-        assert torch.bincount(top.indices.flatten(), minlength=5).min() > len(top.indices) / 30
-        assert (top.values[:, 1] / top.values[:, 0]).median() > 0.1
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_canary_rows_are_in_the_embedding(zoo: Callable[..., Checkpoint], name: str) -> None:
-    embedding = zoo(name).read("model.embed_tokens.weight").astype(np.float64)
-    size = np.sqrt(np.square(embedding).mean(axis=1))
-    usual = np.median(size)
-    assert size[TINY_TOKEN] < 3e-3 * usual
-    assert size[TINY_TOKEN] ** 2 < 1e-5  # beside rms_norm_eps = 1e-6
-    assert (size[HUGE_TOKEN] > 15 * usual) == (name not in TIED)
-    np.testing.assert_array_equal(embedding[TWIN_TOKENS[0]], embedding[TWIN_TOKENS[1]])
-    assert len(np.unique(embedding, axis=0)) == len(embedding) - 1
+    assert TIED == ["qwen3-tied", "qwen3-moe-nonorm", "qwen3_5-tied", "gemma3", "gemma3-capped"]
+    assert WRAPPED == ["qwen3_5-wrapped", "qwen3_5-moe-wrapped"]
+    for name in HYBRID:
+        config = configs[name]
+        assert [config.is_linear(layer) for layer in range(4)] == [True, True, False, True]
+        assert [config.is_sparse(layer) for layer in range(4)] == [name in SPARSE] * 4
+        assert config.rotary_dim == 12 < config.head_dim
+        assert config.rope_parameters.mrope_section == (3, 2, 1)
+        assert config.num_mtp_layers == 1
+    gemma, capped = configs["gemma3"], configs["gemma3-capped"]
+    assert [gemma.window(layer) for layer in range(5)] == [24, 24, None, 24, 24]
+    assert [gemma.rope(layer).rope_theta for layer in range(5)] == [1e3, 1e3, 5e4, 1e3, 1e3]
+    assert [capped.rope(layer).rope_type for layer in (0, 2)] == ["default", "linear"]
+    caps = [(config.attn_logit_softcapping, config.final_logit_softcapping) for config in (gemma, capped)]
+    assert caps == [(None, None), (4.0, 12.0)]
 
 
 # Prompts
