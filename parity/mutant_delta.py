@@ -135,6 +135,11 @@ def _unnormed(spread: Any, np_: Any, self: Any, x: Any) -> Any:
     return np_.stack([x] * (self.num_value_heads // self.num_key_heads), 3).reshape(*x.shape[:2], -1, x.shape[3])
 
 
+def _eps_outside(spread: Any, np_: Any, self: Any, x: Any) -> Any:
+    length = np_.sqrt(np_.sum(x * x, -1))[..., None]
+    return _unnormed(spread, np_, self, x / (length + 1e-6))
+
+
 def _tiled(spread: Any, np_: Any, self: Any, x: Any) -> Any:
     found = spread(self, x)
     order = np_.arange(found.shape[2]).reshape(self.num_key_heads, -1).T.reshape(-1)
@@ -229,6 +234,12 @@ DELTA_MUTANTS: list[Mutant] = [
         "l2norm_eps_of_config",
         lambda: [Patch(f"{_NET}:L2_EPS", lambda original, backend: 1e-2)],
         "rms_norm_eps in the l2 norm",
+    ),
+    _of(
+        "l2norm_eps_outside",
+        _spread(_eps_outside),
+        "eps outside the root of the l2 norm",
+        equivalent="1e-6 beside a length near 1 is what float32 rounds away, inside the root or outside",
     ),
     _of(
         "query_scale_missing",

@@ -79,7 +79,7 @@ def _used_by_token(case: Case, errors: Errors) -> np.ndarray:
         return errors.by_token["direct"] / (2 * limits.token_lid(case.num_layers))
     lid = np.array([limits.token_lid(case.num_layers, float(value)) for value in amplified])
     e_a, e_b = errors.by_token["e_a"], errors.by_token["e_b"]
-    return ruler.used_by_token(e_a, e_b, k=limits.k_token, lid=lid, u=limits.u, amplification=amplified)
+    return ruler.used_by_token(e_a, e_b, k=limits.k_token, lid=lid, u=limits.u, least=limits.layer * amplified)
 
 
 def _worst_token(name: str, errors: Errors, used: np.ndarray, places: np.ndarray) -> TokenError | None:
@@ -106,7 +106,7 @@ def _judge_token(case: Case, errors: Errors, token: TokenError) -> Judgement:
     limits, lid = case.limits, case.limits.token_lid(case.num_layers, token.amplification)
     if token.e_a is None or token.e_b is None:
         return ruler.judge_direct(token.direct, lid=lid)
-    least = limits.u * token.amplification
+    least = limits.layer * token.amplification
     floors = [max(ruler.token_floor(errors.by_token[key], limits.u), least) for key in ("e_a", "e_b")]
     return ruler.judge(token.e_a, token.e_b, k=limits.k_token, lid=lid, floor_a=floors[0], floor_b=floors[1])
 

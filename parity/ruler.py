@@ -27,6 +27,11 @@ class Limits:
     k_token: float  # the same for one token
     c: float  # the lid, in u * sqrt(L)
 
+    @property
+    def layer(self) -> float:
+        """About what one layer alone is off: a rounding in bfloat16; in float32 the order of its sums adds to it."""
+        return self.u * self.c / LIMITS["bfloat16"].c
+
     def lid(self, num_layers: int, amplification: float = 0.0) -> float:
         """The error no backend may exceed, however bad its peer; L counts as at least one layer.
 
@@ -118,10 +123,12 @@ def used_by_token(
     k: float,
     lid: np.ndarray | float,
     u: float,
-    amplification: np.ndarray | float = 0.0,
+    least: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """Share of its limit that each token uses, of the worse side: float64 [n] from errors by token, float64 [n]."""
-    least = u * np.asarray(amplification)
+    """Share of its limit that each token uses, of the worse side: float64 [n] from errors by token, float64 [n].
+
+    ``least``: what an error counts for at least where the model amplifies rounding, by token.
+    """
     clamped_a = np.maximum(np.maximum(e_a, token_floor(e_a, u)), least)
     clamped_b = np.maximum(np.maximum(e_b, token_floor(e_b, u)), least)
     return np.maximum(e_a / np.minimum(k * clamped_b, lid), e_b / np.minimum(k * clamped_a, lid))

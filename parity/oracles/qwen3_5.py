@@ -6,6 +6,7 @@ Linear attention is the plain recurrence, token by token: the check of every chu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -34,15 +35,8 @@ def draft(run: Run) -> None:
     """From the final hidden state at t and the token at t+1: what comes at t+2. S is T + 1 here."""
     norm, read = partial(_norm, run.config), run.weights.under("mtp.")
     mask_BS, embedding_VD = run.mask_BT, run.embedding()
-    rows = Run(
-        run.checkpoint,
-        run.config,
-        run.ids_BT[:, 1:],
-        mask_BS[:, 1:] & mask_BS[:, :-1],
-        run.positions[..., 1:],
-        run.replayed,
-        run.out,
-    )
+    is_real_BT = mask_BS[:, 1:] & mask_BS[:, :-1]
+    rows = replace(run, ids_BT=run.ids_BT[:, 1:], mask_BT=is_real_BT, positions=run.positions[..., 1:])
     token_BTD = norm(read, "pre_fc_norm_embedding", embedding_VD[rows.ids_BT].astype(np.float64))
     hidden_BTD = norm(read, "pre_fc_norm_hidden", run.out["final_hidden_state"][:, :-1])
     x_BTD = linear(read, "fc", np.concatenate([token_BTD, hidden_BTD], axis=-1), run.config.hidden_size)

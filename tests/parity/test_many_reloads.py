@@ -38,7 +38,7 @@ def test_every_reload_of_many_is_a_cold_load(backend, count, benches):
     model = bench.load(bench.path("A"))
     cold = {letter: bench.witness(letter, dict.fromkeys(bench.tensors[letter], letter)) for letter in "AB"}
     warm_up = max(6, count // 10)
-    fixed = compiled = None
+    fixed, compiled = {}, {}
     arrays = resident = 0
     for reload in range(count + warm_up):
         letter = "BA"[reload % 2]

@@ -96,6 +96,14 @@ def test_biases_are_added(made: Callable[..., Checkpoint]) -> None:
     assert max(found.values()) <= FLOAT64_BOUND, found
 
 
+@pytest.mark.parametrize("heads", [2, 10])  # the zoo has as many as attention has, six
+def test_linear_attention_has_heads_of_its_own(made: Callable[..., Checkpoint], heads: int) -> None:
+    other = made("qwen3_5", linear_num_value_heads=heads)
+    inputs = batch(other, "right")
+    found = distances(oracle_forward(other, **inputs), reference(other, inputs), inputs)
+    assert max(found.values()) <= FLOAT64_BOUND, found
+
+
 def test_f32_tensors_among_bfloat16_keep_their_values(made: Callable[..., Checkpoint]) -> None:
     checkpoint = made("qwen3_5", dtype="BF16")
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16", "F32"}
@@ -194,6 +202,9 @@ def draft_reference(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> di
             draft.layers[0].mtp_block.mlp.gate.register_forward_hook(
                 lambda module, args, output: found.update(logits=output[0], experts=output[2])
             )
+        # without a mask of ones it takes gaps between positions for the bounds of packed sequences
+        masks, steps_BT = draft.create_masks_for_mtp_layer, torch.arange(T - 1).expand(B, -1)
+        draft.create_masks_for_mtp_layer = lambda *args: masks(*args[:3], steps_BT)
         ids_BT = torch.from_numpy(inputs["input_ids"])[:, 1:]
         state_BTD = draft.forward_layer(0, hidden_BTD[:, :-1], positions_BT[:, 1:], None, input_ids=ids_BT)
         out = {"mtp.hidden_state": state_BTD, "mtp.logits": model.lm_head(state_BTD)}
