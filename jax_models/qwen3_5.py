@@ -38,7 +38,6 @@ class DecoderLayer(nnx.Module):
                 value_head_dim=config.linear_value_head_dim,
                 taps=config.linear_conv_kernel_dim,
                 eps=config.rms_norm_eps,
-                mesh=mesh,
             )
         else:
             self.self_attn = GatedAttention(

@@ -10,12 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import RMSNormGated
 from jax_models.layers.step import Entry, LayerCache, Step
-from jax_models.sharding import row_sharding
 
 CHUNK = 64  # tokens whose mutual effect is solved at once
 L2_EPS = 1e-6  # inside the sum, whatever the config's eps
@@ -56,7 +54,6 @@ class GatedDeltaNet(nnx.Module):
         value_head_dim: int,
         taps: int,
         eps: float,
-        mesh: Mesh | None,
     ) -> None:
         self.key_dim, self.value_dim = num_key_heads * key_head_dim, num_value_heads * value_head_dim
         channels = 2 * self.key_dim + self.value_dim
@@ -72,7 +69,6 @@ class GatedDeltaNet(nnx.Module):
         self.num_key_heads, self.num_value_heads = num_key_heads, num_value_heads
         self.key_head_dim, self.value_head_dim = key_head_dim, value_head_dim
         self.taps = taps
-        self.mesh = mesh
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -83,9 +79,8 @@ class GatedDeltaNet(nnx.Module):
         qkv_BTZ = self.in_proj_qkv(x_BTD)
         before_BWZ = jnp.zeros((B, self.taps - 1, qkv_BTZ.shape[2]), qkv_BTZ.dtype) if cache is None else cache["conv"]
         window_BSZ = jnp.concatenate([before_BWZ, qkv_BTZ], axis=1)
-        mixed_BTZ = jax.nn.silu(self.conv1d(window_BSZ, T)).astype(x_BTD.dtype)
-        parts = jnp.split(self._whole(mixed_BTZ), [self.key_dim, 2 * self.key_dim], axis=-1)
-        q_BTK, k_BTK, v_BTV = (self._whole(part).astype(jnp.float32) for part in parts)
+        mixed_BTZ = jax.nn.silu(self.conv1d(window_BSZ, T)).astype(x_BTD.dtype).astype(jnp.float32)
+        q_BTK, k_BTK, v_BTV = jnp.split(mixed_BTZ, [self.key_dim, 2 * self.key_dim], axis=-1)
         q_BTJP, k_BTJP = (self._spread(part.reshape(B, T, -1, self.key_head_dim)) for part in (q_BTK, k_BTK))
         v_BTJY = v_BTV.reshape(B, T, -1, self.value_head_dim)
         rate_BTJ = jax.nn.softplus(self.in_proj_a(x_BTD).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
@@ -108,14 +103,6 @@ class GatedDeltaNet(nnx.Module):
             cache = {"conv": window_BSZ[:, T:], "state": state_BJPY}
         gate_BTJY = self.in_proj_z(x_BTD).reshape(B, T, -1, self.value_head_dim)
         return self.out_proj(self.norm(out_BTJY.astype(x_BTD.dtype), gate_BTJY).reshape(B, T, -1)), cache
-
-    def _whole(self, x: jax.Array) -> jax.Array:
-        """On a mesh, every device with all channels of its rows.
-
-        A projection cut in equal parts is cut amid q, k and v. Left to itself, XLA sends them about part by part, at
-        every layer: more bytes on a TPU, and on eight devices of a CPU so many waits at once that none ends.
-        """
-        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, row_sharding(self.mesh, x.shape[0]))
 
     def _spread(self, x_BTIP: jax.Array) -> jax.Array:
         """Normed, and each key head repeated for its value heads."""

@@ -6,14 +6,19 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parity.comparison import Comparison
     from parity.events import EventResult
 
-MODELS = {"qwen3-moe": "Qwen3-MoE", "qwen3": "Qwen3 dense"}
-LAYERS = 3  # compiling takes most of the time, and grows with the layers
+MODELS = {"qwen3-moe": "Qwen3-MoE", "qwen3": "Qwen3 dense", "qwen3_5": "Qwen3.5"}
+# compiling takes most of the time, and grows with the layers
+FEW_LAYERS: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {"num_hidden_layers": 3},
+    "qwen3": {"num_hidden_layers": 3},
+    "qwen3_5": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+}
 FILE_BYTES = 50_000  # small enough that each checkpoint has several files and an index
 
 
@@ -62,7 +67,7 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
     from parity.zoo import make_checkpoint
 
     a, b = (
-        make_checkpoint(name, scratch / seed, seed=ord(seed), max_file_bytes=FILE_BYTES, num_hidden_layers=LAYERS)
+        make_checkpoint(name, scratch / seed, seed=ord(seed), max_file_bytes=FILE_BYTES, **FEW_LAYERS[name])
         for seed in "AB"
     )
     (scratch / "events").mkdir()
@@ -72,17 +77,18 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
         for event in run_lifecycle(a, b, backends=tuple(backends), scratch=scratch / "events")
     ]
     comparisons = []
+    mtp = open_checkpoint(a).config.num_mtp_layers > 0
     for what, dtype, reload in (("as loaded", "float32", None), ("after a hot reload", "bfloat16", b)):
         tokens = (
             8 if dtype == "float32" else None
         )  # low-precision rows part at the first near-tie, which proves nothing
         traces = {
-            side: record(a, backend, dtype=dtype, reload=reload, max_new_tokens=tokens)
+            side: record(a, backend, dtype=dtype, reload=reload, max_new_tokens=tokens, mtp=mtp)
             for side, backend in backends.items()
         }
         checkpoint = open_checkpoint(reload or a)
         inputs = default_inputs(checkpoint)
-        oracles = {side: record_oracle(checkpoint, inputs, like=trace) for side, trace in traces.items()}
+        oracles = {side: record_oracle(checkpoint, inputs, like=trace, mtp=mtp) for side, trace in traces.items()}
         found = compare(traces["jax"], traces["torch"], oracles["jax"], oracle_b=oracles["torch"])
         comparisons.append((f"{title} {what}, {dtype}: JAX, torch and the float64 oracle", found))
     return comparisons, events

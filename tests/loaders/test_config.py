@@ -93,7 +93,10 @@ def test_unknown_keys_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": GONE}, "architectures is None, expected a list of one of: Gemma3ForCausalLM, Qwen3ForCausalLM,"),
+        (
+            {"architectures": GONE},
+            "architectures is None, expected a list of one of: Gemma3ForCausalLM, Qwen3ForCausalLM,",
+        ),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM', expected a list"),
         ({"architectures": []}, "architectures is [], expected a list"),
         ({"architectures": ["A", "B"]}, "architectures is ['A', 'B'], expected a list"),

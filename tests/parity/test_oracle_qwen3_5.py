@@ -16,6 +16,7 @@ from transformers.modeling_layers import MtpModel
 from loaders import Checkpoint, open_checkpoint
 from loaders.config import RopeParameters
 from parity.oracle import oracle_forward
+from parity.oracles import qwen3_5
 from parity.oracles.rope import rotation
 from parity.zoo import make_checkpoint, prompts
 
@@ -173,6 +174,36 @@ def test_padding_in_the_middle_leaves_the_state_as_it_is(dense: Checkpoint) -> N
     masks = [np.insert(np.ones_like(ids_BT), 20, np.zeros((gap, B), int), axis=1) for gap in (5, 9)]
     near, far = (oracle_forward(dense, ids, mask) for ids, mask in zip(apart, masks, strict=True))
     assert relative_error(far["logits"][:, 29:], near["logits"][:, 25:]) <= FLOAT64_BOUND
+
+
+def test_padding_in_the_middle_is_as_if_it_were_not_there_where_no_convolution_reaches_over_it(
+    made: Callable[..., Checkpoint],
+) -> None:
+    checkpoint = made("qwen3_5", linear_conv_kernel_dim=1)
+    ids_BT = batch(checkpoint, "full")["input_ids"][:, :40]
+    gap = np.full((5, B), 7)
+    apart = np.insert(ids_BT, 20, gap, axis=1), np.insert(np.ones_like(ids_BT), 20, 0 * gap, axis=1)
+    got, want = (oracle_forward(checkpoint, *given)["logits"] for given in (apart, (ids_BT,)))
+    assert relative_error(got[apart[1] == 1], want.reshape(-1, want.shape[-1])) <= FLOAT64_BOUND
+
+
+def test_padding_neither_fades_the_state_nor_writes_what_the_convolution_still_holds(
+    dense: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    recurrence = qwen3_5._recurrence
+
+    def spied(q: np.ndarray, k: np.ndarray, v: np.ndarray, kept: np.ndarray, beta: np.ndarray) -> np.ndarray:
+        seen.append((kept, beta))
+        return recurrence(q, k, v, kept, beta)
+
+    monkeypatch.setattr(qwen3_5, "_recurrence", spied)
+    mask_BT = np.array([[0, 1, 1, 0, 0, 1, 0, 0]])
+    oracle_forward(dense, np.arange(1, 9)[None], mask_BT)
+    assert len(seen) == 3
+    for kept_BTJ, beta_BTJ in seen:
+        np.testing.assert_array_equal((kept_BTJ == 1).all(-1), mask_BT == 0)
+        np.testing.assert_array_equal((beta_BTJ == 0).all(-1), mask_BT == 0)
 
 
 @pytest.mark.parametrize("mask", [[[0] * 8], [[0, 0, 0, 1, 0, 0, 0, 0]]])
