@@ -137,8 +137,7 @@ class DraftPrograms:
         self, weights: Weights, ids_BT: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """As of a model without draft; also the final hidden states, [B, T, D]."""
-        rest = cache.key_mask.shape[1] - mask_BT.shape[1]
-        key_mask_BS = jnp.pad(mask_BT, ((0, 0), (0, rest)))
+        key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
         head, hidden_BTD, cache = self._run(weights, ids_BT, positions_BT, key_mask_BS, cache, keep_history=False)
         return head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, self._programs.placed(cache)
 

@@ -87,8 +87,7 @@ class Programs:
         self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
-        rest = cache.key_mask.shape[1] - mask_BT.shape[1]
-        key_mask_BS = jnp.pad(mask_BT, ((0, 0), (0, rest)))
+        key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
         return self._step(weights, inputs, positions_BT, key_mask_BS, cache)
 
     def _decode(self, weights: Weights, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -169,7 +169,9 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             problems += _tensor_problems(checkpoint, tied.tensor, tied.shape, (), specs)
     claimed = whole.tensors()
     unclaimed = [name for name in found if name not in claimed]
-    left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in left_out_patterns))
+    # what was asked for is not left out, so whatever else goes by such a name is a mistake
+    patterns = [one for one in left_out_patterns if not any(one.fullmatch(name) for name in claimed)]
+    left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in patterns))
     problems += [
         f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} has no such weight"
         for name in unclaimed

@@ -125,10 +125,7 @@ def test_both_spellings_at_once_are_refused_by_name(backend: str, checkpoint_of:
     "where",
     [
         "model.layers.0",
-        pytest.param(
-            "mtp.layers.0",
-            marks=pytest.mark.xfail(strict=True, reason="loaders/plan.py leaves out mtp.* also where it is asked for"),
-        ),
+        "mtp.layers.0",
     ],
 )
 def test_two_forms_of_one_parameter_are_refused_by_name(

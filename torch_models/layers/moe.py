@@ -71,8 +71,8 @@ class Experts(nn.Module):
 
     def _of_all(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
         x_EUD = x_UD.expand(len(self.down_proj), -1, -1)
-        both_E2MD = self.gate_up_proj.to(x_UD.dtype).flatten(1, 2)
-        gate_EUM, up_EUM = torch.bmm(x_EUD, both_E2MD.transpose(1, 2)).chunk(2, dim=2)
+        gate_up_EFD = self.gate_up_proj.to(x_UD.dtype).flatten(1, 2)
+        gate_EUM, up_EUM = torch.bmm(x_EUD, gate_up_EFD.transpose(1, 2)).chunk(2, dim=2)
         out_EUD = torch.bmm(F.silu(gate_EUM) * up_EUM, self.down_proj.to(x_UD.dtype).transpose(1, 2))
         row_U1 = torch.arange(len(x_UD), device=x_UD.device)[:, None]
         return out_EUD[experts_UX, row_U1]  # picked, not weighted by zero: an expert nobody chose may be infinite
