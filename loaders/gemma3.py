@@ -9,12 +9,19 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from loaders.checks import (
+    MOST_LAYERS,
+    layer_type_problems,
+    multiple_problems,
+    only_problems,
+    positive_problems,
+    size_problems,
+)
 from loaders.config import RopeParameters, read_fields, read_rope
 from loaders.errors import brief
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-MOST_LAYERS = 10_000
 THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 DEFAULT_PATTERN = 6  # every so many layers one attends in full
 DEFAULT_WINDOW = 4096
@@ -77,35 +84,18 @@ class Gemma3Config:
 
     def problems(self) -> list[str]:
         """What this configuration asks for and cannot have, one sentence each."""
-        found = [
-            f"config.json: {name} is {value}, expected at least 1"
-            for name, value in vars(self).items()
-            if type(value) is int and value < 1 and name != "pad_token_id"
-        ]
-        if self.num_hidden_layers > MOST_LAYERS:
-            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
-        if found:
+        if found := size_problems(self):
             return found
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads={self.num_attention_heads}"
-            found.append(f"config.json: {heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}")
+        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
-        if self.hidden_activation != "gelu_pytorch_tanh":
-            activation = f"hidden_activation {brief(self.hidden_activation)}"
-            found.append(f"config.json: {activation} is not implemented, expected 'gelu_pytorch_tanh'")
-        for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                found.append(f"config.json: {name} is {value}, expected more than 0")
+        found += only_problems("hidden_activation", self.hidden_activation, "gelu_pytorch_tanh")
+        found += positive_problems(
+            self, "rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
+        )
         if self.full_attention_rope.is_dynamic or self.sliding_attention_rope.is_dynamic:
             found.append("config.json: rope_type 'dynamic' is not implemented for Gemma 3")
-        if len(self.layer_types) != self.num_hidden_layers:
-            entries = f"{len(self.layer_types)} entries, expected num_hidden_layers={self.num_hidden_layers}"
-            found.append(f"config.json: layer_types has {entries}")
-        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
-        if unknown:
-            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {SLIDING}")
-        return found
+        return found + layer_type_problems(self, FULL, SLIDING)
 
 
 def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Gemma3Config | None, list[str]]:

@@ -9,12 +9,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from loaders.checks import (
+    MOST_LAYERS,
+    expert_problems,
+    layer_type_problems,
+    multiple_problems,
+    only_problems,
+    positive_problems,
+    size_problems,
+)
 from loaders.config import RopeParameters, read_fields, read_rope
 from loaders.errors import brief
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,36 +84,15 @@ class Qwen3Config:
 
     def problems(self) -> list[str]:
         """What this configuration asks for and cannot have, one sentence each."""
-        found = [
-            f"config.json: {name} is {value}, expected at least 1"
-            for name, value in vars(self).items()
-            if type(value) is int and value < 1 and name != "pad_token_id"
-        ]
-        if self.num_hidden_layers > MOST_LAYERS:
-            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
-        if found:
+        if found := size_problems(self):
             return found
-        if self.num_attention_heads % self.num_key_value_heads:
-            found.append(
-                f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of"
-                f" num_key_value_heads={self.num_key_value_heads}"
-            )
+        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
             found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
         if self.rope_parameters.is_dynamic and self.head_dim <= 2:
             found.append(f"config.json: head_dim={self.head_dim} is too small for rope_type 'dynamic', expected >= 4")
-        if self.hidden_act != "silu":
-            found.append(f"config.json: hidden_act {brief(self.hidden_act)} is not implemented, expected 'silu'")
-        if not self.rms_norm_eps > 0:
-            found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
-        if len(self.layer_types) != self.num_hidden_layers:
-            found.append(
-                f"config.json: layer_types has {len(self.layer_types)} entries, expected num_hidden_layers="
-                f"{self.num_hidden_layers}"
-            )
-        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
-        if unknown:
-            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {SLIDING}")
+        found += only_problems("hidden_act", self.hidden_act, "silu") + positive_problems(self, "rms_norm_eps")
+        found += layer_type_problems(self, FULL, SLIDING)
         if SLIDING in self.layer_types and self.sliding_window is None:
             found.append("config.json: layer_types asks for sliding_attention, but no sliding_window is in force")
         return found
@@ -133,16 +120,7 @@ class Qwen3MoeConfig(Qwen3Config):
         }
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
-            limit = f"at most {MOST_EXPERTS} in all layers together"
-            found.append(f"config.json: num_experts is {self.num_experts}, expected {limit}")
-        if self.num_experts_per_tok > self.num_experts:
-            found.append(
-                f"config.json: num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}"
-                " cannot be chosen"
-            )
-        return found
+        return super().problems() + expert_problems(self)
 
 
 def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3Config | None, list[str]]:

@@ -10,12 +10,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from loaders.checks import (
+    MOST_LAYERS,
+    expert_problems,
+    layer_type_problems,
+    multiple_problems,
+    only_problems,
+    positive_problems,
+    size_problems,
+)
 from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys
 from loaders.errors import brief
 from loaders.spec import Dim, Rule
 
 FULL, LINEAR = "full_attention", "linear_attention"
-MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
 DEFAULT_INTERVAL, DEFAULT_PARTIAL = 4, 0.25
 DEFAULT_SECTION = [11, 11, 10]
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
@@ -136,25 +144,13 @@ class Qwen3_5Config:
 
     def problems(self) -> list[str]:
         """What this configuration asks for and cannot have, one sentence each."""
-        zero_is_fine = {"pad_token_id", "mtp_num_hidden_layers", "intermediate_size"}
-        if not isinstance(self, Qwen3_5MoeConfig):
-            zero_is_fine.discard("intermediate_size")
-        found = [
-            f"config.json: {name} is {value}, expected at least 1"
-            for name, value in vars(self).items()
-            if type(value) is int and value < 1 and name not in zero_is_fine
-        ]
-        if self.num_hidden_layers > MOST_LAYERS:
-            found.append(f"config.json: num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}")
-        if found:
+        may_be_less = {"mtp_num_hidden_layers"} | (
+            {"intermediate_size"} if isinstance(self, Qwen3_5MoeConfig) else set()
+        )
+        if found := size_problems(self, may_be_less):
             return found
-        for many, few in (
-            ("num_attention_heads", "num_key_value_heads"),
-            ("linear_num_value_heads", "linear_num_key_heads"),
-        ):
-            if getattr(self, many) % getattr(self, few):
-                both = f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}"
-                found.append(f"config.json: {both}")
+        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
+        found += multiple_problems(self, "linear_num_value_heads", "linear_num_key_heads")
         partial, section = self.rope_parameters.partial_rotary_factor, self.rope_parameters.mrope_section or ()
         if not 0 < partial <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
             turned = f"partial_rotary_factor={partial} of head_dim={self.head_dim}"
@@ -165,19 +161,10 @@ class Qwen3_5Config:
             found.append("config.json: rope option 'mrope_interleaved' = False is not implemented, expected True")
         if self.rope_parameters.is_dynamic:
             found.append("config.json: rope_type 'dynamic' is not implemented for Qwen3.5")
-        if self.hidden_act != "silu":
-            found.append(f"config.json: hidden_act {brief(self.hidden_act)} is not implemented, expected 'silu'")
+        found += only_problems("hidden_act", self.hidden_act, "silu")
         if self.mtp_num_hidden_layers < 0:
             found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
-        if not self.rms_norm_eps > 0:
-            found.append(f"config.json: rms_norm_eps is {self.rms_norm_eps}, expected more than 0")
-        if len(self.layer_types) != self.num_hidden_layers:
-            entries = f"{len(self.layer_types)} entries, expected num_hidden_layers={self.num_hidden_layers}"
-            found.append(f"config.json: layer_types has {entries}")
-        unknown = sorted(set(self.layer_types) - {FULL, LINEAR})
-        if unknown:
-            found.append(f"config.json: layer_types {brief(unknown)} are not implemented. Known: {FULL}, {LINEAR}")
-        return found
+        return found + positive_problems(self, "rms_norm_eps") + layer_type_problems(self, FULL, LINEAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +191,7 @@ class Qwen3_5MoeConfig(Qwen3_5Config):
         }
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
-            limit = f"at most {MOST_EXPERTS} in all layers together"
-            found.append(f"config.json: num_experts is {self.num_experts}, expected {limit}")
-        if self.num_experts_per_tok > self.num_experts:
-            chosen = f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}"
-            found.append(f"config.json: {chosen} cannot be chosen")
-        return found
+        return super().problems() + expert_problems(self)
 
 
 def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3_5Config | None, list[str]]:

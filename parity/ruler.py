@@ -63,6 +63,8 @@ REASONS = {
     "k_token": "single tokens scatter: over 40 seeds of dense and MoE, JAX against torch, up to 4.1x in bf16, 6.2x"
     " in fp32 (benchmarks/calibrate_ruler.py); twice that. A token's floor is the median of the peer's errors, or a"
     " token where the peer was lucky would fail us.",
+    "amplification": "a gated delta net norms what may nearly cancel: correct bf16 runs were off by up to 0.9 at single"
+    " tokens, and 6 of 24 hybrid pairs passed without it; with it all did (benchmarks/results).",
     "TOKEN_LID": "catches a token that both backends get wrong alike; the largest seen is a third of it.",
     "c": "block output error grows as 1.85u*sqrt(l) in bf16 and logits reach 14u at L=4 in fp32; 8 and 40 leave 4x and"
     " 6x. Toy-size measurements: recalibrate at 28 to 94 layers.",

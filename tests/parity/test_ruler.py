@@ -18,9 +18,15 @@ def test_the_constants_are_the_calibrated_ones_and_each_has_a_reason():
     assert (BF16.k, BF16.k_token, BF16.c, BF16.u) == (2, 8, 8, 2**-8)
     fp32 = LIMITS["float32"]
     assert (fp32.k, fp32.k_token, fp32.c, fp32.u) == (4, 12, 40, 2**-24)
-    assert {*BF16.__slots__, "TOKEN_LID", "MIN_REMAINING", "ROUTER_SHARE", "ROUTER_TOKENS", "STEP"} == set(
-        ruler.REASONS
-    )
+    assert {
+        *BF16.__slots__,
+        "amplification",
+        "TOKEN_LID",
+        "MIN_REMAINING",
+        "ROUTER_SHARE",
+        "ROUTER_TOKENS",
+        "STEP",
+    } == set(ruler.REASONS)
 
 
 def test_the_lid_grows_with_the_root_of_the_depth_and_no_depth_counts_as_one_layer():
@@ -28,6 +34,17 @@ def test_the_lid_grows_with_the_root_of_the_depth_and_no_depth_counts_as_one_lay
     assert BF16.lid(36) == 6 * BF16.lid(1)
     assert BF16.lid(0) == BF16.lid(1)
     assert BF16.token_lid(4) == 4 * BF16.lid(4)
+
+
+def test_a_model_that_amplifies_rounding_is_allowed_as_much_more():
+    assert BF16.lid(4, amplification=10) == 5 * BF16.lid(4)
+    assert BF16.lid(4, amplification=1.5) == BF16.lid(4)
+    assert BF16.token_lid(4, amplification=10) == 5 * BF16.token_lid(4)
+    assert BF16.layer == BF16.u
+    ours, peer = np.array([0.3, 0.03]), np.array([0.001, 0.03])  # lucky at the first token, where rounding decides
+    options = {"k": BF16.k_token, "lid": 10.0, "u": BF16.u}
+    assert ruler.used_by_token(ours, peer, **options)[0] > 1
+    assert ruler.used_by_token(ours, peer, **options, least=BF16.layer * np.array([100.0, 2.0]))[0] < 1
 
 
 def test_errors_within_twice_each_other_pass_and_the_limit_itself_passes():
