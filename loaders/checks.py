@@ -22,15 +22,14 @@ def size_problems(config: Any, may_be_less: Collection[str] = ()) -> list[str]:
     return found
 
 
-def multiple_problems(config: Any, many: str, few: str) -> list[str]:
-    """Heads that do not divide into groups."""
-    sizes = getattr(config, many), getattr(config, few)
-    return [f"config.json: {many}={sizes[0]} is not a multiple of {few}={sizes[1]}"] if sizes[0] % sizes[1] else []
+def multiple_problems(**sizes: int) -> list[str]:
+    """Two numbers of heads, many and few, that do not divide into groups; by the names config.json has for them."""
+    (many, num_many), (few, num_few) = sizes.items()
+    return [f"config.json: {many}={num_many} is not a multiple of {few}={num_few}"] if num_many % num_few else []
 
 
-def positive_problems(config: Any, *names: str) -> list[str]:
-    """Numbers that must be above zero; None is fine."""
-    values = {name: getattr(config, name) for name in names}
+def positive_problems(**values: float | None) -> list[str]:
+    """Numbers, by their names in config.json, that must be above zero; None is fine."""
     return [
         f"config.json: {name} is {value}, expected more than 0"
         for name, value in values.items()

@@ -86,12 +86,17 @@ class Gemma3Config:
         """What this configuration asks for and cannot have, one sentence each."""
         if found := size_problems(self):
             return found
-        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
+        found = multiple_problems(
+            num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads
+        )
         if self.head_dim % 2:
             found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
         found += only_problems("hidden_activation", self.hidden_activation, "gelu_pytorch_tanh")
         found += positive_problems(
-            self, "rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
+            rms_norm_eps=self.rms_norm_eps,
+            query_pre_attn_scalar=self.query_pre_attn_scalar,
+            attn_logit_softcapping=self.attn_logit_softcapping,
+            final_logit_softcapping=self.final_logit_softcapping,
         )
         if self.full_attention_rope.is_dynamic or self.sliding_attention_rope.is_dynamic:
             found.append("config.json: rope_type 'dynamic' is not implemented for Gemma 3")

@@ -86,12 +86,16 @@ class Qwen3Config:
         """What this configuration asks for and cannot have, one sentence each."""
         if found := size_problems(self):
             return found
-        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
+        found = multiple_problems(
+            num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads
+        )
         if self.head_dim % 2:
             found.append(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
         if self.rope_parameters.is_dynamic and self.head_dim <= 2:
             found.append(f"config.json: head_dim={self.head_dim} is too small for rope_type 'dynamic', expected >= 4")
-        found += only_problems("hidden_act", self.hidden_act, "silu") + positive_problems(self, "rms_norm_eps")
+        found += only_problems("hidden_act", self.hidden_act, "silu") + positive_problems(
+            rms_norm_eps=self.rms_norm_eps
+        )
         found += layer_type_problems(self, FULL, SLIDING)
         if SLIDING in self.layer_types and self.sliding_window is None:
             found.append("config.json: layer_types asks for sliding_attention, but no sliding_window is in force")

@@ -149,8 +149,12 @@ class Qwen3_5Config:
         )
         if found := size_problems(self, may_be_less):
             return found
-        found = multiple_problems(self, "num_attention_heads", "num_key_value_heads")
-        found += multiple_problems(self, "linear_num_value_heads", "linear_num_key_heads")
+        found = multiple_problems(
+            num_attention_heads=self.num_attention_heads, num_key_value_heads=self.num_key_value_heads
+        )
+        found += multiple_problems(
+            linear_num_value_heads=self.linear_num_value_heads, linear_num_key_heads=self.linear_num_key_heads
+        )
         partial, section = self.rope_parameters.partial_rotary_factor, self.rope_parameters.mrope_section or ()
         if not 0 < partial <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
             turned = f"partial_rotary_factor={partial} of head_dim={self.head_dim}"
@@ -164,7 +168,7 @@ class Qwen3_5Config:
         found += only_problems("hidden_act", self.hidden_act, "silu")
         if self.mtp_num_hidden_layers < 0:
             found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
-        return found + positive_problems(self, "rms_norm_eps") + layer_type_problems(self, FULL, LINEAR)
+        return found + positive_problems(rms_norm_eps=self.rms_norm_eps) + layer_type_problems(self, FULL, LINEAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +219,9 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     partial = spelled.pop("partial_rotary_factor", None)
     rope, more = read_rope(text | {"rope_parameters": _rope_document(text, partial)}, PARTIAL_KEYS)
     problems += more
+    if partial is not None and rope is not None and rope.partial_rotary_factor != partial:
+        both = f"partial_rotary_factor={brief(partial)} and {rope.partial_rotary_factor} in rope_parameters"
+        problems.append(f"config.json: {both} disagree. Remove one.")
     spelled["architecture"] = architecture
     spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
     if isinstance(spelled.get("eos_token_id"), int):

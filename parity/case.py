@@ -60,7 +60,9 @@ class Case:
         mask = self.mask(name)
         oracles = [oracle for oracle in (self.oracle_a, self.oracle_b) if oracle is not None]
         found = [
-            oracle.tensors[f"amplification.{name}"] for oracle in oracles if f"amplification.{name}" in oracle.tensors
+            oracle.tensors[trace_layout.AMPLIFICATION + name]
+            for oracle in oracles
+            if trace_layout.AMPLIFICATION + name in oracle.tensors
         ]
         return np.max([array[mask].astype(np.float64) for array in found], axis=0) if found else np.zeros(mask.sum())
 

@@ -17,7 +17,7 @@ from loaders.stage import Stage
 from parity.backends import Backend
 from parity.oracle import oracle_forward
 from parity.trace import Trace, input_hash, make_meta
-from parity.trace_layout import activations
+from parity.trace_layout import AMPLIFICATION, activations
 from parity.zoo import prompts
 
 SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
@@ -146,7 +146,7 @@ def amplification(
     for name in activations(tensors):
         size = np.linalg.norm(tensors[name], axis=-1)
         moved = np.linalg.norm(shaken[name] - tensors[name], axis=-1)
-        found[f"amplification.{name}"] = (moved / np.maximum(size, 1e-30) / SHAKE).astype(np.float32)
+        found[AMPLIFICATION + name] = (moved / np.maximum(size, 1e-30) / SHAKE).clip(max=1e6).astype(np.float32)
     return found
 
 

@@ -35,13 +35,15 @@ class Limits:
     def lid(self, num_layers: int, amplification: float = 0.0) -> float:
         """The error no backend may exceed, however bad its peer; L counts as at least one layer.
 
-        A model that amplifies rounding more than sqrt(L) is allowed as much more.
+        A model that amplifies rounding more than sqrt(L) is allowed as much more, but never to be half wrong.
         """
-        return self.c * self.u * max(math.sqrt(max(num_layers, 1)), amplification)
+        plain = self.c * self.u * math.sqrt(max(num_layers, 1))
+        return max(plain, min(self.c * self.u * amplification, MOST))
 
     def token_lid(self, num_layers: int, amplification: float = 0.0) -> float:
-        """The lid for a single token."""
-        return TOKEN_LID * self.lid(num_layers, amplification)
+        """The lid for a single token. Where rounding decides it may point anywhere, but not be of another size."""
+        plain = TOKEN_LID * self.lid(num_layers)
+        return max(plain, min(TOKEN_LID * self.c * self.u * amplification, MOST_TOKEN))
 
 
 LIMITS = {
@@ -51,6 +53,7 @@ LIMITS = {
 
 # Shares and counts that no dtype changes.
 TOKEN_LID = 4.0  # a single token may be so many lids off
+MOST, MOST_TOKEN = 0.5, 2.0  # no amplification allows more: a tensor half wrong, a token more than turned around
 MIN_REMAINING = 0.25  # of the tokens must be left in the logits after router flips
 ROUTER_SHARE = 0.25  # of the chosen experts may differ in one layer before the router itself is at fault
 ROUTER_TOKENS = 16  # tokens needed to judge a router

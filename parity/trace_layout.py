@@ -16,6 +16,7 @@ HIDDEN = re.compile(r"hidden_states\.(0|[1-9]\d*)")
 ROUTING = re.compile(r"routing\.([1-9]\d*)")
 AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are computed
 MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
+AMPLIFICATION = "amplification."  # before the name of a tensor: of rounding in it, by token; oracles alone have it
 INTEGERS = {"input_ids": 2, "attention_mask": 2, "generated_ids": 2}  # name -> rank
 
 
@@ -87,12 +88,22 @@ def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
     for name in ("input_ids", "attention_mask", *(f"routing.{i}" for i in routing_layers(tensors))):
         if name in tensors and tensors[name].shape[:2] != (batch, length):
             problems.append(f"{_what(tensors, name)}, expected {[batch, length]} first, from {first!r}.")
+    for name in names:
+        amplified, shape = tensors.get(AMPLIFICATION + name), tensors[name].shape[:2]
+        if amplified is not None and not _is_amplification(amplified, shape):
+            what = _what(tensors, AMPLIFICATION + name)
+            problems.append(f"{what}, expected finite floats >= 0 of {list(shape)} from {name!r}.")
     if "generated_ids" in tensors and len(tensors["generated_ids"]) != batch:
         problems.append(f"{_what(tensors, 'generated_ids')}, expected {batch} rows from {first!r}.")
     sizes = {tensors[name].shape[2] for name in names if "logits" not in name}
     if len(sizes) > 1:
         problems.append(f"hidden states of different sizes {sorted(sizes)}: they are not from one model.")
     return problems
+
+
+def _is_amplification(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    # it widens limits: what is not a number would widen them without end
+    return array.dtype.kind == "f" and array.shape == shape and bool(np.isfinite(array).all() and (array >= 0).all())
 
 
 def _integer_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -216,20 +216,23 @@ class Model(nn.Module):
         ignore_eos: bool = False,
         graphs: bool = False,
         draft: Draft | None = None,
-        draft_tokens: int = 3,
+        draft_tokens: int | None = None,
     ) -> torch.Tensor:
         """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
 
-        With a ``draft``, ``draft_tokens`` at a time are guessed and checked; see ``torch_models.speculative``. What
-        that was worth stands in ``draft.report``.
+        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
+        ``torch_models.speculative``. What that was worth stands in ``draft.report``.
         """
         options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
         prompt = (input_ids, attention_mask, max_new_tokens, temperature)
+        if draft is None and draft_tokens is not None:
+            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
             return generate(self, *prompt, **options, graphs=graphs)
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
-        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, draft_tokens=draft_tokens, **options)
+        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
+        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
         return tokens
 
     @property

@@ -5,6 +5,7 @@ Qwen3-8B and Qwen3-30B-A3B at full depth; of the hybrids one period of four laye
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -40,16 +41,26 @@ def program(request):
 
 
 @pytest.fixture(scope="module")
-def measured(model, program, tmp_path_factory):
-    """What benchmarks/tpu_compile.py found, in a process of its own: libtpu cannot be unloaded."""
-    found = tmp_path_factory.mktemp("tpu") / "found.json"
-    script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
-    options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(found)]
-    options += ["--layers", str(LAYERS[model])]
-    done = subprocess.run(script + options, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    return json.loads(found.read_text(encoding="utf-8"))
+def measure(tmp_path_factory):
+    """What benchmarks/tpu_compile.py found of a program, in a process of its own: libtpu cannot be unloaded."""
+
+    @functools.cache
+    def found(model, program):
+        result = tmp_path_factory.mktemp("tpu") / "found.json"
+        script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
+        options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(result)]
+        options += ["--layers", str(LAYERS[model])]
+        done = subprocess.run(script + options, capture_output=True, text=True, timeout=1200, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        print(done.stdout)
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(measure, model, program):
+    return measure(model, program)
 
 
 def test_weights_are_cut_in_four(measured):
@@ -78,7 +89,5 @@ def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measure
     assert counts == {"all-reduce": 2 * measured["layers"] + 1}
 
 
-def test_prefill_computes_the_logits_of_the_last_position_only(measured):
-    if measured["program"] == "decode":
-        pytest.skip("decode has one position")
-    assert measured["full_vocabulary"] == []
+def test_prefill_computes_the_logits_of_the_last_position_only(measure, model):
+    assert measure(model, "prefill")["full_vocabulary"] == []

@@ -242,6 +242,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 0.0}),
         "is 0 dimensions; rotary embedding needs pairs",
     ),
+    "two parts of a head": (
+        changed(CONFIG, rope_parameters=ROPE, partial_rotary_factor=0.25),
+        "partial_rotary_factor=0.25 and 0.5 in rope_parameters disagree",
+    ),
     "more than a head": (changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 1.5}), "is 12 dimensions"),
     "two sections": (
         changed(CONFIG, rope_parameters=ROPE | {"mrope_section": [1, 1]}),

@@ -147,6 +147,8 @@ def test_a_draft_that_does_not_fit_is_refused_with_every_reason(package, pair, t
     for K in (0, True, 1.0):
         with pytest.raises(ValueError, match=f"draft_tokens={K}"):
             model.generate(IDS, draft=model.draft, draft_tokens=K)
+    with pytest.raises(ValueError, match="draft_tokens=2 without a draft"):
+        model.generate(IDS, draft_tokens=2)
 
 
 def test_the_draft_of_an_old_version_is_refused_by_the_new_one_in_jax_and_lives_on_in_torch(package, pair):

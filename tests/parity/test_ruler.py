@@ -40,6 +40,8 @@ def test_a_model_that_amplifies_rounding_is_allowed_as_much_more():
     assert BF16.lid(4, amplification=10) == 5 * BF16.lid(4)
     assert BF16.lid(4, amplification=1.5) == BF16.lid(4)
     assert BF16.token_lid(4, amplification=10) == 5 * BF16.token_lid(4)
+    assert BF16.lid(4, amplification=1e6) == 0.5  # a tensor half wrong is wrong, however much is amplified
+    assert BF16.token_lid(4, amplification=1e6) == 2.0
     assert BF16.layer == BF16.u
     ours, peer = np.array([0.3, 0.03]), np.array([0.001, 0.03])  # lucky at the first token, where rounding decides
     options = {"k": BF16.k_token, "lid": 10.0, "u": BF16.u}
