@@ -112,7 +112,8 @@ class Bench:
 
     def tokens(self, model: Any, draft: Any = None) -> np.ndarray:
         with self.live.backend.scope():
-            options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "draft": draft, "draft_tokens": 2}
+            options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+            options |= {} if draft is None else {"draft": draft, "draft_tokens": 2}
             return self.live.backend.to_numpy(model.generate(self.prompt, **options))
 
     def tensors_of_half(self, half: str, letter: str) -> list[str]:

@@ -77,7 +77,8 @@ def speculative(bench: Bench, subject: Subject, backend: str) -> list[str]:
         model = load(backend, bench.path(subject))
         draft = model.draft if drafts else None
         options = {"max_new_tokens": NEW, "ignore_eos": True}
-        found = model.generate(**batch, **options, draft=draft, draft_tokens=DRAFTED)
+        guesses = {} if draft is None else {"draft": draft, "draft_tokens": DRAFTED}
+        found = model.generate(**batch, **options, **guesses)
         return np.asarray(found), draft and draft.report
 
     plain, _ = bench.once(("plain", subject, backend), lambda: run(backend, drafts=False))
