@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jax_models.layers.attention import Attention, key_value_entries
 from jax_models.layers.decoder import Decoder
-from jax_models.layers.linear import Linear, project
+from jax_models.layers.linear import Linear
 from jax_models.layers.mlp import MLP, gelu_tanh
 from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.step import Entry, LayerCache, Step
@@ -75,7 +75,7 @@ class Gemma3ForCausalLM(nnx.Module):
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""
         table = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits_BTV = project(x_BTD, table.weight[...])
+        logits_BTV = table.project(x_BTD)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits_BTV = jnp.tanh(logits_BTV / cap) * cap
         return logits_BTV

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,14 +13,15 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from jax_models.model import Model
-from jax_models.programs import Weights, programs_for
+from jax_models.programs import programs_for
 from jax_models.sharding import param_sharding, usable_mesh
 from jax_models.weights import flatten
-from loaders import open_checkpoint
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, place_of, plan_load
+from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.quantize import open_to_load, quantizes_activations
+from loaders.spec import ParamSpec
 from loaders.stage import Stage
 
 
@@ -29,6 +31,9 @@ def load(
     mesh: Mesh | None = None,
     stage: tuple[int, int] | None = None,
     mtp: bool = False,
+    *,
+    activation_quantization: bool | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -40,24 +45,33 @@ def load(
         mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
+        activation_quantization: None: inputs of quantised layers are quantised if the checkpoint says so; False: they
+            are not, weights only; True: they must be.
+        quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
+            reload; see ``loaders.quantize``.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh or stage that makes no sense.
     """
     mesh = usable_mesh(mesh)
-    checkpoint = open_checkpoint(uri)
+    checkpoint = open_to_load(uri, quantize)
+    quantizes_inputs = quantizes_activations(checkpoint, activation_quantization)
     stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
-    programs = programs_for(checkpoint.config, stage_, jnp.dtype(compute_dtype(dtype, plan)), mesh)
+    computed = jnp.dtype(compute_dtype(dtype, plan))
+    programs = programs_for(checkpoint.config, stage_, computed, mesh, quantizes_inputs)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
-    weights, report = read_weights(plan, mesh)
+    filling = Filling(plan)
+    weights = dict(read_params(plan, filling, mesh))
+    report = filling.finish()
     return Model(
         config=checkpoint.config,
-        weights=weights,
+        weights=traverse_util.unflatten_dict(weights, sep="."),
         version=1,
         programs=programs,
+        quantize=quantize,
         stage=stage_,
         mesh=mesh,
         checkpoint=checkpoint,
@@ -66,17 +80,24 @@ def load(
     )
 
 
-def read_weights(plan: LoadPlan, mesh: Mesh | None) -> tuple[Weights, LoadReport]:
-    """Read every planned tensor into a new weight tree. Nothing that exists is touched.
+def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
+    """Read every planned parameter and place it, one after the other as they are complete. None is kept.
 
     On CPU the buffers read into become the parameters without a copy (64-byte aligned, never written again).
 
     Raises:
-        CheckpointError: a file changed or cannot be read, or a redundant tied tensor differs.
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     dims = plan.checkpoint.config.dims()
+    for spec, param in read_hosted(plan, filling):
+        array = jax.device_put(param, param_sharding(spec, dims, mesh))
+        # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
+        yield spec.name, jax.device_put(array, array.sharding)
+
+
+def read_hosted(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Likewise, on the host only: what a trial reads."""
     host: dict[str, np.ndarray] = {}
-    placed: dict[str, jax.Array] = {}
 
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
@@ -86,14 +107,10 @@ def read_weights(plan: LoadPlan, mesh: Mesh | None) -> tuple[Weights, LoadReport
             host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
         return place_of(host[spec.name], spec, source)
 
-    filling = Filling(plan)
     stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
     for spec, source, array, is_complete in filling.receive(stream):
         filling.write(host[spec.name], spec, source, array)
         if is_complete:
-            array = jax.device_put(host.pop(spec.name), param_sharding(spec, dims, mesh))
-            # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
-            placed[spec.name] = jax.device_put(array, array.sharding)
-    arrived = {same_as for same_as in plan.verified.values() if same_as in placed}
-    report = filling.finish({same_as: np.asarray(placed[same_as]) for same_as in arrived})
-    return traverse_util.unflatten_dict(placed, sep="."), report
+            filling.complete(spec, host[spec.name])
+            del array  # a view of the parameter, which is the caller's from here on
+            yield spec, host.pop(spec.name)

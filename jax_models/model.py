@@ -22,7 +22,7 @@ from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import TextInputs, bucket, check_text
-from loaders.plan import LoadReport
+from loaders.plan import LoadReport, specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
@@ -40,6 +40,7 @@ class Model:
         checkpoint: what it was last loaded from.
         report: what that load did.
         events: everything published so far.
+        quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
     """
 
     config: ModelConfig
@@ -51,12 +52,26 @@ class Model:
     checkpoint: Checkpoint
     report: LoadReport
     events: tuple[Event, ...]
+    quantize: str | None = None
     weights_id: object = field(default_factory=object, repr=False)  # two models of one version may differ in weights
 
     @property
     def dtype(self) -> jnp.dtype:
         """What is computed in. Parameters keep the checkpoint's dtypes."""
         return self.programs.dtype
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Inputs of quantised layers are quantised too; False: weights only, or nothing is quantised."""
+        return self.programs.quantizes_inputs
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Of every quantised module, by path: what computes its product, on the platform where the weights are."""
+        platform = next(iter(jax.tree.leaves(self.weights)[0].devices())).platform
+        nvfp4 = "pallas" if platform == "tpu" else "reference"
+        schemes = specs_of(self.config, self.stage).schemes
+        return {path: nvfp4 if scheme.weights == "nvfp4" else "fp8" for path, scheme in schemes.items()}
 
     def __call__(
         self,
@@ -230,9 +245,9 @@ class Model:
         """A new version with another embedding and head; see ``jax_models.weights``."""
         return life.set_embed_and_head(self, embed, head)
 
-    def update_weights_from_disk(self, uri: str | os.PathLike[str]) -> Model:
+    def update_weights_from_disk(self, uri: str | os.PathLike[str], *, donate: bool = False) -> Model:
         """A new version with the weights of another checkpoint of the same config; see ``jax_models.weights``."""
-        return life.update_weights_from_disk(self, uri)
+        return life.update_weights_from_disk(self, uri, donate=donate)
 
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""

@@ -19,9 +19,11 @@ from jax.sharding import Mesh
 
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.draft import DraftPrograms
+from jax_models.layers.install import install, install_kv_scales
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
+from loaders.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
@@ -29,9 +31,11 @@ Weights = dict[str, Any]  # nested; flattened paths are checkpoint names
 
 
 @functools.lru_cache(maxsize=64)
-def programs_for(config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None) -> Programs:
+def programs_for(
+    config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None, quantizes_inputs: bool = False
+) -> Programs:
     """Shared by every model of the same shape, so that loading another checkpoint of it compiles nothing."""
-    return Programs(config, stage, dtype, mesh)
+    return Programs(config, stage, dtype, mesh, quantizes_inputs)
 
 
 def model_class(config: ModelConfig) -> Any:
@@ -40,16 +44,29 @@ def model_class(config: ModelConfig) -> Any:
 
 
 class Programs:
-    """Forward, prefill and decode of one pipeline stage."""
+    """Forward, prefill and decode of one pipeline stage.
 
-    def __init__(self, config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None) -> None:
-        build = model_class(config)
-        self.graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, stage, mesh, dtype)))
+    ``quantizes_inputs``: inputs of quantised layers are quantised too; False: weights only, if those are.
+    """
+
+    def __init__(
+        self, config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None, quantizes_inputs: bool = False
+    ) -> None:
+        family = model_class(config)
+
+        def build() -> nnx.Module:
+            module = family(config, stage, mesh, dtype)
+            install(module, specs_of(config, stage), config.dims(), mesh, quantizes_inputs=quantizes_inputs)
+            install_kv_scales(module, config.quantization, honoured=quantizes_inputs)
+            return module
+
+        self.graphdef, state = nnx.split(nnx.eval_shape(build))
         self.abstract: Weights = nnx.to_pure_dict(state)
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
-        self.cache_entries = functools.partial(build.cache_entries, config, stage)
+        self.quantizes_inputs = quantizes_inputs
+        self.cache_entries = functools.partial(family.cache_entries, config, stage)
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")

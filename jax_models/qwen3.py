@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jax_models.layers.attention import Attention, key_value_entries
 from jax_models.layers.decoder import Decoder
-from jax_models.layers.linear import Linear, project
+from jax_models.layers.linear import Linear
 from jax_models.layers.mlp import MLP
 from jax_models.layers.moe import SparseMoeBlock
 from jax_models.layers.norm import RMSNorm
@@ -77,7 +77,7 @@ class Qwen3ForCausalLM(nnx.Module):
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""
         table = self.model.embed_tokens if self.is_tied else self.lm_head
-        return project(x_BTD, table.weight[...])
+        return table.project(x_BTD)
 
     @staticmethod
     def cache_entries(config: Qwen3Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:

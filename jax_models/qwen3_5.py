@@ -11,7 +11,7 @@ from jax_models.layers.attention import key_value_entries
 from jax_models.layers.decoder import Decoder
 from jax_models.layers.gated_attention import GatedAttention
 from jax_models.layers.gated_delta import GatedDeltaNet, delta_entries
-from jax_models.layers.linear import Linear, project
+from jax_models.layers.linear import Linear
 from jax_models.layers.mlp import MLP
 from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.shared_expert import SharedExpertMoeBlock
@@ -149,7 +149,7 @@ class Qwen3_5ForCausalLM(nnx.Module):
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""
         table = self.decoder.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return project(x_BTD, table.weight[...])
+        return table.project(x_BTD)
 
     @staticmethod
     def cache_entries(config: Qwen3_5Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:

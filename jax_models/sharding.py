@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from loaders.spec import Dim, ParamSpec
+from loaders.spec import Dim, ParamSpec, dim_of
 
 MESH_AXES = ("data", "expert", "tensor")
 # Axis letter (docs/glossary.md) -> mesh axes it is cut by, together where they divide it; others stay whole.
@@ -67,16 +67,17 @@ def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh)
     """Mesh axes of every axis of one parameter."""
     return PartitionSpec(
         *(
-            cut_of(mesh, axes, dims[letter].units or dims[letter].size) if axes else None
-            for letter, axes in zip(spec.axes, _wanted(spec), strict=True)
+            cut_of(mesh, axes, dim.units or dim.size) if axes else None
+            for dim, axes in zip((dim_of(axis, dims) for axis in spec.axes), _wanted(spec), strict=True)
         )
     )
 
 
 def _wanted(spec: ParamSpec) -> list[tuple[str, ...]]:
     """The table's mesh axes for every axis. Only stacks are cut by experts: a router must see all its scores."""
-    is_stack = spec.axes[0] == "E" and len(spec.axes) > 2
-    return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in spec.axes]
+    is_stack = spec.axes[:1] == ("E",) and len(spec.axes) > 2
+    letters = [axis.partition("/")[0] for axis in spec.axes]  # codes and block scales are cut as their axis is
+    return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in letters]
 
 
 def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> NamedSharding | None:
@@ -112,10 +113,13 @@ class ExpertSpecs:
     is_cut: bool  # a device holds only some of the experts
 
 
-def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int) -> ExpertSpecs:
-    """Cuts of ``gate_up_proj`` [E, 2, M, D] and ``down_proj`` [E, D, M], as the table above makes them."""
+def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int, whole: int = 1) -> ExpertSpecs:
+    """Cuts of ``gate_up_proj`` [E, 2, M, D] and ``down_proj`` [E, D, M], as the table above makes them.
+
+    ``whole``: columns of the width that must stay together.
+    """
     experts = cut_of(mesh, LOGICAL_AXES["E"], num_experts)
-    inner = cut_of(mesh, LOGICAL_AXES["M"], width)
+    inner = cut_of(mesh, LOGICAL_AXES["M"], width // whole)
     return ExpertSpecs(
         rows=PartitionSpec(cut_of(mesh, ("data",), rows)),
         gate_up=PartitionSpec(experts, None, inner, None),

@@ -14,12 +14,13 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
-from loaders import open_checkpoint
+from loaders import CheckpointError
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
 from loaders.export import export_checkpoint, tensors_of
-from loaders.plan import plan_reload, specs_of
+from loaders.plan import Filling, plan_reload, specs_of
+from loaders.quantize import open_to_load
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -96,21 +97,47 @@ def _bits(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value).view(np.uint8)
 
 
-def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model:
-    """Reload all weights from another checkpoint of the same config, without compiling anything.
+def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donate: bool = False) -> Model:
+    """A new version with the weights of another checkpoint of the same config, without compiling anything.
 
     The checkpoint is checked whole before a byte is read, then read whole into new buffers, then published. Until then,
-    and after any failure, the old model serves unchanged.
+    and after any failure, the old model serves unchanged; after it, too, at the price of its memory. With ``donate`` it
+    gives its memory up: everything is read once to see that it can be, then again, and each old parameter is deleted
+    as its successor is complete, so that memory holds one of them twice at most. A model that was loaded with
+    ``quantize`` quantises again.
 
+    Args:
+        model: the model to start from.
+        uri: the new checkpoint.
+        donate: give up the weights of ``model``, and of every model that shares them.
     Raises:
-        CheckpointError: listing everything that does not fit, or what could not be read.
+        CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        RuntimeError: with ``donate``, reading failed the second time; ``model`` cannot run, but can be updated again.
     """
-    from jax_models.load import read_weights  # the loader builds models
+    from jax_models.load import read_hosted, read_params  # the loader builds models
 
-    checkpoint = open_checkpoint(uri)
-    live = {name: from_numpy(array.dtype) for name, array in flatten(model.weights).items()}
-    plan = plan_reload(checkpoint, model.config, model.stage, live)
-    weights, report = read_weights(plan, model.mesh)
+    checkpoint = open_to_load(uri, model.quantize)
+    live = flatten(model.weights)
+    plan = plan_reload(checkpoint, model.config, model.stage, {name: from_numpy(x.dtype) for name, x in live.items()})
+    if donate:
+        trial = Filling(plan)
+        for _ in read_hosted(plan, trial):
+            pass
+        trial.finish()
+    filling = Filling(plan)
+    placed: dict[str, jax.Array] = {}
+    try:
+        for name, array in read_params(plan, filling, model.mesh):
+            placed[name] = array
+            if donate:
+                live[name].delete()
+        report = filling.finish()
+    except CheckpointError as error:
+        if not donate:
+            raise
+        given = f"{len(placed)} of {len(live)} parameters were given up already"
+        raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
+    weights = traverse_util.unflatten_dict(placed, sep=".")
     check_same_structure(model.weights, weights)
     updated = model.published(weights, "reload", str(checkpoint.source))
     return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)

@@ -15,6 +15,7 @@ from loaders import dtypes
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
+from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import LocalDirectory, OpenFile, is_plain, open_source
 from loaders.sources.local import FileIdentity
 from loaders.spec import ModelConfig
@@ -47,6 +48,7 @@ class Checkpoint:
         tensors: name -> TensorInfo(dtype, shape, file, offsets), sorted by file and position.
         config_document: config.json as it was written.
         generation_document: generation_config.json as it was written; empty when there is none.
+        quantization_document: hf_quant_config.json, likewise.
         metadata: file -> its safetensors metadata.
     """
 
@@ -55,6 +57,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config_document: dict[str, Any]
     generation_document: dict[str, Any]
+    quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
     identities: dict[str, FileIdentity] = field(repr=False)
 
@@ -233,20 +236,23 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
     problems: list[str] = []
+    config = None
     document = _read_json(source, CONFIG, problems)
     generation = _read_json(source, GENERATION, problems) if GENERATION in present else {}
-    config, found = config_from_json(document) if document is not None else (None, [])
-    problems += found
+    quantization = _read_json(source, QUANTIZATION, problems) if QUANTIZATION in present else None
     problems += _generation_problems(generation or {})
     index = _read_json(source, INDEX, problems) if INDEX in present else None
     weight_map = _weight_map(index, problems) if index is not None else None
     files = _files(present, weight_map, INDEX in present, problems)
     headers, identities = _read_headers(source, files, problems)
     tensors = _merge(headers, weight_map, complete=len(headers) == len(files), problems=problems)
+    if document is not None:
+        config, found = config_from_json(document, beside=quantization, found=tensors)
+        problems = found + problems
     if problems or config is None or document is None:
         raise CheckpointError(source, problems)
     metadata = {name: header.metadata for name, header in headers.items()}
-    return Checkpoint(source, config, tensors, document, generation or {}, metadata, identities)
+    return Checkpoint(source, config, tensors, document, generation or {}, quantization or {}, metadata, identities)
 
 
 def _read_json(source: LocalDirectory, name: str, problems: list[str]) -> dict[str, Any] | None:

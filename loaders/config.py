@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import brief
 from loaders.families import FAMILIES, family_module
+from loaders.quantization_config import KEY, read_recipe
+from loaders.quantized_rules import resolve
 from loaders.spec import ModelConfig
 
 # Keys that never change what the model computes.
@@ -30,7 +33,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
-    "quantization_config": (None,),
     "auto_map": (None,),
 }
 
@@ -71,8 +73,16 @@ ROPE_KEYS = {
 PARTIAL_KEYS = frozenset({"partial_rotary_factor", "mrope_section", "mrope_interleaved"})
 
 
-def config_from_json(document: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """The configuration a config.json describes, or None and every problem found in it."""
+def config_from_json(
+    document: dict[str, Any], *, beside: Any = None, found: Collection[str] = ()
+) -> tuple[ModelConfig | None, list[str]]:
+    """The configuration a config.json describes, or None and every problem found in it.
+
+    Args:
+        document: config.json.
+        beside: hf_quant_config.json, or None.
+        found: tensors of the checkpoint: they decide how modules are spelled in its quantisation documents.
+    """
     architectures = document.get("architectures")
     known = ", ".join(sorted(FAMILIES))
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -80,7 +90,16 @@ def config_from_json(document: dict[str, Any]) -> tuple[ModelConfig | None, list
     architecture = architectures[0]
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         return None, [f"config.json: architecture {brief(architecture)} is unknown. Known: {known}"]
-    return family_module(architecture).config_from_json(architecture, document)
+    family = family_module(architecture)
+    recipe, problems = read_recipe(document.get(KEY), beside)
+    plain = {key: value for key, value in document.items() if key != KEY}
+    config, more = family.config_from_json(architecture, plain)
+    if problems or more or config is None:
+        return None, problems + more
+    if recipe is None:
+        return config, []
+    quantization, problems = resolve(recipe, family.RULES, config, found)
+    return (None, problems) if problems else (dataclasses.replace(config, quantization=quantization), [])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -32,7 +32,7 @@ class _Reader:
         name, index, shape = self.places[tensor]
         if name not in self._kept:
             self._kept = dict(list(self._kept.items())[-1:]) | {name: self._read_param(name)}
-        return self._kept[name][index].reshape(shape)
+        return self._kept[name][(*index, ...)].reshape(shape)
 
 
 def tensors_of(
@@ -80,5 +80,6 @@ def export_checkpoint(
         lambda name: checkpoint.read(name) if name in copied else reader(name),
         config=checkpoint.config_document,
         generation=checkpoint.generation_document or None,
+        quantization=checkpoint.quantization_document or None,
         files={name: info.file for name, info in held.items()},
     )

@@ -19,6 +19,7 @@ from loaders.checks import (
 )
 from loaders.config import RopeParameters, read_fields, read_rope
 from loaders.errors import brief
+from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -53,6 +54,7 @@ class Gemma3Config:
     attention_bias: bool = False
     eos_token_id: tuple[int, ...] = field(default=(1,), compare=False)
     pad_token_id: int | None = field(default=0, compare=False)
+    quantization: Quantization | None = None  # of the whole checkpoint, not a key of this document
 
     text_paths = ("model",)
     num_mtp_layers = 0

@@ -12,8 +12,9 @@ import numpy as np
 from loaders.checkpoint import Checkpoint
 from loaders.digest import tensor_digest
 from loaders.errors import CheckpointError
+from loaders.expand import expand
 from loaders.families import family_module
-from loaders.spec import ModelConfig, ParamSpec, Source, Specs, expand
+from loaders.spec import ModelConfig, ParamSpec, Source, Specs
 from loaders.stage import Stage
 
 FLOATS = ("F32", "BF16", "F16")
@@ -73,9 +74,10 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
             raise ValueError(f"dtype {dtype} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
         return name
     sizes: dict[str, int] = {}
-    for tensor in plan.targets:
+    for tensor, (spec, _) in plan.targets.items():
         info = plan.checkpoint.tensors[tensor]
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        if spec.dtype is None:  # not of codes and scales
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
     return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
@@ -128,11 +130,15 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
         return []
     if found.architecture != expected.architecture:
         return [f"config.json: architecture is {found.architecture}, expected {expected.architecture} as it is live"]
+    problems = [] if found.quantization is None else found.quantization.differences(expected.quantization)
+    if found.quantization is None and expected.quantization is not None:
+        problems = ["it is not quantised, and the model is"]
+    problems = [f"quantisation: {problem}, as it is live. Load it as a new model." for problem in problems]
     ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(found)  # pyright: ignore[reportArgumentType]
     compared = {field.name for field in dataclasses.fields(expected) if field.compare}  # pyright: ignore[reportArgumentType]
-    return [
+    return problems + [
         f"config.json: {key} is {theirs[key]!r}, expected {ours[key]!r} as it is live. Load it as a new model."
-        for key in sorted(compared)
+        for key in sorted(compared - {"quantization"})
         if theirs[key] != ours[key]
     ]
 
@@ -156,7 +162,8 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
                 problems.append(f"tensor {source.tensor!r} is missing. Is the checkpoint complete?")
                 continue
             targets[source.tensor] = (spec, source)
-            problems += _tensor_problems(checkpoint, source.tensor, spec.tensor_shape, spec.axes, specs)
+            allowed = FLOATS if spec.dtype is None else (spec.dtype,)
+            problems += _tensor_problems(checkpoint, source.tensor, spec.tensor_shape, spec.axes, specs, allowed)
             first = dtypes.setdefault(spec.name, found[source.tensor].dtype)
             if found[source.tensor].dtype != first:
                 problems.append(
@@ -182,18 +189,25 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
 
 
 def _tensor_problems(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], axes: tuple[str, ...], specs: Specs
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    specs: Specs,
+    expected: tuple[str, ...] = FLOATS,
 ) -> list[str]:
     info = checkpoint.tensors[name]
     problems = []
     if info.shape != shape:
-        origins = ", ".join(dict.fromkeys(specs.origins[axis] for axis in axes[-len(shape) :] if axis in specs.origins))
+        letters = [axis.partition("/")[0] for axis in axes[-len(shape) :]] if shape else []
+        origins = ", ".join(dict.fromkeys(specs.origins[letter] for letter in letters if letter in specs.origins))
         problems.append(
             f"tensor {name!r} has shape {info.shape}, expected {shape}{' from ' + origins if origins else ''}"
             f" ({info.file}). Is config.json from the same checkpoint?"
         )
-    if info.dtype not in FLOATS:
-        problems.append(f"tensor {name!r} is {info.dtype}, expected one of {', '.join(FLOATS)} ({info.file})")
+    if info.dtype not in expected:
+        which = f"expected {'one of ' if len(expected) > 1 else ''}{', '.join(expected)}"
+        problems.append(f"tensor {name!r} is {info.dtype}, {which} ({info.file})")
     return problems
 
 
@@ -207,7 +221,7 @@ def weight_loader(
     Raises:
         ValueError: shape or dtype differ from the place's.
     """
-    place = param[Source("", expert_id, shard_id).index]
+    place = param[(*Source("", expert_id, shard_id).index, ...)]  # with the dots, also one number is a view
     if (place.shape, place.dtype) != (loaded_weight.shape, loaded_weight.dtype):
         raise ValueError(f"weight is {loaded_weight.dtype} {loaded_weight.shape}, expected {place.dtype} {place.shape}")
     if place.ctypes.data != loaded_weight.ctypes.data:
@@ -234,7 +248,7 @@ def load_fused_expert_weights(param: np.ndarray, loaded_weight: np.ndarray, *, n
 
 def place_of(param: np.ndarray, spec: ParamSpec, source: Source) -> np.ndarray:
     """The memory of ``param`` that a tensor is to be read into, in the tensor's own shape."""
-    return param[source.index].reshape(spec.tensor_shape)
+    return param[(*source.index, ...)].reshape(spec.tensor_shape)
 
 
 class Filling:
@@ -245,6 +259,7 @@ class Filling:
         self._missing = {spec.name: len(spec.sources) for spec in plan.specs}
         self._seen: set[str] = set()
         self._digests: dict[str, str] = {}
+        self._expected: dict[str, str] = {}
 
     def receive(
         self, tensors: Iterator[tuple[str, np.ndarray]]
@@ -275,11 +290,14 @@ class Filling:
         else:  # fused: the axes of experts and shards are merged in the tensor
             load_fused_expert_weights(param, array, num_shards=int(spec.axes[1]))
 
-    def finish(self, params: Mapping[str, np.ndarray]) -> LoadReport:
+    def complete(self, spec: ParamSpec, param: np.ndarray) -> None:
+        """Take note of a whole parameter, as a redundant tied tensor must equal it; it is not kept."""
+        if spec.name in self._plan.verified.values():
+            self._expected[spec.name] = tensor_digest(param)
+
+    def finish(self) -> LoadReport:
         """Check that everything arrived and redundant tied tensors equal what they are tied to.
 
-        Args:
-            params: at least the parameters that tied tensors must equal, those that arrived.
         Raises:
             CheckpointError: listing all that did not.
         """
@@ -289,7 +307,7 @@ class Filling:
             f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
             " Set tie_word_embeddings to false to load both."
             for name, same_as in self._plan.verified.items()
-            if name in self._digests and same_as in params and self._digests[name] != tensor_digest(params[same_as])
+            if name in self._digests and same_as in self._expected and self._digests[name] != self._expected[same_as]
         ]
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)

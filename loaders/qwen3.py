@@ -20,6 +20,7 @@ from loaders.checks import (
 )
 from loaders.config import RopeParameters, read_fields, read_rope
 from loaders.errors import brief
+from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -49,6 +50,7 @@ class Qwen3Config:
     # how generation ends is not what the model computes: two configs that differ here are equal
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
+    quantization: Quantization | None = None  # of the whole checkpoint, not a key of this document
 
     text_paths = ("model",)
     num_mtp_layers = 0
@@ -217,7 +219,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_MLP + "gate_proj.weight", "F D", when=_dense),
     Rule(_MLP + "up_proj.weight", "F D", when=_dense),
     Rule(_MLP + "down_proj.weight", "D F", when=_dense),
-    Rule(_MLP + "gate.weight", "E D", when=_sparse),
+    Rule(_MLP + "gate.weight", "E D", when=_sparse, is_router=True),
     Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=_sparse),
     Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=_sparse),
     Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=_sparse),

@@ -21,6 +21,7 @@ from loaders.checks import (
 )
 from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys
 from loaders.errors import brief
+from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -72,6 +73,7 @@ class Qwen3_5Config:
     # how generation ends is not what the model computes: two configs that differ here are equal
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
+    quantization: Quantization | None = None  # of the whole checkpoint, not a key of this document
 
     is_multi_axis = True
 
@@ -303,7 +305,7 @@ def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
         ()
         if on == "mtp"
         else tuple(
-            Rule(linear + name, dims, when=_linear)
+            Rule(linear + name, dims, when=_linear, is_gate=dims == "LN D")
             for name, dims in (
                 ("in_proj_qkv.weight", "QKV D"),
                 ("in_proj_z.weight", "LV D"),
@@ -334,7 +336,7 @@ def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
         Rule(mlp + "gate_proj.weight", "F D", on=on, when=_dense),
         Rule(mlp + "up_proj.weight", "F D", on=on, when=_dense),
         Rule(mlp + "down_proj.weight", "D F", on=on, when=_dense),
-        Rule(mlp + "gate.weight", "E D", on=on, when=_sparse),
+        Rule(mlp + "gate.weight", "E D", on=on, when=_sparse, is_router=True),
         # published fused; a model made and saved anew by transformers has them one by one, as some drafts do
         Rule(gate_up, "E 2M D", on=on, when=_sparse, form="fused", param_dims="E 2 M D"),
         Rule(mlp + "experts.{expert}.gate_proj.weight", "M D", gate_up, 0, on=on, when=_sparse, form="per expert"),
@@ -344,7 +346,7 @@ def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
         Rule(mlp + "shared_expert.gate_proj.weight", "SF D", on=on, when=_sparse),
         Rule(mlp + "shared_expert.up_proj.weight", "SF D", on=on, when=_sparse),
         Rule(mlp + "shared_expert.down_proj.weight", "D SF", on=on, when=_sparse),
-        Rule(mlp + "shared_expert_gate.weight", "1 D", on=on, when=_sparse),
+        Rule(mlp + "shared_expert_gate.weight", "1 D", on=on, when=_sparse, is_gate=True),
     )
 
 

@@ -1,17 +1,17 @@
 """Checkpoint tensors <-> parameters, as data with an inverse.
 
-A family writes one table of ``Rule``; ``expand`` turns it, for a configuration and a pipeline stage, into one
+A family writes one table of ``Rule``; ``loaders.expand`` turns it, for a configuration and a pipeline stage, into one
 ``ParamSpec`` per parameter. Everything else reads those: load, reload, export, sharding, cross-backend comparison.
 A tensor's place in a parameter is an index into leading stack axes, so reading that index is writing's inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from loaders.stage import Stage
+from loaders.quantization import BLOCK, Quantization, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,31 @@ class ModelConfig(Protocol):
         """Layers of the multi-token-prediction draft; 0: the family has none."""
         ...
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the checkpoint's modules are quantised; None: they are not."""
+        ...
+
     def dims(self) -> dict[str, Dim]: ...
+
+
+def dim_of(axis: str, dims: dict[str, Dim]) -> Dim:
+    """An axis by its letter. ``D/16`` are the blocks of D, ``D/2`` its bytes of codes: both are cut between blocks."""
+    if axis.isdigit():
+        return Dim(int(axis), axis)
+    letter, _, parts = axis.partition("/")
+    dim = dims[letter]
+    if not parts:
+        return dim
+    blocks = dim.size // BLOCK
+    is_whole = dim.units is not None and dim.size % (dim.units * BLOCK) == 0  # a head is so many blocks
+    units = blocks if dim.units is None else dim.units if is_whole else 1
+    return Dim(dim.size // int(parts), dim.origin, units)
+
+
+def shape_of(axes: str, dims: dict[str, Dim]) -> tuple[int, ...]:
+    """Sizes of axes written as in a rule, ``"E 2 M D/16"``."""
+    return tuple(dim_of(axis, dims).size for axis in axes.split())
 
 
 def _always(config: Any, layer: int) -> bool:
@@ -75,7 +99,9 @@ class Rule:
 
     Rules of one parameter may differ in ``form``: exporters fuse experts or they do not, and a checkpoint has one form
     of each parameter. A fused tensor is the parameter itself with some axes merged; ``param_dims`` are those unmerged.
-    ``zero_centred`` marks a norm whose weight w stands for 1 + w.
+    ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises, ``is_gate`` one
+    so small that recipes leave it alone.
+    ``dtype`` is the one safetensors dtype it may have; None: any float.
     """
 
     tensor: str
@@ -88,10 +114,19 @@ class Rule:
     form: str = ""
     param_dims: str | None = None
     zero_centred: bool = False
+    is_router: bool = False
+    is_gate: bool = False
+    dtype: str | None = None
 
     @property
     def parameter(self) -> str:
         return self.into or self.tensor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a linear layer or of an expert, which exporters may quantise."""
+        is_matrix = self.tensor.endswith(".weight") and len(self.dims.split()) == 2
+        return is_matrix and self.on != "embedding" and not self.is_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +154,7 @@ class ParamSpec:
     axes: tuple[str, ...]
     sources: tuple[Source, ...]
     tensor_shape: tuple[int, ...]  # of each of its checkpoint tensors; of a fused one with axes of ``shape`` merged
+    dtype: str | None = None  # the one safetensors dtype it may have; None: any float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +176,7 @@ class Specs:
     head: str | None  # in a tied model the embedding's
     origins: dict[str, str]  # axis letter -> which config keys fix its size
     rules: dict[str, Rule]  # checkpoint tensor -> its line of the table
+    schemes: dict[str, Scheme]  # module path -> how it is quantised; others are not
 
     def __iter__(self) -> Iterator[ParamSpec]:
         return iter(self.params)
@@ -147,98 +184,3 @@ class Specs:
     def tensors(self) -> set[str]:
         """Every checkpoint tensor that belongs here, written or verified."""
         return {source.tensor for spec in self.params for source in spec.sources} | {tied.tensor for tied in self.tied}
-
-
-def expand(
-    rules: Sequence[Rule],
-    config: ModelConfig,
-    stage: Stage | None = None,
-    found: Collection[str] = (),
-    forms: Sequence[str] = (),
-) -> Specs:
-    """The parameters of ``stage`` (default: the whole model), in the table's order, layer by layer.
-
-    Args:
-        rules: a family's table.
-        config: the configuration.
-        stage: which part of the model.
-        found: tensors of a checkpoint: they decide how sources are spelled and which form a parameter comes in. The
-            parameters themselves never depend on it.
-        forms: forms to take where ``found`` does not decide, best first; else the table's first.
-    """
-    stage = stage or Stage()
-    dims = config.dims()
-    text = config.text_paths[0]
-    spelled = next((path for path in config.text_paths[1:] if any(name.startswith(f"{path}.") for name in found)), text)
-    by_form: dict[str, dict[str, list[tuple[Rule, Source]]]] = {}
-    tied: list[TiedSpec] = []
-    rule_of: dict[str, Rule] = {}
-    for rule in rules:
-        if not _on_stage(rule, config, stage):
-            continue
-        for layer in _layers(rule, config, stage):
-            if not rule.when(config, layer):
-                continue
-            if rule.tied_to is not None and config.tie_word_embeddings:
-                tensor = rule.tensor.format(text=spelled)
-                rule_of[tensor] = rule
-                tied.append(TiedSpec(tensor, rule.tied_to.format(text=text), _shape(rule.dims, dims)))
-                continue
-            sources = by_form.setdefault(rule.parameter.format(text=text, layer=layer), {}).setdefault(rule.form, [])
-            experts = range(dims["E"].size) if "{expert}" in rule.tensor else [None]
-            for expert in experts:
-                tensor = rule.tensor.format(text=spelled, layer=layer, expert=expert)
-                sources.append((rule, Source(tensor, expert, rule.shard_id)))
-    params: list[ParamSpec] = []
-    ends: dict[str, str] = {}
-    for name, candidates in by_form.items():
-        chosen = _chosen(candidates, found, forms)
-        params.append(_param(name, [source for _, source in chosen], chosen[0][0], dims))
-        rule_of |= {source.tensor: rule for rule, source in chosen}
-        ends.setdefault(chosen[0][0].on, name)
-    embedding = ends.get("embedding")
-    head = embedding if config.tie_word_embeddings else ends.get("head")
-    origins = {letter: dim.origin for letter, dim in dims.items()}
-    return Specs(tuple(params), tuple(tied), embedding, head, origins, rule_of)
-
-
-def _layers(rule: Rule, config: ModelConfig, stage: Stage) -> Sequence[int]:
-    if "{layer}" not in rule.tensor:
-        return [0]
-    return range(config.num_mtp_layers) if rule.on == "mtp" else stage.layers(config.num_hidden_layers)
-
-
-def _chosen(
-    candidates: dict[str, list[tuple[Rule, Source]]], found: Collection[str], forms: Sequence[str]
-) -> list[tuple[Rule, Source]]:
-    """The form that the checkpoint has something of; the others' tensors are then unexpected."""
-    for sources in candidates.values():
-        if any(source.tensor in found for _, source in sources):
-            return sources
-    return next((candidates[form] for form in forms if form in candidates), next(iter(candidates.values())))
-
-
-def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
-    # a tied head reads the embedding, and so does a draft: the last stage holds a copy that every update refreshes
-    holds_embedding = stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp))
-    return {
-        "layer": True,
-        "embedding": holds_embedding,
-        "head": stage.is_last,
-        "last": stage.is_last,
-        "mtp": stage.is_last and stage.mtp,
-    }[rule.on]
-
-
-def _shape(letters: str, dims: dict[str, Dim]) -> tuple[int, ...]:
-    return tuple(int(letter) if letter.isdigit() else dims[letter].size for letter in letters.split())
-
-
-def _param(name: str, sources: list[Source], rule: Rule, dims: dict[str, Dim]) -> ParamSpec:
-    stacks: list[str] = []
-    if sources[0].expert_id is not None:
-        stacks.append("E")
-    if sources[0].shard_id is not None:
-        stacks.append(str(1 + max(source.shard_id or 0 for source in sources)))
-    axes = (*stacks, *(rule.param_dims or rule.dims).split())
-    return ParamSpec(name, _shape(" ".join(axes), dims), axes, tuple(sources), _shape(rule.dims, dims))

@@ -23,6 +23,7 @@ import numpy as np
 from loaders import dtypes
 from loaders.checkpoint import CONFIG, GENERATION, INDEX, SINGLE
 from loaders.header import MAX_HEADER_BYTES, parse_header
+from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import is_plain
 
 DEFAULT_FILE_BYTES = 5 << 30
@@ -65,6 +66,7 @@ def write_checkpoint(
     *,
     config: dict[str, Any],
     generation: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
@@ -80,6 +82,7 @@ def write_checkpoint(
         read: gives a planned tensor as NumPy holds it (packed formats as bytes); called once for each, in file order.
         config: config.json.
         generation: generation_config.json; None or empty for no such file.
+        quantization: hf_quant_config.json, likewise.
         files: tensor name -> file name, to repeat the layout of another checkpoint; default: files of at most
             ``max_file_bytes`` of tensors, filled in the plan's order.
         metadata: of every file; default ``{"format": "pt"}``, which transformers insists on.
@@ -101,7 +104,8 @@ def write_checkpoint(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        _write_documents(partial, config, generation, planned, plan)
+        beside = {GENERATION: generation, QUANTIZATION: quantization}
+        _write_documents(partial, {CONFIG: config} | {name: one for name, one in beside.items() if one}, planned, plan)
         for file in planned:
             _write_tensors(partial / file.name, file, plan, read)
         _sync(partial)
@@ -207,16 +211,15 @@ def _item_bytes(tensor: PlannedTensor) -> int:
 
 def _write_documents(
     directory: Path,
-    config: dict[str, Any],
-    generation: dict[str, Any] | None,
+    documents: dict[str, Any],
     files: list[_File],
     plan: Mapping[str, PlannedTensor],
 ) -> None:
-    documents = {CONFIG: config} | ({GENERATION: generation} if generation else {})
     if [file.name for file in files] != [SINGLE]:
         weight_map = {name: file.name for file in files for name in file.tensors}
         total_size = sum(_num_bytes(tensor) for tensor in plan.values())
-        documents[INDEX] = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        documents = documents | {INDEX: index}
     for name, document in documents.items():
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         with open(directory / name, "xb") as file:

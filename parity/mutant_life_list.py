@@ -106,7 +106,7 @@ def _head_left_alone(swap: Any, model: Any, embed: Any = None, head: Any = None)
 def _own_head(head: Any, self: Any, x: Any) -> Any:
     if not hasattr(self, "own_head"):
         self.own_head = self.lm_head.weight.detach().clone()
-    return import_module(type(self).__module__).project(x, self.own_head)
+    return import_module(type(self.lm_head).__module__).project(x, self.own_head)
 
 
 def _constants() -> list[Patch]:

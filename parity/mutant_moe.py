@@ -99,8 +99,7 @@ def _last_layer_skipped(original: Any, backend: str) -> Any:
 
 
 def _embedding_for_head(original: Any, self: Any, x: Any) -> Any:
-    project = import_module(type(self).__module__).project
-    return project(x, self.model.embed_tokens.weight[...])
+    return self.model.embed_tokens.project(x)
 
 
 def _untied(original: Any, *args: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from loaders import Checkpoint
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
-from parity.oracles.run import Run
+from parity.oracles.run import Run, Saw
 
 
 class OracleFamily(Protocol):
@@ -42,6 +42,7 @@ def oracle_forward(
     routing: Mapping[str, np.ndarray] | None = None,
     mtp: bool = False,
     shake: float = 0.0,
+    saw: Saw | None = None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
 
@@ -59,6 +60,7 @@ def oracle_forward(
             t+1, and is real where both are.
         shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
             result moves says how much the checkpoint amplifies rounding.
+        saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -77,8 +79,10 @@ def oracle_forward(
     ids_BT, mask_BT, positions = checked_inputs(config, input_ids, attention_mask, position_ids)
     if mtp and ids_BT.shape[1] < 2:
         raise ValueError("a draft was asked for, but its first row needs two tokens")
+    if saw is not None and not mask_BT.all():
+        raise ValueError("inputs of layers were asked for, of rows with padding. Give each row without it.")
     replayed = checked_routing(config, routing or {}, mask_BT, mtp=mtp)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

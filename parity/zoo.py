@@ -18,6 +18,7 @@ from loaders.config import config_from_json
 from loaders.spec import ModelConfig
 from loaders.writer import DEFAULT_FILE_BYTES, TensorType, write_checkpoint
 from parity.zoo_models import ZOO, Form, Spelling, ZooModel, zoo_config
+from parity.zoo_quantized import ZooQuantization, block_sizes, quantize_zoo
 from parity.zoo_weights import HUGE_TOKEN, SMALLEST_VOCAB, TINY_TOKEN, TWIN_TOKENS, zoo_weights
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "Form",
     "Spelling",
     "ZooModel",
+    "ZooQuantization",
+    "block_sizes",
     "canaries",
     "make_checkpoint",
     "prompts",
@@ -47,6 +50,7 @@ def make_checkpoint(
     text_path: str | None = None,
     ship_tied_head: bool = False,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
+    quantization: ZooQuantization | None = None,
     **config_overrides: Any,
 ) -> Path:
     """Write a zoo model to ``directory``.
@@ -66,6 +70,7 @@ def make_checkpoint(
         text_path: path of the text model in tensor names, of ``config.text_paths``; None: the first.
         ship_tied_head: write the redundant ``lm_head.weight`` of a tied model, as some published checkpoints do.
         max_file_bytes: smaller ones give several files.
+        quantization: quantise it; experts then come one by one. Sizes for it are in ``block_sizes``.
         config_overrides: see ``zoo_config``.
     Raises:
         CheckpointError: the overrides make a config that our loader refuses.
@@ -84,7 +89,7 @@ def make_checkpoint(
         model,
         config,
         seed=seed,
-        experts=(experts or model.experts[0], draft_experts or model.experts[1]),
+        experts=(experts or ("per expert" if quantization else model.experts[0]), draft_experts or model.experts[1]),
         text_path=text_path or config.text_paths[0],
         ship_tied_head=ship_tied_head,
     )
@@ -93,10 +98,16 @@ def make_checkpoint(
     def read(tensor: str) -> np.ndarray:
         return weights[tensor].draw().astype(np.float32).astype(dtypes.to_numpy(plan[tensor].dtype))
 
-    generation = {"do_sample": False, "eos_token_id": list(config.eos_token_id)}
-    return write_checkpoint(
-        directory, plan, read, config=document, generation=generation, max_file_bytes=max_file_bytes
-    )
+    found, beside = (plan, read), None
+    if quantization is not None:
+        *found, inside, beside = quantize_zoo(name, config, plan, read, quantization, seed=seed)
+        document |= {} if inside is None else {"quantization_config": inside}
+    documents = {
+        "config": document,
+        "generation": {"do_sample": False, "eos_token_id": list(config.eos_token_id)},
+        "quantization": beside,
+    }
+    return write_checkpoint(directory, *found, **documents, max_file_bytes=max_file_bytes)
 
 
 def canaries(config: ModelConfig) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from functools import partial
 
 import numpy as np
 
+from loaders.expand import expand
 from loaders.families import family_module
-from loaders.spec import ModelConfig, ParamSpec, Rule, Specs, expand
+from loaders.spec import ModelConfig, ParamSpec, Rule, Specs
 from loaders.stage import Stage
 from parity.zoo_models import Form, ZooModel, vision_shapes
 

@@ -9,7 +9,7 @@ from loaders.gemma3 import Gemma3Config
 from loaders.stage import Stage
 from torch_models.layers.attention import Attention, key_value_entries
 from torch_models.layers.decoder import Decoder
-from torch_models.layers.linear import Linear, project
+from torch_models.layers.linear import Linear
 from torch_models.layers.mlp import MLP, gelu_tanh
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.step import Entry, LayerCache, Step
@@ -77,7 +77,7 @@ class Gemma3ForCausalLM(Model):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""
-        logits_BTV = project(x_BTD, self.lm_head.weight)
+        logits_BTV = self.lm_head.project(x_BTD)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits_BTV = torch.tanh(logits_BTV / cap) * cap
         return logits_BTV

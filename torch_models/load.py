@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from loaders import open_checkpoint
 from loaders.events import Event
 from loaders.families import FAMILIES
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, place_of, plan_load
+from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.quantize import open_to_load, quantizes_activations
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
+from torch_models.layers.install import install, install_kv_scales
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
 
@@ -29,6 +31,10 @@ def load(
     device: str | torch.device = "cpu",
     stage: tuple[int, int] | None = None,
     mtp: bool = False,
+    *,
+    activation_quantization: bool | None = None,
+    quantize: str | None = None,
+    kernel: str | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -40,39 +46,48 @@ def load(
         device: where the parameters live.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
+        activation_quantization: None: inputs of quantised layers are quantised if the checkpoint says so; False: they
+            are not, weights only; True: they must be.
+        quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
+            reload; see ``loaders.quantize``.
+        kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype or stage that makes no sense.
+        ValueError: a dtype, stage or kernel that makes no sense.
     """
-    checkpoint = open_checkpoint(uri)
+    checkpoint = open_to_load(uri, quantize)
+    quantizes_inputs = quantizes_activations(checkpoint, activation_quantization)
     stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
+    where = {"quantizes_inputs": quantizes_inputs, "kernel": kernel}
+    model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
+    install_kv_scales(model, checkpoint.config.quantization, honoured=quantizes_inputs)
+    model.quantizes_inputs, model.quantize = quantizes_inputs, quantize
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
-    weights, report = read_weights(plan, torch.device(device))
-    for name, tensor in weights.items():
+    filling = Filling(plan)
+    for name, value in read_params(plan, filling):
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
+    model.report = filling.finish()
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
-    model.report = report
     model.publish(Event("load", 1, str(checkpoint.source)))
     return model
 
 
-def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Read every planned tensor into new memory, by parameter name. Nothing that exists is touched.
+def read_params(plan: LoadPlan, filling: Filling) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
 
     Raises:
-        CheckpointError: a file changed or cannot be read, or a redundant tied tensor differs.
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     host: dict[str, torch.Tensor] = {}
     views: dict[str, np.ndarray] = {}
-    placed: dict[str, torch.Tensor] = {}
 
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
@@ -83,13 +98,10 @@ def read_weights(plan: LoadPlan, device: torch.device) -> tuple[dict[str, torch.
             views[spec.name] = host_view(host[spec.name])
         return place_of(views[spec.name], spec, source)
 
-    filling = Filling(plan)
     stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
     for spec, source, array, is_complete in filling.receive(stream):
         filling.write(views[spec.name], spec, source, array)
         if is_complete:
-            del views[spec.name]
-            placed[spec.name] = host.pop(spec.name).to(device)
-    arrived = {same_as for same_as in plan.verified.values() if same_as in placed}
-    report = filling.finish({same_as: host_view(placed[same_as].cpu()) for same_as in arrived})
-    return placed, report
+            filling.complete(spec, views.pop(spec.name))
+            del array  # a view of the parameter, which is the caller's from here on
+            yield spec.name, host.pop(spec.name)

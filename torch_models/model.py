@@ -44,6 +44,9 @@ class Model(nn.Module):
         report: what that load did.
         events: everything published so far.
         refusal: why the model must not run (an update broke half-way); None while it may.
+        kernels: of every quantised module, by path: what computes its product.
+        quantizes_inputs: inputs of quantised layers are quantised too; False: weights only, or nothing is quantised.
+        quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
         asleep: the bytes of its storages while it sleeps, else None; see ``torch_models.sleep``.
     """
 
@@ -52,6 +55,7 @@ class Model(nn.Module):
     checkpoint: Checkpoint
     report: LoadReport
 
+    quantize: str | None
     config: Any  # loaders.spec.ModelConfig; the family's class narrows it
 
     def __init__(self, config: ModelConfig, stage: Stage, dtype: torch.dtype) -> None:
@@ -62,6 +66,8 @@ class Model(nn.Module):
         self.version = 0
         self.events: tuple[Event, ...] = ()
         self.refusal: str | None = None
+        self.kernels: dict[str, str] = {}
+        self.quantizes_inputs, self.quantize = False, None
         self._kept_graphs = KeptGraphs(self)
         self.asleep: sleep.HostCopy | None = None
 

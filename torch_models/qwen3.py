@@ -9,7 +9,7 @@ from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
 from loaders.stage import Stage
 from torch_models.layers.attention import Attention, key_value_entries
 from torch_models.layers.decoder import Decoder
-from torch_models.layers.linear import Linear, project
+from torch_models.layers.linear import Linear
 from torch_models.layers.mlp import MLP
 from torch_models.layers.moe import SparseMoeBlock
 from torch_models.layers.norm import RMSNorm
@@ -76,7 +76,7 @@ class Qwen3ForCausalLM(Model):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""
-        return project(x_BTD, self.lm_head.weight)
+        return self.lm_head.project(x_BTD)
 
     @staticmethod
     def cache_entries(config: Qwen3Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:

@@ -11,7 +11,7 @@ from torch_models.layers.attention import key_value_entries
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.gated_attention import GatedAttention
 from torch_models.layers.gated_delta import GatedDeltaNet, delta_entries
-from torch_models.layers.linear import Linear, project
+from torch_models.layers.linear import Linear
 from torch_models.layers.mlp import MLP
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.shared_expert import SharedExpertMoeBlock
@@ -150,7 +150,7 @@ class Qwen3_5ForCausalLM(Model):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""
-        return project(x_BTD, self.lm_head.weight)
+        return self.lm_head.project(x_BTD)
 
     @staticmethod
     def cache_entries(config: Qwen3_5Config, stage: Stage, rows: int, capacity: int) -> dict[str, dict[str, Entry]]:

@@ -12,6 +12,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from loaders import open_checkpoint
-from loaders.digest import digests
+from loaders.digest import digests, tensor_digest
 from loaders.events import Event
 from loaders.export import export_checkpoint, tensors_of
-from loaders.plan import plan_reload, specs_of
+from loaders.plan import Filling, plan_reload, specs_of
+from loaders.quantize import open_to_load
 from torch_models.census import moved, pointer_census
-from torch_models.derived import derive
+from torch_models.derived import derive, holds_derived, mark_source
+from torch_models.layers.quantized import NVFP4Linear
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
 
@@ -79,7 +81,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     staged = {
         name: value.clone() if _is_live(model, value) else value.to(model.device) for name, value in changed.items()
     }
-    _commit(model, staged)
+    _commit(model, staged.items(), list(staged))
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
 
@@ -119,22 +121,29 @@ def _check_tied(head: torch.Tensor, embed: torch.Tensor) -> None:
 def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model:
     """Reload all weights from another checkpoint of the same config, in place: no pointer moves.
 
-    The checkpoint is checked whole before a byte is read, then read whole into host memory, then written over the live
-    parameters, compared bit for bit, and published. A failure before the first write leaves the old version serving;
-    one after it (a device fault) makes the model refuse to run until a good load.
+    The checkpoint is checked whole before a byte is read, then read whole, parameter by parameter, to see that all of
+    it can be; only then it is read again and written over the live parameters, each as it is complete, so that memory
+    holds one of them twice at most. What was written is compared by digest at the end, and published. A failure before
+    the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse to run
+    until a good load. A model that was loaded with ``quantize`` quantises again.
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
     check_awake(model)
-    from torch_models.load import read_weights  # the loader builds models
+    from torch_models.load import read_params  # the loader builds models
 
-    checkpoint = open_checkpoint(uri)
+    checkpoint = open_to_load(uri, model.quantize)
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
     plan = plan_reload(checkpoint, model.config, model.stage, live)
-    staged, report = read_weights(plan, torch.device("cpu"))
-    _commit(model, staged)
+    trial = Filling(plan)
+    for _ in read_params(plan, trial):
+        pass
+    report = trial.finish()
+    filling = Filling(plan)
+    _commit(model, read_params(plan, filling), [spec.name for spec in plan.specs])
+    filling.finish()
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
     return model
@@ -142,24 +151,39 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _commit(model: Model, staged: dict[str, torch.Tensor]) -> None:
-    """Write staged values over live parameters and verify them. Until ``publish``, the model refuses to run."""
+def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[str]) -> None:
+    """Write values over the live parameters ``names`` and verify them. Until ``publish``, the model refuses to run."""
     before = pointer_census(model)
-    targets = {name: model.get_parameter(name) for name in staged}
-    frozen = [name for name, target in targets.items() if target.is_inference()]
+    frozen = [name for name in names if model.get_parameter(name).is_inference()]
     if frozen:
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    model.refusal = f"an update of {len(staged)} parameters did not finish"
-    for name, value in staged.items():
-        targets[name].copy_(value)
+    model.refusal = f"an update of {len(names)} parameters did not finish"
+    written: dict[str, str] = {}
+    for name, value in values:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module.get_parameter(leaf).copy_(value)
+        mark_source(module, leaf)
+        written[name] = tensor_digest(host_view(value.cpu().contiguous()))
+        del value  # before the next one is read
     derive(model)
-    wrong = [name for name, value in staged.items() if not same_bits(targets[name].cpu(), value.cpu())]
+    wrong = [name for name, digest in written.items() if tensor_digest(host_view(stored(model, name).cpu())) != digest]
     wrong += moved(before, pointer_census(model))
     if wrong:
         model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"
         raise RuntimeError(f"{model.refusal}. Do two of these parameters share storage?")
+
+
+def stored(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter's values as the checkpoint has them, whatever its storage holds (see ``torch_models.derived``)."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not holds_derived(module, leaf):
+        return module.get_parameter(leaf).detach()
+    assert isinstance(module, NVFP4Linear), f"{owner} keeps derived bytes in {leaf}"
+    return module.source("block")
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
@@ -169,17 +193,15 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
         RuntimeError: an update failed half-way; a mixture of two versions is not written.
     """
     model.check_runnable()
-    params = parameters(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
     return export_checkpoint(
-        directory, model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu()), left_out
+        directory, model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()), left_out
     )
 
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
     check_awake(model)
-    params = parameters(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(params[name].detach().cpu())))
+    return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu())))

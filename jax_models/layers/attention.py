@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_models.layers.fp8 import fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
 from jax_models.layers.rotary import rotate
@@ -96,6 +97,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
+        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -103,6 +105,9 @@ class Attention(nnx.Module):
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
-        k_BSKH, v_BSKH, cache = remembered(k_BTKH, self.v_proj(x_BTD).reshape(heads), step, cache)
+        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        if self.rounds_cache:
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale[...]), fp8_kept(v_BTKH, self.v_proj.v_scale[...])
+        k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache

@@ -23,13 +23,17 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
         if bias:
             self.bias = nnx.Param(jnp.zeros((out_features,)))
-        self.has_bias = bias
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y32 = project(x, self.weight[...])
         if self.has_bias:
             y32 = y32 + self.bias[...].astype(x.dtype).astype(jnp.float32)
         return y32.astype(x.dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x Wᵀ, float32: what a head is asked for."""
+        return project(x, self.weight[...])
 
 
 class Embedding(nnx.Module):
@@ -42,3 +46,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x Wᵀ, float32: what a head is asked for."""
+        return project(x, self.weight[...])

@@ -45,6 +45,7 @@ class Experts(nnx.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, mesh: Mesh | None) -> None:
+        self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
         self.gate_up_proj = nnx.Param(jnp.zeros((num_experts, 2, expert_size, hidden_size)))
         self.down_proj = nnx.Param(jnp.zeros((num_experts, hidden_size, expert_size)))
         self.mesh = mesh

@@ -43,7 +43,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 def linear(read: Weights, name: str, x: np.ndarray, size: int, *, bias: bool = False) -> np.ndarray:
     """The linear layer ``name`` with ``size`` outputs."""
-    y = x @ read(name + ".weight", size, x.shape[-1]).T
+    y = x @ read.matrix(name, size, x.shape[-1], x).T
     return y + read(name + ".bias", size) if bias else y
 
 
@@ -110,8 +110,12 @@ def experts(
         row, step, slot = np.nonzero(experts_BTX == expert)
         x = x_BTD[row, step]
         if fused.has("gate_up_proj"):  # rows of the gate first
+            for name in ("gate_proj", "up_proj") if fused.saw else ():
+                fused.saw(f"{fused.prefix}{expert}.{name}", x)
             gate_up = x @ fused.stored("gate_up_proj", E, 2 * M, D)[expert].astype(np.float64).T
             inner = silu(gate_up[:, :M]) * gate_up[:, M:]
+            if fused.saw:
+                fused.saw(f"{fused.prefix}{expert}.down_proj", inner)
             y = inner @ fused.stored("down_proj", E, D, M)[expert].astype(np.float64).T
         else:
             y = swiglu(read, f"mlp.experts.{expert}.", x, M)

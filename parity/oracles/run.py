@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from loaders import Checkpoint, CheckpointError
+from parity.oracles.quantized import widened
 
 EXACT_IN_FLOAT64 = ("F64", "F32", "F16", "BF16")
+Saw = Callable[[str, np.ndarray], None]  # a linear layer's name, and its input
 HEAD_ROWS = 8192  # rows of the head widened at a time: all of V x D in float64 is four times the stored bf16
 
 
@@ -20,10 +22,26 @@ class Weights:
 
     checkpoint: Checkpoint
     prefix: str = ""
+    saw: Saw | None = None
 
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         """The tensor in float64, every value exact; errors as ``stored``."""
         return self.stored(name, *shape).astype(np.float64)
+
+    def matrix(self, name: str, rows: int, columns: int, x: np.ndarray | None = None) -> np.ndarray:
+        """The weight of the linear layer ``name`` in float64, from the codes and scales if it is quantised.
+
+        ``x``: its input, for whoever wants to see it.
+        """
+        if self.saw is not None and x is not None:
+            self.saw(self.prefix + name, x)
+        found = widened(self.checkpoint, self.prefix + name)
+        if found is None:
+            return self(name + ".weight", rows, columns)
+        if found.shape != (rows, columns):
+            problem = f"the quantised weight of {self.prefix + name!r} is {found.shape}, expected {(rows, columns)}"
+            raise CheckpointError(self.checkpoint.source, [f"{problem}. Is config.json from the same checkpoint?"])
+        return found
 
     def stored(self, name: str, *shape: int) -> np.ndarray:
         """The tensor as it is stored, ``shape`` being what config.json asks for.
@@ -49,7 +67,7 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names go on with ``prefix``."""
-        return Weights(self.checkpoint, self.prefix + prefix)
+        return Weights(self.checkpoint, self.prefix + prefix, self.saw)
 
 
 @dataclass(frozen=True)
@@ -63,19 +81,20 @@ class Run:
     positions: np.ndarray  # [B, T] or [3, B, T]
     replayed: Mapping[str, np.ndarray]
     shake: float = 0.0
+    saw: Saw | None = None
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
         """Every tensor, by its whole name."""
-        return Weights(self.checkpoint)
+        return Weights(self.checkpoint, saw=self.saw)
 
     @property
     def text(self) -> Weights:
         """The tensors of the text model, under whichever of its names they are stored."""
         spelled = (f"{path}." for path in self.config.text_paths)
         known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
-        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."))
+        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."), self.saw)
 
     def embedding(self) -> np.ndarray:
         """The embedding as it is stored, [V, D]."""
@@ -93,6 +112,8 @@ class Run:
         """Logits [B, T, V] by the head, which is the embedding in a tied model."""
         sizes = self.config.vocab_size, self.config.hidden_size
         is_tied = self.config.tie_word_embeddings
+        if not is_tied and (found_VD := widened(self.checkpoint, "lm_head")) is not None:
+            return x_BTD @ found_VD.T
         head_VD = self.embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
         parts = [head_VD[start : start + HEAD_ROWS] for start in range(0, len(head_VD), HEAD_ROWS)]
         return np.concatenate([x_BTD @ part.astype(np.float64).T for part in parts], axis=-1)

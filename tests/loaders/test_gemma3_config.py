@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from loaders import open_checkpoint
 from loaders.config import RopeParameters, config_from_json
 from loaders.gemma3 import RULES, Gemma3Config
-from loaders.spec import expand
+from loaders.expand import expand
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LOCAL, GLOBAL = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e6}
@@ -152,7 +152,7 @@ def vars_of(rope: RopeParameters) -> dict[str, Any]:
         ),
         ({"cache_implementation": "quantized"}, "cache_implementation 'quantized' is not known, expected 'hybrid'"),
         ({"mystery": 1}, "option 'mystery' = 1 is not implemented"),
-        ({"quantization_config": {"bits": 4}}, "option 'quantization_config' = {'bits': 4} is not implemented"),
+        ({"quantization_config": {"bits": 4}}, "quant_method None is not implemented"),
         ({"eos_token_id": "1"}, "eos_token_id is '1', expected a list, each an integer"),
         # layers
         ({"layer_types": [FULL]}, "layer_types has 1 entries, expected num_hidden_layers=4"),

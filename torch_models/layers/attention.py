@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_models.layers.fp8 import fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm, RMSNorm
 from torch_models.layers.rotary import rotate
@@ -105,11 +106,15 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
+        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
-        k_BSKH, v_BSKH = remembered(k_BTKH, self.v_proj(x_BTD).view(heads), step, cache)
+        v_BTKH = self.v_proj(x_BTD).view(heads)
+        if self.rounds_cache:
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale), fp8_kept(v_BTKH, self.v_proj.v_scale)
+        k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_models.layers.attention import remembered
+from torch_models.layers.fp8 import fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.rotary import rotate
@@ -30,6 +31,7 @@ class GatedAttention(nn.Module):
         self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
+        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         rows = x_BTD.shape[:2]
@@ -37,6 +39,8 @@ class GatedAttention(nn.Module):
         q_BTNH = rotate(self.q_norm(q_BTNH), step.cos_BTR, step.sin_BTR)
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
         v_BTKH = self.v_proj(x_BTD).view(*rows, -1, self.head_dim)
+        if self.rounds_cache:
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale), fp8_kept(v_BTKH, self.v_proj.v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),

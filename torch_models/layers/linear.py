@@ -32,10 +32,14 @@ class Linear(nn.Module):
         self.weight = empty_param(out_features, in_features)
         if bias:
             self.bias = empty_param(out_features)
-        self.has_bias = bias
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if self.has_bias else None)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ, float32: what a head is asked for."""
+        return project(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -49,3 +53,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return F.embedding(ids_BT, self.weight).to(dtype)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ, float32: what a head is asked for."""
+        return project(x, self.weight)

@@ -41,6 +41,7 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
+        self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
         self.gate_up_proj = empty_param(num_experts, 2, expert_size, hidden_size)
         self.down_proj = empty_param(num_experts, hidden_size, expert_size)
 

@@ -1,0 +1,1 @@
+"""Pallas kernels for TPU, each with the same function in plain ``jax.numpy`` beside it."""

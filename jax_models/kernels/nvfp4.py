@@ -1,0 +1,354 @@
+"""Products with NVFP4 weights on TPU: codes are expanded inside the kernel and never written back as bfloat16.
+
+Letters as in ``nvfp4_reference.py``, which holds the same functions for every other platform.
+
+How codes become bfloat16 without a table: a word of four bytes holds rows 4i .. 4i+3 of one column, because that is
+how bytes are tiled on TPU, so plain 32-bit operations work on eight codes at once, and a masked word is two bfloat16
+(rows 4i and 4i+2, or 4i+1 and 4i+3) where two and two belong together. Even outputs come out before odd ones and are
+put in order when a tile is finished. Even elements of K lie in low nibbles and odd ones in high nibbles, so the rows
+are cut in even and odd columns before the kernel.
+
+Compiled for a v5e, 2^19 weights of a decode step take 1209 bundles, so 4096 x 12288 some 90 us at 1.5 GHz; to read it
+at 819 GB/s takes 123 us as bfloat16 and 35 us as codes. In prefill the expansion hides behind the MXU: 4426 bundles
+for 512 rows, of which the MXU needs 4096.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
+
+from jax_models.kernels.nvfp4_reference import (
+    BLOCK,
+    check_rows,
+    check_weight,
+    dequantized,
+    reference_grouped_matmul,
+    reference_matmul,
+)
+
+Ref = Any  # what Pallas hands to a kernel: memory, read and written by index
+Index = Any  # int, or one that is known when the kernel runs
+
+__all__ = [
+    "dequantized",
+    "grouped_matmul",
+    "matmul",
+    "nvfp4_grouped_matmul",
+    "nvfp4_matmul",
+    "reference_grouped_matmul",
+    "reference_matmul",
+]
+
+_LANES = 128
+_ROW_PACK = 16  # rows of bfloat16 fill a register
+_OUTPUTS = 512  # of a block of weights; with 1024 bytes of each, two such blocks, rows and results fit 16 MiB of VMEM
+_BYTES = 1024  # of a row: the scales of 1024 bytes are 128, one lane each
+_GROUP = 256  # outputs expanded at a time: 128 even ones and 128 odd ones, whole lanes of a result
+_TILE, _GROUPED_TILE = 512, 128  # rows: enough to hide the expansion; few, where most groups are smaller
+_RESIDENT_BYTES = 2**20  # of a tile of even columns: as many stay in VMEM for all blocks of weights
+_BLOCK_BYTES = BLOCK // 2
+_NT = (((1,), (1,)), ((), ()))  # both contract their second axis
+_UNIT = 2.0**-62  # what the code of 1.0 becomes, see _patterns
+
+
+def nvfp4_matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K] -> float32 [T, N], by what the platform does best.
+
+    Decided when the program is lowered, by the platform it is lowered for. Arguments as of ``matmul``.
+    """
+    return jax.lax.platform_dependent(x_TK, packed_NJ, scale_NQ, tpu=matmul, default=reference_matmul)
+
+
+def nvfp4_grouped_matmul(
+    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """Rows in groups, each times its weight -> float32 [A, N]; decided like ``nvfp4_matmul``."""
+    return jax.lax.platform_dependent(
+        rows_AK, packed_ENJ, scale_ENQ, sizes_E, tpu=grouped_matmul, default=reference_grouped_matmul
+    )
+
+
+def matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """x times the transposed weight; products are exact, sums are float32.
+
+    Args:
+        x_TK: bfloat16 or float32 [T, K].
+        packed_NJ: uint8 [N, K/2]; two e2m1 codes per byte, even element in the low bits.
+        scale_NQ: float8_e4m3fn [N, K/16]; one per 16 elements along K.
+        interpret: run as plain operations, for tests without a TPU.
+
+    Returns:
+        float32 [T, N], without the global scale.
+
+    Raises:
+        ValueError: shapes or dtypes do not belong together.
+    """
+    check_weight(packed_NJ, scale_NQ)
+    check_rows(x_TK, packed_NJ)
+    rows_AK = _as_bfloat16(x_TK)
+    A, (N, J) = len(rows_AK), packed_NJ.shape
+    blocks = _blocks(A, _TILE, N, J)
+    num_tiles = pl.cdiv(A, blocks.rows)
+    group_of_tile = jnp.zeros(num_tiles, jnp.int32)
+    tiles = (jnp.array([0, A], jnp.int32), group_of_tile, jnp.arange(num_tiles, dtype=jnp.int32))
+    found_AN = _run(rows_AK, packed_NJ[None], scale_NQ[None], tiles, num_tiles, blocks, interpret)
+    return found_AN.reshape(len(x_TK), -1, N).sum(axis=1)
+
+
+def grouped_matmul(
+    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Rows sorted by group, each times its group's weight; only groups that have rows are read.
+
+    Args:
+        rows_AK: bfloat16 or float32 [A, K]; the first ``sizes_E[0]`` belong to group 0, and so on.
+        packed_ENJ: uint8 [E, N, K/2].
+        scale_ENQ: float8_e4m3fn [E, N, K/16].
+        sizes_E: int32; their sum may be less than A.
+        interpret: run as plain operations, for tests without a TPU.
+
+    Returns:
+        float32 [A, N]; rows behind the last group come out as anything.
+
+    Raises:
+        ValueError: shapes or dtypes do not belong together.
+    """
+    check_weight(packed_ENJ, scale_ENQ)
+    check_rows(rows_AK, packed_ENJ)
+    parts = _as_bfloat16(rows_AK)
+    num_parts = len(parts) // len(rows_AK)
+    E, N, J = packed_ENJ.shape
+    blocks = _blocks(len(parts), _GROUPED_TILE, N, J)
+    tiles, num_tiles = make_group_metadata(
+        group_sizes=num_parts * sizes_E,
+        m=pl.cdiv(len(parts), blocks.rows) * blocks.rows,
+        tm=blocks.rows,
+        start_group=jnp.int32(0),
+        num_nonzero_groups=E,
+        visit_empty_groups=False,
+    )
+    found = _run(parts, packed_ENJ, scale_ENQ, tiles, num_tiles, blocks, interpret)
+    return found.reshape(len(rows_AK), num_parts, N).sum(axis=1)
+
+
+def _as_bfloat16(x_AK: jax.Array) -> jax.Array:
+    """bfloat16 [A, K] as it is; float32 as [3 * A, K], three neighbours that sum to a row exactly.
+
+    Half the work of a float32 product, which takes the MXU six passes.
+    """
+    if x_AK.dtype == jnp.bfloat16:
+        return x_AK
+    parts = []
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(x_AK, 8, 7))  # a cast there and back would be optimised away
+        x_AK = x_AK - parts[-1]
+    return jnp.stack(parts, axis=1).reshape(-1, x_AK.shape[1]).astype(jnp.bfloat16)
+
+
+class _Blocks(NamedTuple):
+    """Sizes of what the kernel holds at a time."""
+
+    rows: int  # of x, multiple of 16, and of 128 if they are more
+    outputs: int  # of a weight, multiple of 256
+    bytes: int  # of a weight's row, multiple of 128
+    steps: int  # of so many bytes to a row; the last may reach beyond it
+    resident: bool  # all columns of a tile of x at once
+
+
+def _blocks(num_rows: int, most_rows: int, N: int, J: int) -> _Blocks:
+    """A block of outputs divides N if it can; of K it need not, what lies behind a row's end is masked."""
+    unit = _ROW_PACK if num_rows <= _LANES else _LANES
+    rows = min(most_rows, pl.cdiv(num_rows, unit) * unit)
+    outputs = _OUTPUTS if N % _OUTPUTS == 0 or N % _GROUP else _GROUP
+    num_bytes = min(_BYTES, pl.cdiv(J, _LANES) * _LANES)
+    steps = pl.cdiv(J, num_bytes)
+    resident = rows * steps * num_bytes * 2 <= _RESIDENT_BYTES
+    return _Blocks(rows, min(outputs, pl.cdiv(N, _GROUP) * _GROUP), num_bytes, steps, resident)
+
+
+def _run(
+    rows_AK: jax.Array,
+    packed_ENJ: jax.Array,
+    scale_ENQ: jax.Array,
+    tiles: tuple[jax.Array, ...],
+    num_tiles: int | jax.Array,
+    blocks: _Blocks,
+    interpret: bool,
+) -> jax.Array:
+    """The kernel over blocks of outputs, then tiles of rows (one for each group in it), then blocks of K.
+
+    ``tiles``, read before the grid starts: where groups start [E + 1], and of every tile its group and its number.
+    """
+    A, (_, N, J) = len(rows_AK), packed_ENJ.shape
+    packed_ENJ, scale_ENQ = _whole_lanes(packed_ENJ, scale_ENQ)
+    low_AJ, high_AJ = _columns(rows_AK, blocks.steps * blocks.bytes - J)
+    # all groups: how many of them have rows is not known here
+    num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * low_AJ.nbytes + 4 * A * N
+    return pl.pallas_call(
+        partial(_kernel, blocks=blocks, num_scales=scale_ENQ.shape[-1]),
+        out_shape=jax.ShapeDtypeStruct((A, N), jnp.float32),
+        grid_spec=_grid_spec(blocks, pl.cdiv(N, blocks.outputs), num_tiles),
+        cost_estimate=pl.CostEstimate(flops=4 * A * N * J, bytes_accessed=num_bytes, transcendentals=0),
+        interpret=interpret,
+        name="nvfp4_matmul",
+    )(*tiles, low_AJ, high_AJ, packed_ENJ, scale_ENQ)
+
+
+def _whole_lanes(packed_ENJ: jax.Array, scale_ENQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A copy, with zeros, of weights narrower than a block whose rows do not fill whole lanes; no real model's."""
+    J = packed_ENJ.shape[-1]
+    missing = 0 if J > _BYTES else -J % _LANES
+    if not missing:
+        return packed_ENJ, scale_ENQ
+    padded = jnp.pad(packed_ENJ, ((0, 0), (0, 0), (0, missing)))
+    return padded, jnp.pad(scale_ENQ, ((0, 0), (0, 0), (0, missing * 2 // BLOCK)))
+
+
+def _columns(x_AK: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
+    """Even and odd columns, with zeros where the last block of weights reaches beyond a row's end."""
+    low_AJ, high_AJ = x_AK[:, ::2], x_AK[:, 1::2]
+    return jnp.pad(low_AJ, ((0, 0), (0, missing))), jnp.pad(high_AJ, ((0, 0), (0, missing)))
+
+
+def _grid_spec(blocks: _Blocks, num_outputs: int, num_tiles: int | jax.Array) -> pltpu.PrefetchScalarGridSpec:
+    """A tile beyond ``num_tiles`` is not run, so it fetches nothing."""
+
+    def x_at(_: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+        return numbers[tile], 0 if blocks.resident else k
+
+    def weight_at(n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+        return groups[tile], n, k
+
+    def found_at(n: Index, tile: Index, _: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+        return numbers[tile], n
+
+    num_scales = blocks.bytes * 2 // BLOCK
+    x_spec = pl.BlockSpec((blocks.rows, blocks.bytes * (blocks.steps if blocks.resident else 1)), x_at)
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(num_outputs, num_tiles, blocks.steps),
+        in_specs=[
+            x_spec,
+            x_spec,
+            pl.BlockSpec((None, blocks.outputs, blocks.bytes), weight_at),
+            pl.BlockSpec((None, blocks.outputs, num_scales), weight_at),
+        ],
+        out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), found_at),
+        scratch_shapes=[
+            pltpu.VMEM((num_scales, blocks.bytes), jnp.bfloat16),
+            pltpu.VMEM((blocks.outputs, num_scales), jnp.float32),
+            pltpu.VMEM((blocks.rows, blocks.outputs), jnp.float32),
+            pltpu.VMEM((_GROUP, min(blocks.rows, _LANES)), jnp.float32),
+        ],
+    )
+
+
+def _kernel(
+    starts: Ref,
+    groups: Ref,
+    numbers: Ref,
+    low: Ref,
+    high: Ref,
+    packed: Ref,
+    scale: Ref,
+    found: Ref,
+    spread: Ref,
+    scales: Ref,
+    sums: Ref,
+    turned: Ref,
+    *,
+    blocks: _Blocks,
+    num_scales: int,
+) -> None:
+    """One block of a weight times one tile of rows, added to ``sums``; ``found`` is written after the last of K.
+
+    Scratch: ``spread`` [16ths, bytes] of 0 and 1 repeats a scale over its 8 bytes, ``scales`` float32 [outputs, 16ths],
+    ``sums`` float32 [rows, outputs], even outputs of 256 before odd ones, and ``turned`` to put them in order.
+    """
+    n, tile, k = (pl.program_id(axis) for axis in range(3))
+
+    @pl.when((n == 0) & (tile == 0) & (k == 0))
+    def _first() -> None:
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, spread.shape, axis) for axis in (0, 1))
+        is_of_block = (column >= row * _BLOCK_BYTES) & (column < (row + 1) * _BLOCK_BYTES)
+        spread[...] = is_of_block.astype(jnp.float32).astype(jnp.bfloat16)
+
+    @pl.when(k == 0)
+    def _start() -> None:
+        sums[...] = jnp.zeros_like(sums)
+
+    is_inside = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1) < num_scales - k * scales.shape[1]
+    scales[...] = jnp.where(is_inside, scale[...].astype(jnp.float32) / _UNIT, 0.0)  # behind a row's end is anything
+    first = pl.multiple_of(k * blocks.bytes, _LANES) if blocks.resident else 0
+
+    def add(group: Index, _: None) -> None:
+        outputs = pl.ds(pl.multiple_of(group * _GROUP, _GROUP), _GROUP)
+        for half, weight_256J in zip((low, high), _expanded(packed, scales, spread, group), strict=True):
+            x = half[:, pl.ds(first, blocks.bytes)]
+            sums[:, outputs] += jax.lax.dot_general(x, weight_256J, _NT, preferred_element_type=jnp.float32)
+
+    jax.lax.fori_loop(0, blocks.outputs // _GROUP, add, None)
+
+    @pl.when(k == blocks.steps - 1)
+    def _finish() -> None:
+        for part in itertools.product(range(0, blocks.rows, turned.shape[1]), range(0, blocks.outputs, _GROUP)):
+            _in_order(sums, turned, *part)
+        row = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0) + numbers[tile] * blocks.rows
+        is_of_group = (row >= starts[groups[tile]]) & (row < starts[groups[tile] + 1])
+        found[...] = jnp.where(is_of_group, sums[...], found[...])
+
+
+def _in_order(sums: Ref, turned: Ref, row: int, output: int) -> None:
+    """Interleaves 128 even and 128 odd outputs: transposed, for rows can be written two apart and lanes cannot."""
+    rows, half = pl.ds(row, turned.shape[1]), _GROUP // 2
+    turned[pl.ds(0, half, 2), :] = sums[rows, pl.ds(output, half)].T
+    turned[pl.ds(1, half, 2), :] = sums[rows, pl.ds(output + half, half)].T
+    sums[rows, pl.ds(output, _GROUP)] = turned[...].T
+
+
+def _expanded(packed: Ref, scales: Ref, spread: Ref, group: Index) -> tuple[jax.Array, jax.Array]:
+    """256 outputs as bfloat16 [256, J]: of the low nibbles and of the high ones, even outputs before odd ones."""
+    first = pl.multiple_of(group * _GROUP, _GROUP)
+    even_and_odd = [scales[pl.ds(first + odd, _GROUP // 2, 2), :] for odd in (0, 1)]
+    scale_256Q = jnp.concatenate(even_and_odd, axis=0).astype(jnp.bfloat16)
+    factor_256J = jnp.dot(scale_256Q, spread[...], preferred_element_type=jnp.float32).astype(jnp.bfloat16)  # exact
+    low_256J, high_256J = _patterns(pltpu.bitcast(packed[pl.ds(first, _GROUP), :], jnp.int32))
+    return low_256J * factor_256J, high_256J * factor_256J
+
+
+def _patterns(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int32 [64, J] of eight codes -> bfloat16 [256, J] times 2^-62: low nibbles and high ones, even rows first.
+
+    bfloat16 is seeeeeee emmmmmmm. Exponent and mantissa of a code go to bits 8..6 and a 1 to bit 13 unless it is 0, so
+    exponents start at 64. A code of 1 (0.5), subnormal as e2m1, is the smallest exponent without its mantissa bit.
+    """
+    is_normal = (words | _right(words, 1)) & _mask(0x22222222)  # bit 1 of a nibble: an exponent bit is set
+    is_nonzero = (is_normal | (words << 1)) & _mask(0x22222222)
+    sign_and_nonzero = (words & _mask(0x88888888)) | is_nonzero
+    magnitude = words & (_right(is_normal, 1) | _mask(0xEEEEEEEE))
+
+    def pick(shift: int) -> jax.Array:
+        """Codes at bits ``shift`` and ``shift`` + 16: two rows that are neighbours among the even ones, or the odd."""
+        bits = _right(magnitude, shift - 6) & _mask(0x01C001C0)
+        return bits | (_right(sign_and_nonzero, shift - 12) & _mask(0xA000A000))
+
+    low, high = (jnp.concatenate((pick(at), pick(at + 8)), axis=0) for at in (0, 4))
+    return pltpu.bitcast(low, jnp.bfloat16), pltpu.bitcast(high, jnp.bfloat16)
+
+
+def _mask(bits: int) -> jax.Array:
+    return jnp.int32(bits - 2**32 if bits >= 2**31 else bits)
+
+
+def _right(words: jax.Array, shift: int) -> jax.Array:
+    if shift < 0:
+        return words << -shift
+    return jax.lax.shift_right_logical(words, jnp.int32(shift)) if shift else words

@@ -1,0 +1,86 @@
+"""NVFP4 products in plain ``jax.numpy``: what the kernels of ``nvfp4.py`` compute, on any platform.
+
+Letters of both files: a weight is [N, K], outputs by inputs; ``J`` = K/2 bytes of a row, ``Q`` = K/16 blocks of it,
+``T`` rows of x, ``A`` rows in groups, ``E`` experts. The global scale is the caller's: it multiplies the result.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 16  # elements along K that share a scale
+
+# [A, K] x [E, N, K] -> [A, N], rows in groups along A, one expert each
+_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+def dequantized(packed: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Expand a weight, without its global scale.
+
+    Args:
+        packed: uint8 [..., N, K/2]; two e2m1 codes per byte, even element in the low bits.
+        scale: float8_e4m3fn [..., N, K/16]; one per 16 elements along K.
+        dtype: bfloat16 or wider: a product has 2 + 4 significant bits and is exact.
+
+    Returns:
+        dtype [..., N, K].
+
+    Raises:
+        ValueError: the shapes or dtypes are not those of one weight.
+    """
+    check_weight(packed, scale)
+    *lead, J = packed.shape
+    codes = jnp.stack((packed & 15, packed >> 4), axis=-1).reshape(*lead, -1, BLOCK)
+    blocks = _e2m1(codes) * scale.astype(jnp.float32)[..., None]
+    return blocks.reshape(*lead, 2 * J).astype(dtype)
+
+
+def reference_matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array) -> jax.Array:
+    """x [T, K] times the transposed weight [N, K] -> float32 [T, N]."""
+    check_rows(x_TK, packed_NJ)
+    weight_NK = dequantized(packed_NJ, scale_NQ, x_TK.dtype)
+    highest = jax.lax.Precision.HIGHEST  # of float32; bfloat16 products are exact whatever the precision
+    return jnp.einsum("tk,nk->tn", x_TK, weight_NK, precision=highest, preferred_element_type=jnp.float32)
+
+
+def reference_grouped_matmul(
+    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """Rows in ``sizes_E`` groups, each times its weight [N, K] -> float32 [A, N]; the rest come out as anything."""
+    check_rows(rows_AK, packed_ENJ)
+    weight_ENK = dequantized(packed_ENJ, scale_ENQ, rows_AK.dtype)
+    return jax.lax.ragged_dot_general(
+        rows_AK,
+        weight_ENK,
+        sizes_E,
+        _BY_GROUP,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def check_weight(packed: jax.Array, scale: jax.Array) -> None:
+    """Raises ValueError unless the two arrays are one NVFP4 weight (or a stack of them)."""
+    expected = (*packed.shape[:-1], packed.shape[-1] * 2 // BLOCK)
+    if packed.dtype != jnp.uint8 or scale.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"NVFP4 weight has dtypes {packed.dtype}, {scale.dtype}, expected uint8, float8_e4m3fn")
+    if scale.shape != expected or packed.shape[-1] * 2 % BLOCK:
+        raise ValueError(f"NVFP4 codes of shape {packed.shape} have scales of shape {scale.shape}, expected {expected}")
+
+
+def check_rows(x: jax.Array, packed: jax.Array) -> None:
+    """Raises ValueError unless x [T, K] can be multiplied by a weight of packed [..., N, K/2]."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x has dtype {x.dtype}, expected bfloat16 or float32")
+    if x.shape[-1] != 2 * packed.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, expected {2 * packed.shape[-1]}: two per byte of the weight")
+
+
+def _e2m1(codes: jax.Array) -> jax.Array:
+    """Codes 0..15 as float32: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, by arithmetic (a gather is slow)."""
+    magnitude = (codes & 7).astype(jnp.float32)
+    doubled = jnp.maximum(magnitude, jnp.maximum(2 * magnitude - 4, 4 * magnitude - 16))  # 0 1 2 3 4 6 8 12: convex
+    return jnp.where(codes > 7, -0.5, 0.5) * doubled

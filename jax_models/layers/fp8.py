@@ -1,0 +1,19 @@
+"""Rounding to FP8 with a scale from the checkpoint, and back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+E4M3_MAX = 448.0
+
+
+def fp8_rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale rounded to e4m3, saturating, in the dtype of x: what an FP8 product sees, without ``scale``."""
+    scaled = jnp.clip(x.astype(jnp.float32) / scale, -E4M3_MAX, E4M3_MAX)
+    return scaled.astype(jnp.float8_e4m3fn).astype(x.dtype)
+
+
+def fp8_kept(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """What an FP8 cache gives back of keys or values x, in the dtype of x."""
+    return (fp8_rounded(x, scale).astype(jnp.float32) * scale).astype(x.dtype)

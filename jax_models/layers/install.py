@@ -1,0 +1,69 @@
+"""Puts quantised layers in the place of plain ones, by module path: families know nothing of quantisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_models.layers.linear import Linear
+from jax_models.layers.moe import Experts
+from jax_models.layers.products import Cuts
+from jax_models.layers.quantized import FP8Linear, NVFP4Linear
+from jax_models.layers.quantized_experts import NVFP4Experts
+from jax_models.sharding import param_spec
+from loaders.quantization import Quantization, Scheme
+from loaders.spec import Dim, Specs
+
+
+def install(
+    model: nnx.Module, specs: Specs, dims: dict[str, Dim], mesh: Mesh | None, *, quantizes_inputs: bool
+) -> None:
+    """Replace every module that has a scheme.
+
+    Args:
+        model: as its family built it, abstract or not.
+        specs: of the parameters that are here, with their schemes.
+        dims: of the configuration.
+        mesh: devices the weights are cut over.
+        quantizes_inputs: as the checkpoint says; False: weights only.
+    Raises:
+        ValueError: a scheme that is not implemented for the module it is of.
+    """
+    params = {spec.name: spec for spec in specs}
+    for path, scheme in specs.schemes.items():
+        owner, _, leaf = path.rpartition(".")
+        parent, cuts = _at(model, owner), Cuts(mesh)
+        codes = params.get(f"{path}.{scheme.leaves['codes']}")
+        if mesh is not None and codes is not None:
+            cuts = Cuts(mesh, *param_spec(codes, dims, mesh))
+        setattr(parent, leaf, _quantized(path, getattr(parent, leaf), scheme, cuts, quantizes_inputs))
+
+
+def _quantized(path: str, plain: nnx.Module, scheme: Scheme, cuts: Cuts, quantizes_inputs: bool) -> nnx.Module:
+    match plain, scheme.weights:
+        case Experts(), "nvfp4":
+            return NVFP4Experts(plain, scheme, quantizes_inputs=quantizes_inputs)
+        case Linear(), "nvfp4":
+            return NVFP4Linear(plain, scheme, cuts, quantizes_inputs=quantizes_inputs)
+        case Linear(), "fp8":
+            return FP8Linear(plain, scheme, quantizes_inputs=quantizes_inputs)
+    raise ValueError(f"{path} is {scheme}, which is not implemented for {type(plain).__name__}")
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        module = module[name] if isinstance(module, nnx.Dict) else getattr(module, name)
+    return module
+
+
+def install_kv_scales(model: nnx.Module, quantization: Quantization | None, *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
+    if quantization is None or not quantization.kv_cache:
+        return
+    for path, part in list(nnx.iter_modules(model)):
+        if path[-1:] == ("self_attn",) and path[0] != "mtp":
+            part.k_proj.k_scale, part.v_proj.v_scale = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
+            part.rounds_cache = honoured

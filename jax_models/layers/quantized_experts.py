@@ -1,0 +1,126 @@
+"""The experts of a layer as stacks of 4-bit codes. Twin of the torch file."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_models.kernels.activations import quantized_activations
+from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul
+from jax_models.layers.moe import Experts
+from jax_models.layers.quantized import exact_weight, multiplier
+from jax_models.sharding import expert_specs
+from loaders.quantization import BLOCK, Scheme
+
+
+class NVFP4Experts(nnx.Module):
+    """All experts of a layer, ``w13`` [E, 2, M, D] (gate first) and ``w2`` [E, D, M], each with scales of its own.
+
+    Gate and up of one expert may have different global scales: every half of the rows is multiplied by its own alpha.
+    """
+
+    def __init__(self, plain: Experts, scheme: Scheme, *, quantizes_inputs: bool) -> None:
+        E, M, D = plain.num_experts, plain.expert_size, plain.hidden_size
+        scalar = (1,) if scheme.divides else ()
+        for stack, lead, rows, inner in (("w13", (E, 2), M, D), ("w2", (E,), D, M)):
+            shapes = {"codes": (rows, inner // 2), "block": (rows, inner // BLOCK), "global": scalar, "input": scalar}
+            dtypes = {"codes": jnp.uint8, "block": jnp.float8_e4m3fn, "global": jnp.float32, "input": jnp.float32}
+            for role, leaf in scheme.leaves.items():
+                setattr(self, f"{stack}_{leaf}", nnx.Param(jnp.zeros((*lead, *shapes[role]), dtypes[role])))
+        self.scheme, self.mesh = scheme, plain.mesh
+        self.quantizes_inputs = scheme.activations and quantizes_inputs
+
+    def source(self, stack: str, role: str) -> jax.Array:
+        """A tensor of the checkpoint, of stack ``w13`` or ``w2``."""
+        return getattr(self, f"{stack}_{self.scheme.leaves[role]}")[...]
+
+    def dequantized(self, stack: str) -> jax.Array:
+        """The weights of a stack, float32, with the roundings of the exporter's own definition."""
+        scale = self._scalars(stack, "global", as_stored=True)[..., None, None]
+        return exact_weight(self.source(stack, "codes"), self.source(stack, "block"), scale, self.scheme)
+
+    def __call__(self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array) -> jax.Array:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+        stacks = [self.source(stack, role) for stack in ("w13", "w2") for role in ("codes", "block")]
+        scalars = [self._scalars(stack, "global") for stack in ("w13", "w2")]
+        inputs = [self._scalars(stack, "input") for stack in ("w13", "w2")] if self.quantizes_inputs else []
+        given = (x_BTD, weights_BTX, experts_BTX)
+        if self.mesh is None:
+            return _chosen(*given, *stacks, *scalars, *inputs, first=jnp.int32(0)).astype(x_BTD.dtype)
+        E, _, M, _ = stacks[0].shape
+        # a device's part of the width must be whole blocks of the second product's inputs
+        specs = expert_specs(self.mesh, num_experts=E, width=M, rows=x_BTD.shape[0], whole=BLOCK)
+
+        def local(*args: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index("expert") * len(args[3]) if specs.is_cut else jnp.int32(0)
+            out = _chosen(*args, first=first)
+            return jax.lax.psum(out, specs.summed) if specs.summed else out
+
+        by_stack = (specs.gate_up, specs.gate_up, specs.down, specs.down)
+        of_experts = jax.sharding.PartitionSpec(specs.gate_up[0])
+        in_specs = ((specs.rows,) * 3, by_stack, (of_experts,) * (len(scalars) + len(inputs)))
+        run = partial(jax.shard_map, mesh=self.mesh, check_vma=False)(
+            local, in_specs=sum(in_specs, ()), out_specs=specs.rows
+        )
+        return run(*given, *stacks, *scalars, *inputs).astype(x_BTD.dtype)
+
+    def _scalars(self, stack: str, role: str, *, as_stored: bool = False) -> jax.Array:
+        """Global scales, [E, 2] or [E], as multipliers unless they are wanted as stored."""
+        scale = self.source(stack, role)
+        scale = scale[..., 0] if self.scheme.divides else scale
+        return scale if as_stored else multiplier(scale, self.scheme)
+
+
+def _chosen(
+    x_BTD: jax.Array,
+    weights_BTX: jax.Array,
+    experts_BTX: jax.Array,
+    w13_E2MJ: jax.Array,
+    w13_scale_E2MQ: jax.Array,
+    w2_EDJ: jax.Array,
+    w2_scale_EDQ: jax.Array,
+    w13_scale_2_E2: jax.Array,
+    w2_scale_2_E: jax.Array,
+    w13_input_scale_E2: jax.Array | None = None,
+    w2_input_scale_E: jax.Array | None = None,
+    *,
+    first: jax.Array,
+) -> jax.Array:
+    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D]."""
+    E, _, M, _ = w13_E2MJ.shape
+    D, X = x_BTD.shape[-1], experts_BTX.shape[-1]
+    expert_A = experts_BTX.reshape(-1) - first
+    is_here_A = (expert_A >= 0) & (expert_A < E)
+    group_A = jnp.where(is_here_A, expert_A, E)  # strangers sort behind every group and are never multiplied
+    order_A = jnp.argsort(group_A, stable=True)
+    size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
+    owner_A = jnp.minimum(group_A[order_A], E - 1)
+    rows_AD = x_BTD.reshape(-1, D)[order_A // X]
+    if w13_input_scale_E2 is None or w2_input_scale_E is None:
+        g1_alphas_E2, g2_alphas_E = w13_scale_2_E2, w2_scale_2_E
+        codes_EFJ, scale_EFQ = (x.reshape(E, 2 * M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
+        gate_up_A2M = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E).reshape(-1, 2, M)
+    else:
+        g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
+        # gate and up may have different input scales, and so see different codes
+        halves = [
+            nvfp4_grouped_matmul(
+                quantized_activations(rows_AD, w13_input_scale_E2[owner_A, half][:, None]),
+                w13_E2MJ[:, half],
+                w13_scale_E2MQ[:, half],
+                size_E,
+            )
+            for half in range(2)
+        ]
+        gate_up_A2M = jnp.stack(halves, axis=1)
+    gate_up_A2M = (gate_up_A2M * g1_alphas_E2[owner_A][..., None]).astype(x_BTD.dtype)
+    inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
+    if w2_input_scale_E is not None:
+        inner_AM = quantized_activations(inner_AM, w2_input_scale_E[owner_A][:, None])
+    out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
+    out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
+    out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
+    return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)

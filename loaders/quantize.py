@@ -1,0 +1,248 @@
+"""A checkpoint seen through quantisation: the same source, its matrices in NVFP4, quantised while they are read.
+
+It is a checkpoint like any other, so it is loaded, reloaded, exported and written as those are: what a trainer sends
+in bfloat16 becomes the weights of an NVFP4 model (``load(..., quantize="nvfp4")``), and ``tandem quantize`` writes it
+down. Format and bits are ModelOpt's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.config import config_from_json
+from loaders.errors import CheckpointError
+from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
+from loaders.quantizable import Matrix, documents, infos, matrices_of
+from loaders.quantization import Scheme
+from loaders.quantization_config import KEY
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint(Checkpoint):
+    """See the module.
+
+    Attributes:
+        plain: the checkpoint that is seen.
+        matrices: what is quantised, by module.
+        left_alone: modules that are not, and why.
+        amax_of_inputs: by module, where inputs are to be quantised too.
+    """
+
+    plain: Checkpoint = field(repr=False, kw_only=True)
+    matrices: dict[str, Matrix] = field(repr=False, kw_only=True)
+    left_alone: dict[str, str] = field(repr=False, kw_only=True)
+    amax_of_inputs: Mapping[str, float] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Matrix, str]]:
+        """Tensor -> its matrix, and which part of it: a leaf's name."""
+        leaves = _scheme(bool(self.amax_of_inputs)).leaves.values()
+        return {f"{matrix.module}.{leaf}": (matrix, leaf) for matrix in self.matrices.values() for leaf in leaves}
+
+    @cached_property
+    def _amax(self) -> dict[str, float]:
+        """Of the groups seen so far."""
+        return {}
+
+    @cached_property
+    def _groups(self) -> dict[str, list[Matrix]]:
+        found: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices.values():
+            found.setdefault(matrix.group, []).append(matrix)
+        return found
+
+    @cached_property
+    def _kept(self) -> dict[str, np.ndarray]:
+        """What the next ``read`` is likely to want: the experts' tensor it read last, and the rest of a matrix."""
+        return {}
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """One tensor; a quantised one is computed, from all the matrices of its group the first time."""
+        if name not in self._places:
+            self._kept.clear()
+            return self.plain.read(name, out)
+        matrix, leaf = self._places[name]
+        if matrix.group not in self._amax:
+            self._note_amax(matrix.group, [self._weight(one) for one in self._groups[matrix.group]])
+        if leaf in ("weight_scale_2", "input_scale"):
+            return _put(self._scalar(matrix, leaf), out)
+        if name in self._kept:
+            return _put(self._kept.pop(name), out)  # handed over, as it is the caller's from here on
+        parts = self._parts(matrix, self._weight(matrix))
+        for kept in [one for one in self._kept if one in self._places]:
+            del self._kept[kept]
+        self._kept.update(
+            (f"{matrix.module}.{other}", parts[other]) for other in ("weight", "weight_scale") if other != leaf
+        )
+        return _put(parts[leaf], out)
+
+    def stream(
+        self,
+        host_budget_bytes: int | None = None,
+        *,
+        names: Iterable[str] | None = None,
+        into: Callable[[str], np.ndarray | None] | None = None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Tensors in the order of the plain files, those of a group together; see ``Checkpoint.stream``.
+
+        The matrices of one group are held beside the budget.
+        """
+        chosen = self.tensors.keys() if names is None else set(names)
+        if unknown := chosen - self.tensors.keys():
+            raise KeyError(min(unknown))
+        users: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices.values():
+            users.setdefault(matrix.tensor, []).append(matrix)
+        wanted = {self._places[name][0].group for name in chosen if name in self._places}
+        needed = {matrix.tensor for group in wanted for matrix in self._groups[group]}
+        direct = {name for name in chosen if name not in self._places}
+        waiting: dict[str, dict[str, np.ndarray]] = {}
+        plain_into = (lambda name: into(name) if name in direct else None) if into else None
+        for name, array in self.plain.stream(host_budget_bytes, names=direct | needed, into=plain_into):
+            if name in direct:
+                yield name, array
+                continue
+            for matrix in users[name]:
+                if matrix.group not in wanted:
+                    continue
+                held = waiting.setdefault(matrix.group, {})
+                held[matrix.module] = _slice(matrix, array)
+                if len(held) == len(self._groups[matrix.group]):
+                    yield from self._finished(waiting.pop(matrix.group), matrix.group, chosen, into)
+            del array
+
+    def _finished(
+        self,
+        weights: dict[str, np.ndarray],
+        group: str,
+        chosen: Iterable[str],
+        into: Callable[[str], np.ndarray | None] | None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        self._note_amax(group, weights.values())
+        for module, weight in weights.items():
+            for leaf, array in self._parts(self.matrices[module], weight).items():
+                if (name := f"{module}.{leaf}") in chosen:
+                    yield name, _put(array, into(name) if into else None)
+
+    def _note_amax(self, group: str, weights: Iterable[np.ndarray]) -> None:
+        found = [float(np.max(np.abs(weight), initial=0)) for weight in weights]
+        if not np.isfinite(found).all():
+            problems = [f"{group} cannot be quantised: its weights hold NaN or infinity, and NVFP4 has neither"]
+            raise CheckpointError(self.source, problems)
+        self._amax[group] = max(found)
+
+    def _parts(self, matrix: Matrix, weight: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            found: NVFP4Tensor = quantize(weight, amax=self._amax[matrix.group], threads=THREADS)
+        except ValueError as error:
+            raise CheckpointError(self.source, [f"{matrix.module} cannot be quantised: {error}"]) from error
+        parts = {"weight": found.packed, "weight_scale": found.block_scale}
+        parts["weight_scale_2"] = self._scalar(matrix, "weight_scale_2")
+        if matrix.module in self.amax_of_inputs:
+            parts["input_scale"] = self._scalar(matrix, "input_scale")
+        return parts
+
+    def _scalar(self, matrix: Matrix, leaf: str) -> np.ndarray:
+        amax = self._amax[matrix.group] if leaf == "weight_scale_2" else self.amax_of_inputs[matrix.module]
+        return np.asarray(global_scale(amax), np.float32).reshape(())
+
+    def _weight(self, matrix: Matrix) -> np.ndarray:
+        if matrix.tensor not in self._kept:
+            self._kept.clear()
+            array = self.plain.read(matrix.tensor)
+            if matrix.expert is None:
+                return array
+            self._kept[matrix.tensor] = array  # it holds all the experts, which are asked for one by one
+        return _slice(matrix, self._kept[matrix.tensor])
+
+
+def quantized(checkpoint: Checkpoint, amax_of_inputs: Mapping[str, float] | None = None) -> QuantizedCheckpoint:
+    """The checkpoint with all its linear layers in NVFP4 but those that recipes leave alone.
+
+    Left alone: embedding, head, routers, small gates, convolutions, the draft, and layers whose inputs are no multiple
+    of 16.
+
+    Args:
+        checkpoint: not quantised.
+        amax_of_inputs: module, as the result names it -> largest magnitude of its input. Given, inputs are quantised
+            too; then every quantised module must be there.
+    Raises:
+        CheckpointError: it is quantised already, nothing can be quantised, or inputs are missing.
+    """
+    if checkpoint.config.quantization is not None:
+        raise CheckpointError(checkpoint.source, ["it is quantised already. Load it without quantize."])
+    matrices, left_alone = matrices_of(checkpoint)
+    if not matrices:
+        raise CheckpointError(
+            checkpoint.source, [f"no linear layer has a multiple of {BLOCK} inputs: nothing to quantise"]
+        )
+    inputs = dict(amax_of_inputs or {})
+    missing = [module for module in matrices if inputs and module not in inputs]
+    if missing:
+        raise CheckpointError(checkpoint.source, [f"the calibration saw no input of {module}" for module in missing])
+    scheme = _scheme(bool(inputs))
+    consumed = {matrix.tensor for matrix in matrices.values()}
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in consumed}
+    for matrix in matrices.values():
+        tensors |= infos(checkpoint, matrix, scheme)
+    inside, beside = documents(scheme, sorted(left_alone))
+    document = checkpoint.config_document | {KEY: inside}
+    config, problems = config_from_json(document, beside=beside, found=tensors)
+    if config is None:
+        raise CheckpointError(checkpoint.source, problems)
+    given = {one.name: getattr(checkpoint, one.name) for one in dataclasses.fields(Checkpoint)}
+    given |= {"config": config, "tensors": tensors, "config_document": document, "quantization_document": beside}
+    found = {"plain": checkpoint, "matrices": matrices, "left_alone": left_alone, "amax_of_inputs": inputs}
+    return QuantizedCheckpoint(**given, **found)
+
+
+def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
+    """Open a checkpoint, seen through quantisation if ``method`` says so and it is not quantised itself.
+
+    Raises:
+        CheckpointError: as ``open_checkpoint`` and ``quantized``.
+        ValueError: another method than ``"nvfp4"``.
+    """
+    if method not in (None, "nvfp4"):
+        raise ValueError(f"quantize={method!r} is not implemented, expected 'nvfp4' or None")
+    checkpoint = open_checkpoint(uri)
+    return checkpoint if method is None or checkpoint.config.quantization is not None else quantized(checkpoint)
+
+
+def quantizes_activations(checkpoint: Checkpoint, asked: bool | None) -> bool:
+    """Whether inputs of quantised layers are quantised: as the checkpoint says (None), or as asked.
+
+    Raises:
+        ValueError: it is asked for, and the checkpoint has no scales for it.
+    """
+    quantization = checkpoint.config.quantization
+    says = quantization is not None and quantization.has_activations
+    if asked and not says:
+        raise ValueError(
+            "activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False."
+        )
+    return says if asked is None else asked
+
+
+def _scheme(activations: bool) -> Scheme:
+    return Scheme("nvfp4", activations=activations)
+
+
+def _slice(matrix: Matrix, array: np.ndarray) -> np.ndarray:
+    return array if matrix.rows is None else array[matrix.expert, matrix.rows]
+
+
+def _put(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    if out is None:
+        return array
+    out[...] = array
+    return out

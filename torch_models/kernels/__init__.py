@@ -1,0 +1,1 @@
+"""Products with NVFP4 weights: in plain torch, in Triton, and native where the device multiplies FP4 itself."""

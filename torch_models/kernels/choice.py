@@ -1,0 +1,82 @@
+"""Which NVFP4 kernel runs: decided once, from the device and what was asked for, and never silently another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_models.kernels import nvfp4_blackwell, nvfp4_reference, nvfp4_triton
+
+NAMES = ("reference", "reference-128x4", "triton", "blackwell")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How the products of quantised layers are computed.
+
+    Attributes:
+        name: one of ``NAMES``.
+        matmul: ``(x_UK, packed_NJ, scale_NQ, alpha) -> float32 [U, N]``, of weights with inputs as they are.
+        expert_matmul: ``(x_AK, packed_ENJ, scale_ENQ, alpha_ES, experts_A, ask_host=) -> float32 [A, N]``.
+        swizzles: block scales of linear layers are wanted in the 128x4 order.
+        is_native: inputs are multiplied as 4-bit codes, by the device's own instruction.
+    """
+
+    is_outside_census = True
+
+    name: str
+    matmul: Callable[..., torch.Tensor]
+    expert_matmul: Callable[..., torch.Tensor]
+    swizzles: bool = False
+    is_native: bool = False
+
+
+def choose(name: str | None, device: torch.device, *, activations: bool) -> Kernel:
+    """The kernel of a model.
+
+    Args:
+        name: one of ``NAMES``; None: the device's best, which on a CPU is the exact reference.
+        device: where the weights live.
+        activations: inputs are quantised too: then a Blackwell multiplies 4-bit codes by 4-bit codes.
+    Raises:
+        ValueError: there is no such kernel, or the device cannot run it.
+    """
+    if name is None:
+        name = _best(device, activations=activations)
+    if name not in NAMES:
+        raise ValueError(
+            f"kernel {name!r} is unknown, expected one of {', '.join(NAMES)}, or None for the device's best"
+        )
+    if name == "triton" and not nvfp4_triton.is_available(device):
+        raise ValueError(f"kernel 'triton' needs a CUDA device and triton, found {device}. Give kernel='reference'.")
+    if name == "blackwell" and not (activations and nvfp4_blackwell.is_available(device)):
+        needs = "a CUDA device of capability 10.0 and a checkpoint with quantised inputs"
+        raise ValueError(f"kernel 'blackwell' needs {needs}, found {device}. Give kernel=None.")
+    reference = (nvfp4_reference.matmul, nvfp4_reference.expert_matmul)
+    triton = (nvfp4_triton.matmul, _without_host(nvfp4_triton.expert_matmul))
+    return {
+        "reference": lambda: Kernel("reference", *reference),
+        "reference-128x4": lambda: Kernel("reference-128x4", *reference, swizzles=True),
+        "triton": lambda: Kernel("triton", *triton),
+        "blackwell": lambda: Kernel("blackwell", *triton, swizzles=True, is_native=True),
+    }[name]()
+
+
+def _best(device: torch.device, *, activations: bool) -> str:
+    if device.type == "cpu":
+        return "reference"
+    if activations and nvfp4_blackwell.is_available(device):
+        return "blackwell"
+    return "triton"  # refused where it cannot run: a slow reference on a GPU is something to ask for
+
+
+def _without_host(expert_matmul: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A kernel that never asks the host, called as one that may."""
+
+    def call(*args: Any, ask_host: bool) -> torch.Tensor:
+        return expert_matmul(*args)
+
+    return call

@@ -1,0 +1,70 @@
+"""Puts quantised layers in the place of plain ones, by module path: families know nothing of quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from loaders.quantization import Quantization, Scheme
+from torch_models.kernels.choice import Kernel, choose
+from torch_models.layers.linear import Linear, empty_param
+from torch_models.layers.moe import Experts
+from torch_models.layers.quantized import FP8Linear, NVFP4Linear
+from torch_models.layers.quantized_experts import NVFP4Experts
+
+
+def install(
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    device: torch.device,
+    *,
+    quantizes_inputs: bool,
+    kernel: str | None = None,
+) -> dict[str, str]:
+    """Replace every module that has a scheme. Nothing has storage yet.
+
+    Args:
+        model: as its family built it.
+        schemes: module path -> scheme, of the modules that are here.
+        device: where the weights will live: it decides on the kernel.
+        quantizes_inputs: as the checkpoint says; False: weights only.
+        kernel: see ``torch_models.kernels.choice``.
+    Returns:
+        Module path -> name of the kernel that runs it.
+    Raises:
+        ValueError: a kernel that the device cannot run, or one for a model that is not quantised.
+    """
+    if not schemes and kernel is not None:
+        raise ValueError(f"kernel={kernel!r} for a checkpoint that is not quantised. Leave it out.")
+    found: dict[str, str] = {}
+    for path, scheme in schemes.items():
+        owner, _, leaf = path.rpartition(".")
+        activations = scheme.activations and quantizes_inputs
+        chosen = choose(kernel, device, activations=activations) if scheme.weights == "nvfp4" else None
+        plain = model.get_submodule(path)
+        setattr(model.get_submodule(owner), leaf, _quantized(path, plain, scheme, chosen, quantizes_inputs))
+        found[path] = "fp8" if chosen is None else chosen.name
+    return found
+
+
+def _quantized(path: str, plain: nn.Module, scheme: Scheme, kernel: Kernel | None, quantizes_inputs: bool) -> nn.Module:
+    match plain, kernel:
+        case Experts(), Kernel():
+            return NVFP4Experts(plain, scheme, kernel, quantizes_inputs=quantizes_inputs)
+        case Linear(), Kernel():
+            return NVFP4Linear(plain, scheme, kernel, quantizes_inputs=quantizes_inputs)
+        case Linear(), None:
+            return FP8Linear(plain, scheme, quantizes_inputs=quantizes_inputs)
+    raise ValueError(f"{path} is {scheme}, which is not implemented for {type(plain).__name__}")
+
+
+def install_kv_scales(model: nn.Module, quantization: Quantization | None, *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
+    if quantization is None or not quantization.kv_cache:
+        return
+    for name, part in list(model.named_modules()):
+        if name.rpartition(".")[2] == "self_attn" and not name.startswith("mtp."):
+            part.k_proj.k_scale, part.v_proj.v_scale = empty_param(), empty_param()
+            part.rounds_cache = honoured

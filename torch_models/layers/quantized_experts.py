@@ -1,0 +1,98 @@
+"""The experts of a layer as stacks of 4-bit codes. Twin of the JAX file."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loaders.quantization import BLOCK, Scheme
+from torch_models.derived import copy_or_rebind_param
+from torch_models.kernels.choice import Kernel
+from torch_models.kernels.nvfp4_reference import quantized_activations
+from torch_models.layers.linear import empty_param
+from torch_models.layers.moe import STEP_TOKENS, Experts
+from torch_models.layers.quantized import multiplier
+
+
+class NVFP4Experts(nn.Module):
+    """All experts of a layer, ``w13`` [E, 2, M, D] (gate first) and ``w2`` [E, D, M], each with scales of its own.
+
+    Gate and up of one expert may have different global scales: every half of the rows is multiplied by its own alpha.
+    Derived: ``g1_alphas`` [E, 2] and ``g2_alphas`` [E].
+    """
+
+    g1_alphas: torch.Tensor
+    g2_alphas: torch.Tensor
+
+    def __init__(self, plain: Experts, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
+        super().__init__()
+        E, M, D = plain.num_experts, plain.expert_size, plain.hidden_size
+        self.hidden_size, self.num_experts, self.expert_size = D, E, M
+        scalar = (1,) if scheme.divides else ()
+        for stack, lead, rows, inner in (("w13", (E, 2), M, D), ("w2", (E,), D, M)):
+            shapes = {"codes": (rows, inner // 2), "block": (rows, inner // BLOCK), "global": scalar, "input": scalar}
+            for role, leaf in scheme.leaves.items():
+                setattr(self, f"{stack}_{leaf}", empty_param(*lead, *shapes[role]))
+        self.scheme, self.kernel = scheme, kernel
+        self.quantizes_inputs = scheme.activations and quantizes_inputs
+
+    def source(self, stack: str, role: str) -> torch.Tensor:
+        """A tensor of the checkpoint as it was loaded, of stack ``w13`` or ``w2``."""
+        return self.get_parameter(f"{stack}_{self.scheme.leaves[role]}")
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """Compute the alphas anew."""
+        for stack, name in (("w13", "g1_alphas"), ("w2", "g2_alphas")):
+            alphas = self._scalars(stack, "global")
+            copy_or_rebind_param(
+                self, name, alphas * self._scalars(stack, "input") if self.quantizes_inputs else alphas
+            )
+
+    def dequantized(self, stack: str) -> torch.Tensor:
+        """The weights of a stack, float32, with the roundings of the exporter's own definition."""
+        from torch_models.kernels.nvfp4_reference import dequantized
+
+        block = self.source(stack, "block")
+        numbers = dequantized(self.source(stack, "codes"), torch.ones_like(block), torch.float32)
+        scale = self.source(stack, "global").view(*self._scalars(stack, "global").shape, 1, 1)
+        by = block.float() / scale if self.scheme.divides else block.float() * scale
+        return (numbers.unflatten(-1, (-1, BLOCK)) * by[..., None]).flatten(-2)
+
+    def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+        x_UD, experts_A = x_BTD.flatten(0, 1), experts_BTX.flatten()
+        x_AD = x_UD.repeat_interleave(experts_BTX.shape[2], dim=0)
+        ask_host = x_BTD.shape[1] > STEP_TOKENS  # a step of decoding can be captured
+        gate_AM, up_AM = self._first(x_AD, experts_A, ask_host=ask_host).to(x_BTD.dtype).chunk(2, dim=1)
+        out_AD = self._second(F.silu(gate_AM) * up_AM, experts_A, ask_host=ask_host)
+        out_UXD = out_AD.to(x_BTD.dtype).view(*experts_BTX.flatten(0, 1).shape, -1)
+        out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
+        return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
+
+    def _first(self, x_AD: torch.Tensor, experts_A: torch.Tensor, *, ask_host: bool) -> torch.Tensor:
+        """Gate and up, float32 [A, 2M]."""
+        codes, block = self.source("w13", "codes"), self.source("w13", "block")
+        run = self.kernel.expert_matmul
+        if not self.quantizes_inputs:
+            return run(x_AD, codes.flatten(1, 2), block.flatten(1, 2), self.g1_alphas, experts_A, ask_host=ask_host)
+        # gate and up may have different input scales, and so see different codes: each is an expert of its own here
+        scale_A2 = self._scalars("w13", "input")[experts_A]
+        rows_BD = quantized_activations(x_AD[:, None].expand(-1, 2, -1), scale_A2[..., None]).flatten(0, 1)
+        halves_B = (experts_A[:, None] * 2 + torch.arange(2, device=experts_A.device)).flatten()
+        alphas = self.g1_alphas.view(-1, 1)
+        out_BM = run(rows_BD, codes.flatten(0, 1), block.flatten(0, 1), alphas, halves_B, ask_host=ask_host)
+        return out_BM.view(len(experts_A), -1)
+
+    def _second(self, x_AM: torch.Tensor, experts_A: torch.Tensor, *, ask_host: bool) -> torch.Tensor:
+        """Down, float32 [A, D]."""
+        if self.quantizes_inputs:
+            x_AM = quantized_activations(x_AM, self._scalars("w2", "input")[experts_A][:, None])
+        given = (self.source("w2", "codes"), self.source("w2", "block"), self.g2_alphas.view(-1, 1))
+        return self.kernel.expert_matmul(x_AM, *given, experts_A, ask_host=ask_host)
+
+    def _scalars(self, stack: str, role: str) -> torch.Tensor:
+        """Global scales as multipliers, [E, 2] or [E]."""
+        scale = multiplier(self.source(stack, role), self.scheme)
+        return scale.squeeze(-1) if self.scheme.divides else scale
