@@ -54,7 +54,7 @@ class Programs:
     ) -> None:
         family = model_class(config)
 
-        def build() -> nnx.Module:
+        def build() -> Any:
             module = family(config, stage, mesh, dtype)
             install(module, specs_of(config, stage), config.dims(), mesh, quantizes_inputs=quantizes_inputs)
             install_kv_scales(module, config.quantization, honoured=quantizes_inputs)

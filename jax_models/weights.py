@@ -52,7 +52,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         embed: [V, D] in the stored dtype, JAX or NumPy (copied).
         head: likewise; in a tied model only the embedding itself or an equal array.
     Raises:
-        ValueError: listing wrong shapes and dtypes, or a head that a tied model cannot have.
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised.
     """
     specs = specs_of(model.config, model.stage)
     flat = flatten(model.weights)
@@ -60,6 +60,11 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
     problems = [problem for half, (name, value) in asked.items() for problem in _misfits(half, value, flat[name])]
+    problems += [
+        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half, (name, value) in asked.items()
+        if name.rpartition(".")[0] in specs.schemes and value is not flat[name]
+    ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")
     if model.config.tie_word_embeddings and "head" in asked:

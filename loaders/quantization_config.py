@@ -109,7 +109,7 @@ def _modelopt(where: str, document: Any, groups: Any) -> tuple[Recipe | None, li
     if algorithm == "MIXED_PRECISION":  # its table is the whole truth: exporters' config_groups contradict it
         named, more = _layers(where, document.get("quantized_layers"))
         problems += more
-        schemes = dict.fromkeys(named.values())
+        schemes = {} if problems else dict.fromkeys(named.values())
         assigned = tuple((patterns(name for name in named if named[name] == one), one) for one in schemes)
     else:
         if "NVFP4" in str(algorithm):

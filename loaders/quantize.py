@@ -134,7 +134,7 @@ class QuantizedCheckpoint(Checkpoint):
                     yield name, _put(array, into(name) if into else None)
 
     def _note_amax(self, group: str, weights: Iterable[np.ndarray]) -> None:
-        found = [float(np.max(np.abs(weight), initial=0)) for weight in weights]
+        found = [_largest(weight) for weight in weights]
         if not np.isfinite(found).all():
             problems = [f"{group} cannot be quantised: its weights hold NaN or infinity, and NVFP4 has neither"]
             raise CheckpointError(self.source, problems)
@@ -239,6 +239,13 @@ def _scheme(activations: bool) -> Scheme:
 
 def _slice(matrix: Matrix, array: np.ndarray) -> np.ndarray:
     return array if matrix.rows is None else array[matrix.expert, matrix.rows]
+
+
+def _largest(weight: np.ndarray) -> float:
+    """The largest magnitude. Those of floats are in order as integers too, NaN last, and those NumPy is quick on."""
+    unsigned = np.dtype(f"u{weight.itemsize}")
+    magnitude = weight.view(unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)
+    return float(np.max(magnitude, initial=0).astype(unsigned).view(weight.dtype))
 
 
 def _put(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:

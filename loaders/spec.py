@@ -99,9 +99,9 @@ class Rule:
 
     Rules of one parameter may differ in ``form``: exporters fuse experts or they do not, and a checkpoint has one form
     of each parameter. A fused tensor is the parameter itself with some axes merged; ``param_dims`` are those unmerged.
-    ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises, ``is_gate`` one
-    so small that recipes leave it alone.
-    ``dtype`` is the one safetensors dtype it may have; None: any float.
+    ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises,
+    ``is_gate`` one so small that recipes leave it alone. ``dtype`` is the one safetensors dtype it may have; None: any
+    float.
     """
 
     tensor: str

@@ -36,13 +36,19 @@ class Backend:
     place: Any
 
     def load(
-        self, uri: Any, *, dtype: str | None = None, stage: tuple[int, int] | None = None, mtp: bool = False
+        self,
+        uri: Any,
+        *,
+        dtype: str | None = None,
+        stage: tuple[int, int] | None = None,
+        mtp: bool = False,
+        weight_only: bool = False,
     ) -> Any:
-        """The backend's model of a checkpoint; see its ``load``."""
+        """The backend's model of a checkpoint; see its ``load``. ``weight_only``: inputs are never quantised."""
+        options = {"dtype": dtype, "stage": stage, "mtp": mtp}
+        options |= {"activation_quantization": False} if weight_only else {}
         with self.scope():
-            if self.name == "torch":
-                return self.module.load(uri, dtype=dtype, device=self.place, stage=stage, mtp=mtp)
-            return self.module.load(uri, dtype=dtype, stage=stage, mtp=mtp)
+            return self.module.load(uri, **options, **({"device": self.place} if self.name == "torch" else {}))
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Where the model must be used so that it runs on this device."""

@@ -17,6 +17,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("record", "parity.commands.record", "run one backend and write a trace"),
     ("run", "parity.commands.run", "record two backends and the oracle, and compare"),
     ("export", "parity.commands.export", "load a checkpoint and write its tensors back, bit for bit"),
+    ("quantize", "parity.commands.quantize", "write a checkpoint in NVFP4, as ModelOpt does"),
     ("generate", "parity.commands.generate", "continue a prompt of token ids"),
     ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
     ("lifecycle", "parity.commands.lifecycle", "take live models through every change, and check each"),

@@ -46,10 +46,14 @@ class JaxLive:
         return [name for name in before if name not in changed and before[name] is not after[name]]
 
     def poison(self, model: Any) -> Any:
-        """Every parameter NaN: what the next load does not write will scream."""
+        """Every bit of every parameter set: what the next load does not write will scream.
+
+        That is NaN in every float, and -6 in codes.
+        """
 
         def poisoned(leaf: jax.Array) -> jax.Array:
-            return jax.device_put(np.full(leaf.shape, np.nan, leaf.dtype), leaf.sharding)
+            screaming = np.full((*leaf.shape, leaf.dtype.itemsize), 255, np.uint8)
+            return jax.device_put(screaming.view(leaf.dtype)[..., 0], leaf.sharding)
 
         return model.replace(weights=jax.tree.map(poisoned, model.weights))
 

@@ -93,6 +93,11 @@ class Bench:
         self._same_as = {tied.tensor: tied.same_as for tied in self.specs.tied}
         self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
 
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """What can be swapped: a quantised head cannot, its codes mean nothing without their scales."""
+        return tuple(half for half in HALVES if half != "head" or "lm_head" not in self.specs.schemes)
+
     def path(self, letter: str) -> Path:
         return self.checkpoints[letter].source.path
 
@@ -199,6 +204,7 @@ class LiveModel:
 
     def swap(self, letter: str, halves: tuple[str, ...] = HALVES, values: Mapping[str, Any] | None = None) -> None:
         """Take embedding, head or both from another checkpoint; ``values``: as arrays of a model, else NumPy."""
+        halves = tuple(half for half in halves if half in self.bench.halves)
         given = {half: (values or {}).get(half, self.bench.half(half, letter)) for half in halves}
         given = {half: value for half, value in given.items() if value is not None}
         if not given:

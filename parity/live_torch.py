@@ -38,9 +38,12 @@ class TorchLive:
 
     @torch.no_grad()
     def poison(self, model: Any) -> Any:
-        """Every parameter NaN, behind the model's back: what the next load does not write will scream."""
+        """Every bit of every parameter set, behind the model's back: what the next load does not write will scream.
+
+        That is NaN in every float, and -6 in codes.
+        """
         for param in model.parameters():
-            param.fill_(float("nan"))
+            param.view(-1).view(torch.uint8).fill_(255)
         return model
 
     def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,16 +93,20 @@ def record_model(
             tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
     dtype = str(model.dtype).removeprefix("torch.")
     found = model.digests()
+    is_quantized = model.config.quantization is not None
     meta = make_meta(
         backend=backend.name,
         dtype=dtype,
         input_hash=input_hash(**inputs),
         device=backend.device,
         versions=backend.versions(),
-        precision=backend.precision(dtype),
+        # two runs of one checkpoint that differ in this computed different things
+        precision=backend.precision(dtype) | ({"quantized_inputs": model.quantizes_inputs} if is_quantized else {}),
         weights={"digests": found, "root": root_digest(found)},
         events=[dataclasses.asdict(event) for event in model.events],
         checkpoint=str(model.checkpoint.source),
+        weight_only=not model.quantizes_inputs if is_quantized else None,
+        kernels=dict(Counter(model.kernels.values())) if is_quantized else None,
     )
     return Trace(tensors | _given(inputs), meta)
 
@@ -160,9 +165,13 @@ def record(
     max_new_tokens: int | None = None,
     ignore_eos: bool = False,
     mtp: bool = False,
+    weight_only: bool = False,
 ) -> Trace:
-    """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``."""
-    model = backend.load(uri, dtype=dtype, mtp=mtp)
+    """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``.
+
+    ``weight_only``: whatever the checkpoint says, inputs of quantised layers are not quantised.
+    """
+    model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
     if reload is not None:
         with backend.scope():
             model = model.update_weights_from_disk(reload)

@@ -121,16 +121,20 @@ def make_meta(
     weights: dict[str, Any] | None = None,
     events: list[Any] | None = None,
     checkpoint: str = "",
+    weight_only: bool | None = None,
+    kernels: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The metadata document of a trace, as recorders write it.
 
     ``weights`` is ``{"digests": {name: hex}, "root": hex}`` as ``loaders.digest`` makes them. ``precision`` holds the
     flags in force: a key that two traces share must agree between them, so give shared meanings shared names
-    (``matmul``) and spell the rest per backend; what only one declares is shown and not judged.
+    (``matmul``) and spell the rest per backend; what only one declares is shown and not judged. Of a quantised model,
+    and no other, there are ``weight_only`` (inputs were not quantised) and ``kernels`` (how many modules run which).
     """
     document = {"schema": SCHEMA, "backend": backend, "dtype": dtype, "device": device, "versions": versions or {}}
     document |= {"precision": precision or {}, "events": events or [], "input_hash": input_hash}
-    document |= {"checkpoint": checkpoint} | ({} if weights is None else {"weights": weights})
+    optional = {"weights": weights, "weight_only": weight_only, "kernels": kernels}
+    document |= {"checkpoint": checkpoint} | {key: value for key, value in optional.items() if value is not None}
     return document
 
 

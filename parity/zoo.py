@@ -8,6 +8,7 @@ agree by accident. What that means in numbers is checked in tests/parity/test_zo
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,16 +99,17 @@ def make_checkpoint(
     def read(tensor: str) -> np.ndarray:
         return weights[tensor].draw().astype(np.float32).astype(dtypes.to_numpy(plan[tensor].dtype))
 
-    found, beside = (plan, read), None
+    values: Callable[[str], np.ndarray] = read
+    beside = None
     if quantization is not None:
-        *found, inside, beside = quantize_zoo(name, config, plan, read, quantization, seed=seed)
+        plan, values, inside, beside = quantize_zoo(name, config, plan, read, quantization, seed=seed)
         document |= {} if inside is None else {"quantization_config": inside}
     documents = {
         "config": document,
         "generation": {"do_sample": False, "eos_token_id": list(config.eos_token_id)},
         "quantization": beside,
     }
-    return write_checkpoint(directory, *found, **documents, max_file_bytes=max_file_bytes)
+    return write_checkpoint(directory, plan, values, **documents, max_file_bytes=max_file_bytes)
 
 
 def canaries(config: ModelConfig) -> tuple[int, ...]:

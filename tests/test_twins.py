@@ -25,6 +25,7 @@ ONLY_JAX: dict[str, str] = {
         f"draft.py: {line}": "torch has no compiled programs; the draft runs as it stands"
         for line in ("DraftPrograms", "DraftPrograms.__init__()")
     },
+    "layers/products.py": "a mesh is JAX's alone; torch calls its kernels straight",
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
 ONLY_TORCH: dict[str, str] = {
@@ -33,6 +34,8 @@ ONLY_TORCH: dict[str, str] = {
         for name in ("bound", "empty_cache", "extend", "step")
     },
     "layers/norm.py: GemmaRMSNorm.derive()": "JAX computes what is derived inside every program",
+    "layers/quantized.py: NVFP4Linear.derive()": "JAX computes what is derived inside every program",
+    "layers/quantized_experts.py: NVFP4Experts.derive()": "JAX computes what is derived inside every program",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }
 

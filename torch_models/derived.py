@@ -59,7 +59,7 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: torch.Tensor) -> N
     Args:
         module: the layer.
         name: of a parameter, a buffer, or nothing yet.
-        value: any tensor; copied where it shares storage with something.
+        value: any tensor; copied where it shares storage with another of the module's.
     """
     value = value.detach()
     held = getattr(module, name, None)
@@ -67,7 +67,8 @@ def copy_or_rebind_param(module: nn.Module, name: str, value: torch.Tensor) -> N
         # what is written may be a view of where it is written
         held.copy_(value.clone() if _share_storage(held, value) else value)
         return
-    value = value.clone() if value._is_view() or isinstance(value, nn.Parameter) else value
+    beside = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    value = value.clone() if any(_share_storage(value, other) for other in beside) else value
     if isinstance(held, nn.Parameter):
         held.data = value
         held.requires_grad_(False)
@@ -106,8 +107,8 @@ def alias_or_bind_derived_param(
         return
     if (stale := _stale_rows(module, source_name, source, value)) is not None:
         raise RuntimeError(
-            f"{source_name} holds {'some ' if stale < len(_rows(source)) else ''}bytes of {derived_name} still, not what"
-            f" was loaded: {stale} of {len(_rows(source))} rows would be derived twice. Load all of {source_name} first."
+            f"{source_name} holds bytes of {derived_name} still, not what was loaded: {stale} of {len(_rows(source))}"
+            f" rows would be derived twice. Load all of {source_name} first."
         )
     source.copy_(value.clone() if _share_storage(source, value) else value)
     _lodgers(module)[source_name] = Lodger(derived_name, _checksums(source))

@@ -53,7 +53,8 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         embed: [V, D] in the stored dtype, a tensor of any device, or NumPy.
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
-        ValueError: listing wrong shapes and dtypes, or a head that a tied model cannot have. Nothing was changed.
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised.
+            Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
     model.check_runnable()
@@ -63,6 +64,11 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
     problems = [
         problem for half, (name, value) in asked.items() for problem in _misfits(half, value, model.get_parameter(name))
+    ]
+    problems += [
+        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half, (name, value) in asked.items()
+        if name.rpartition(".")[0] in specs.schemes and value is not model.get_parameter(name)
     ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")

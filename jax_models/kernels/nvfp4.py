@@ -189,17 +189,19 @@ def _run(
     """
     A, (_, N, J) = len(rows_AK), packed_ENJ.shape
     packed_ENJ, scale_ENQ = _whole_lanes(packed_ENJ, scale_ENQ)
-    low_AJ, high_AJ = _columns(rows_AK, blocks.steps * blocks.bytes - J)
+    is_narrow = scale_ENQ.shape[-1] < _LANES
+    scale = scale_ENQ.swapaxes(1, 2) if is_narrow else scale_ENQ  # as XLA lays out what is narrow, else a copy a call
+    low, high = _columns(rows_AK, blocks.steps * blocks.bytes - J)
     # all groups: how many of them have rows is not known here
-    num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * low_AJ.nbytes + 4 * A * N
+    num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * low.nbytes + 4 * A * N
     return pl.pallas_call(
-        partial(_kernel, blocks=blocks, num_scales=scale_ENQ.shape[-1]),
+        partial(_kernel, blocks=blocks, num_scales=scale_ENQ.shape[-1], is_narrow=is_narrow),
         out_shape=jax.ShapeDtypeStruct((A, N), jnp.float32),
-        grid_spec=_grid_spec(blocks, pl.cdiv(N, blocks.outputs), num_tiles),
+        grid_spec=_grid_spec(blocks, pl.cdiv(N, blocks.outputs), num_tiles, is_narrow),
         cost_estimate=pl.CostEstimate(flops=4 * A * N * J, bytes_accessed=num_bytes, transcendentals=0),
         interpret=interpret,
         name="nvfp4_matmul",
-    )(*tiles, low_AJ, high_AJ, packed_ENJ, scale_ENQ)
+    )(*tiles, low, high, packed_ENJ, scale)
 
 
 def _whole_lanes(packed_ENJ: jax.Array, scale_ENQ: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -218,7 +220,9 @@ def _columns(x_AK: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(low_AJ, ((0, 0), (0, missing))), jnp.pad(high_AJ, ((0, 0), (0, missing)))
 
 
-def _grid_spec(blocks: _Blocks, num_outputs: int, num_tiles: int | jax.Array) -> pltpu.PrefetchScalarGridSpec:
+def _grid_spec(
+    blocks: _Blocks, num_outputs: int, num_tiles: int | jax.Array, is_narrow: bool
+) -> pltpu.PrefetchScalarGridSpec:
     """A tile beyond ``num_tiles`` is not run, so it fetches nothing."""
 
     def x_at(_: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
@@ -230,7 +234,13 @@ def _grid_spec(blocks: _Blocks, num_outputs: int, num_tiles: int | jax.Array) ->
     def found_at(n: Index, tile: Index, _: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
         return numbers[tile], n
 
+    def narrow_at(n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+        return groups[tile], k, n
+
     num_scales = blocks.bytes * 2 // BLOCK
+    scale_spec = pl.BlockSpec((None, blocks.outputs, num_scales), weight_at)
+    if is_narrow:
+        scale_spec = pl.BlockSpec((None, num_scales, blocks.outputs), narrow_at)
     x_spec = pl.BlockSpec((blocks.rows, blocks.bytes * (blocks.steps if blocks.resident else 1)), x_at)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
@@ -239,7 +249,7 @@ def _grid_spec(blocks: _Blocks, num_outputs: int, num_tiles: int | jax.Array) ->
             x_spec,
             x_spec,
             pl.BlockSpec((None, blocks.outputs, blocks.bytes), weight_at),
-            pl.BlockSpec((None, blocks.outputs, num_scales), weight_at),
+            scale_spec,
         ],
         out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), found_at),
         scratch_shapes=[
@@ -267,6 +277,7 @@ def _kernel(
     *,
     blocks: _Blocks,
     num_scales: int,
+    is_narrow: bool,
 ) -> None:
     """One block of a weight times one tile of rows, added to ``sums``; ``found`` is written after the last of K.
 
@@ -286,14 +297,15 @@ def _kernel(
         sums[...] = jnp.zeros_like(sums)
 
     is_inside = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1) < num_scales - k * scales.shape[1]
-    scales[...] = jnp.where(is_inside, scale[...].astype(jnp.float32) / _UNIT, 0.0)  # behind a row's end is anything
+    block = scale[...].astype(jnp.float32).T if is_narrow else scale[...].astype(jnp.float32)
+    scales[...] = jnp.where(is_inside, block / _UNIT, 0.0)  # behind a row's end is anything
     first = pl.multiple_of(k * blocks.bytes, _LANES) if blocks.resident else 0
 
     def add(group: Index, _: None) -> None:
         outputs = pl.ds(pl.multiple_of(group * _GROUP, _GROUP), _GROUP)
-        for half, weight_256J in zip((low, high), _expanded(packed, scales, spread, group), strict=True):
+        for half, weight_NJ in zip((low, high), _expanded(packed, scales, spread, group), strict=True):
             x = half[:, pl.ds(first, blocks.bytes)]
-            sums[:, outputs] += jax.lax.dot_general(x, weight_256J, _NT, preferred_element_type=jnp.float32)
+            sums[:, outputs] += jax.lax.dot_general(x, weight_NJ, _NT, preferred_element_type=jnp.float32)
 
     jax.lax.fori_loop(0, blocks.outputs // _GROUP, add, None)
 
@@ -315,13 +327,13 @@ def _in_order(sums: Ref, turned: Ref, row: int, output: int) -> None:
 
 
 def _expanded(packed: Ref, scales: Ref, spread: Ref, group: Index) -> tuple[jax.Array, jax.Array]:
-    """256 outputs as bfloat16 [256, J]: of the low nibbles and of the high ones, even outputs before odd ones."""
+    """N = 256 outputs as bfloat16 [N, J]: of the low nibbles and of the high ones, even outputs before odd ones."""
     first = pl.multiple_of(group * _GROUP, _GROUP)
     even_and_odd = [scales[pl.ds(first + odd, _GROUP // 2, 2), :] for odd in (0, 1)]
-    scale_256Q = jnp.concatenate(even_and_odd, axis=0).astype(jnp.bfloat16)
-    factor_256J = jnp.dot(scale_256Q, spread[...], preferred_element_type=jnp.float32).astype(jnp.bfloat16)  # exact
-    low_256J, high_256J = _patterns(pltpu.bitcast(packed[pl.ds(first, _GROUP), :], jnp.int32))
-    return low_256J * factor_256J, high_256J * factor_256J
+    scale_NQ = jnp.concatenate(even_and_odd, axis=0).astype(jnp.bfloat16)
+    factor_NJ = jnp.dot(scale_NQ, spread[...], preferred_element_type=jnp.float32).astype(jnp.bfloat16)  # exact
+    low_NJ, high_NJ = _patterns(pltpu.bitcast(packed[pl.ds(first, _GROUP), :], jnp.int32))
+    return low_NJ * factor_NJ, high_NJ * factor_NJ
 
 
 def _patterns(words: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -63,6 +63,7 @@ def install_kv_scales(model: nnx.Module, quantization: Quantization | None, *, h
     """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
     if quantization is None or not quantization.kv_cache:
         return
+    part: Any
     for path, part in list(nnx.iter_modules(model)):
         if path[-1:] == ("self_attn",) and path[0] != "mtp":
             part.k_proj.k_scale, part.v_proj.v_scale = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))

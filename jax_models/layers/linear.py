@@ -19,6 +19,9 @@ class Linear(nnx.Module):
     gives back the checkpoint's bytes.
     """
 
+    k_scale: nnx.Param  # of a key projection, where keys are kept in FP8
+    v_scale: nnx.Param
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
         if bias:

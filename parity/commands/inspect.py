@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from loaders import Checkpoint, Stage
+GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
     parser.add_argument("--stages", metavar="N", type=int, default=1, help="pipeline stages to plan for")
     parser.add_argument("--tensor", metavar="N", type=int, default=1, help="tensor-parallel devices (needs jax)")
     parser.add_argument("--expert", metavar="N", type=int, default=1, help="expert-parallel devices (needs jax)")
@@ -22,84 +20,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from loaders import Stage, open_checkpoint
+    from loaders import Stage
+    from parity.inspection import Devices, inspect_stage, open_subject, quantisation
 
-    checkpoint = open_checkpoint(args.checkpoint)
-    stages = [_stage(checkpoint, Stage(index, args.stages, args.mtp), args) for index in range(args.stages)]
-    found = {
-        "checkpoint": str(checkpoint.source),
-        "architecture": checkpoint.config.architecture,
-        "config": checkpoint.config_document,
-        "files": len(checkpoint.identities),
-        "tensors": len(checkpoint.tensors),
-        "bytes": checkpoint.num_bytes,
-        "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
-        "quantisation": "none",  # a quantised checkpoint does not open: its options are refused by name
-        "stages": stages,
-    }
+    for name in ("stages", "tensor", "expert"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    subject = open_subject(args.checkpoint)
+    devices = Devices(args.tensor, args.expert)
+    stages = [inspect_stage(subject, Stage(index, args.stages, args.mtp), devices) for index in range(args.stages)]
+    found = {"checkpoint": subject.where, "architecture": subject.config.architecture, "config": subject.document}
+    if (checkpoint := subject.checkpoint) is not None:
+        found |= {
+            "files": len(checkpoint.identities),
+            "tensors": len(checkpoint.tensors),
+            "bytes": checkpoint.num_bytes,
+            "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
+        }
+    found |= {"quantisation": quantisation(subject), "stages": stages}
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0
 
 
-def _stage(checkpoint: Checkpoint, stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
-    from loaders.dtypes import bits
-    from loaders.plan import plan_load
-
-    plan = plan_load(checkpoint, stage)
-    sizes = {}
-    for spec in plan.specs:
-        sizes[spec.name] = math.prod(spec.shape) * bits(plan.dtypes[spec.name]) // 8
-    report = plan.report()
-    layers = stage.layers(checkpoint.config.num_hidden_layers)
-    found: dict[str, Any] = {
-        "stage": stage.index,
-        "layers": [layers.start, layers.stop],
-        "parameters": len(plan.specs.params),
-        "bytes": sum(sizes.values()),
-        "tensors_loaded": report.num_tensors,
-        "tensors_verified": list(report.verified),
-        "tensors_left_out": list(report.left_out),
-        "tensors_of_other_stages": report.other_stages,
-    }
-    if args.tensor * args.expert > 1:
-        found |= _per_device(checkpoint, plan.specs.params, sizes, args)
-    return found
-
-
-def _per_device(checkpoint: Checkpoint, params: Any, sizes: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
-    from jax.sharding import AbstractMesh
-
-    from jax_models.sharding import axes_of, param_spec, replicated
-
-    mesh = AbstractMesh((args.expert, args.tensor), ("expert", "tensor"))
-    dims = checkpoint.config.dims()
-    total = 0
-    for spec in params:
-        parts = 1
-        for axis in param_spec(spec, dims, mesh):
-            parts *= math.prod(mesh.shape[name] for name in axes_of(axis))
-        total += sizes[spec.name] // parts
-    return {"bytes_per_device": total, "replicated": replicated(params, dims, mesh)}
-
-
 def _text(found: dict[str, Any]) -> str:
     config = found["config"]
-    lines = [
-        f"{found['checkpoint']}: {found['architecture']}, {found['tensors']} tensors in {found['files']} file(s), "
-        f"{found['bytes']:,} bytes, {', '.join(f'{count} {name}' for name, count in found['dtypes'].items())}",
-        "config: " + ", ".join(f"{key}={config[key]}" for key in sorted(config) if key != "architectures"),
-    ]
-    for stage in found["stages"]:
-        first, last = stage["layers"]
-        lines.append(
-            f"stage {stage['stage']}: layers {first}..{last - 1}, {stage['parameters']} parameters,"
-            f" {stage['bytes']:,} bytes"
-            f" from {stage['tensors_loaded']} tensors; {len(stage['tensors_verified'])} verified as tied,"
-            f" {len(stage['tensors_left_out'])} left out, {stage['tensors_of_other_stages']} of other stages"
+    said = "a configuration without weights; plain floats are counted as bfloat16"
+    if "files" in found:
+        said = (
+            f"{found['tensors']} tensors in {found['files']} file(s), {found['bytes']:,} bytes, "
+            f"{', '.join(f'{count} {name}' for name, count in found['dtypes'].items())}"
         )
-        if "bytes_per_device" in stage:
-            lines.append(
-                f"  per device: {stage['bytes_per_device']:,} bytes; whole on every device: "
-                f"{', '.join(stage['replicated']) or 'nothing that could be cut'}"
-            )
+    documents = ("architectures", "quantization_config")
+    lines = [
+        f"{found['checkpoint']}: {found['architecture']}, {said}",
+        "config: " + ", ".join(f"{key}={config[key]}" for key in sorted(config) if key not in documents),
+    ]
+    if isinstance(found["quantisation"], dict):
+        lines.append(_quantisation_text(found["quantisation"]))
+    for stage in found["stages"]:
+        lines += _stage_text(stage)
     return "\n".join(lines)
+
+
+def _quantisation_text(found: dict[str, Any]) -> str:
+    schemes = "; ".join(f"{scheme}: {count} modules" for scheme, count in found["schemes"].items())
+    return f"quantised ({found['format']}): {schemes or 'nothing'}; keys and values: {found['kv_cache']}"
+
+
+def _stage_text(stage: dict[str, Any]) -> list[str]:
+    first, last = stage["layers"]
+    line = (
+        f"stage {stage['stage']}: layers {first}..{last - 1}, {stage['parameters']} parameters,"
+        f" {stage['bytes']:,} bytes from {stage['tensors_loaded']} tensors"
+    )
+    if "tensors_verified" in stage:
+        line += (
+            f"; {len(stage['tensors_verified'])} verified as tied, {len(stage['tensors_left_out'])} left out,"
+            f" {stage['tensors_of_other_stages']} of other stages"
+        )
+    lines = [line]
+    if "bytes_per_device" in stage:
+        whole = ", ".join(stage["replicated"]) or "nothing that could be cut"
+        lines.append(f"  per device: {stage['bytes_per_device']:,} bytes; whole on every device: {whole}")
+    if "quantised" in stage:
+        lines += _saved_text(stage["quantised"])
+    return lines
+
+
+def _saved_text(found: dict[str, Any]) -> list[str]:
+    spelled = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name in found["left_alone"]]
+    left = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(spelled).items())
+    saved = f"{found['bytes_saved']:,} less than in bfloat16"
+    lines = [
+        f"  quantised weights: {found['bytes']:,} bytes with their scales, {saved}; left alone: {left or 'nothing'}"
+    ]
+    if found["block_scale_bytes"]:
+        size = f"{found['block_scale_bytes'] / GIB:.2f} GiB per device"
+        copy = "a second, swizzled copy would cost as much"
+        lines.append(f"  block scales: {size}; {copy}: aliasing saves {size}")
+    return lines

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             ignore_eos=args.ignore_eos,
             mtp=args.mtp,
+            weight_only=args.weight_only,
         )
     trace.save(args.output)
     print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")

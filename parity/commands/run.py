@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(args.checkpoint)
     inputs = read_inputs(args.inputs) if args.inputs else default_inputs(checkpoint)
-    options = {name: getattr(args, name) for name in ("dtype", "max_new_tokens", "ignore_eos", "mtp")}
+    options = {name: getattr(args, name) for name in ("dtype", "max_new_tokens", "ignore_eos", "mtp", "weight_only")}
     a = record(args.checkpoint, open_backend(args.a, args.device_a or args.device), inputs, **options)
     b = record(args.checkpoint, open_backend(args.b, args.device_b or args.device), inputs, **options)
     # each against its own expert choices: a flip between near-equal experts is not an error of arithmetic

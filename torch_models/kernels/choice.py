@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -56,7 +55,7 @@ def choose(name: str | None, device: torch.device, *, activations: bool) -> Kern
         needs = "a CUDA device of capability 10.0 and a checkpoint with quantised inputs"
         raise ValueError(f"kernel 'blackwell' needs {needs}, found {device}. Give kernel=None.")
     reference = (nvfp4_reference.matmul, nvfp4_reference.expert_matmul)
-    triton = (nvfp4_triton.matmul, _without_host(nvfp4_triton.expert_matmul))
+    triton = (nvfp4_triton.matmul, nvfp4_triton.expert_matmul)
     return {
         "reference": lambda: Kernel("reference", *reference),
         "reference-128x4": lambda: Kernel("reference-128x4", *reference, swizzles=True),
@@ -71,12 +70,3 @@ def _best(device: torch.device, *, activations: bool) -> str:
     if activations and nvfp4_blackwell.is_available(device):
         return "blackwell"
     return "triton"  # refused where it cannot run: a slow reference on a GPU is something to ask for
-
-
-def _without_host(expert_matmul: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A kernel that never asks the host, called as one that may."""
-
-    def call(*args: Any, ask_host: bool) -> torch.Tensor:
-        return expert_matmul(*args)
-
-    return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ def install_kv_scales(model: nn.Module, quantization: Quantization | None, *, ho
     """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
     if quantization is None or not quantization.kv_cache:
         return
+    part: Any
     for name, part in list(model.named_modules()):
         if name.rpartition(".")[2] == "self_attn" and not name.startswith("mtp."):
             part.k_proj.k_scale, part.v_proj.v_scale = empty_param(), empty_param()

@@ -27,6 +27,9 @@ class Linear(nn.Module):
     gives back the checkpoint's bytes.
     """
 
+    k_scale: torch.Tensor  # of a key projection, where keys are kept in FP8
+    v_scale: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = empty_param(out_features, in_features)

@@ -1,8 +1,8 @@
 """Linear layers whose weight is stored quantised, under the checkpoint's own names. Twin of the JAX file.
 
-Sources (law 4) are the checkpoint's codes and scales and stay as they were loaded. Derived from them: ``alpha``, what a
-product of codes and block scales is multiplied by; with quantised inputs ``input_scale_inv``; and, for kernels that want
-it so, ``weight_scale_interleaved``, which takes the storage of the block scales when it is as large.
+Sources (law 4) are the checkpoint's codes and scales and stay as they were loaded. Derived from them: ``alpha``, what
+a product of codes and block scales is multiplied by; with quantised inputs ``input_scale_inv``; and, for kernels that
+want it so, ``weight_scale_interleaved``, which takes the storage of the block scales when it is as large.
 """
 
 from __future__ import annotations
@@ -74,10 +74,7 @@ class NVFP4Linear(nn.Module):
 
     def dequantized(self) -> torch.Tensor:
         """The weight, float32 [N, K], with the roundings of the exporter's own definition."""
-        numbers = dequantized(self.source("codes"), torch.ones_like(self.source("block")), torch.float32)
-        scale, block = self.source("global").view(()), self.source("block").float()
-        by = block / scale if self.scheme.divides else block * scale
-        return (numbers.unflatten(-1, (-1, BLOCK)) * by[..., None]).flatten(-2)
+        return exact_weight(self.source("codes"), self.source("block"), self.source("global").view(()), self.scheme)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
@@ -145,3 +142,12 @@ class FP8Linear(nn.Module):
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
         return F.linear(x, self.weight.to(x.dtype)).float() * alpha
+
+
+def exact_weight(codes: torch.Tensor, block: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Codes [..., N, K/2] expanded to float32 [..., N, K], with the roundings of the exporter's own definition."""
+    numbers = dequantized(codes, torch.ones_like(block), torch.float32)
+    by = block.float() / scale if scheme.divides else block.float() * scale
+    if not scheme.divides:
+        numbers = numbers + 0.0  # modelopt reads the code of -0 as 0
+    return (numbers.unflatten(-1, (-1, BLOCK)) * by[..., None]).flatten(-2)

@@ -12,7 +12,7 @@ from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import quantized_activations
 from torch_models.layers.linear import empty_param
 from torch_models.layers.moe import STEP_TOKENS, Experts
-from torch_models.layers.quantized import multiplier
+from torch_models.layers.quantized import exact_weight, multiplier
 
 
 class NVFP4Experts(nn.Module):
@@ -52,13 +52,8 @@ class NVFP4Experts(nn.Module):
 
     def dequantized(self, stack: str) -> torch.Tensor:
         """The weights of a stack, float32, with the roundings of the exporter's own definition."""
-        from torch_models.kernels.nvfp4_reference import dequantized
-
-        block = self.source(stack, "block")
-        numbers = dequantized(self.source(stack, "codes"), torch.ones_like(block), torch.float32)
-        scale = self.source(stack, "global").view(*self._scalars(stack, "global").shape, 1, 1)
-        by = block.float() / scale if self.scheme.divides else block.float() * scale
-        return (numbers.unflatten(-1, (-1, BLOCK)) * by[..., None]).flatten(-2)
+        scale = self._scalars(stack, "global", as_stored=True)[..., None, None]
+        return exact_weight(self.source(stack, "codes"), self.source(stack, "block"), scale, self.scheme)
 
     def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
@@ -92,7 +87,8 @@ class NVFP4Experts(nn.Module):
         given = (self.source("w2", "codes"), self.source("w2", "block"), self.g2_alphas.view(-1, 1))
         return self.kernel.expert_matmul(x_AM, *given, experts_A, ask_host=ask_host)
 
-    def _scalars(self, stack: str, role: str) -> torch.Tensor:
-        """Global scales as multipliers, [E, 2] or [E]."""
-        scale = multiplier(self.source(stack, role), self.scheme)
-        return scale.squeeze(-1) if self.scheme.divides else scale
+    def _scalars(self, stack: str, role: str, *, as_stored: bool = False) -> torch.Tensor:
+        """Global scales, [E, 2] or [E], as multipliers unless they are wanted as stored."""
+        scale = self.source(stack, role)
+        scale = scale.squeeze(-1) if self.scheme.divides else scale
+        return scale if as_stored else multiplier(scale, self.scheme)

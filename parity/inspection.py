@@ -1,0 +1,161 @@
+"""What a checkpoint, or a config.json alone, says of a model's size: stages, devices, and what quantisation saves.
+
+A config.json without weights is enough: the family's table has every parameter's shape, and of quantised ones the
+dtype; plain floats are counted as bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loaders import Checkpoint, CheckpointError, Stage, open_checkpoint
+from loaders.checkpoint import CONFIG
+from loaders.config import config_from_json
+from loaders.dtypes import bits
+from loaders.plan import plan_load, specs_of
+from loaders.quantization import summary
+from loaders.quantization_config import DOCUMENT
+from loaders.spec import ModelConfig, ParamSpec, Specs
+from loaders.strict_json import BadJson, parse_object
+
+PLAIN = "BF16"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is inspected: a checkpoint, or a configuration without one."""
+
+    where: str
+    config: ModelConfig
+    document: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How the weights of a stage are cut."""
+
+    tensor: int = 1
+    expert: int = 1
+
+
+def open_subject(path: str) -> Subject:
+    """A checkpoint directory, one that holds config.json and no weights, or a config.json by any name.
+
+    Raises:
+        CheckpointError: it cannot be used; lists everything.
+    """
+    given = Path(path)
+    file = given if given.is_file() else given / CONFIG
+    if given.is_dir() and (not file.exists() or any(given.glob("*.safetensors*"))):
+        checkpoint = open_checkpoint(path)
+        return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
+    document, beside = _object(file), file.with_name(DOCUMENT)
+    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None)
+    if config is None:
+        raise CheckpointError(path, problems)
+    return Subject(str(given), config, document)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return parse_object(file.read_bytes())
+    except BadJson as error:
+        raise CheckpointError(file, [f"{file.name} {error}"]) from error
+    except OSError as error:
+        raise CheckpointError(file, [f"{file.name} cannot be read: {error.strerror or error}"]) from error
+
+
+def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str, Any]:
+    """Parameters and bytes of one pipeline stage, and of each of its devices.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit its own config.
+        ValueError: more stages than layers.
+    """
+    layers = stage.layers(subject.config.num_hidden_layers)
+    found: dict[str, Any] = {"stage": stage.index, "layers": [layers.start, layers.stop]}
+    if subject.checkpoint is None:
+        specs = specs_of(subject.config, stage)
+        dtypes = {spec.name: spec.dtype or PLAIN for spec in specs}
+        tensors = {"tensors_loaded": sum(len(spec.sources) for spec in specs)}
+    else:
+        plan = plan_load(subject.checkpoint, stage)
+        specs, dtypes, report = plan.specs, plan.dtypes, plan.report()
+        tensors = {
+            "tensors_loaded": report.num_tensors,
+            "tensors_verified": list(report.verified),
+            "tensors_left_out": list(report.left_out),
+            "tensors_of_other_stages": report.other_stages,
+        }
+    sizes = {spec.name: math.prod(spec.shape) * bits(dtypes[spec.name]) // 8 for spec in specs}
+    found |= {"parameters": len(specs.params), "bytes": sum(sizes.values())} | tensors
+    share, replicated = _cutting(subject.config, specs, devices)
+    if devices != Devices():
+        per_device = sum(size // share(spec) for spec, size in ((spec, sizes[spec.name]) for spec in specs))
+        found |= {"bytes_per_device": per_device, "replicated": replicated}
+    if subject.config.quantization is not None:
+        found["quantised"] = _quantized(specs, sizes, share) | {"left_alone": _left_alone(specs)}
+    return found
+
+
+def _left_alone(specs: Specs) -> list[str]:
+    """Modules of matrices that could be quantised, or would be if they were no routers, and are not."""
+    return [
+        tensor.removesuffix(".weight")
+        for tensor, rule in specs.rules.items()
+        if rule.dtype is None and (rule.is_linear or rule.is_router)
+    ]
+
+
+def _quantized(specs: Specs, sizes: Mapping[str, int], share: Callable[[ParamSpec], int]) -> dict[str, Any]:
+    """Bytes of the quantised weights and their scales, against bfloat16, and of the block scales on each device."""
+    # of a bfloat16 weight: half a byte of codes for 2, or one of fp8
+    times = {"codes": 4, "fp8": 2}
+    roles = {spec.name: _role(spec) for spec in specs if spec.dtype is not None}
+    held = sum(sizes[name] for name in roles)
+    plain = sum(sizes[name] * times.get(role, 0) for name, role in roles.items())
+    blocks = sum(sizes[spec.name] // share(spec) for spec in specs if roles.get(spec.name) == "block scales")
+    return {"bytes": held, "bytes_in_bfloat16": plain, "bytes_saved": plain - held, "block_scale_bytes": blocks}
+
+
+def _role(spec: ParamSpec) -> str:
+    axis = spec.axes[-1] if spec.axes else ""
+    if axis.endswith("/2"):
+        return "codes"
+    if axis.endswith("/16"):
+        return "block scales"
+    return "fp8" if spec.dtype == "F8_E4M3" else "scalars"
+
+
+def _cutting(config: ModelConfig, specs: Specs, devices: Devices) -> tuple[Callable[[ParamSpec], int], list[str]]:
+    """In how many parts a parameter is cut, and which are whole on every device though they might be cut."""
+    if devices == Devices():
+        return (lambda spec: 1), []
+    from jax.sharding import AbstractMesh
+
+    from jax_models.sharding import axes_of, param_spec, replicated
+
+    mesh = AbstractMesh((devices.expert, devices.tensor), ("expert", "tensor"))
+    dims = config.dims()
+
+    def share(spec: ParamSpec) -> int:
+        return math.prod(mesh.shape[name] for axis in param_spec(spec, dims, mesh) for name in axes_of(axis))
+
+    return share, replicated(specs.params, dims, mesh)
+
+
+def quantisation(subject: Subject) -> dict[str, Any] | str:
+    """How many modules have which scheme, and whether keys and values are rounded; of a plain model ``none``."""
+    quantization = subject.config.quantization
+    if quantization is None:
+        return "none"
+    return {
+        "format": quantization.spelling,
+        "schemes": {scheme: len(modules) for scheme, modules in summary(quantization).items()},
+        "kv_cache": "FP8" if quantization.kv_cache else "as computed",
+    }

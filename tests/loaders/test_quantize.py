@@ -1,0 +1,234 @@
+"""A plain checkpoint seen through quantisation: ModelOpt's names, bits and documents, however it is read."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from loaders import CheckpointError, open_checkpoint
+from loaders.nvfp4 import global_scale, quantize
+from loaders.plan import plan_load
+from loaders.quantization import Scheme
+from loaders.quantize import open_to_load, quantized
+from loaders.stage import Stage
+from loaders.writer import write_checkpoint
+from parity.zoo import block_sizes, make_checkpoint
+
+HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def plain(name, directory, **options):
+    sizes = block_sizes(name) | (HYBRID if "qwen3_5" in name else {"num_hidden_layers": 2})
+    return open_checkpoint(make_checkpoint(name, directory, **({"dtype": "BF16"} | sizes | options)))
+
+
+def same_bits(a, b):
+    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"dtype": "F32", "max_file_bytes": 30_000}),
+        ("qwen3-tied", {"dtype": "F16"}),
+        ("qwen3-moe", {"max_file_bytes": 30_000}),
+        ("qwen3_5-moe", {}),
+        ("qwen3_5-moe-wrapped", {"experts": "per expert"}),
+    ],
+)
+@pytest.mark.parametrize("activations", [False, True])
+def test_a_stream_gives_the_bits_of_single_reads(name, options, activations, tmp_path):
+    source = plain(name, tmp_path / "p", **options)
+    amax = {module: 1.0 + number for number, module in enumerate(quantized(source).matrices)} if activations else None
+    streamed = dict(quantized(source, amax).stream())
+    checkpoint = quantized(source, amax)
+    assert set(streamed) == set(checkpoint.tensors)
+    for tensor in sorted(checkpoint.tensors):  # not the order in which they lie there
+        assert same_bits(checkpoint.read(tensor), streamed[tensor]), tensor
+
+
+def test_a_part_of_a_stream_is_the_same_and_lies_where_it_was_to_go(tmp_path):
+    checkpoint = quantized(plain("qwen3-moe", tmp_path / "p"))
+    names = [
+        name for name in checkpoint.tensors if name.endswith(("k_proj.weight", "3.up_proj.weight_scale", "norm.weight"))
+    ]
+    names += ["model.layers.0.mlp.experts.2.down_proj.weight_scale_2"]
+    places = {name: np.empty_like(checkpoint.read(name)) for name in names[::2]}
+    found = dict(quantized(checkpoint.plain).stream(names=names, into=places.get))
+    assert set(found) == set(names)
+    for name, array in found.items():
+        assert same_bits(array, checkpoint.read(name))
+        assert (array is places.get(name)) == (name in places)
+
+
+def test_what_was_read_is_the_callers_to_change(tmp_path):
+    checkpoint = quantized(plain("qwen3", tmp_path / "p"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    first = checkpoint.read(name).copy()
+    checkpoint.read(name)[:] = 0
+    checkpoint.read(f"{name}_scale").view(np.uint8)[:] = 0
+    assert same_bits(checkpoint.read(name), first)
+    assert checkpoint.read(f"{name}_scale").view(np.uint8).any()
+
+
+def test_a_name_that_is_not_there_is_a_key_error(tmp_path):
+    checkpoint = quantized(plain("qwen3", tmp_path / "p"))
+    with pytest.raises(KeyError, match="nothing"):
+        next(checkpoint.stream(names=["nothing"]))
+    with pytest.raises(KeyError, match="nothing"):
+        checkpoint.read("nothing")
+
+
+def test_matrices_that_are_multiplied_as_one_share_the_scale_of_the_largest(tmp_path):
+    source = plain("qwen3-moe", tmp_path / "p")
+    checkpoint = quantized(source)
+    attention = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    for group in (
+        attention,
+        [attention[0].replace("q_proj", "o_proj")],
+        [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")],
+        [f"model.layers.0.mlp.experts.3.{name}" for name in ("gate_proj", "up_proj")],
+        ["model.layers.0.mlp.experts.3.down_proj"],
+    ):
+        weights = [source.read(f"{module}.weight") for module in group]
+        amax = max(float(np.abs(weight.astype(np.float32)).max()) for weight in weights)
+        for module, weight in zip(group, weights, strict=True):
+            expected = quantize(weight, amax=amax)
+            assert checkpoint.read(f"{module}.weight_scale_2") == global_scale(amax)
+            assert same_bits(checkpoint.read(f"{module}.weight"), expected.packed)
+            assert same_bits(checkpoint.read(f"{module}.weight_scale"), expected.block_scale)
+
+
+def test_experts_in_one_tensor_and_one_by_one_are_the_same_experts(tmp_path):
+    fused, apart = (
+        quantized(plain("qwen3_5-moe", tmp_path / form, experts=form, draft_experts="fused"))
+        for form in ("fused", "per expert")
+    )
+    assert fused.tensors.keys() == apart.tensors.keys()
+    assert fused.config == apart.config
+    for name in fused.tensors:
+        assert same_bits(fused.read(name), apart.read(name)), name
+
+
+def test_scales_of_inputs_are_of_the_amax_that_was_measured(tmp_path):
+    source = plain("qwen3", tmp_path / "p")
+    amax = {module: 2.0 + number for number, module in enumerate(quantized(source).matrices)}
+    checkpoint = quantized(source, amax)
+    assert checkpoint.quantization_document["quantization"]["quant_algo"] == "NVFP4"
+    assert set(checkpoint.config.quantization.table.values()) == {Scheme("nvfp4", True)}
+    for module, most in amax.items():
+        scale = checkpoint.read(f"{module}.input_scale")
+        assert (scale.dtype, scale.shape) == (np.float32, ())
+        assert scale == global_scale(most)
+
+
+def test_inputs_of_some_layers_only_are_refused_by_name(tmp_path):
+    source = plain("qwen3", tmp_path / "p")
+    with pytest.raises(CheckpointError, match="saw no input of model.layers.1.self_attn.q_proj"):
+        quantized(source, {"model.layers.0.self_attn.q_proj": 1.0})
+
+
+def test_what_recipes_leave_alone_is_left_alone_and_said_to_be(tmp_path):
+    source = plain("qwen3_5-moe", tmp_path / "p")
+    checkpoint = quantized(source)
+    assert set(checkpoint.left_alone.values()) == {
+        *("the embedding", "the head", "a router", "a gate of few outputs", "a convolution", "the draft")
+    }
+    assert checkpoint.left_alone["mtp.layers.0.mlp.experts"] == "the draft"
+    assert checkpoint.left_alone["model.layers.0.mlp.shared_expert_gate"] == "a gate of few outputs"
+    excluded = checkpoint.quantization_document["quantization"]["exclude_modules"]
+    assert excluded == sorted(checkpoint.left_alone)
+    assert excluded == checkpoint.config_document["quantization_config"]["ignore"]
+    for name, info in source.tensors.items():
+        if checkpoint.tensors.get(name, info).dtype == info.dtype and name in checkpoint.tensors:
+            assert same_bits(source.read(name), checkpoint.read(name))
+        else:
+            assert "layers" in name, name
+            assert "norm" not in name, name
+
+
+def test_layers_whose_inputs_are_no_multiple_of_16_stay_as_they_are(tmp_path):
+    checkpoint = quantized(plain("qwen3", tmp_path / "p", intermediate_size=100))
+    assert checkpoint.left_alone["model.layers.1.mlp.down_proj"] == "100 inputs, no multiple of 16"
+    assert checkpoint.tensors["model.layers.1.mlp.down_proj.weight"].dtype == "BF16"
+    assert checkpoint.tensors["model.layers.1.mlp.up_proj.weight"].dtype == "U8"
+    plan_load(checkpoint, Stage())
+
+
+@pytest.mark.parametrize("form", ["fused", "per expert"])
+def test_experts_are_left_alone_as_one_where_any_of_them_must_be(form, tmp_path):
+    checkpoint = quantized(plain("qwen3_5-moe", tmp_path / "p", experts=form, moe_intermediate_size=24))
+    assert checkpoint.left_alone["model.layers.0.mlp.experts"] == "24 inputs, no multiple of 16"
+    assert not any(".experts." in module for module in checkpoint.matrices)
+    assert "model.layers.0.mlp.experts" not in checkpoint.config.quantization.table
+    plan_load(checkpoint, Stage())
+
+
+def test_where_nothing_can_be_quantised_nothing_is(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to quantise"):
+        quantized(open_checkpoint(make_checkpoint("qwen3", tmp_path / "p")))
+
+
+def test_nothing_is_quantised_twice(tmp_path):
+    checkpoint = quantized(plain("qwen3", tmp_path / "p"))
+    with pytest.raises(CheckpointError, match="quantised already"):
+        quantized(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5-moe", "qwen3_5-wrapped"])
+@pytest.mark.parametrize("activations", [False, True])
+def test_what_is_written_opens_as_what_was_seen(name, activations, tmp_path):
+    source = plain(name, tmp_path / "p")
+    amax = dict.fromkeys(quantized(source).matrices, 5.0) if activations else None
+    seen = quantized(source, amax)
+    written = open_checkpoint(
+        write_checkpoint(
+            tmp_path / "q",
+            seen.tensors,
+            seen.read,
+            config=seen.config_document,
+            quantization=seen.quantization_document,
+        )
+    )
+    assert written.config == seen.config
+    assert written.tensors.keys() == seen.tensors.keys()
+    for tensor in written.tensors:
+        assert same_bits(written.read(tensor), seen.read(tensor))
+    assert written.num_bytes == seen.num_bytes
+    assert open_to_load(tmp_path / "q", "nvfp4").config == seen.config  # quantised already, and loaded as it is
+    plan_load(written, Stage(mtp=written.config.num_mtp_layers > 0))
+
+
+def test_writing_reads_each_tensor_of_experts_a_few_times_and_not_once_for_each_expert(tmp_path, monkeypatch):
+    source = plain("qwen3_5-moe", tmp_path / "p", num_experts=9)
+    seen, reads = quantized(source), []
+    original = type(source).read
+    monkeypatch.setattr(
+        type(source), "read", lambda self, name, out=None: reads.append(name) or original(self, name, out)
+    )
+    write_checkpoint(tmp_path / "q", seen.tensors, seen.read, config=seen.config_document)
+    for name in ("gate_up_proj", "down_proj"):
+        assert reads.count(f"model.layers.0.mlp.experts.{name}") == 2  # for the scales, which lie first; for the codes
+    assert reads.count("model.layers.1.self_attn.k_proj.weight") == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, tmp_path):
+    source = plain("qwen3", tmp_path / "p")
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def read(tensor):
+        array = source.read(tensor)
+        if tensor == name:
+            array[3, 5] = np.asarray(value, ml_dtypes.bfloat16)
+        return array
+
+    bad = write_checkpoint(tmp_path / "bad", source.tensors, read, config=source.config_document)
+    for use in (lambda one: dict(one.stream()), lambda one: one.read(f"{name}_scale_2"), lambda one: one.read(name)):
+        with pytest.raises(CheckpointError, match="model.layers.0.mlp.gate_up_proj cannot be quantised"):
+            use(quantized(open_checkpoint(bad)))
+
+
+def test_a_method_that_is_unknown_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="int4"):
+        open_to_load(tmp_path, "int4")
