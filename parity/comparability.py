@@ -49,6 +49,11 @@ def _arithmetic(a: Trace, b: Trace) -> list[str]:
     for name in sorted(flags[0].keys() & flags[1].keys()):
         if flags[0][name] != flags[1][name]:
             reasons.append(f"precision flag {name!r} differs: {flags[0][name]!r} against {flags[1][name]!r}.")
+    if any(trace.meta.get("weight_only") is False for trace in (a, b)):
+        reasons.append(
+            "inputs of layers were quantised: a value that rounds to the next code is no bug, and moves what follows."
+            " A whole network cannot be judged so; record both with --weight-only."
+        )
     return reasons
 
 

@@ -55,7 +55,8 @@ def open_subject(path: str) -> Subject:
         checkpoint = open_checkpoint(path)
         return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
     document, beside = _object(file), file.with_name(DOCUMENT)
-    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None)
+    # of no tensor is it said that the draft is quantised: exporters leave it alone, and do not say so
+    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None, found=(CONFIG,))
     if config is None:
         raise CheckpointError(path, problems)
     return Subject(str(given), config, document)

@@ -293,7 +293,7 @@ def _check_stages(life: LiveModel, models: list[Any], letter: str) -> None:
 
 def _check_halves(life: LiveModel, models: list[Any]) -> None:
     """Both halves offered to every stage: it takes what it has and reports what it has not."""
-    given = {half: value for half in HALVES if (value := life.bench.half(half, "A")) is not None}
+    given = {half: value for half in life.bench.halves if (value := life.bench.half(half, "A")) is not None}
     for index, model in enumerate(models):
         held: dict[str, Any] = dict(zip(HALVES, model.get_embed_and_head(), strict=True))
         changed = model.set_embed_and_head(**given)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jax_models.kernels.activations import divided
+
 E4M3_MAX = 448.0
 
 
 def fp8_rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x / scale rounded to e4m3, saturating, in the dtype of x: what an FP8 product sees, without ``scale``."""
-    scaled = jnp.clip(x.astype(jnp.float32) / scale, -E4M3_MAX, E4M3_MAX)
+    scaled = jnp.clip(divided(x.astype(jnp.float32), scale), -E4M3_MAX, E4M3_MAX)
     return scaled.astype(jnp.float8_e4m3fn).astype(x.dtype)
 
 

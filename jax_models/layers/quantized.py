@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_models.kernels.activations import quantized_activations
+from jax_models.kernels.activations import divided, quantized_activations
 from jax_models.kernels.nvfp4 import dequantized
 from jax_models.layers.fp8 import fp8_rounded
 from jax_models.layers.linear import Linear
@@ -107,7 +107,7 @@ def exact_weight(codes: jax.Array, block: jax.Array, scale: jax.Array, scheme: S
     """Codes [..., N, K/2] expanded to float32 [..., N, K], with the roundings of the exporter's own definition."""
     numbers = dequantized(codes, jnp.ones_like(block), jnp.float32)
     block32 = block.astype(jnp.float32)
-    by = block32 / scale if scheme.divides else block32 * scale
+    by = divided(block32, scale) if scheme.divides else block32 * scale
     if not scheme.divides:
         numbers = jnp.where(numbers == 0, 0.0, numbers)  # modelopt reads the code of -0 as 0
     return (numbers.reshape(*by.shape, BLOCK) * by[..., None]).reshape(numbers.shape)

@@ -92,6 +92,7 @@ ATTENTION = [f"model.layers.0.self_attn.{name}" for name in ("k_proj", "o_proj",
         (["model.layers.0.self_attn.q_pro?"], ATTENTION[2:3]),
         (["model.layers.0.self_attn.[kq]_proj"], [ATTENTION[0], ATTENTION[2]]),
         (["model.layers.0.self_att"], []),
+        (["re:self_attn.q_proj"], []),  # it must match from the beginning on
         (["model.layers.00.self_attn"], []),
         (["model.embed_tokens", "visual*", "re:.*vision.*"], []),
     ],

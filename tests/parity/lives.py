@@ -9,6 +9,7 @@ from parity.backends import open_backend
 from parity.lifecycle import LIVE
 from parity.live_model import Bench
 from parity.zoo import make_checkpoint, prompts
+from parity.zoo_quantized import ZooQuantization, block_sizes
 
 BACKENDS = ("jax", "torch")
 _LINEAR, _SLIDING, _FULL = "linear_attention", "sliding_attention", "full_attention"
@@ -19,6 +20,13 @@ OPTIONS = {
     "qwen3_5-wrapped": _HYBRID,
     "qwen3_5-moe": _HYBRID | {"dtype": "BF16"},
     "gemma3": _GEMMA,
+    # quantised: every matrix has global scales of its own, inputs are quantised too
+    "qwen3-moe nvfp4": {"quantization": ZooQuantization(unify=False), **block_sizes("qwen3-moe")},
+    "qwen3_5-moe nvfp4": {
+        "quantization": ZooQuantization(spelling="compressed-tensors", unify=False),
+        **block_sizes("qwen3_5-moe"),
+        **_HYBRID,
+    },
 }
 
 
@@ -33,7 +41,7 @@ class Benches:
         if zoo not in self._pairs:
             options = OPTIONS.get(zoo, {})
             self._pairs[zoo] = {
-                letter: make_checkpoint(zoo, self.root / f"{zoo}-{letter}", seed=seed, num_hidden_layers=2, **options)
+                letter: make_checkpoint(zoo.partition(" ")[0], self.root / f"{zoo}-{letter}", seed=seed, num_hidden_layers=2, **options)
                 for seed, letter in enumerate("AB")
             }
         return self._pairs[zoo]

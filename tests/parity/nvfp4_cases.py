@@ -32,7 +32,8 @@ class Exports:
 
     def plain(self, kind: str, seed: int = 0) -> Path:
         """What the exporters are given."""
-        return self._once((kind, "plain", seed), lambda path: make_checkpoint(KINDS[kind][0], path, seed=seed, **KINDS[kind][1]))
+        name, sizes = KINDS[kind]
+        return self._once((kind, "plain", seed), lambda path: make_checkpoint(name, path, seed=seed, **sizes))
 
     def __call__(self, kind: str, writer: str, seed: int = 0) -> Path:
         library, _, recipe = writer.partition(" ")

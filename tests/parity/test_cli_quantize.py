@@ -1,10 +1,11 @@
-"""``tandem quantize``: what it writes is what ModelOpt would have written, and its readers read it; and who asks for it."""
+"""``tandem quantize``: what it writes is what ModelOpt would have written, and others' readers read it."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from exporter_libs import compressed_tensors_dequantize, modelopt_dequantize, to_numpy, to_torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -15,7 +16,6 @@ from parity.cli import main
 from parity.oracle import oracle_forward
 from parity.trace import Trace
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from tests.loaders.exporter_libs import compressed_tensors_dequantize, modelopt_dequantize, to_numpy, to_torch
 from tests.parity.exporters import quiet
 
 HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
@@ -75,9 +75,9 @@ def compressed(stored):
 
         modules = [name.removesuffix(".weight_scale_2") for name in stored if name.endswith(".weight_scale_2")]
         converter = ModelOptNvfp4Converter(targets=modules)
-        given = {name: to_torch(array) for name, array in stored.items() if name.rpartition(".")[0] in modules}
-        made = converter.process({name: tensor.clone() for name, tensor in given.items()})
-    return {name: to_numpy(tensor.reshape(1) if "global" in name else tensor) for name, tensor in made.items()}
+        given = {name: np.atleast_1d(array) for name, array in stored.items() if name.rpartition(".")[0] in modules}
+        made = converter.process({name: to_torch(array) for name, array in given.items()})
+    return {name: to_numpy(tensor) for name, tensor in made.items()}
 
 
 def test_fused_experts_come_out_one_by_one_and_the_draft_as_it_was(tmp_path):
@@ -277,6 +277,7 @@ def test_a_trace_says_whether_inputs_were_quantised_and_what_ran(backend, tmp_pa
         assert sum(trace.meta["kernels"].values()) == 14
     assert np.abs(traces[True].tensors["logits"] - traces[False].tensors["logits"]).max() > 0.01
     assert main(["compare", str(tmp_path / "0.trace"), str(tmp_path / "1.trace")]) == 3
+    assert main(["compare", str(tmp_path / "1.trace"), str(tmp_path / "1.trace")]) == 0
 
 
 def test_a_plain_models_trace_says_nothing_of_kernels(tmp_path):
@@ -284,6 +285,14 @@ def test_a_plain_models_trace_says_nothing_of_kernels(tmp_path):
     inputs = ["--inputs", inputs_file(source, tmp_path / "i.safetensors")]
     assert main(["record", str(source), "--backend", "torch", *inputs, "-o", str(tmp_path / "t")]) == 0
     assert not {"weight_only", "kernels"} & Trace.load(tmp_path / "t").meta.keys()
+
+
+def test_networks_with_quantised_inputs_are_not_judged_and_nobody_is_accused(tmp_path, capsys):
+    source = make_checkpoint(
+        "qwen3", tmp_path / "q", quantization=ZooQuantization(), **block_sizes("qwen3") | {"num_hidden_layers": 1}
+    )
+    assert main(["run", str(source), "--inputs", inputs_file(source, tmp_path / "i.safetensors")]) == 3
+    assert "record both with --weight-only" in capsys.readouterr().out
 
 
 def test_run_compares_weights_only_against_the_oracle(tmp_path, capsys):

@@ -13,7 +13,7 @@ from lives import BACKENDS, Benches
 from parity.live_model import LiveModel, differing, same_bits
 
 MIB = 2**20
-LONG = pytest.param(1000, marks=pytest.mark.slow)
+LONG = pytest.param("qwen3_5", 1000, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ def num_arrays(backend):
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
-@pytest.mark.parametrize("count", [40, LONG])
+@pytest.mark.parametrize(("zoo", "count"), [("qwen3_5", 40), LONG, ("qwen3_5-moe nvfp4", 100)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_reload_of_many_is_a_cold_load(backend, count, benches):
+def test_every_reload_of_many_is_a_cold_load(backend, zoo, count, benches):
     """A, B, A, ...: between reloads the prompt is prefilled and decoded, in torch by a graph captured once."""
-    bench = benches.bench(backend, "qwen3_5")
+    bench = benches.bench(backend, zoo)
     live, process = bench.live, psutil.Process()
     model = bench.load(bench.path("A"))
     cold = {letter: bench.witness(letter, dict.fromkeys(bench.tensors[letter], letter)) for letter in "AB"}

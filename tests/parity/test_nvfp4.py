@@ -15,11 +15,13 @@ from loaders.plan import plan_load
 from loaders.stage import Stage
 from parity.backends import NAMES, open_backend
 from parity.compare import compare
+from parity.comparison_text import render
 from parity.oracle import oracle_forward
 from parity.record import record, record_oracle
 from parity.zoo import prompts
 
-NAME_OF = {"call": "weight_scale_2"}
+CASES = [("qwen3", writer) for writer in WRITERS]
+CASES += [(kind, writer) for kind in KINDS if kind != "qwen3" for writer in WRITERS[::2]]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,7 @@ def in_backend(backend, array):
     return jnp.asarray(array)
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "writer"), CASES)
 def test_weights_only_both_backends_compute_what_the_codes_say(kind, writer, exports):
     """Float32 within 2e-5 of the oracle on the same codes, by the norm of every tensor; bfloat16 by the ruler."""
     path = exports(kind, writer)
@@ -70,9 +71,16 @@ def test_weights_only_both_backends_compute_what_the_codes_say(kind, writer, exp
         trace = record(path, open_backend(name), inputs, dtype="float32", weight_only=True)
         for tensor in ("hidden_states.1", "hidden_states.2", "logits"):
             assert error(trace.tensors[tensor][is_real], oracle[tensor][is_real]) <= 2e-5, (name, tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_only_in_bfloat16_both_backends_pass_the_ruler(kind, exports):
+    path = exports(kind, "modelopt w4a4")
+    checkpoint = open_checkpoint(path)
+    inputs = prompts(checkpoint.config, rows=2, tokens=24, padding="right")
     jax, torch_ = (record(path, open_backend(name), inputs, dtype="bfloat16", weight_only=True) for name in NAMES)
-    verdict = compare(jax, torch_, oracle=record_oracle(checkpoint, inputs, like=jax))
-    assert verdict.passed, verdict
+    found = compare(jax, torch_, oracle=record_oracle(checkpoint, inputs, like=jax))
+    assert found.verdict == "PASS", render(found)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -84,20 +92,25 @@ def test_codes_scales_and_dequantised_weights_are_the_same_bits_on_disk_in_jax_a
         model = open_backend(backend).load(exports(kind, writer))
         assert model.digests() == on_disk
         for path, scheme in checkpoint.config.quantization.schemes:
-            layer, divide = module_at(model, backend, path), scheme.divides
+            layer = module_at(model, backend, path)
             if not path.endswith(".experts"):
-                codes, block, scale = (to_numpy(checkpoint.read(f"{spelled(checkpoint, path)}.{scheme.leaves[role]}")) for role in ("codes", "block", "global"))
-                expected = nvfp4.dequantize(codes, block, scale.reshape(()), divide=divide)
+                expected = dequantised(checkpoint, spelled(checkpoint, path), scheme)
                 assert expected.tobytes() == to_numpy(layer.dequantized()).tobytes(), path
                 continue
             for stack, projections in (("w13", ("gate_proj", "up_proj")), ("w2", ("down_proj",))):
-                found = to_numpy(layer.dequantized(stack)).reshape(layer.num_experts if backend == "torch" else 5, len(projections), -1)
+                found = to_numpy(layer.dequantized(stack))
+                found = found.reshape(len(found), len(projections), -1)
                 for expert in range(len(found)):
                     for half, projection in enumerate(projections):
                         prefix = f"{spelled(checkpoint, path)}.{expert}.{projection}"
-                        parts = [checkpoint.read(f"{prefix}.{scheme.leaves[role]}") for role in ("codes", "block", "global")]
-                        expected = nvfp4.dequantize(parts[0], parts[1], parts[2].reshape(()), divide=divide)
+                        expected = dequantised(checkpoint, prefix, scheme)
                         assert expected.tobytes() == found[expert, half].tobytes(), prefix
+
+
+def dequantised(checkpoint, module, scheme):
+    """By the codec, which is checked against the exporters."""
+    parts = {role: checkpoint.read(f"{module}.{leaf}") for role, leaf in scheme.leaves.items()}
+    return nvfp4.dequantize(parts["codes"], parts["block"], parts["global"].reshape(()), divide=scheme.divides)
 
 
 def spelled(checkpoint, path):
@@ -114,9 +127,8 @@ def test_activation_codes_are_those_of_modelopt(backend, dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 80)) * np.exp(rng.standard_normal((64, 1)) * 3)
     x[0], x[1, ::2], x[2, 3] = 0, -0.0, 3e4
-    x[3, :16] = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6] * 2) * [1, -1] * 8 if False else x[3, :16]
     x = x.astype(dtype)
-    for scale in np.float32([0.0021, 1 / 448 / 6, 0.37, 3e-5]):
+    for scale in np.float32([0.0021, 1 / 448 / 6, 0.37, 3e-5, 1 / 5616.1895, 0.0137]):
         packed, block, _ = modelopt(x, scale=np.asarray(scale))
         codes, found = codes_of(backend, x, scale)
         assert block.tobytes() == found.tobytes()
@@ -146,9 +158,9 @@ def test_with_quantised_inputs_every_layer_computes_the_product_of_codes(backend
         assert model.quantizes_inputs
         for path, scheme in checkpoint.config.quantization.schemes:
             layer = module_at(model, backend, path)
-            parts = {role: checkpoint.read(f"{path}.{leaf}") for role, leaf in scheme.leaves.items()}
-            weight = nvfp4.dequantize(parts["codes"], parts["block"], parts["global"].reshape(()), divide=scheme.divides)
-            input_scale = 1 / parts["input"] if scheme.divides else parts["input"]
+            weight = dequantised(checkpoint, path, scheme)
+            input_scale = checkpoint.read(f"{path}.{scheme.leaves['input']}")
+            input_scale = 1 / input_scale if scheme.divides else input_scale
             x = np.random.default_rng(len(path)).standard_normal((7, weight.shape[1])).astype(np.float32)
             x = x.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
             codes, block = nvfp4.quantize_activations(x, input_scale.reshape(()))
@@ -166,7 +178,7 @@ def test_with_quantised_inputs_every_layer_computes_the_product_of_codes(backend
 def test_with_quantised_inputs_both_backends_agree_until_a_code_flips(kind, exports):
     """Not gated on in general; in float32 on one machine the first layers see the same codes."""
     path = exports(kind, "modelopt w4a4")
-    inputs = prompts(open_checkpoint(path).config, rows=2, tokens=8, padding=None)
+    inputs = prompts(open_checkpoint(path).config, rows=2, tokens=12, padding=None)
     jax, torch_ = (record(path, open_backend(name), inputs, dtype="float32") for name in NAMES)
     assert error(jax.tensors["hidden_states.1"], torch_.tensors["hidden_states.1"]) < 2e-2
     weights_only = record(path, open_backend("torch"), inputs, dtype="float32", weight_only=True)
