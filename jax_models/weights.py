@@ -98,6 +98,12 @@ def _check_tied(head: Any, embed: Any) -> None:
     raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
 
 
+def _on_host(array: jax.Array) -> np.ndarray:
+    """NumPy's view of an array. Of 8-bit floats JAX would keep the copy that it makes for as long as the array."""
+    is_float8 = array.dtype.itemsize == 1 and jnp.issubdtype(array.dtype, jnp.floating)
+    return np.asarray(array.view(jnp.uint8)).view(array.dtype) if is_float8 else np.asarray(array)
+
+
 def _bits(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value).view(np.uint8)
 
@@ -188,11 +194,11 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: _on_host(flat[name]), left_out)
 
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))
+    return digests(tensors_of(model.checkpoint, specs, lambda name: _on_host(flat[name])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +30,18 @@ CONFIG, SINGLE, INDEX, GENERATION = (
 )
 ALIGNMENT = 64  # bytes; what JAX on CPU needs to take a NumPy buffer without copying it
 DEFAULT_BUDGET_BYTES = 128 << 20
+LARGE_BYTES = 1 << 18
+AHEAD_BYTES = 4 << 20  # read ahead into destinations that were given
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised C-contiguous array whose first byte lies on a multiple of ``ALIGNMENT``."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if num_bytes >= LARGE_BYTES:
+        # pages of its own go back to the system when it is freed; the heap keeps what it once had, and a reload that
+        # stages one parameter after the other would grow it by many
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
     buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + num_bytes].view(dtype).reshape(shape)
@@ -110,38 +118,41 @@ class Checkpoint:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
                 128 MiB, or the largest tensor. Memory given by ``into`` does not count.
             names: only these tensors (default: all).
-            into: where a tensor is to go. It is read straight there and that very array is yielded; None means memory
-                of its own.
+            into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
+                straight there and that very array is yielded; None means memory of its own.
         Raises:
             KeyError: no such tensor.
-            ValueError: a tensor without destination is larger than the budget (said before anything is read).
+            ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
+                ``into`` when it is asked for.
             CheckpointError: as ``read``.
         """
         chosen = self.tensors.keys() if names is None else set(names)
         if unknown := chosen - self.tensors.keys():
             raise KeyError(min(unknown))
         wanted = [name for name in self.tensors if name in chosen]
-        targets = {name: self._checked(name, out) for name in wanted if into and (out := into(name)) is not None}
-        owned = [self.tensors[name].num_bytes for name in wanted if name not in targets]
-        largest = max(owned, default=0)
+        largest = max((self.tensors[name].num_bytes for name in wanted), default=0)
         budget = max(DEFAULT_BUDGET_BYTES, largest) if host_budget_bytes is None else host_budget_bytes
-        if largest > budget:
-            big = [name for name in wanted if name not in targets and self.tensors[name].num_bytes > budget]
+        if into is None:
+            self._check_budget(wanted, budget)
+        return self._stream(wanted, into, budget)
+
+    def _check_budget(self, owned: list[str], budget: int) -> None:
+        big = {name: size for name in owned if (size := self.tensors[name].num_bytes) > budget}
+        if big:
             raise ValueError(
-                f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {largest} bytes"
-                f" ({big[0]}). Give a larger budget, or a destination for them (into=)."
+                f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {max(big.values())}"
+                f" bytes ({next(iter(big))}). Give a larger budget, or a destination for them (into=)."
             )
-        return self._stream(wanted, targets, budget)
 
     def _stream(
-        self, wanted: list[str], targets: dict[str, np.ndarray], budget: int
+        self, wanted: list[str], into: Callable[[str], np.ndarray | None] | None, budget: int
     ) -> Iterator[tuple[str, np.ndarray]]:
-        ahead: deque[tuple[str, int, Future[np.ndarray]]] = deque()
+        ahead: deque[tuple[str, int, int, Future[np.ndarray]]] = deque()
         waiting = deque(wanted)
-        held = 0
+        held = given = 0  # bytes of our own, and of destinations that are not yielded yet
         current: OpenFile | None = None
 
-        def read(name: str) -> np.ndarray:  # only ever runs on the one worker thread
+        def read(name: str, out: np.ndarray | None) -> np.ndarray:  # only ever runs on the one worker thread
             nonlocal current
             info = self.tensors[name]
             if current is None or current.name != info.file:
@@ -149,7 +160,7 @@ class Checkpoint:
                     current.close()
                 current = None
                 current = self._open(info.file)
-            out = targets[name] if name in targets else self._destination(name)
+            out = self._destination(name) if out is None else out
             self._read_tensor(current, name, out)
             return out
 
@@ -157,18 +168,26 @@ class Checkpoint:
             try:
                 while waiting or ahead:
                     while waiting and len(ahead) < 64:
-                        cost = 0 if waiting[0] in targets else self.tensors[waiting[0]].num_bytes
-                        if ahead and held + cost > budget:
+                        size = self.tensors[waiting[0]].num_bytes
+                        # a destination may be memory that is made when it is asked for: not for all at once
+                        if ahead and (held + size > budget or given + size > AHEAD_BYTES):
                             break
                         name = waiting.popleft()
-                        held += cost
-                        ahead.append((name, cost, reader.submit(read, name)))
-                    name, cost, future = ahead.popleft()
+                        out = into(name) if into else None
+                        if out is None:
+                            self._check_budget([name], budget)
+                        else:
+                            self._checked(name, out)
+                        cost, lent = (size, 0) if out is None else (0, size)
+                        held, given = held + cost, given + lent
+                        ahead.append((name, cost, lent, reader.submit(read, name, out)))
+                        del out
+                    name, cost, lent, future = ahead.popleft()
                     yield name, future.result()
                     del future  # it holds the array just yielded, which no longer counts
-                    held -= cost
+                    held, given = held - cost, given - lent
             finally:
-                for _, _, future in ahead:
+                for *_, future in ahead:
                     future.cancel()
                 reader.shutdown(wait=True)
                 if current is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +15,14 @@ from parity.mutant_life import life
 from parity.mutant_plants import BOTH, DENSE, TIED, Instead, wrapped
 from parity.mutants import Mutant, Patch
 
+Pairs = Iterable[tuple[str, Any]]
 _SKIPPED = "model.layers.1.self_attn.v_proj.weight"
 _UPDATE = "weights:update_weights_from_disk"
 _JAX = ("jax",)
 
 
-def _skip_in_place(commit: Any, model: Any, staged: dict[str, Any]) -> None:
-    commit(model, {name: value for name, value in staged.items() if name != _SKIPPED})
+def _skip_in_place(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+    commit(model, ((name, value) for name, value in values if name != _SKIPPED), names)
 
 
 def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any) -> Any:
@@ -33,19 +34,19 @@ def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any
     return published(self, weights, kind, *args)
 
 
-def _copy_only(commit: Any, model: Any, staged: dict[str, Any]) -> None:
-    for name, value in staged.items():
+def _copy_only(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+    for name, value in values:
         model.get_parameter(name).data.copy_(value)
 
 
-def _rebind(commit: Any, model: Any, staged: dict[str, Any]) -> None:
-    for name, value in staged.items():
+def _rebind(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+    for name, value in values:
         model.get_parameter(name).data = value
 
 
-def _forgiving(commit: Any, model: Any, staged: dict[str, Any]) -> None:
+def _forgiving(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
     try:
-        commit(model, staged)
+        commit(model, values, names)
     except RuntimeError:
         model.refusal = None
         raise

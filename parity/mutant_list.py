@@ -11,10 +11,11 @@ from parity.mutant_hybrid import HYBRID_MUTANTS
 from parity.mutant_life_list import LIFE
 from parity.mutant_loading import LOADING
 from parity.mutant_moe import MOE_AND_HEAD
+from parity.mutant_nvfp4 import NVFP4
 
 _LISTS = (
     *(ATTENTION, MOE_AND_HEAD, LOADING, LIFE),
-    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS),
+    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4),
 )
 MUTANTS = {mutant.name: mutant for mutants in _LISTS for mutant in mutants}
 assert len(MUTANTS) == sum(map(len, _LISTS)), "two mutants share a name"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -74,18 +74,16 @@ def weights(edit: Callable[[dict[str, Any], Any], dict[str, Any]]) -> Callable[[
     """Every load gives other weights: ``edit(parameters by name, array module)`` returns those that change."""
 
     def make(original: Any, backend: str) -> Any:
-        def read(*args: Any, **kwargs: Any) -> Any:
-            found, report = original(*args, **kwargs)
+        def read(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+            found = dict(original(*args, **kwargs))
+            changed = edit(found, xp(backend))
             if backend == "torch":
-                return found | {name: w.clone().contiguous() for name, w in edit(found, xp(backend)).items()}, report
-            from flax import traverse_util
-
-            flat = traverse_util.flatten_dict(found, sep=".")
-            return traverse_util.unflatten_dict(flat | edit(flat, xp(backend)), sep="."), report
+                changed = {name: w.clone().contiguous() for name, w in changed.items()}
+            yield from (found | changed).items()
 
         return read
 
-    return lambda: [Patch("load:read_weights", make)]
+    return lambda: [Patch("load:read_params", make)]
 
 
 def each(part: str, change: Callable[[Any, Any], Any]) -> Callable[[], list[Patch]]:

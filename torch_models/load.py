@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
@@ -80,9 +82,13 @@ def load(
     return model
 
 
-def read_params(plan: LoadPlan, filling: Filling) -> Iterator[tuple[str, torch.Tensor]]:
+def read_params(plan: LoadPlan, filling: Filling, *, staged: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
 
+    Args:
+        plan: what to read.
+        filling: accounts for it.
+        staged: they will be copied and let go of, so their memory is such as goes back to the system at once.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
@@ -94,7 +100,8 @@ def read_params(plan: LoadPlan, filling: Filling) -> Iterator[tuple[str, torch.T
             return None
         spec, source = plan.targets[tensor]
         if spec.name not in host:
-            host[spec.name] = torch.empty(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
+            make = staging if staged else torch.empty
+            host[spec.name] = make(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
             views[spec.name] = host_view(host[spec.name])
         return place_of(views[spec.name], spec, source)
 
@@ -105,3 +112,9 @@ def read_params(plan: LoadPlan, filling: Filling) -> Iterator[tuple[str, torch.T
             filling.complete(spec, views.pop(spec.name))
             del array  # a view of the parameter, which is the caller's from here on
             yield spec.name, host.pop(spec.name)
+
+
+def staging(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in pages of its own; its storage cannot be resized."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(aligned_empty((num_bytes,), np.dtype(np.uint8))).view(dtype).view(shape)

@@ -144,11 +144,11 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
     plan = plan_reload(checkpoint, model.config, model.stage, live)
     trial = Filling(plan)
-    for _ in read_params(plan, trial):
+    for _ in read_params(plan, trial, staged=True):
         pass
     report = trial.finish()
     filling = Filling(plan)
-    _commit(model, read_params(plan, filling), [spec.name for spec in plan.specs])
+    _commit(model, read_params(plan, filling, staged=True), [spec.name for spec in plan.specs])
     filling.finish()
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))

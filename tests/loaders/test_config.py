@@ -16,9 +16,9 @@ from transformers import Qwen3MoeConfig as TheirMoe
 
 from loaders import open_checkpoint
 from loaders.config import RopeParameters, config_from_json
+from loaders.expand import expand
 from loaders.families import family_module
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
-from loaders.expand import expand
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from loaders.config import config_from_json
+from loaders.expand import expand
 from loaders.families import family_module
 from loaders.plan import load_fused_expert_weights, weight_loader
-from loaders.expand import expand
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
 

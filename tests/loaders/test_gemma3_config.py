@@ -13,8 +13,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from loaders import open_checkpoint
 from loaders.config import RopeParameters, config_from_json
-from loaders.gemma3 import RULES, Gemma3Config
 from loaders.expand import expand
+from loaders.gemma3 import RULES, Gemma3Config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LOCAL, GLOBAL = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e6}

@@ -10,9 +10,9 @@ import pytest
 from handmade import CONFIG, MOE_CONFIG
 
 from loaders.config import config_from_json
+from loaders.expand import expand
 from loaders.families import FAMILIES, family_module
 from loaders.qwen3 import RULES, Qwen3Config
-from loaders.expand import expand
 from loaders.spec import ParamSpec, Rule, Source, Specs, TiedSpec
 from loaders.stage import Stage
 

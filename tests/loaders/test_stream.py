@@ -19,6 +19,7 @@ from handmade import CONFIG
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.checkpoint import AHEAD_BYTES
 from loaders.sources import LocalDirectory
 from loaders.writer import TensorType, write_checkpoint
 
@@ -180,11 +181,32 @@ def test_destinations_are_filled_in_place_and_nothing_else_is(checkpoint: Checkp
 
 
 @pytest.mark.parametrize("wrong", [np.empty(6 * KIB, np.int32), np.empty(5, np.float32), np.empty(12 * KIB, "f4")[::2]])
-def test_a_destination_that_does_not_fit_is_refused_before_anything_is_read(
+def test_a_destination_that_does_not_fit_is_refused_before_anything_is_read_into_it(
     checkpoint: Checkpoint, wrong: np.ndarray
 ) -> None:
+    before = wrong.tobytes()
     with pytest.raises(ValueError, match="destination of 'a' is"):
-        checkpoint.stream(into={"a": wrong}.get)
+        next(checkpoint.stream(into={"a": wrong}.get))
+    assert wrong.tobytes() == before
+
+
+def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(tmp_path: Path) -> None:
+    """A reload makes them then, and has let go of the first ones before it comes to the last."""
+    size = AHEAD_BYTES // 8
+    plan = {f"t{number:02}": TensorType("F32", (size // 4,)) for number in range(40)}
+    zeros = np.zeros(size // 4, np.float32)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def destination(name: str) -> np.ndarray:
+        array = np.empty(size // 4, np.float32)
+        made.append(weakref.ref(array))
+        return array
+
+    for count, (name, array) in enumerate(checkpoint.stream(into=destination), 1):
+        assert len(made) <= count + AHEAD_BYTES // size
+        del array
+        assert sum(ref() is not None for ref in made) <= AHEAD_BYTES // size + 1, name
 
 
 @pytest.mark.parametrize("kind", [list, set, iter, dict.fromkeys])

@@ -41,7 +41,9 @@ class Benches:
         if zoo not in self._pairs:
             options = OPTIONS.get(zoo, {})
             self._pairs[zoo] = {
-                letter: make_checkpoint(zoo.partition(" ")[0], self.root / f"{zoo}-{letter}", seed=seed, num_hidden_layers=2, **options)
+                letter: make_checkpoint(
+                    zoo.partition(" ")[0], self.root / f"{zoo}-{letter}", seed=seed, num_hidden_layers=2, **options
+                )
                 for seed, letter in enumerate("AB")
             }
         return self._pairs[zoo]

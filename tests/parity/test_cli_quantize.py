@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exporter_libs import compressed_tensors_dequantize, modelopt_dequantize, to_numpy, to_torch
+from exporters import quiet
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -16,7 +17,6 @@ from parity.cli import main
 from parity.oracle import oracle_forward
 from parity.trace import Trace
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from tests.parity.exporters import quiet
 
 HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 

@@ -200,12 +200,12 @@ def test_every_event_passes_on_wrapped_and_sparse_hybrids(zoo, benches, tmp_path
 
 
 def skips_a_parameter(commit):
-    return lambda model, staged: commit(model, {n: x for n, x in staged.items() if n != "model.norm.weight"})
+    return lambda model, values, names: commit(model, ((n, x) for n, x in values if n != "model.norm.weight"), names)
 
 
 def moves_a_parameter(commit):
-    def changed(model, staged):
-        commit(model, staged)
+    def changed(model, values, names):
+        commit(model, values, names)
         model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.clone(), requires_grad=False)
 
     return changed
@@ -273,7 +273,7 @@ def exports_the_files_it_came_from(export):
 
 
 def forgets_the_draft(commit):
-    return lambda model, staged: commit(model, {n: x for n, x in staged.items() if not n.startswith("mtp.")})
+    return lambda model, values, names: commit(model, ((n, x) for n, x in values if not n.startswith("mtp.")), names)
 
 
 def exports_what_it_holds(export):

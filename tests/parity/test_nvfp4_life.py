@@ -1,0 +1,275 @@
+"""The life of quantised weights: every event, quantising while reading, storage that is source and derived in turn."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from lives import BACKENDS, Benches
+
+import jax_models
+import torch_models
+from loaders import CheckpointError, open_checkpoint
+from loaders.quantize import quantized
+from loaders.writer import write_checkpoint
+from parity.backends import open_backend
+from parity.lifecycle import run_lifecycle
+from parity.live_model import differing
+from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
+from torch_models import pointer_census
+from torch_models.census import moved, tensors_of
+from torch_models.derived import holds_derived
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory):
+    return Benches(tmp_path_factory.mktemp("life"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Two unquantised mixtures of experts, as a trainer sends them."""
+    root = tmp_path_factory.mktemp("plain")
+    sizes = {**block_sizes("qwen3-moe"), "num_hidden_layers": 2, "dtype": "BF16"}
+    return [make_checkpoint("qwen3-moe", root / letter, seed=seed, **sizes) for seed, letter in enumerate("AB")]
+
+
+@pytest.fixture(scope="module")
+def written(plain, tmp_path_factory):
+    """The same two in NVFP4, on disk."""
+    root = tmp_path_factory.mktemp("written")
+    found = []
+    for path in plain:
+        view = quantized(open_checkpoint(path))
+        beside = view.quantization_document
+        config = view.config_document
+        found.append(write_checkpoint(root / path.name, view.tensors, view.read, config=config, quantization=beside))
+    return found
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """Two dense models whose block scales are as many in the kernel's order: that order takes their storage."""
+    root = tmp_path_factory.mktemp("aligned")
+    sizes = {**block_sizes("qwen3", aligned=True), "num_hidden_layers": 2}
+    options = {"quantization": ZooQuantization(unify=False), **sizes}
+    return [make_checkpoint("qwen3", root / letter, seed=seed, **options) for seed, letter in enumerate("AB")]
+
+
+def batch(path):
+    return prompts(open_checkpoint(path).config, rows=2, tokens=12, padding="left")
+
+
+def logits(model, inputs):
+    out = model(**inputs)
+    return out.detach().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("zoo", ["qwen3-moe nvfp4", pytest.param("qwen3_5-moe nvfp4", marks=SLOW)])
+def test_every_law_holds_through_every_event(zoo, backend, benches, tmp_path):
+    pair = benches.pair(zoo)
+    results = run_lifecycle(pair["A"], pair["B"], backends=[backend], scratch=tmp_path)
+    assert [result for result in results if result.verdict == "fail"] == []
+    assert sum(result.verdict == "pass" for result in results) > 25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantising_while_reading_is_loading_what_quantize_writes(backend, plain, written):
+    module = open_backend(backend).module
+    inputs = batch(plain[0])
+    live = module.load(plain[0], quantize="nvfp4")
+    cold = module.load(written[0])
+    assert live.digests() == cold.digests()
+    assert logits(live, inputs).tobytes() == logits(cold, inputs).tobytes()
+    assert set(live.kernels) == set(cold.kernels) != set()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_quantises_while_reading_is_reloaded_from_both_and_exports_nvfp4(
+    backend, plain, written, tmp_path
+):
+    module = open_backend(backend).module
+    inputs = batch(plain[0])
+    cold = [module.load(path) for path in written]
+    model = module.load(plain[0], quantize="nvfp4")
+    for letter, path in ((1, plain[1]), (0, written[0]), (1, plain[1]), (0, plain[0]), (1, written[1])):
+        model = model.update_weights_from_disk(path)
+        assert model.digests() == cold[letter].digests()
+        assert logits(model, inputs).tobytes() == logits(cold[letter], inputs).tobytes()
+    model.export(tmp_path / "export")
+    exported = open_checkpoint(tmp_path / "export")
+    assert exported.config == open_checkpoint(written[1]).config
+    assert module.load(tmp_path / "export").digests() == cold[1].digests()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_nvfp4_model_refuses_bf16_unless_it_was_told_to_quantise(backend, plain, written):
+    model = open_backend(backend).load(written[0])
+    before = model.digests()
+    with pytest.raises(CheckpointError, match="it is not quantised, and the model is"):
+        model.update_weights_from_disk(plain[1])
+    assert model.digests() == before
+    assert model.version == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_way_of_quantising_is_another_model(backend, written, tmp_path):
+    """All modules that differ are named at once; nothing changes."""
+    sizes = {**block_sizes("qwen3-moe"), "num_hidden_layers": 2, "dtype": "BF16"}
+    how = ZooQuantization(activations=False, exclude=("*.o_proj",))
+    other = make_checkpoint("qwen3-moe", tmp_path / "other", quantization=how, **sizes)
+    model = open_backend(backend).load(written[0])
+    with pytest.raises(CheckpointError, match="Load it as a new model") as caught:
+        model.update_weights_from_disk(other)
+    assert str(caught.value).count("o_proj is not quantised, expected NVFP4, weights only") == 2
+    assert logits(model, batch(written[0])).shape
+
+
+def test_jax_can_give_up_the_old_weights_and_a_refused_reload_gives_up_nothing(written, plain):
+    inputs = batch(written[0])
+    cold = [logits(jax_models.load(path), inputs) for path in written]
+    model = old = jax_models.load(written[0])
+    with pytest.raises(CheckpointError):
+        model.update_weights_from_disk(plain[1], donate=True)
+    assert logits(model, inputs).tobytes() == cold[0].tobytes()
+    compiled = model.programs.forward._cache_size()
+    for letter in (1, 0, 1):
+        model = model.update_weights_from_disk(written[letter], donate=True)
+        assert logits(model, inputs).tobytes() == cold[letter].tobytes()
+    assert model.programs.forward._cache_size() == compiled
+    with pytest.raises(RuntimeError, match="deleted"):
+        logits(old, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_stay_within_two_percent_of_the_checkpoint(backend, written):
+    """No second copy, whether it is called derived or forgotten: after a load, runs, digests, and reloads."""
+    expected = sum(info.num_bytes for info in open_checkpoint(written[0]).tensors.values())
+    model = open_backend(backend).load(written[0])
+    for letter in (None, 1, 0, 1):
+        model = model if letter is None else model.update_weights_from_disk(written[letter])
+        logits(model, batch(written[0]))
+        model.digests()
+        assert resident(model) <= 1.02 * expected
+
+
+def resident(model):
+    """Bytes of everything a torch model reaches; of a JAX model's arrays."""
+    if isinstance(model, torch.nn.Module):
+        storages = {tensor.untyped_storage().data_ptr(): tensor for _, tensor in tensors_of(model)}
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
+
+
+def aliased(model):
+    """Modules whose block scales' storage holds the kernel's order."""
+    return [
+        name for name, part in model.named_modules() if hasattr(part, "alpha") and holds_derived(part, "weight_scale")
+    ]
+
+
+def test_block_scales_in_the_kernels_order_take_their_sources_storage_through_every_reload(aligned):
+    inputs = batch(aligned[0])
+    cold = [torch_models.load(path) for path in aligned]
+    expected = [logits(model, inputs) for model in cold]
+    model = torch_models.load(aligned[0], kernel="reference-128x4")
+    assert len(aliased(model)) == 14
+    assert resident(model) == resident(cold[0])
+    assert logits(model, inputs).tobytes() == expected[0].tobytes()
+    before = pointer_census(model)
+    for reload in range(1, 101):
+        model.update_weights_from_disk(aligned[reload % 2])
+        if reload in (1, 2, 50, 99, 100):
+            assert logits(model, inputs).tobytes() == expected[reload % 2].tobytes()
+            assert model.digests() == cold[reload % 2].digests()
+    assert moved(before, pointer_census(model)) == []
+
+
+def test_what_is_exported_is_what_was_loaded_though_storage_holds_another_order(aligned, tmp_path):
+    model = torch_models.load(aligned[0], kernel="reference-128x4")
+    model.export(tmp_path / "export")
+    for name, array in open_checkpoint(tmp_path / "export").stream():
+        assert array.tobytes() == open_checkpoint(aligned[0]).read(name).tobytes(), name
+
+
+def test_a_reload_that_breaks_half_way_is_refused_and_the_next_one_is_a_cold_load(aligned, monkeypatch):
+    """Some storages then hold new sources, some old derived bytes; nothing is derived from the wrong ones."""
+    inputs = batch(aligned[0])
+    expected = logits(torch_models.load(aligned[1]), inputs)
+    model = torch_models.load(aligned[0], kernel="reference-128x4")
+    from torch_models import weights
+
+    real, calls = weights.tensor_digest, []
+
+    def failing(array):
+        calls.append(None)
+        if len(calls) == 9:
+            raise OSError("the device is gone")
+        return real(array)
+
+    monkeypatch.setattr(weights, "tensor_digest", failing)
+    with pytest.raises(OSError, match="device is gone"):
+        model.update_weights_from_disk(aligned[1])
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="refuses to run"):
+        logits(model, inputs)
+    model.update_weights_from_disk(aligned[1])
+    assert logits(model, inputs).tobytes() == expected.tobytes()
+
+
+def test_sleep_wake_and_copies_keep_what_the_storage_holds(aligned):
+    inputs = batch(aligned[0])
+    model = torch_models.load(aligned[0], kernel="reference-128x4")
+    expected = logits(model, inputs)
+    model.sleep()
+    model.wake()
+    assert logits(model, inputs).tobytes() == expected.tobytes()
+    other = copy.deepcopy(model)
+    other.update_weights_from_disk(aligned[1])
+    assert logits(model, inputs).tobytes() == expected.tobytes()
+    assert logits(other, inputs).tobytes() != expected.tobytes()
+    model.update_weights_from_disk(aligned[1])
+    assert differing(model.digests(), other.digests()) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_quantised_head_is_not_swapped_without_its_scales(backend, tmp_path):
+    sizes = {**block_sizes("qwen3"), "num_hidden_layers": 2}
+    path = make_checkpoint("qwen3", tmp_path / "A", quantization=ZooQuantization(head=True), **sizes)
+    model = open_backend(backend).load(path)
+    embed, head = model.get_embed_and_head()
+    assert model.set_embed_and_head(embed, head).version == 1
+    other = head.clone() if backend == "torch" else head + 0
+    with pytest.raises(ValueError, match="head is quantised: its codes mean nothing without their scales"):
+        model.set_embed_and_head(head=other)
+
+
+@pytest.mark.parametrize("how", ["tensor", "expert"])
+def test_on_a_mesh_quantised_weights_compute_the_same(how, written):
+    """Codes are cut between blocks; experts and their scales go together."""
+    import jax
+
+    inputs = batch(written[0])
+    expected = logits(jax_models.load(written[0], dtype="float32"), inputs)
+    axes = {"tensor": (("tensor",), (3,)), "expert": (("expert", "tensor"), (5, 1))}[how]
+    mesh = jax.make_mesh(axes[1], axes[0], devices=jax.devices()[: int(np.prod(axes[1]))])
+    model = jax_models.load(written[0], dtype="float32", mesh=mesh)
+    is_real = inputs["attention_mask"].astype(bool)
+    found = logits(model, inputs)[is_real]
+    assert np.linalg.norm(found - expected[is_real]) <= 1e-5 * np.linalg.norm(expected[is_real])
+    codes = traverse_of(model.weights)["model.layers.0.self_attn.o_proj.weight"]
+    if how == "tensor":
+        assert codes.sharding.shard_shape(codes.shape) != codes.shape
+
+
+def traverse_of(weights):
+    from flax import traverse_util
+
+    return traverse_util.flatten_dict(weights, sep=".")
