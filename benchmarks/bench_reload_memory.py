@@ -1,7 +1,7 @@
 """Memory of an NVFP4 model, resident and while it is reloaded, on CPU, each backend in a process of its own.
 
-Bars: resident weights at most 1.02x the checkpoint's bytes, after a load and after every reload; a reload's peak at most
-that and the largest layer. JAX reloads with ``donate=True``, which is what keeps it from holding both versions. Peak is
+Bars: resident weights at most 1.02x the checkpoint's bytes, after a load and after every reload; a reload's peak at
+most that and the largest layer. JAX reloads with ``donate=True``, which is what keeps it from holding both versions. Peak is
 VmHWM, reset before each reload, minus VmRSS before it. The named peer is a reload that holds both: JAX's without it.
 
     python benchmarks/bench_reload_memory.py [--mib 512] [--reloads 4] [--json FILE]
@@ -27,7 +27,8 @@ if how == "torch":
     from torch_models.census import tensors_of
     model = torch_models.load(paths[0])
     def resident(model):
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensors_of(model)}.values())
+        storages = [tensor.untyped_storage() for _, tensor in tensors_of(model)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     reload = lambda model, path: model.update_weights_from_disk(path)
 else:
     import jax, jax_models

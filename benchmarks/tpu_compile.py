@@ -111,8 +111,12 @@ COLLECTIVE = re.compile(
 SHAPE = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
 
-def config_of(model: str, layers: int | None) -> object:
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head"]}
+
+
+def config_of(model: str, layers: int | None, *, nvfp4: bool = False) -> object:
     document = MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
+    document = document | ({"quantization_config": NVFP4} if nvfp4 else {})
     config, problems = config_from_json(document)
     assert config is not None, problems
     return config
@@ -170,7 +174,7 @@ def full_vocabulary_shapes(hlo: str, vocab_size: int, length: int, parts: int) -
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    config = config_of(args.model, args.layers)
+    config = config_of(args.model, args.layers, nvfp4=args.nvfp4)
     mesh = mesh_of(args.mesh, args.topology)
     rows, length = args.rows or {"prefill": 1, "decode": 8}[args.program], args.length
     length = length or {"prefill": 1024, "decode": 2048}[args.program]
@@ -184,9 +188,10 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     if args.hlo:
         Path(args.hlo).write_text(hlo, encoding="utf-8")
     weights = abstract_weights(config, mesh, dtype)
-    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+    weight_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     return {
         "model": args.model,
+        "nvfp4": args.nvfp4,
         "layers": config.num_hidden_layers,
         "program": args.program,
         "rows": rows,
@@ -196,7 +201,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "jax": jax.__version__,
         "lower_s": round(lowered_s, 1),
         "compile_s": round(compiled_s, 1),
-        "total_weight_bytes": num_params * dtype.itemsize,
+        "total_weight_bytes": weight_bytes,
         "weight_bytes": held_bytes(weights),
         "cache_bytes": held_bytes(abstract_cache(config, rows, length, dtype, mesh)),
         "argument_bytes": memory.argument_size_in_bytes,
@@ -231,6 +236,7 @@ def main() -> None:
     parser.add_argument("--program", choices=("prefill", "decode"), required=True)
     parser.add_argument("--mesh", default="tensor=4", help="axis=size, comma separated")
     parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--nvfp4", action="store_true", help="weights in NVFP4, but for the head")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--rows", type=int, help="B: 1 for prefill, 8 for decode")
     parser.add_argument("--length", type=int, help="T: 1024 for prefill, 2048 for decode")

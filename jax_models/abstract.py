@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from jax_models.cache import Cache, empty_cache
 from jax_models.programs import Weights, model_class
 from jax_models.sharding import param_sharding, row_sharding
+from loaders.dtypes import to_numpy
 from loaders.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh | None, dtype: Any, stage: Stage | None = None) -> Weights:
-    """What ``load`` would place, all in one stored ``dtype``."""
+    """What ``load`` would place, all in one stored ``dtype`` but for codes and scales."""
     dims = config.dims()
     flat = {
-        spec.name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=param_sharding(spec, dims, mesh))
+        spec.name: jax.ShapeDtypeStruct(
+            spec.shape, to_numpy(spec.dtype) if spec.dtype else dtype, sharding=param_sharding(spec, dims, mesh)
+        )
         for spec in specs_of(config, stage or Stage())
     }
     return traverse_util.unflatten_dict(flat, sep=".")

@@ -66,31 +66,31 @@ def _write_as_it_reads(update: Any, model: Any, uri: Any) -> Any:
     return model
 
 
-def _publish_first(update: Any, model: Any, uri: Any) -> Any:
+def _publish_first(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     model.publish(Event("reload", model.version + 1, str(uri)))
-    return update(model, uri)
+    return update(model, uri, **options)
 
 
 def _lenient(plan_reload: Any, checkpoint: Any, config: Any, stage: Any, live: Any) -> Any:
     return import_module("loaders.plan")._match(checkpoint, config, stage)[0]
 
 
-def _old_files(update: Any, model: Any, uri: Any) -> Any:
+def _old_files(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     old = str(model.checkpoint.source)
-    return update(update(model, uri), old)
+    return update(update(model, uri, **options), old, **options)
 
 
-def _other_programs(update: Any, model: Any, uri: Any) -> Any:
+def _other_programs(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     from jax_models.programs import Programs
 
-    updated = update(model, uri)
+    updated = update(model, uri, **options)
     return dataclasses.replace(updated, programs=Programs(updated.config, updated.stage, updated.dtype, None))
 
 
-def _old_deleted(update: Any, model: Any, uri: Any) -> Any:
+def _old_deleted(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     import jax
 
-    updated = update(model, uri)
+    updated = update(model, uri, **options)
     for leaf in jax.tree.leaves(model.weights):
         leaf.delete()
     return updated

@@ -10,8 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from parity.mutant_plants import bfloat16, wrapped, xp
-from parity.mutants import Patch
+from parity.mutant_bench import Subject
+from parity.mutant_nvfp4_bench import W4A4, nvfp4_layers
+from parity.mutant_plants import BOTH, bfloat16, of, wrapped, xp
+from parity.mutants import Mutant, Patch
 
 Edit = Callable[[np.ndarray], np.ndarray]
 Edits = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -205,3 +207,16 @@ def with_plain_scales(round_: Any, np_: Any, x: Any, scale: Any) -> Any:
     numbers = np_.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     nearest = numbers[np_.argmin(np_.abs(np_.abs(quotient)[..., None] - numbers), -1)]
     return (np_.sign(quotient) * nearest * block[..., None]).reshape(x.shape)
+
+
+def quantised_mutant(
+    name: str,
+    source: str,
+    plant: Callable[[], Any],
+    says: str,
+    subject: Subject = W4A4,
+    detector: Any = nvfp4_layers,
+    backends: tuple[str, ...] = BOTH,
+    **more: Any,
+) -> Mutant:
+    return of("loader", f"nvfp4_{name}", source, plant, says, subject, detector=detector, backends=backends, **more)

@@ -11,7 +11,7 @@ partial or failed update is refused, never derived.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class Lodger:
 
     name: str
     checksums: torch.Tensor  # int64, one for every 128 rows, on the host
+    is_there: bool = True  # False: the source was loaded again, or so it was said
 
 
 def allocate_derived(module: nn.Module, device: torch.device) -> None:
@@ -119,13 +120,26 @@ def alias_or_bind_derived_param(
 
 
 def holds_derived(module: nn.Module, source_name: str) -> bool:
-    """Whether the storage of a source holds what was derived from it."""
-    return source_name in _lodgers(module)
+    """Whether the storage of a source holds what was derived from it, as far as anybody said."""
+    lodger = _lodgers(module).get(source_name)
+    return lodger is not None and lodger.is_there
+
+
+def is_derived(module: nn.Module, source_name: str) -> bool:
+    """Likewise by the bytes: not one of them has changed since it was derived."""
+    lodger = _lodgers(module).get(source_name)
+    if lodger is None or not lodger.is_there:
+        return False
+    return torch.equal(_checksums(module.get_parameter(source_name)), lodger.checksums)
 
 
 def mark_source(module: nn.Module, source_name: str) -> None:
-    """Say that all of a source was loaded: its storage holds the checkpoint's bytes again."""
-    _lodgers(module).pop(source_name, None)
+    """Say that all of a source was loaded: its storage holds the checkpoint's bytes again.
+
+    What was derived is remembered until it is derived anew, so that a part that was not loaded is seen then.
+    """
+    if (lodger := _lodgers(module).get(source_name)) is not None:
+        _lodgers(module)[source_name] = replace(lodger, is_there=False)
 
 
 def _lodgers(module: nn.Module) -> dict[str, Lodger]:

@@ -110,8 +110,9 @@ def experts(
         row, step, slot = np.nonzero(experts_BTX == expert)
         x = x_BTD[row, step]
         if fused.has("gate_up_proj"):  # rows of the gate first
-            for name in ("gate_proj", "up_proj") if fused.saw else ():
-                fused.saw(f"{fused.prefix}{expert}.{name}", x)
+            if fused.saw:
+                fused.saw(f"{fused.prefix}{expert}.gate_proj", x)
+                fused.saw(f"{fused.prefix}{expert}.up_proj", x)
             gate_up = x @ fused.stored("gate_up_proj", E, 2 * M, D)[expert].astype(np.float64).T
             inner = silu(gate_up[:, :M]) * gate_up[:, M:]
             if fused.saw:

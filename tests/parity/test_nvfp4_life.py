@@ -273,3 +273,16 @@ def traverse_of(weights):
     from flax import traverse_util
 
     return traverse_util.flatten_dict(weights, sep=".")
+
+
+def test_a_layer_whose_scales_were_written_behind_its_back_derives_from_all_of_them_or_refuses(aligned):
+    model = torch_models.load(aligned[0], kernel="reference-128x4")
+    layer = model.get_submodule("model.layers.0.mlp.gate_proj")
+    new = torch_models.load(aligned[1]).get_submodule("model.layers.0.mlp.gate_proj").weight_scale
+    layer.derive()  # nothing changed: nothing is derived
+    layer.weight_scale.data.copy_(new)
+    layer.derive()
+    assert torch.equal(layer.source("block").view(torch.uint8), new.view(torch.uint8))
+    layer.weight_scale.data[:128] = new[:128]
+    with pytest.raises(RuntimeError, match="would be derived twice"):
+        layer.derive()

@@ -190,3 +190,13 @@ def test_what_a_storage_holds_goes_with_a_copy_of_the_layer(layer):
     other = copy.deepcopy(layer)
     with pytest.raises(RuntimeError, match="derived twice"):
         derive(other)
+
+
+@pytest.mark.parametrize("is_said", [True, False], ids=["said", "unsaid"])
+def test_half_a_load_is_seen_whether_or_not_it_is_said_to_be_all(layer, is_said):
+    derive(layer)
+    layer.weight_scale.data[:128] = scales(256, 8, 5)[:128]
+    if is_said:
+        mark_source(layer, "weight_scale")
+    with pytest.raises(RuntimeError, match="128 of 256 rows"):
+        derive(layer)

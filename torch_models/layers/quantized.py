@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from loaders.quantization import BLOCK, Scheme
-from torch_models.derived import alias_or_bind_derived_param, copy_or_rebind_param, holds_derived
+from torch_models.derived import alias_or_bind_derived_param, copy_or_rebind_param, holds_derived, is_derived
 from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import activation_codes, dequantized, packed_codes, quantized_activations
@@ -68,7 +68,7 @@ class NVFP4Linear(nn.Module):
             alpha = alpha * self._input_scale()
         copy_or_rebind_param(self, "alpha", alpha)
         block = self.scheme.leaves["block"]
-        if self.kernel.swizzles and not holds_derived(self, block):
+        if self.kernel.swizzles and not is_derived(self, block):
             swizzled = nvfp4_blackwell.swizzled(self.get_parameter(block))
             alias_or_bind_derived_param(self, block, "weight_scale_interleaved", swizzled)
 
