@@ -1,8 +1,9 @@
 """Memory of an NVFP4 model, resident and while it is reloaded, on CPU, each backend in a process of its own.
 
 Bars: resident weights at most 1.02x the checkpoint's bytes, after a load and after every reload; a reload's peak at
-most that and the largest layer. JAX reloads with ``donate=True``, which is what keeps it from holding both versions. Peak is
-VmHWM, reset before each reload, minus VmRSS before it. The named peer is a reload that holds both: JAX's without it.
+most that and the largest layer. JAX reloads with ``donate=True``, which is what keeps it from holding both versions.
+Peak is VmHWM, reset before each reload, minus VmRSS before it. The named peer is a reload that holds both: JAX's own,
+without it.
 
     python benchmarks/bench_reload_memory.py [--mib 512] [--reloads 4] [--json FILE]
 """

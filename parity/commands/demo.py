@@ -1,4 +1,4 @@
-"""``tandem demo``: the main job on an embedded default, in about a minute. Nothing is downloaded."""
+"""``tandem demo``: the main job on an embedded default, in a minute or two. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from parity.comparison import Comparison
     from parity.events import EventResult
 
-MODELS = {"qwen3-moe": "Qwen3-MoE", "qwen3": "Qwen3 dense", "qwen3_5": "Qwen3.5"}
+NVFP4 = "qwen3 nvfp4"
+MODELS = {"qwen3-moe": "Qwen3-MoE", "qwen3": "Qwen3 dense", "qwen3_5": "Qwen3.5", NVFP4: "Qwen3 NVFP4"}
 # compiling takes most of the time, and grows with the layers
 FEW_LAYERS: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"num_hidden_layers": 3},
     "qwen3": {"num_hidden_layers": 3},
     "qwen3_5": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    NVFP4: {"num_hidden_layers": 2},
 }
 FILE_BYTES = 50_000  # small enough that each checkpoint has several files and an index
 
@@ -64,12 +66,13 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
     from parity.compare import compare
     from parity.lifecycle import run_lifecycle
     from parity.record import default_inputs, record, record_oracle
-    from parity.zoo import make_checkpoint
+    from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
-    a, b = (
-        make_checkpoint(name, scratch / seed, seed=ord(seed), max_file_bytes=FILE_BYTES, **FEW_LAYERS[name])
-        for seed in "AB"
-    )
+    zoo = name.partition(" ")[0]
+    options: dict[str, Any] = FEW_LAYERS[name]
+    if name == NVFP4:  # weights only, every matrix with a global scale of its own
+        options = options | block_sizes(zoo) | {"quantization": ZooQuantization(activations=False, unify=False)}
+    a, b = (make_checkpoint(zoo, scratch / seed, seed=ord(seed), max_file_bytes=FILE_BYTES, **options) for seed in "AB")
     (scratch / "events").mkdir()
     backends = {backend: open_backend(backend) for backend in ("jax", "torch")}
     events = [

@@ -253,8 +253,8 @@ def keeps_the_old_head(swap):
 
 
 def moves_to_another_device(update):
-    def changed(model, uri):
-        found = update(model, uri)
+    def changed(model, uri, **options):
+        found = update(model, uri, **options)
         weights = jax.tree.map(lambda x: jax.device_put(x, jax.devices("cpu")[1]), found.weights)
         return dataclasses.replace(found, weights=weights)
 

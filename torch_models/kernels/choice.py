@@ -64,6 +64,12 @@ def choose(name: str | None, device: torch.device, *, activations: bool) -> Kern
     }[name]()
 
 
+def of_experts(kernel: Kernel) -> Kernel:
+    """What experts run beside linear layers on ``kernel``: no kernel of theirs wants the 128x4 order, or is native."""
+    names = {"blackwell": "triton", "reference-128x4": "reference"}
+    return Kernel(names.get(kernel.name, kernel.name), kernel.matmul, kernel.expert_matmul)
+
+
 def _best(device: torch.device, *, activations: bool) -> str:
     if device.type == "cpu":
         return "reference"

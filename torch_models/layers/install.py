@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loaders.quantization import Quantization, Scheme
-from torch_models.kernels.choice import Kernel, choose
+from torch_models.kernels.choice import Kernel, choose, of_experts
 from torch_models.layers.linear import Linear, empty_param
 from torch_models.layers.moe import Experts
 from torch_models.layers.quantized import FP8Linear, NVFP4Linear
@@ -45,6 +45,8 @@ def install(
         activations = scheme.activations and quantizes_inputs
         chosen = choose(kernel, device, activations=activations) if scheme.weights == "nvfp4" else None
         plain = model.get_submodule(path)
+        if chosen is not None and isinstance(plain, Experts):
+            chosen = of_experts(chosen)
         setattr(model.get_submodule(owner), leaf, _quantized(path, plain, scheme, chosen, quantizes_inputs))
         found[path] = "fp8" if chosen is None else chosen.name
     return found

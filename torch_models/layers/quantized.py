@@ -22,7 +22,7 @@ from torch_models.layers.linear import Linear, empty_param
 
 def multiplier(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """A global scale as what codes are multiplied by, whatever the spelling."""
-    return 1.0 / scale if scheme.divides else scale.clone()
+    return 1.0 / scale if scheme.divides else scale
 
 
 class NVFP4Linear(nn.Module):
