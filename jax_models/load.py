@@ -45,8 +45,8 @@ def load(
         mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
-        activation_quantization: None: inputs of quantised layers are quantised if the checkpoint says so; False: they
-            are not, weights only; True: they must be.
+        activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
+            checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
     Raises:

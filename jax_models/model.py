@@ -238,7 +238,7 @@ class Model:
         return self.published(life.committed_like(self.weights, weights), "replace")
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same array twice."""
+        """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
         return life.get_embed_and_head(self)
 
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:

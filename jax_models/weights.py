@@ -14,7 +14,6 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
-from loaders import CheckpointError
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
@@ -35,7 +34,7 @@ def flatten(weights: Weights) -> dict[str, jax.Array]:
 
 
 def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
-    """Embedding and head, [V, D] as stored; None for a half this stage lacks; tied: the same array twice."""
+    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
     specs = specs_of(model.config, model.stage)
     flat = flatten(model.weights)
     return flat[specs.embedding] if specs.embedding else None, flat[specs.head] if specs.head else None
@@ -59,11 +58,17 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
-    problems = [problem for half, (name, value) in asked.items() for problem in _misfits(half, value, flat[name])]
-    problems += [
+    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
+    problems = [
         f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half in quantized
+        if asked[half][1] is not flat[asked[half][0]]
+    ]
+    problems += [
+        problem
         for half, (name, value) in asked.items()
-        if name.rpartition(".")[0] in specs.schemes and value is not flat[name]
+        if half not in quantized
+        for problem in _misfits(half, value, flat[name])
     ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")
@@ -98,12 +103,6 @@ def _check_tied(head: Any, embed: Any) -> None:
     raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    """NumPy's view of an array. Of 8-bit floats JAX would keep the copy that it makes for as long as the array."""
-    is_float8 = array.dtype.itemsize == 1 and jnp.issubdtype(array.dtype, jnp.floating)
-    return np.asarray(array.view(jnp.uint8)).view(array.dtype) if is_float8 else np.asarray(array)
-
-
 def _bits(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value).view(np.uint8)
 
@@ -123,7 +122,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
         donate: give up the weights of ``model``, and of every model that shares them.
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
-        RuntimeError: with ``donate``, reading failed the second time; ``model`` cannot run, but can be updated again.
+        RuntimeError: with ``donate``, reading or placing failed the second time; ``model`` cannot run, but can be
+            updated again.
     """
     from jax_models.load import read_hosted, read_params  # the loader builds models
 
@@ -143,8 +143,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
             if donate:
                 live[name].delete()
         report = filling.finish()
-    except CheckpointError as error:
-        if not donate:
+    except Exception as error:
+        if not donate or not placed:
             raise
         given = f"{len(placed)} of {len(live)} parameters were given up already"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
@@ -194,11 +194,11 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: _on_host(flat[name]), left_out)
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
 
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: _on_host(flat[name])))
+    return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))

@@ -170,7 +170,7 @@ class Checkpoint:
                     while waiting and len(ahead) < 64:
                         size = self.tensors[waiting[0]].num_bytes
                         # a destination may be memory that is made when it is asked for: not for all at once
-                        if ahead and (held + size > budget or given + size > AHEAD_BYTES):
+                        if ahead and (held + size > budget or (len(ahead) > 1 and given + size > AHEAD_BYTES)):
                             break
                         name = waiting.popleft()
                         out = into(name) if into else None

@@ -130,10 +130,12 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
         return []
     if found.architecture != expected.architecture:
         return [f"config.json: architecture is {found.architecture}, expected {expected.architecture} as it is live"]
-    problems = [] if found.quantization is None else found.quantization.differences(expected.quantization)
-    if found.quantization is None and expected.quantization is not None:
-        problems = ["it is not quantised, and the model is"]
-    problems = [f"quantisation: {problem}, as it is live. Load it as a new model." for problem in problems]
+    problems = []
+    if found.quantization != expected.quantization:
+        ways = ["it is not quantised, and the model is"]
+        ways = ways if found.quantization is None else found.quantization.differences(expected.quantization)
+        problems = [f"quantisation: {way}, as it is live. Load it as a new model." for way in ways]
+        assert problems, "two quantisations differ, and nothing says in what"
     ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(found)  # pyright: ignore[reportArgumentType]
     compared = {field.name for field in dataclasses.fields(expected) if field.compare}  # pyright: ignore[reportArgumentType]
     return problems + [

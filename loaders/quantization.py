@@ -111,13 +111,21 @@ class Quantization:
 
     @property
     def has_activations(self) -> bool:
-        """Whether any input is quantised, or keys and values are."""
-        return self.kv_cache or any(scheme.activations for _, scheme in self.schemes)
+        """Whether the inputs of any layer are quantised."""
+        return any(scheme.activations for _, scheme in self.schemes)
 
     def differences(self, other: Quantization | None) -> list[str]:
-        """What this is and ``other`` is not, one line a module."""
-        ours, theirs = self.table, other.table if other is not None else {}
-        return [
+        """What this is and ``other`` is not, one line a module; of another exporter's words, that alone."""
+        if other is None:
+            return ["it is quantised, and the model is not"]
+        if self.spelling != other.spelling:
+            return [f"its tensors go by the words of {self.spelling}, expected those of {other.spelling}"]
+        found = []
+        if self.kv_cache != other.kv_cache:
+            words = {True: "it has scales for an FP8 cache", False: "it has no scales for an FP8 cache"}
+            found.append(f"{words[self.kv_cache]}, and the model {'has' if other.kv_cache else 'has none'}")
+        ours, theirs = self.table, other.table
+        return found + [
             f"{path} is {ours.get(path, 'not quantised')}, expected {theirs.get(path, 'not quantised')}"
             for path in sorted(ours.keys() | theirs.keys())
             if ours.get(path) != theirs.get(path)
@@ -135,3 +143,8 @@ def summary(quantization: Quantization | None) -> dict[str, list[str]]:
     for path, scheme in () if quantization is None else quantization.schemes:
         found.setdefault(str(scheme), []).append(path)
     return found
+
+
+def has_nvfp4(quantization: Quantization | None) -> bool:
+    """Whether any module is NVFP4."""
+    return quantization is not None and any(scheme.weights == "nvfp4" for _, scheme in quantization.schemes)

@@ -209,24 +209,37 @@ def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
     """Open a checkpoint, seen through quantisation if ``method`` says so and it is not quantised itself.
 
     Raises:
-        CheckpointError: as ``open_checkpoint`` and ``quantized``.
+        CheckpointError: as ``open_checkpoint`` and ``quantized``; or it is quantised in another way, so that what is
+            quantised later could never be its successor.
         ValueError: another method than ``"nvfp4"``.
     """
     if method not in (None, "nvfp4"):
         raise ValueError(f"quantize={method!r} is not implemented, expected 'nvfp4' or None")
     checkpoint = open_checkpoint(uri)
-    return checkpoint if method is None or checkpoint.config.quantization is not None else quantized(checkpoint)
+    quantization = checkpoint.config.quantization
+    if method is None:
+        return checkpoint
+    if quantization is None:
+        return quantized(checkpoint)
+    others = {str(scheme) for _, scheme in quantization.schemes if scheme != _scheme(False)}
+    if others:
+        found = f"it is quantised already, and not as quantize={method!r} would: {', '.join(sorted(others))}"
+        raise CheckpointError(
+            checkpoint.source, [f"{found}. What is quantised while it is read has scales of weights only"]
+        )
+    return checkpoint
 
 
 def quantizes_activations(checkpoint: Checkpoint, asked: bool | None) -> bool:
-    """Whether inputs of quantised layers are quantised: as the checkpoint says (None), or as asked.
+    """Whether inputs of quantised layers, and keys and values, are: as the checkpoint says (None), or as asked.
 
     Raises:
         ValueError: it is asked for, and the checkpoint has no scales for it.
     """
     quantization = checkpoint.config.quantization
-    says = quantization is not None and quantization.has_activations
-    if asked and not says:
+    has_inputs = quantization is not None and quantization.has_activations
+    says = has_inputs or (quantization is not None and quantization.kv_cache)
+    if asked and not has_inputs:
         raise ValueError(
             "activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False."
         )

@@ -96,6 +96,8 @@ class Draft:
             problems.append(f"the configs differ ({ours.config.architecture}, {theirs.config.architecture})")
         if ours.dtype != theirs.dtype:
             problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
+        if ours.quantizes_inputs != theirs.quantizes_inputs:
+            problems.append("one quantises the inputs of layers, the other does not")
         if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
             problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
         if ours.device != theirs.device:

@@ -16,6 +16,7 @@ from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.quantization import has_nvfp4
 from loaders.quantize import open_to_load, quantizes_activations
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
@@ -48,8 +49,8 @@ def load(
         device: where the parameters live.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
-        activation_quantization: None: inputs of quantised layers are quantised if the checkpoint says so; False: they
-            are not, weights only; True: they must be.
+        activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
+            checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
@@ -64,6 +65,10 @@ def load(
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
+    if kernel is not None and not has_nvfp4(checkpoint.config.quantization):
+        raise ValueError(
+            f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."
+        )
     where = {"quantizes_inputs": quantizes_inputs, "kernel": kernel}
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
     install_kv_scales(model, checkpoint.config.quantization, honoured=quantizes_inputs)

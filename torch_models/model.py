@@ -271,7 +271,7 @@ class Model(nn.Module):
         return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """Embedding and head, [V, D]; None for a half this stage lacks; tied: the same parameter twice."""
+        """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
         return life.get_embed_and_head(self)
 
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:

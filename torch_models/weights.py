@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from loaders import CheckpointError
 from loaders.digest import digests, tensor_digest
 from loaders.events import Event
 from loaders.export import export_checkpoint, tensors_of
@@ -35,7 +36,7 @@ def parameters(model: Model) -> dict[str, nn.Parameter]:
 
 
 def get_embed_and_head(model: Model) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Embedding and head, [V, D] as stored; None for a half this stage lacks; tied: the same parameter twice."""
+    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
     specs = specs_of(model.config, model.stage)
     embed = model.get_parameter(specs.embedding) if specs.embedding else None
     return embed, model.get_parameter(specs.head) if specs.head else None
@@ -62,13 +63,17 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
+    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
     problems = [
-        problem for half, (name, value) in asked.items() for problem in _misfits(half, value, model.get_parameter(name))
+        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half in quantized
+        if asked[half][1] is not model.get_parameter(asked[half][0])
     ]
     problems += [
-        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        problem
         for half, (name, value) in asked.items()
-        if name.rpartition(".")[0] in specs.schemes and value is not model.get_parameter(name)
+        if half not in quantized
+        for problem in _misfits(half, value, model.get_parameter(name))
     ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")
@@ -148,8 +153,13 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
         pass
     report = trial.finish()
     filling = Filling(plan)
-    _commit(model, read_params(plan, filling, staged=True), [spec.name for spec in plan.specs])
-    filling.finish()
+    try:
+        _commit(model, read_params(plan, filling, staged=True), [spec.name for spec in plan.specs])
+        filling.finish()
+    except CheckpointError as error:
+        if model.refusal is None:
+            raise
+        raise RuntimeError(f"{model.refusal}: {error} Update again with good weights.") from error
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
     return model
@@ -165,9 +175,9 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    model.refusal = f"an update of {len(names)} parameters did not finish"
     written: dict[str, str] = {}
     for name, value in values:
+        model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module.get_parameter(leaf).copy_(value)

@@ -98,25 +98,17 @@ def _chosen(
     order_A = jnp.argsort(group_A, stable=True)
     size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
     owner_A = jnp.minimum(group_A[order_A], E - 1)
-    rows_AD = x_BTD.reshape(-1, D)[order_A // X]
     if w13_input_scale_E2 is None or w2_input_scale_E is None:
         g1_alphas_E2, g2_alphas_E = w13_scale_2_E2, w2_scale_2_E
         codes_EFJ, scale_EFQ = (x.reshape(E, 2 * M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
+        rows_AD = x_BTD.reshape(-1, D)[order_A // X]
         gate_up_A2M = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E).reshape(-1, 2, M)
+        gate_up_A2M = (gate_up_A2M * g1_alphas_E2[owner_A][..., None]).astype(x_BTD.dtype)
     else:
         g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
-        # gate and up may have different input scales, and so see different codes
-        halves = [
-            nvfp4_grouped_matmul(
-                quantized_activations(rows_AD, w13_input_scale_E2[owner_A, half][:, None]),
-                w13_E2MJ[:, half],
-                w13_scale_E2MQ[:, half],
-                size_E,
-            )
-            for half in range(2)
-        ]
-        gate_up_A2M = jnp.stack(halves, axis=1)
-    gate_up_A2M = (gate_up_A2M * g1_alphas_E2[owner_A][..., None]).astype(x_BTD.dtype)
+        rows_AD = x_BTD.reshape(-1, D).repeat(X, axis=0)
+        first_A2M = _halves(rows_AD, group_A, w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
+        gate_up_A2M = first_A2M[order_A].astype(x_BTD.dtype)
     inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
     if w2_input_scale_E is not None:
         inner_AM = quantized_activations(inner_AM, w2_input_scale_E[owner_A][:, None])
@@ -124,3 +116,27 @@ def _chosen(
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
     out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
+
+
+def _halves(
+    x_AD: jax.Array,
+    group_A: jax.Array,
+    w13_E2MJ: jax.Array,
+    w13_scale_E2MQ: jax.Array,
+    input_scale_E2: jax.Array,
+    alphas_E2: jax.Array,
+) -> jax.Array:
+    """Gate and up of every row with its inputs quantised, float32 [A, 2, M]; groups from E on come out as anything.
+
+    Gate and up may have different input scales, and so see different codes: each is an expert of its own here, for a
+    slice of the stacks would be a copy of all of them at every step.
+    """
+    E, _, M, _ = w13_E2MJ.shape
+    half_C = jnp.minimum((group_A[:, None] * 2 + jnp.arange(2)).reshape(-1), 2 * E)  # strangers behind all others
+    order_C = jnp.argsort(half_C, stable=True)
+    size_F = jnp.bincount(half_C, length=2 * E + 1)[: 2 * E].astype(jnp.int32)
+    owner_C = jnp.minimum(half_C[order_C], 2 * E - 1)
+    rows_CD = quantized_activations(x_AD[order_C // 2], input_scale_E2.reshape(-1)[owner_C][:, None])
+    codes, scale = (x.reshape(2 * E, M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
+    out_CM = nvfp4_grouped_matmul(rows_CD, codes, scale, size_F) * alphas_E2.reshape(-1)[owner_C][:, None]
+    return out_CM[jnp.argsort(order_C)].reshape(-1, 2, M)

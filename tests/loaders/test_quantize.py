@@ -197,7 +197,11 @@ def test_what_is_written_opens_as_what_was_seen(name, activations, tmp_path):
     for tensor in written.tensors:
         assert same_bits(written.read(tensor), seen.read(tensor))
     assert written.num_bytes == seen.num_bytes
-    assert open_to_load(tmp_path / "q", "nvfp4").config == seen.config  # quantised already, and loaded as it is
+    if activations:
+        with pytest.raises(CheckpointError, match="quantised already, and not as quantize='nvfp4' would"):
+            open_to_load(tmp_path / "q", "nvfp4")
+    else:
+        assert open_to_load(tmp_path / "q", "nvfp4").config == seen.config  # quantised already, and loaded as it is
     plan_load(written, Stage(mtp=written.config.num_mtp_layers > 0))
 
 

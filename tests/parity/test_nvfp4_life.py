@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lives import BACKENDS, Benches
 
 import jax_models
 import torch_models
-from loaders import CheckpointError, open_checkpoint
+from loaders import Checkpoint, CheckpointError, open_checkpoint
 from loaders.quantize import quantized
 from loaders.writer import write_checkpoint
 from parity.backends import open_backend
@@ -286,3 +287,96 @@ def test_a_layer_whose_scales_were_written_behind_its_back_derives_from_all_of_t
     layer.weight_scale.data[:128] = new[:128]
     with pytest.raises(RuntimeError, match="would be derived twice"):
         layer.derive()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_of_an_fp8_cache_are_part_of_the_model(backend, tmp_path):
+    """A successor has them too; one without is refused, and nothing of the old model is lost."""
+    sizes = {**block_sizes("qwen3"), "num_hidden_layers": 2}
+    with_scales = ZooQuantization(activations=False, kv_cache=True)
+    path = make_checkpoint("qwen3", tmp_path / "A", quantization=with_scales, **sizes)
+    other = make_checkpoint("qwen3", tmp_path / "B", seed=1, quantization=with_scales, **sizes)
+    for name in ("config.json", "hf_quant_config.json"):
+        document = json.loads((other / name).read_text())
+        inner = document.get("quantization_config", document.get("quantization"))
+        inner.pop("kv_cache_scheme", None)
+        inner.pop("kv_cache_quant_algo", None)
+        (other / name).write_text(json.dumps(document))
+    load = open_backend(backend).module.load
+    model = load(path)
+    before = model.digests()
+    with pytest.raises(CheckpointError, match="it has no scales for an FP8 cache, and the model has"):
+        model.update_weights_from_disk(other)
+    assert model.digests() == before
+    assert model.update_weights_from_disk(path).digests() == before
+    inputs = batch(path)
+    assert model.quantizes_inputs
+    assert logits(load(path, activation_quantization=False), inputs).tobytes() != logits(load(path), inputs).tobytes()
+    with pytest.raises(ValueError, match="no scales for inputs"):
+        load(path, activation_quantization=True)
+
+
+def fails_the_second_time(monkeypatch, kind, after):
+    """Streams break in the second pass over a checkpoint, after so many tensors."""
+    real, passes = Checkpoint.stream, []
+
+    def stream(self, *args, **kwargs):
+        passes.append(None)
+        for count, found in enumerate(real(self, *args, **kwargs)):
+            if len(passes) == 2 and count == after:
+                raise kind(self.source, ["the disk is gone"]) if kind is CheckpointError else kind("no room")
+            yield found
+
+    monkeypatch.setattr(Checkpoint, "stream", stream)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, MemoryError])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_breaks_when_weights_are_given_up_says_so_and_a_good_reload_helps(backend, kind, written, monkeypatch):
+    if backend == "torch" and kind is MemoryError:
+        kind = CheckpointError  # torch reports what is not about the checkpoint as it is
+    options = {"donate": True} if backend == "jax" else {}
+    inputs = batch(written[0])
+    expected = logits(open_backend(backend).load(written[1]), inputs)
+    model = open_backend(backend).load(written[0])
+    with monkeypatch.context() as patched:
+        fails_the_second_time(patched, kind, after=60)
+        with pytest.raises(RuntimeError, match="pdate again with good weights"):
+            model.update_weights_from_disk(written[1], **options)
+    with pytest.raises(RuntimeError):
+        logits(model, inputs)
+    model = model.update_weights_from_disk(written[1], **options)
+    assert logits(model, inputs).tobytes() == expected.tobytes()
+
+
+def test_a_second_pass_that_fails_before_it_writes_leaves_the_old_weights_serving(written, monkeypatch):
+    inputs = batch(written[0])
+    model = torch_models.load(written[0])
+    before = logits(model, inputs)
+    with monkeypatch.context() as patched:
+        fails_the_second_time(patched, CheckpointError, after=0)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            model.update_weights_from_disk(written[1])
+    assert logits(model, inputs).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draft_is_not_bound_to_a_target_that_computes_otherwise(backend, benches):
+    load, path = open_backend(backend).module.load, benches.pair("qwen3_5-moe nvfp4")["A"]
+    source, target = load(path, mtp=True), load(path, mtp=True, activation_quantization=False)
+    with pytest.raises(ValueError, match="one quantises the inputs of layers, the other does not"):
+        source.draft.bind(target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantising_while_reading_refuses_to_begin_with_what_it_could_not_go_on_from(backend, benches):
+    with pytest.raises(CheckpointError, match="quantised already, and not as quantize='nvfp4' would"):
+        open_backend(backend).module.load(benches.pair("qwen3-moe nvfp4")["A"], quantize="nvfp4")
+
+
+def test_a_stage_without_quantised_layers_takes_the_kernel_that_the_others_run(tmp_path):
+    sizes = {**block_sizes("qwen3"), "num_hidden_layers": 2}
+    how = ZooQuantization(exclude=("*.layers.0.*",))
+    path = make_checkpoint("qwen3", tmp_path / "A", quantization=how, **sizes)
+    stages = [torch_models.load(path, stage=(index, 2), kernel="reference") for index in range(2)]
+    assert [bool(stage.kernels) for stage in stages] == [False, True]

@@ -51,8 +51,9 @@ def choose(name: str | None, device: torch.device, *, activations: bool) -> Kern
         )
     if name == "triton" and not nvfp4_triton.is_available(device):
         raise ValueError(f"kernel 'triton' needs a CUDA device and triton, found {device}. Give kernel='reference'.")
-    if name == "blackwell" and not (activations and nvfp4_blackwell.is_available(device)):
-        needs = "a CUDA device of capability 10.0 and a checkpoint with quantised inputs"
+    native = nvfp4_blackwell.is_available(device) and nvfp4_triton.is_available(device)  # experts run the latter's
+    if name == "blackwell" and not (activations and native):
+        needs = "a CUDA device of capability 10.0, triton, and a checkpoint with quantised inputs"
         raise ValueError(f"kernel 'blackwell' needs {needs}, found {device}. Give kernel=None.")
     reference = (nvfp4_reference.matmul, nvfp4_reference.expert_matmul)
     triton = (nvfp4_triton.matmul, nvfp4_triton.expert_matmul)

@@ -35,10 +35,8 @@ def install(
     Returns:
         Module path -> name of the kernel that runs it.
     Raises:
-        ValueError: a kernel that the device cannot run, or one for a model that is not quantised.
+        ValueError: a kernel that the device cannot run.
     """
-    if not schemes and kernel is not None:
-        raise ValueError(f"kernel={kernel!r} for a checkpoint that is not quantised. Leave it out.")
     found: dict[str, str] = {}
     for path, scheme in schemes.items():
         owner, _, leaf = path.rpartition(".")
