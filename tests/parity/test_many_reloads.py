@@ -14,6 +14,7 @@ from parity.live_model import LiveModel, differing, same_bits
 
 MIB = 2**20
 LONG = pytest.param("qwen3_5", 1000, marks=pytest.mark.slow)
+QUANTIZED = pytest.param("qwen3_5-moe nvfp4", 100, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def num_arrays(backend):
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
-@pytest.mark.parametrize(("zoo", "count"), [("qwen3_5", 40), LONG, ("qwen3_5-moe nvfp4", 100)])
+@pytest.mark.parametrize(("zoo", "count"), [("qwen3_5", 40), LONG, ("qwen3_5-moe nvfp4", 20), QUANTIZED])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_reload_of_many_is_a_cold_load(backend, zoo, count, benches):
     """A, B, A, ...: between reloads the prompt is prefilled and decoded, in torch by a graph captured once."""

@@ -30,18 +30,26 @@ def named(trial) -> str:
     return f"{mutant.name}-{backend}"
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s[0].detector.__name__}-{s[0].subject.model}-{s[1]}")
+def timed(trials) -> list:
+    """Quantised models compile for seconds a bug in JAX: with `make test` these are planted in torch alone."""
+    slow = pytest.mark.slow
+    return [pytest.param(t, marks=slow) if t[0].name.startswith("nvfp4") and t[1] == "jax" else t for t in trials]
+
+
+@pytest.mark.parametrize(
+    "setting", timed(SETTINGS), ids=lambda s: f"{s[0].detector.__name__}-{s[0].subject.model}-{s[1]}"
+)
 def test_the_clean_code_passes_the_very_same_detector(bench, setting):
     assert prepare(bench, *setting) == []
 
 
-@pytest.mark.parametrize("trial", [t for t in TRIALS if not t[0].equivalent], ids=named)
+@pytest.mark.parametrize("trial", timed(t for t in TRIALS if not t[0].equivalent), ids=named)
 def test_a_mutant_is_killed(bench, trial):
     result = try_mutant(bench, *trial)
     assert result.killed, f"survived: {result.mutant.says}"
 
 
-@pytest.mark.parametrize("trial", [t for t in TRIALS if t[0].equivalent], ids=named)
+@pytest.mark.parametrize("trial", timed(t for t in TRIALS if t[0].equivalent), ids=named)
 def test_a_mutant_said_to_be_equivalent_survives(bench, trial):
     result = try_mutant(bench, *trial)
     assert result.evidence == "", f"not equivalent after all: {result.mutant.equivalent}"
