@@ -27,6 +27,9 @@ COMPRESSED_Q = {
     Q + "input_global_scale": ("F32", (1,)),
 }
 
+# what the libraries write changes with their versions, not with ours: one of them is enough every time
+KINDS = [kind if kind == "qwen3_5_moe" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+
 
 def of(found: dict[str, tuple[str, tuple[int, ...]]], prefix: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: value for name, value in found.items() if name.startswith(prefix)}
@@ -53,7 +56,7 @@ def expected_modules(kind: str, *, only_mlp: bool = False) -> set[str]:
     return wanted
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_modelopt_w4a4(kind: str, tmp_path: Path) -> None:
     directory = modelopt_checkpoint(tmp_path, tiny_model(kind))
     found, said = tensors(directory), documents(directory)
@@ -68,7 +71,7 @@ def test_modelopt_w4a4(kind: str, tmp_path: Path) -> None:
         assert {"lm_head", "model.embed_tokens"} <= set(inside["exclude_modules"])
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_modelopt_w4a16(kind: str, tmp_path: Path) -> None:
     directory = modelopt_checkpoint(tmp_path, tiny_model(kind), recipe="w4a16")
     found, said = tensors(directory), documents(directory)
@@ -78,7 +81,7 @@ def test_modelopt_w4a16(kind: str, tmp_path: Path) -> None:
     assert "input_activations" not in said["config.json"]["config_groups"]["group_0"]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_modelopt_of_mlps_alone(kind: str, tmp_path: Path) -> None:
     directory = modelopt_checkpoint(tmp_path, tiny_model(kind), recipe="mlp")
     assert quantised(tensors(directory)) == expected_modules(kind, only_mlp=True)
@@ -94,7 +97,7 @@ def test_modelopt_with_a_cache_in_fp8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activations", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_compressed_tensors(kind: str, activations: bool, tmp_path: Path) -> None:
     directory = compressed_tensors_checkpoint(tmp_path, tiny_model(kind), activations=activations)
     found, said = tensors(directory), documents(directory)["config.json"]

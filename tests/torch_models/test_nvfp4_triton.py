@@ -159,6 +159,7 @@ def run(script, *arguments, **environment):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_err_by_no_more_than_the_order_of_float32_sums():
     found = run(INTERPRETED, json.dumps([SHAPES, EXPERTS]), TRITON_INTERPRET="1")
     assert len(found) == 2 * (len(SHAPES) + len(EXPERTS))
