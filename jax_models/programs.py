@@ -56,8 +56,9 @@ class Programs:
 
         def build() -> Any:
             module = family(config, stage, mesh, dtype)
-            install(module, specs_of(config, stage), config.dims(), mesh, quantizes_inputs=quantizes_inputs)
-            install_kv_scales(module, config.quantization, honoured=quantizes_inputs)
+            specs = specs_of(config, stage)
+            install(module, specs, config.dims(), mesh, quantizes_inputs=quantizes_inputs)
+            install_kv_scales(module, (spec.name for spec in specs), honoured=quantizes_inputs)
             return module
 
         self.graphdef, state = nnx.split(nnx.eval_shape(build))

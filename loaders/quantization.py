@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 
 BLOCK = 16  # weights that share a block scale
 
+KV_LEAVES = ("k_scale", "v_scale")  # of key and value projections, where they are kept in FP8
+
 Spelling = Literal["modelopt", "compressed-tensors"]
 
 
@@ -134,7 +136,8 @@ class Quantization:
 
 def kv_leaf(tensor: str) -> str | None:
     """``k_scale`` or ``v_scale`` for the weight of a key or value projection, else None."""
-    return {"k_proj": "k_scale", "v_proj": "v_scale"}.get(tensor.removesuffix(".weight").rpartition(".")[2])
+    projections: dict[str, str] = {"k_proj": KV_LEAVES[0], "v_proj": KV_LEAVES[1]}
+    return projections.get(tensor.removesuffix(".weight").rpartition(".")[2])
 
 
 def summary(quantization: Quantization | None) -> dict[str, list[str]]:

@@ -77,6 +77,8 @@ def resolve(
             if table.setdefault(module, scheme) != scheme:
                 both = f"{table[module] or 'not quantised'} and {scheme or 'not quantised'}"
                 problems.append(f"quantisation: projections of {module} are {both}. One scheme for all is implemented.")
+            if scheme is not None and scheme.weights == "fp8" and module.endswith(EXPERTS):
+                problems.append(f"quantisation: {names[0]} is {scheme}, which is not implemented for experts")
             inner = dim_of(rule.dims.split()[1], dims)
             if scheme is not None and scheme.weights == "nvfp4" and inner.size % BLOCK:
                 inputs = f"{inner.size} inputs ({inner.origin}), expected a multiple of {BLOCK}"

@@ -84,7 +84,7 @@ def rows_of(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Iterator[di
         OSError: it cannot be read.
     """
     if Path(path).suffix != ".safetensors":
-        longest = min(ROW_TOKENS, getattr(checkpoint.config, "max_position_embeddings", ROW_TOKENS))
+        longest = min(ROW_TOKENS, checkpoint.config.max_position_embeddings)
         ids = token_ids(checkpoint, Path(path).read_text(encoding="utf-8"))
         for start in range(0, len(ids), longest):
             yield {"input_ids": np.array([ids[start : start + longest]], np.int64)}

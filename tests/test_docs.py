@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loaders import quantizable
 from loaders.families import FAMILIES
 from parity.cli import EXIT_CODES, VERBS, main
 from parity.zoo import make_checkpoint
@@ -133,3 +134,7 @@ def test_every_dependency_has_its_reason_in_the_changelog():
     reasons = TEXT["CHANGELOG.md"].partition("### Dependencies")[2]
     names = [re.match(r"[\w-]+", line)[0] for line in required]
     assert [name for name in names if name not in reasons] == []
+
+
+def test_quantised_checkpoints_name_the_version_that_wrote_them():
+    assert PROJECT["version"] == quantizable.VERSION

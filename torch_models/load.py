@@ -71,7 +71,7 @@ def load(
         )
     where = {"quantizes_inputs": quantizes_inputs, "kernel": kernel}
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
-    install_kv_scales(model, checkpoint.config.quantization, honoured=quantizes_inputs)
+    install_kv_scales(model, (spec.name for spec in plan.specs), honoured=quantizes_inputs)
     model.quantizes_inputs, model.quantize = quantizes_inputs, quantize
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}

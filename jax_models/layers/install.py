@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax_models.layers.products import Cuts
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from jax_models.sharding import param_spec
-from loaders.quantization import Quantization, Scheme
+from loaders.quantization import KV_LEAVES, Scheme
 from loaders.spec import Dim, Specs
 
 
@@ -59,12 +60,13 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
-def install_kv_scales(model: nnx.Module, quantization: Quantization | None, *, honoured: bool) -> None:
-    """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
-    if quantization is None or not quantization.kv_cache:
-        return
-    part: Any
-    for path, part in list(nnx.iter_modules(model)):
-        if path[-1:] == ("self_attn",) and path[0] != "mtp":
-            part.k_proj.k_scale, part.v_proj.v_scale = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
-            part.rounds_cache = honoured
+def install_kv_scales(model: nnx.Module, names: Iterable[str], *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use them.
+
+    ``names``: of all parameters; those called so are made.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf in KV_LEAVES:
+            setattr(_at(model, path), leaf, nnx.Param(jnp.zeros(())))
+            _at(model, path.rpartition(".")[0]).rounds_cache = honoured

@@ -41,7 +41,6 @@ def assert_sums_agree(found, x, weight, alpha):
 def modelopt_codes(x, input_scale):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("modelopt")
         module = importlib.import_module("modelopt.torch.quantization.qtensor.nvfp4_tensor")
         quantized, scale, _ = module.NVFP4QTensor.quantize(x.clone(), 16, None, input_scale)
     return quantized._quantized_data, scale

@@ -13,8 +13,6 @@ import torch
 
 from torch_models.kernels import nvfp4_triton
 
-pytest.importorskip("triton")
-
 # U, N, K: one row and few and many, odd numbers of all, K with one block, with less than a tile, and with several
 SHAPES = [
     *[(1, 1, 16), (1, 40, 48), (1, 128, 64), (1, 128, 1040), (1, 200, 256), (1, 1, 2064)],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from loaders.quantization import Quantization, Scheme
+from loaders.quantization import KV_LEAVES, Scheme
 from torch_models.kernels.choice import Kernel, choose, of_experts
 from torch_models.layers.linear import Linear, empty_param
 from torch_models.layers.moe import Experts
@@ -61,12 +61,14 @@ def _quantized(path: str, plain: nn.Module, scheme: Scheme, kernel: Kernel | Non
     raise ValueError(f"{path} is {scheme}, which is not implemented for {type(plain).__name__}")
 
 
-def install_kv_scales(model: nn.Module, quantization: Quantization | None, *, honoured: bool) -> None:
-    """Give key and value projections the scales of an FP8 cache, and attention the order to use them."""
-    if quantization is None or not quantization.kv_cache:
-        return
-    part: Any
-    for name, part in list(model.named_modules()):
-        if name.rpartition(".")[2] == "self_attn" and not name.startswith("mtp."):
-            part.k_proj.k_scale, part.v_proj.v_scale = empty_param(), empty_param()
-            part.rounds_cache = honoured
+def install_kv_scales(model: nn.Module, names: Iterable[str], *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use them.
+
+    ``names``: of all parameters; those called so are made.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf in KV_LEAVES:
+            setattr(model.get_submodule(path), leaf, empty_param())
+            attention: Any = model.get_submodule(path.rpartition(".")[0])
+            attention.rounds_cache = honoured
