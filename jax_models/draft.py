@@ -92,6 +92,8 @@ class Draft:
             problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
         if ours.quantizes_inputs != theirs.quantizes_inputs:
             problems.append("one quantises the inputs of layers, the other does not")
+        if ours.rounds_cache != theirs.rounds_cache:
+            problems.append("one rounds keys and values to FP8, the other does not")
         if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
             problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
         if ours.mesh != theirs.mesh:

@@ -20,7 +20,7 @@ from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
-from loaders.quantize import open_to_load, quantizes_activations
+from loaders.quantize import activations_of, open_to_load
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 
@@ -55,11 +55,11 @@ def load(
     """
     mesh = usable_mesh(mesh)
     checkpoint = open_to_load(uri, quantize)
-    quantizes_inputs = quantizes_activations(checkpoint, activation_quantization)
+    activations = activations_of(checkpoint, activation_quantization)
     stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
     computed = jnp.dtype(compute_dtype(dtype, plan))
-    programs = programs_for(checkpoint.config, stage_, computed, mesh, quantizes_inputs)
+    programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"

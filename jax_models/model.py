@@ -63,7 +63,12 @@ class Model:
     @property
     def quantizes_inputs(self) -> bool:
         """Inputs of quantised layers are quantised too; False: weights only, or nothing is quantised."""
-        return self.programs.quantizes_inputs
+        return self.programs.activations.inputs
+
+    @property
+    def rounds_cache(self) -> bool:
+        """Keys and values are rounded to FP8."""
+        return self.programs.activations.cache
 
     @property
     def kernels(self) -> dict[str, str]:

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.draft import DraftPrograms
-from jax_models.layers.install import install, install_kv_scales
+from jax_models.layers.install import install, install_cache
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
 from loaders.plan import specs_of
+from loaders.quantization import WEIGHTS_ONLY, Activations
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
@@ -32,10 +33,14 @@ Weights = dict[str, Any]  # nested; flattened paths are checkpoint names
 
 @functools.lru_cache(maxsize=64)
 def programs_for(
-    config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None, quantizes_inputs: bool = False
+    config: ModelConfig,
+    stage: Stage,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    activations: Activations = WEIGHTS_ONLY,
 ) -> Programs:
     """Shared by every model of the same shape, so that loading another checkpoint of it compiles nothing."""
-    return Programs(config, stage, dtype, mesh, quantizes_inputs)
+    return Programs(config, stage, dtype, mesh, activations)
 
 
 def model_class(config: ModelConfig) -> Any:
@@ -46,19 +51,25 @@ def model_class(config: ModelConfig) -> Any:
 class Programs:
     """Forward, prefill and decode of one pipeline stage.
 
-    ``quantizes_inputs``: inputs of quantised layers are quantised too; False: weights only, if those are.
+    ``activations``: what is rounded beside the weights.
     """
 
     def __init__(
-        self, config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None, quantizes_inputs: bool = False
+        self,
+        config: ModelConfig,
+        stage: Stage,
+        dtype: jnp.dtype,
+        mesh: Mesh | None,
+        activations: Activations = WEIGHTS_ONLY,
     ) -> None:
         family = model_class(config)
 
         def build() -> Any:
             module = family(config, stage, mesh, dtype)
             specs = specs_of(config, stage)
-            install(module, specs, config.dims(), mesh, quantizes_inputs=quantizes_inputs)
-            install_kv_scales(module, (spec.name for spec in specs), honoured=quantizes_inputs)
+            install(module, specs, config.dims(), mesh, quantizes_inputs=activations.inputs)
+            kv_cache = None if config.quantization is None else config.quantization.kv_cache
+            install_cache(module, specs, kv_cache, honoured=activations.cache)
             return module
 
         self.graphdef, state = nnx.split(nnx.eval_shape(build))
@@ -66,7 +77,7 @@ class Programs:
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
-        self.quantizes_inputs = quantizes_inputs
+        self.activations = activations
         self.cache_entries = functools.partial(family.cache_entries, config, stage)
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)

@@ -14,8 +14,8 @@ from typing import Any
 
 from loaders.errors import brief
 from loaders.families import FAMILIES, family_module
-from loaders.quantization_config import KEY, read_recipe
-from loaders.quantized_rules import resolve
+from loaders.quantization_config import KEY, read_recipes
+from loaders.quantized_rules import agreed
 from loaders.spec import ModelConfig
 
 # Keys that never change what the model computes.
@@ -91,15 +91,23 @@ def config_from_json(
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         return None, [f"config.json: architecture {brief(architecture)} is unknown. Known: {known}"]
     family = family_module(architecture)
-    recipe, problems = read_recipe(document.get(KEY), beside)
-    plain = {key: value for key, value in document.items() if key != KEY}
-    config, more = family.config_from_json(architecture, plain)
+    recipes, problems = read_recipes(document.get(KEY), beside)
+    config, more = family.config_from_json(architecture, _without_quantization(document))
     if problems or more or config is None:
         return None, problems + more
-    if recipe is None:
+    if not recipes:
         return config, []
-    quantization, problems = resolve(recipe, family.RULES, config, found)
+    quantization, problems = agreed(recipes, family.RULES, config, found)
     return (None, problems) if problems else (dataclasses.replace(config, quantization=quantization), [])  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _without_quantization(document: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it would be unquantised. Wrapped models may say the same once more in ``text_config``."""
+    plain = {key: value for key, value in document.items() if key != KEY}
+    inner = plain.get("text_config")
+    if isinstance(inner, dict) and KEY in document and inner.get(KEY) == document[KEY]:
+        plain["text_config"] = {key: value for key, value in inner.items() if key != KEY}
+    return plain
 
 
 def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:

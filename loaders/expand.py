@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from loaders.quantization import Scheme
-from loaders.quantized_rules import module_of, stored_as
+from loaders.quantized_rules import module_of, spelled_path, stored_as
 from loaders.spec import Dim, ModelConfig, ParamSpec, Rule, Source, Specs, TiedSpec, shape_of
 from loaders.stage import Stage
 
@@ -30,7 +30,7 @@ def expand(
     stage = stage or Stage()
     dims = config.dims()
     text = config.text_paths[0]
-    spelled = next((path for path in config.text_paths[1:] if any(name.startswith(f"{path}.") for name in found)), text)
+    spelled = spelled_path(config, found)
     by_form: dict[str, dict[str, list[tuple[Rule, Source]]]] = {}
     tied: list[TiedSpec] = []
     rule_of: dict[str, Rule] = {}

@@ -12,7 +12,7 @@ from loaders.expand import expand
 from loaders.families import family_module
 from loaders.header import TensorInfo
 from loaders.quantization import BLOCK, Scheme
-from loaders.quantization_config import FUSED
+from loaders.quantization_patterns import FUSED
 from loaders.quantized_rules import EXPERTS
 from loaders.spec import Rule
 from loaders.stage import Stage

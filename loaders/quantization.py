@@ -16,6 +16,7 @@ BLOCK = 16  # weights that share a block scale
 KV_LEAVES = ("k_scale", "v_scale")  # of key and value projections, where they are kept in FP8
 
 Spelling = Literal["modelopt", "compressed-tensors"]
+KVCache = Literal["scaled", "cast"]  # in FP8: by scales of the checkpoint, or as they are, the scale being 1
 
 
 class Part(NamedTuple):
@@ -24,6 +25,16 @@ class Part(NamedTuple):
     leaf: str
     dims: str
     dtype: str
+
+
+class Activations(NamedTuple):
+    """What a model rounds beside its weights: inputs of quantised layers; keys and values, to FP8."""
+
+    inputs: bool
+    cache: bool
+
+
+WEIGHTS_ONLY = Activations(inputs=False, cache=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +104,16 @@ class Quantization:
 
     Attributes:
         schemes: module path -> scheme, by path; the experts of a layer are one module.
-        kv_cache: keys and values are rounded to FP8 with scales of the checkpoint.
+        kv_cache: how keys and values are rounded to FP8; None: they are not.
         spelling: of the documents it came from, and of those an export is to have.
     """
 
     schemes: tuple[tuple[str, Scheme], ...]
-    kv_cache: bool = False
+    kv_cache: KVCache | None = None
     spelling: Spelling = "modelopt"
 
     @classmethod
-    def of(cls, schemes: Mapping[str, Scheme], *, kv_cache: bool = False, spelling: Spelling) -> Quantization:
+    def of(cls, schemes: Mapping[str, Scheme], *, kv_cache: KVCache | None = None, spelling: Spelling) -> Quantization:
         """From a table in any order."""
         return cls(tuple(sorted(schemes.items())), kv_cache, spelling)
 
@@ -124,14 +135,20 @@ class Quantization:
             return [f"its tensors go by the words of {self.spelling}, expected those of {other.spelling}"]
         found = []
         if self.kv_cache != other.kv_cache:
-            words = {True: "it has scales for an FP8 cache", False: "it has no scales for an FP8 cache"}
-            found.append(f"{words[self.kv_cache]}, and the model {'has' if other.kv_cache else 'has none'}")
+            found.append(f"it has {_CACHES[self.kv_cache]}, expected {_CACHES[other.kv_cache]}")
         ours, theirs = self.table, other.table
         return found + [
             f"{path} is {ours.get(path, 'not quantised')}, expected {theirs.get(path, 'not quantised')}"
             for path in sorted(ours.keys() | theirs.keys())
             if ours.get(path) != theirs.get(path)
         ]
+
+
+_CACHES: dict[KVCache | None, str] = {
+    "scaled": "an FP8 cache with scales",
+    "cast": "an FP8 cache without scales",
+    None: "no FP8 cache",
+}
 
 
 def kv_leaf(tensor: str) -> str | None:

@@ -1,19 +1,20 @@
 """Quantisation documents -> a recipe: which module names are quantised, and how. Whatever is not known is refused.
 
 Sources: nvidia-modelopt 0.47 (``hf_quant_config.json`` and what it writes into config.json) and compressed-tensors 0.20
-(``nvfp4-pack-quantized``). Consumers read the patterns in different ways; here a name is matched in any of them.
+(``nvfp4-pack-quantized``).
 """
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from loaders.errors import brief
 from loaders.quantization import BLOCK, Scheme, Spelling
+from loaders.quantization_patterns import Matches, everything, is_exact, numbers_experts, patterns
 
 DOCUMENT = "hf_quant_config.json"
 KEY = "quantization_config"
@@ -23,51 +24,58 @@ ALGORITHMS = {
     "W4A16_NVFP4": Scheme("nvfp4", activations=False),
     "FP8": Scheme("fp8", activations=True),
 }
-# modules that other engines fuse, whose fused names get into documents
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
+LINEAR = "Linear"  # the class of every module that compressed-tensors quantises
 
-Matches = Callable[[Iterable[str]], bool]  # whether any of a module's names is meant
+
+class Group(NamedTuple):
+    """Modules that have one scheme, as a document names them."""
+
+    matches: Matches
+    scheme: Scheme
+    is_class: bool = False  # they are not named, but of class Linear, which the experts of transformers are not
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the documents say, before it is known which modules there are.
+    """What a document says, before it is known which modules there are.
 
     Attributes:
-        spelling: whose documents.
+        spelling: whose document.
         groups: which names have which scheme; the first that matches.
         is_ignored: names that are not quantised, whatever the groups say.
-        kv_cache: keys and values have FP8 scales.
+        kv_cache: keys and values are kept in FP8.
+        numbers_experts: some name may mean some experts of a layer and not others.
     """
 
     spelling: Spelling
-    groups: tuple[tuple[Matches, Scheme], ...]
+    groups: tuple[Group, ...]
     is_ignored: Matches
-    kv_cache: bool = False
-    excluded: tuple[str, ...] = field(default=(), compare=False)
-    named: tuple[tuple[str, Scheme], ...] = field(default=(), compare=False)  # the table of a mixed recipe
+    kv_cache: bool
+    numbers_experts: bool
 
-    def scheme(self, names: Iterable[str]) -> Scheme | None:
-        """Of the module that goes by ``names``."""
+    def group(self, names: Iterable[str]) -> Group | None:
+        """Of the module that goes by ``names``; None: it is not quantised."""
         names = tuple(names)
         if self.is_ignored(names):
             return None
-        return next((scheme for matches, scheme in self.groups if matches(names)), None)
+        return next((group for group in self.groups if group.matches(names)), None)
+
+    def respelled(self, spelling: Spelling) -> Recipe:
+        """The same of tensors that go by other words."""
+        groups = [one._replace(scheme=dataclasses.replace(one.scheme, spelling=spelling)) for one in self.groups]
+        return dataclasses.replace(self, spelling=spelling, groups=tuple(groups))
 
 
-def read_recipe(inside: Any, beside: Any) -> tuple[Recipe | None, list[str]]:
-    """The recipe of a checkpoint, None for one that is not quantised, and every problem.
+def read_recipes(inside: Any, beside: Any) -> tuple[dict[str, Recipe], list[str]]:
+    """What each document says, by where it stands, the one that decides on words first; and every problem.
 
     Args:
         inside: ``quantization_config`` of config.json, or None.
         beside: hf_quant_config.json, or None.
+    Returns:
+        No recipe for a checkpoint that is not quantised, and none where there are problems.
     """
-    found: list[tuple[str, Recipe]] = []
+    found: dict[str, Recipe] = {}
     problems: list[str] = []
     for where, document in ((f"config.json: {KEY}", inside), (DOCUMENT, beside)):
         if document is None:
@@ -82,10 +90,8 @@ def read_recipe(inside: Any, beside: Any) -> tuple[Recipe | None, list[str]]:
             recipe, more = _read(where, document)
         problems += more
         if recipe is not None:
-            found.append((where, recipe))
-    if len(found) == 2:
-        problems += _disagreements(found[0], found[1])
-    return (None if problems or not found else found[0][1]), problems
+            found[where] = recipe
+    return ({} if problems else found), problems
 
 
 def _read(where: str, document: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
@@ -109,8 +115,7 @@ def _modelopt(where: str, document: Any, groups: Any) -> tuple[Recipe | None, li
     if algorithm == "MIXED_PRECISION":  # its table is the whole truth: exporters' config_groups contradict it
         named, more = _layers(where, document.get("quantized_layers"))
         problems += more
-        schemes = {} if problems else dict.fromkeys(named.values())
-        assigned = tuple((patterns(name for name in named if named[name] == one), one) for one in schemes)
+        assigned = () if problems else _by_precision(named)
     else:
         if "NVFP4" in str(algorithm):
             problems += _size_problems(where, document, groups)
@@ -118,10 +123,21 @@ def _modelopt(where: str, document: Any, groups: Any) -> tuple[Recipe | None, li
         problems += more
         if scheme is not None and scheme.weights == "nvfp4" and _is_weight_only(groups):
             scheme = Scheme("nvfp4", activations=False)  # NVFP4 whose groups name no input is W4A16
-        assigned = () if scheme is None else ((_everything, scheme),)
+        assigned = () if scheme is None else (Group(everything, scheme),)
     if problems:
         return None, problems
-    return Recipe("modelopt", assigned, patterns(excluded), kv_cache, tuple(excluded), tuple(sorted(named.items()))), []
+    return Recipe(
+        "modelopt", assigned, patterns(excluded), kv_cache, any(map(numbers_experts, [*excluded, *named]))
+    ), []
+
+
+def _by_precision(named: Mapping[str, Scheme]) -> tuple[Group, ...]:
+    """The table of a mixed recipe: of the names that mean a module the longest decides, then one with wildcards."""
+    ranks: dict[tuple[bool, int, str], list[str]] = {}
+    for name, scheme in named.items():
+        length = name.count(".") if is_exact(name) else len(name)
+        ranks.setdefault((not is_exact(name), -length, str(scheme)), []).append(name)
+    return tuple(Group(patterns(names), named[names[0]]) for _, names in sorted(ranks.items()))
 
 
 def _size_problems(where: str, document: dict[str, Any], groups: Any) -> list[str]:
@@ -197,7 +213,7 @@ def _compressed_tensors(where: str, document: dict[str, Any]) -> tuple[Recipe | 
     if document.get("quantization_status", "compressed") != "compressed":
         status = brief(document["quantization_status"])
         problems.append(f"{where}: quantization_status is {status}, expected 'compressed'")
-    assigned: list[tuple[Matches, Scheme]] = []
+    schemes: dict[str, Scheme] = {}  # by target
     for name, group in groups.items():
         at = f"{where}: {name}"
         if not isinstance(group, dict):
@@ -208,15 +224,20 @@ def _compressed_tensors(where: str, document: dict[str, Any]) -> tuple[Recipe | 
         problems += more + more_
         if not targets and not more:
             problems.append(f"{at}: targets is {brief(group.get('targets'))}, expected a list of names")
-        everything = "Linear" in targets  # the class of every module that can be quantised
-        matches = _everything if everything else patterns(targets, is_prefix=False)
-        assigned.append((matches, Scheme("nvfp4", activations, "compressed-tensors")))
+        for target in targets:
+            schemes[target] = Scheme("nvfp4", activations, "compressed-tensors")
     if problems:
         return None, problems
-    ignore = patterns(ignored, is_prefix=False)
-    # a group that names modules comes before one that means all
-    assigned.sort(key=lambda entry: entry[0] is _everything)
-    return Recipe("compressed-tensors", tuple(assigned), ignore, excluded=tuple(ignored)), []
+    # as compressed-tensors does: the last of equal targets; exact names before regular expressions, before the class
+    ordered = sorted(schemes, key=lambda target: (target == LINEAR, "re:" in target, target))
+    assigned = [
+        Group(
+            everything if target == LINEAR else patterns([target], is_prefix=False), schemes[target], target == LINEAR
+        )
+        for target in ordered
+    ]
+    is_ignored, numbered = patterns(ignored, is_prefix=False), any(map(numbers_experts, [*ignored, *ordered]))
+    return Recipe("compressed-tensors", tuple(assigned), is_ignored, kv_cache=False, numbers_experts=numbered), []
 
 
 def _group(where: str, group: dict[str, Any], outer: Any) -> tuple[bool, list[str]]:
@@ -267,71 +288,3 @@ def _pattern_problems(where: str, names: Iterable[str]) -> list[str]:
             except (re.error, RecursionError, OverflowError) as error:
                 problems.append(f"{where} has {brief(name)}, which is no regular expression: {error}")
     return problems
-
-
-def _disagreements(first: tuple[str, Recipe], second: tuple[str, Recipe]) -> list[str]:
-    """What two documents of one checkpoint say differently, as far as it can be told from them alone."""
-    (here, a), (there, b) = first, second
-    found = []
-    schemes = [" and ".join(sorted({str(scheme) for _, scheme in recipe.groups})) for recipe in (a, b)]
-    if schemes[0] != schemes[1]:
-        found.append(f"{here} says {schemes[0]}, {there} says {schemes[1]}. Which one is meant?")
-    if a.kv_cache != b.kv_cache:
-        found.append(f"{here} and {there} disagree on an FP8 KV cache. Which one is meant?")
-    if set(a.excluded) != set(b.excluded):
-        only = sorted(set(a.excluded) ^ set(b.excluded))
-        found.append(f"{here} and {there} exclude different modules: {brief(only)}. Which one is meant?")
-    if set(a.named) != set(b.named):
-        only = sorted({name for name, _ in set(a.named) ^ set(b.named)})
-        found.append(f"{here} and {there} have different tables of layers: {brief(only)}. Which one is meant?")
-    return found
-
-
-def _everything(names: Iterable[str]) -> bool:
-    return True
-
-
-def patterns(given: Iterable[str], *, is_prefix: bool = True) -> Matches:
-    """Whether a module is named by any of ``given``.
-
-    A pattern is a whole name, ``re:`` and a regular expression that its beginning must match, or has wildcards. With
-    ``is_prefix`` a name also stands for every module below it and, as engines read it, for parts of a longer one:
-    ``lm_head``, ``self_attn.q_proj``. Fused names are expanded first.
-    """
-    exact: set[str] = set()
-    wild: list[str] = []
-    # not joined into one: flags and references to groups mean something only in an expression of their own
-    regexes: list[re.Pattern[str]] = []
-    for pattern in _expanded(given):
-        if pattern.startswith("re:"):
-            regexes.append(re.compile(pattern.removeprefix("re:")))
-        elif any(sign in pattern for sign in "*?["):
-            wild.append(fnmatch.translate(pattern))
-        else:
-            exact.add(pattern)
-    if wild:
-        regexes.append(re.compile("|".join(wild)))
-
-    def is_named(name: str) -> bool:
-        if name in exact or (is_prefix and not exact.isdisjoint(_within(name))):
-            return True
-        return any(regex.match(name) for regex in regexes)
-
-    def matches(names: Iterable[str]) -> bool:
-        return any(is_named(name) for name in names)
-
-    return matches
-
-
-def _expanded(given: Iterable[str]) -> list[str]:
-    found = []
-    for pattern in given:
-        fused = next((name for name in FUSED if re.search(rf"(?<![a-z_]){name}(?![a-z_])", pattern)), None)
-        found += [pattern] if fused is None else [pattern.replace(fused, part) for part in FUSED[fused]]
-    return found
-
-
-def _within(name: str) -> list[str]:
-    """Every run of dotted parts in a name."""
-    parts = name.split(".")
-    return [".".join(parts[start:end]) for start in range(len(parts)) for end in range(start + 1, len(parts) + 1)]

@@ -20,7 +20,7 @@ from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix, documents, infos, matrices_of
-from loaders.quantization import Scheme
+from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
 from loaders.quantization_config import KEY
 
 THREADS = 2
@@ -222,6 +222,7 @@ def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
     if quantization is None:
         return quantized(checkpoint)
     others = {str(scheme) for _, scheme in quantization.schemes if scheme != _scheme(False)}
+    others |= {"an FP8 cache"} if quantization.kv_cache is not None else set()
     if others:
         found = f"it is quantised already, and not as quantize={method!r} would: {', '.join(sorted(others))}"
         raise CheckpointError(
@@ -230,20 +231,23 @@ def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
     return checkpoint
 
 
-def quantizes_activations(checkpoint: Checkpoint, asked: bool | None) -> bool:
-    """Whether inputs of quantised layers, and keys and values, are: as the checkpoint says (None), or as asked.
+def activations_of(checkpoint: Checkpoint, asked: bool | None) -> Activations:
+    """What is rounded beside the weights: what the checkpoint says (None), nothing (False), or inputs at least (True).
 
     Raises:
-        ValueError: it is asked for, and the checkpoint has no scales for it.
+        ValueError: it is asked for, and the checkpoint has no scales for it; or something else than that was given.
     """
+    if asked is not None and not isinstance(asked, bool):
+        raise ValueError(f"activation_quantization={asked!r} is not understood, expected None, True or False")
     quantization = checkpoint.config.quantization
     has_inputs = quantization is not None and quantization.has_activations
-    says = has_inputs or (quantization is not None and quantization.kv_cache)
+    has_cache = quantization is not None and quantization.kv_cache is not None
     if asked and not has_inputs:
+        cache = " Its FP8 cache needs no asking for." if has_cache else ""
         raise ValueError(
-            "activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False."
+            f"activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False.{cache}"
         )
-    return says if asked is None else asked
+    return WEIGHTS_ONLY if asked is False else Activations(has_inputs, has_cache)
 
 
 def _scheme(activations: bool) -> Scheme:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from loaders.quantization import BLOCK, Quantization, Scheme, kv_leaf
+from loaders.quantization import BLOCK, KV_LEAVES, KVCache, Quantization, Scheme, kv_leaf
 from loaders.quantization_config import Recipe
-from loaders.spec import ModelConfig, Rule, dim_of
+from loaders.spec import Dim, ModelConfig, Rule, dim_of
 
 EXPERTS = ".experts"
 # stacked experts -> how the field names the stacks of a quantised one
 STACKS = {"gate_up_proj": "w13", "down_proj": "w2"}
 # paths of the text model in the names that exporters write, besides those that its tensors have
-TEXT_PATHS = ("model", "model.language_model", "language_model.model", "language_model")
+TEXT_PATHS = ("model", "model.language_model", "language_model.model", "language_model", "")
+
+Stored = dict[
+    str, set[str]
+]  # of a layer's experts, ``0.up_proj`` or a fused tensor -> the leaves that files have of it
 
 
 def module_of(rule: Rule, text: str, layer: int) -> str:
@@ -30,7 +34,8 @@ def stored_as(rule: Rule, scheme: Scheme | None, quantization: Quantization | No
         found = [_part(rule, *part) for part in scheme.parts(rule.dims)]
     elif scheme is not None and rule.form == "fused":
         found = []  # exporters quantise experts one by one
-    leaf = kv_leaf(rule.tensor) if quantization is not None and quantization.kv_cache and rule.on == "layer" else None
+    has_scales = quantization is not None and quantization.kv_cache == "scaled" and rule.on == "layer"
+    leaf = kv_leaf(rule.tensor) if has_scales else None
     if leaf is not None:
         found.append(_part(rule, leaf, "", "F32"))
     return found
@@ -45,55 +50,141 @@ def _part(rule: Rule, leaf: str, dims: str, dtype: str) -> Rule:
     return dataclasses.replace(rule, tensor=tensor, dims=dims, into=into, dtype=dtype)
 
 
+def spelled_path(config: ModelConfig, found: Collection[str]) -> str:
+    """Path of the text model in the names of the tensors ``found``."""
+    others = (path for path in config.text_paths[1:] if any(name.startswith(f"{path}.") for name in found))
+    return next(others, config.text_paths[0])
+
+
+def agreed(
+    recipes: Mapping[str, Recipe], rules: Sequence[Rule], config: ModelConfig, found: Collection[str]
+) -> tuple[Quantization, list[str]]:
+    """What all the documents of a checkpoint mean: they may differ in words, not in what becomes of a module.
+
+    Args:
+        recipes: by where they stand; tensors go by the words of the first.
+        rules: see ``resolve``, as the others.
+        config: see there.
+        found: see there.
+    """
+    (here, first), *others = recipes.items()
+    meant, problems = resolve(first, rules, config, found)
+    for there, other in others:
+        also, more = resolve(other.respelled(first.spelling), rules, config, found)
+        problems += [problem for problem in more if problem not in problems]
+        ways = also.differences(meant)
+        rest = f" (and {len(ways) - 1} more)" if len(ways) > 1 else ""
+        problems += [f"{there}: {way} by {here}{rest}. Which one is meant?" for way in ways[:1]]
+    return meant, problems
+
+
 def resolve(
     recipe: Recipe, rules: Sequence[Rule], config: ModelConfig, found: Collection[str]
 ) -> tuple[Quantization, list[str]]:
     """What a recipe means for the modules of a model, and every problem with it.
 
-    A module of the draft whose tensors are not quantised is not, whatever the recipe says: exporters leave ``mtp.*``
-    alone and forget to say so.
+    The tensors decide where documents are known to say too much. A module of the draft that is stored plain is plain:
+    exporters leave ``mtp.*`` alone and forget to say so. So are experts that are stored plain and that
+    compressed-tensors means by their class: those of transformers are no Linears. An FP8 cache none of whose scales is
+    there is cast: ModelOpt writes none then.
 
     Args:
-        recipe: the documents.
+        recipe: the document.
         rules: the family's table.
         config: without quantisation.
         found: tensors of the checkpoint.
     """
-    text, dims = config.text_paths[0], config.dims()
+    text, spelled, dims = config.text_paths[0], spelled_path(config, found), config.dims()
+    stored = _experts_of(found)
     table: dict[str, Scheme | None] = {}
-    problems: list[str] = []
-    for rule in rules:
-        if not rule.is_linear or (rule.tied_to is not None and config.tie_word_embeddings):
-            continue
-        count = config.num_mtp_layers if rule.on == "mtp" else config.num_hidden_layers
-        for layer in range(count if "{layer}" in rule.tensor else 1):
-            if not rule.when(config, layer):
+    problems: dict[str, None] = {}  # each once
+    for rule, layer in _matrices(rules, config):
+        module, experts = module_of(rule, text, layer), stored.get(module_of(rule, spelled, layer), {})
+        for names in _names(rule, config, layer, every=recipe.numbers_experts):
+            scheme = _scheme(recipe, rule, names, experts, found)
+            if rule.tied_to is not None and config.tie_word_embeddings:
+                problems |= dict.fromkeys(_tied_problems(names[0], scheme, found))
                 continue
-            names = _names(rule, config, layer)
-            scheme = recipe.scheme(names)
-            if rule.on == "mtp" and scheme is not None and not _is_there(names[0], scheme, found):
-                scheme = None
-            module = module_of(rule, text, layer)
             if table.setdefault(module, scheme) != scheme:
-                both = f"{table[module] or 'not quantised'} and {scheme or 'not quantised'}"
-                problems.append(f"quantisation: projections of {module} are {both}. One scheme for all is implemented.")
-            if scheme is not None and scheme.weights == "fp8" and module.endswith(EXPERTS):
-                problems.append(f"quantisation: {names[0]} is {scheme}, which is not implemented for experts")
-            inner = dim_of(rule.dims.split()[1], dims)
-            if scheme is not None and scheme.weights == "nvfp4" and inner.size % BLOCK:
-                inputs = f"{inner.size} inputs ({inner.origin}), expected a multiple of {BLOCK}"
-                problems.append(f"quantisation: {names[0]} has {inputs}")
+                problems[_split(module, table[module], scheme)] = None
+        problems |= dict.fromkeys(_problems(rule, module, table.get(module), dims, experts))
     schemes = {path: scheme for path, scheme in table.items() if scheme is not None}
-    return Quantization.of(schemes, kv_cache=recipe.kv_cache, spelling=recipe.spelling), problems
+    kv_cache = _kv_cache(found) if recipe.kv_cache else None
+    return Quantization.of(schemes, kv_cache=kv_cache, spelling=recipe.spelling), list(problems)
 
 
-def _names(rule: Rule, config: ModelConfig, layer: int) -> list[str]:
-    """What exporters may call the module of a matrix; of the experts, the first and the fused one."""
+def _matrices(rules: Sequence[Rule], config: ModelConfig) -> Iterator[tuple[Rule, int]]:
+    """Every rule of a matrix that could be quantised, for each layer that it holds of."""
+    for rule in rules:
+        count = config.num_mtp_layers if rule.on == "mtp" else config.num_hidden_layers
+        layers = range(count if "{layer}" in rule.tensor else 1)
+        yield from ((rule, layer) for layer in layers if rule.is_linear and rule.when(config, layer))
+
+
+def _names(rule: Rule, config: ModelConfig, layer: int, *, every: bool) -> Iterator[list[str]]:
+    """What exporters may call the module of a matrix, and with ``every`` that of each expert; else the first speaks."""
     paths = dict.fromkeys((*config.text_paths, *TEXT_PATHS)) if "{text}" in rule.tensor else [""]
     tensor = rule.tensor.removesuffix(".weight")
     spelled = [tensor, tensor.replace("{expert}.", "")] if "{expert}" in tensor else [tensor]
-    return [one.format(text=path, layer=layer, expert=0) for path in paths for one in spelled]
+    for expert in range(config.dims()["E"].size if every and "{expert}" in tensor else 1):
+        named = [one.format(text=path, layer=layer, expert=expert) for path in paths for one in spelled]
+        yield [name.removeprefix(".") for name in named]
 
 
-def _is_there(module: str, scheme: Scheme, found: Collection[str]) -> bool:
-    return not found or f"{module}.{scheme.leaves['global']}" in found
+def _scheme(recipe: Recipe, rule: Rule, names: Sequence[str], experts: Stored, found: Collection[str]) -> Scheme | None:
+    group = recipe.group(names)
+    if group is None:
+        return None
+    if rule.on == "mtp" and found and f"{names[0]}.{group.scheme.leaves['global']}" not in found:
+        return None
+    is_plain = bool(experts) and not any(_is_quantized(leaves, group.scheme) for leaves in experts.values())
+    return None if group.is_class and is_plain else group.scheme
+
+
+def _experts_of(found: Collection[str]) -> dict[str, Stored]:
+    """What files have of experts, by the path of all the experts of a layer."""
+    stored: dict[str, Stored] = {}
+    for name in found:
+        before, experts, inner = name.partition(f"{EXPERTS}.")
+        if experts:
+            projection, _, leaf = inner.rpartition(".")
+            stored.setdefault(before + EXPERTS, {}).setdefault(projection or leaf, set()).add(leaf)
+    return stored
+
+
+def _is_quantized(leaves: set[str], scheme: Scheme) -> bool:
+    return not leaves.isdisjoint({*scheme.leaves.values()} - {"weight"})  # plain ones have that, too
+
+
+def _kv_cache(found: Collection[str]) -> KVCache:
+    has_keys = any(".k_proj." in name for name in found)  # else it is a configuration without weights
+    return "cast" if has_keys and not any(name.endswith(KV_LEAVES) for name in found) else "scaled"
+
+
+def _problems(rule: Rule, module: str, scheme: Scheme | None, dims: Mapping[str, Dim], experts: Stored) -> list[str]:
+    if scheme is None:
+        return []
+    problems = []
+    if scheme.weights == "fp8" and module.endswith(EXPERTS):
+        problems.append(f"quantisation: {module} is {scheme}, which is not implemented for experts")
+    plain = [projection for projection, leaves in experts.items() if not _is_quantized(leaves, scheme)]
+    if plain and len(plain) < len(experts):
+        problems.append(_split(module, scheme, None, f", as stored ({plain[0]})"))
+    inner = dim_of(rule.dims.split()[1], dims)
+    if scheme.weights == "nvfp4" and inner.size % BLOCK:
+        inputs = f"{inner.size} inputs ({inner.origin}), expected a multiple of {BLOCK}"
+        leaf = rule.tensor.removesuffix(".weight").rpartition(".")[2]
+        problems.append(f"quantisation: {module}{'.' + leaf if module.endswith(EXPERTS) else ''} has {inputs}")
+    return problems
+
+
+def _split(module: str, one: Scheme | None, other: Scheme | None, where: str = "") -> str:
+    both = f"{one or 'not quantised'} and {other or 'not quantised'}{where}"
+    return f"quantisation: projections of {module} are {both}. One scheme for all is implemented."
+
+
+def _tied_problems(module: str, scheme: Scheme | None, found: Collection[str]) -> list[str]:
+    if scheme is None or not any(f"{module}.{leaf}" in found for leaf in scheme.leaves.values() if leaf != "weight"):
+        return []
+    tied = "tie_word_embeddings is true, so the embedding is used for it"
+    return [f"quantisation: {module} is {scheme}, but {tied}. Set it to false if {module} is meant."]

@@ -44,7 +44,7 @@ class Backend:
         mtp: bool = False,
         weight_only: bool = False,
     ) -> Any:
-        """The backend's model of a checkpoint; see its ``load``. ``weight_only``: inputs are never quantised."""
+        """The backend's model of a checkpoint; see its ``load``. ``weight_only``: nothing beside weights is rounded."""
         options = {"dtype": dtype, "stage": stage, "mtp": mtp}
         options |= {"activation_quantization": False} if weight_only else {}
         with self.scope():

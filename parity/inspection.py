@@ -158,5 +158,5 @@ def quantisation(subject: Subject) -> dict[str, Any] | str:
     return {
         "format": quantization.spelling,
         "schemes": {scheme: len(modules) for scheme, modules in summary(quantization).items()},
-        "kv_cache": "FP8" if quantization.kv_cache else "as computed",
+        "kv_cache": {"scaled": "FP8", "cast": "FP8 without scales", None: "as computed"}[quantization.kv_cache],
     }

@@ -136,12 +136,12 @@ NVFP4_LOADING: list[Mutant] = [
     ),
     _document(
         "fused_not_expanded",
-        wrapped("loaders.quantization_config:_expanded", lambda expanded, given: list(given)),
+        wrapped("loaders.quantization_patterns:_expanded", lambda expanded, given: list(given)),
         "qkv_proj is a name of its own, and of no module",
     ),
     _document(
         "names_not_prefixes",
-        wrapped("loaders.quantization_config:_within", lambda within, name: [name]),
+        wrapped("loaders.quantization_patterns:_within", lambda within, name, sizes: [name]),
         "a name stands for itself, not for what is below it",
     ),
     _document(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders import Checkpoint
+from loaders import Checkpoint, open_checkpoint
 from loaders.digest import digests, root_digest
 from loaders.inputs import check_text
 from loaders.plan import plan_load
@@ -93,6 +93,7 @@ def record_model(
             tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
     dtype = str(model.dtype).removeprefix("torch.")
     found = model.digests()
+    rounded = {"quantized_inputs": model.quantizes_inputs, "rounded_cache": model.rounds_cache}
     is_quantized = model.config.quantization is not None
     meta = make_meta(
         backend=backend.name,
@@ -101,11 +102,11 @@ def record_model(
         device=backend.device,
         versions=backend.versions(),
         # two runs of one checkpoint that differ in this computed different things
-        precision=backend.precision(dtype) | ({"quantized_inputs": model.quantizes_inputs} if is_quantized else {}),
+        precision=backend.precision(dtype) | (rounded if is_quantized else {}),
         weights={"digests": found, "root": root_digest(found)},
         events=[dataclasses.asdict(event) for event in model.events],
         checkpoint=str(model.checkpoint.source),
-        weight_only=not model.quantizes_inputs if is_quantized else None,
+        weight_only=not any(rounded.values()) if is_quantized else None,
         kernels=dict(Counter(model.kernels.values())) if is_quantized else None,
     )
     return Trace(tensors | _given(inputs), meta)
@@ -169,8 +170,15 @@ def record(
 ) -> Trace:
     """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``.
 
-    ``weight_only``: whatever the checkpoint says, inputs of quantised layers are not quantised.
+    ``weight_only``: whatever the checkpoint says, neither inputs of quantised layers nor keys and values are rounded.
+
+    Raises:
+        ValueError: ``weight_only`` for a checkpoint that is not quantised.
     """
+    if weight_only and open_checkpoint(uri).config.quantization is None:
+        raise ValueError(
+            f"--weight-only: {uri} is not quantised, so nothing beside its weights could be. Leave it out."
+        )
     model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
     if reload is not None:
         with backend.scope():

@@ -17,10 +17,10 @@ from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
 from loaders.quantization import has_nvfp4
-from loaders.quantize import open_to_load, quantizes_activations
+from loaders.quantize import activations_of, open_to_load
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
-from torch_models.layers.install import install, install_kv_scales
+from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
 
@@ -59,20 +59,21 @@ def load(
         ValueError: a dtype, stage or kernel that makes no sense.
     """
     checkpoint = open_to_load(uri, quantize)
-    quantizes_inputs = quantizes_activations(checkpoint, activation_quantization)
+    activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     stage_ = Stage.of(stage, mtp=mtp)
     plan = plan_load(checkpoint, stage_)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
-    if kernel is not None and not has_nvfp4(checkpoint.config.quantization):
+    if kernel is not None and not has_nvfp4(quantization):
         raise ValueError(
             f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."
         )
-    where = {"quantizes_inputs": quantizes_inputs, "kernel": kernel}
+    where = {"quantizes_inputs": activations.inputs, "kernel": kernel}
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
-    install_kv_scales(model, (spec.name for spec in plan.specs), honoured=quantizes_inputs)
-    model.quantizes_inputs, model.quantize = quantizes_inputs, quantize
+    kv_cache = None if quantization is None else quantization.kv_cache
+    install_cache(model, plan.specs, kv_cache, honoured=activations.cache)
+    model.quantizes_inputs, model.rounds_cache, model.quantize = *activations, quantize
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"

@@ -46,6 +46,7 @@ class Model(nn.Module):
         refusal: why the model must not run (an update broke half-way); None while it may.
         kernels: of every quantised module, by path: what computes its product.
         quantizes_inputs: inputs of quantised layers are quantised too; False: weights only, or nothing is quantised.
+        rounds_cache: keys and values are rounded to FP8.
         quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
         asleep: the bytes of its storages while it sleeps, else None; see ``torch_models.sleep``.
     """
@@ -67,7 +68,7 @@ class Model(nn.Module):
         self.events: tuple[Event, ...] = ()
         self.refusal: str | None = None
         self.kernels: dict[str, str] = {}
-        self.quantizes_inputs, self.quantize = False, None
+        self.quantizes_inputs, self.rounds_cache, self.quantize = False, False, None
         self._kept_graphs = KeptGraphs(self)
         self.asleep: sleep.HostCopy | None = None
 

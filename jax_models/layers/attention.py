@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_models.layers.fp8 import fp8_kept
+from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import Entry, LayerCache, Step
+from loaders.quantization import KVCache
 
 
 def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
-        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
+        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -107,7 +108,8 @@ class Attention(nnx.Module):
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
         v_BTKH = self.v_proj(x_BTD).reshape(heads)
         if self.rounds_cache:
-            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale[...]), fp8_kept(v_BTKH, self.v_proj.v_scale[...])
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jax_models.kernels.activations import divided
+from loaders.quantization import KVCache
 
 E4M3_MAX = 448.0
 
 
-def fp8_rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+def fp8_rounded(x: jax.Array, scale: jax.Array | float) -> jax.Array:
     """x / scale rounded to e4m3, saturating, in the dtype of x: what an FP8 product sees, without ``scale``."""
     scaled = jnp.clip(divided(x.astype(jnp.float32), scale), -E4M3_MAX, E4M3_MAX)
     return scaled.astype(jnp.float8_e4m3fn).astype(x.dtype)
 
 
-def fp8_kept(x: jax.Array, scale: jax.Array) -> jax.Array:
+def fp8_kept(x: jax.Array, scale: jax.Array | float) -> jax.Array:
     """What an FP8 cache gives back of keys or values x, in the dtype of x."""
     return (fp8_rounded(x, scale).astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def cache_scales(k_proj: Any, v_proj: Any, how: KVCache) -> tuple[jax.Array | float, jax.Array | float]:
+    """Of the keys and of the values in an FP8 cache: those of the projections; 1 where they are cast as they are."""
+    return (k_proj.k_scale[...], v_proj.v_scale[...]) if how == "scaled" else (1.0, 1.0)

@@ -6,11 +6,12 @@ import jax
 from flax import nnx
 
 from jax_models.layers.attention import remembered
-from jax_models.layers.fp8 import fp8_kept
+from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import LayerCache, Step
+from loaders.quantization import KVCache
 
 
 class GatedAttention(nnx.Module):
@@ -29,7 +30,7 @@ class GatedAttention(nnx.Module):
         self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
-        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
+        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -41,7 +42,8 @@ class GatedAttention(nnx.Module):
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
         v_BTKH = self.v_proj(x_BTD).reshape(*rows, -1, self.head_dim)
         if self.rounds_cache:
-            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale[...]), fp8_kept(v_BTKH, self.v_proj.v_scale[...])
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=step.visible_BTS[:, None])
         out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax_models.layers.products import Cuts
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from jax_models.sharding import param_spec
-from loaders.quantization import KV_LEAVES, Scheme
+from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
 from loaders.spec import Dim, Specs
 
 
@@ -60,13 +59,18 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
-def install_kv_scales(model: nnx.Module, names: Iterable[str], *, honoured: bool) -> None:
-    """Give key and value projections the scales of an FP8 cache, and attention the order to use them.
+def install_cache(model: nnx.Module, specs: Specs, kv_cache: KVCache | None, *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use it.
 
-    ``names``: of all parameters; those called so are made.
+    Args:
+        model: as its family built it, abstract or not.
+        specs: of the parameters that are here.
+        kv_cache: what the checkpoint says.
+        honoured: whether to do what it says; scales are loaded in any case.
     """
-    for name in names:
-        path, _, leaf = name.rpartition(".")
+    for spec in specs:
+        path, _, leaf = spec.name.rpartition(".")
         if leaf in KV_LEAVES:
             setattr(_at(model, path), leaf, nnx.Param(jnp.zeros(())))
-            _at(model, path.rpartition(".")[0]).rounds_cache = honoured
+        if honoured and kv_leaf(path) is not None and specs.rules[spec.sources[0].tensor].on == "layer":
+            _at(model, path.rpartition(".")[0]).rounds_cache = kv_cache

@@ -23,7 +23,9 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     parser.add_argument("--mtp", action="store_true", help="also run the checkpoint's multi-token-prediction draft")
     parser.add_argument(
-        "--weight-only", action="store_true", help="do not quantise inputs, whatever a quantised checkpoint says"
+        "--weight-only",
+        action="store_true",
+        help="round neither inputs nor keys and values, whatever a quantised checkpoint says",
     )
 
 

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
+from compressed_tensors.utils import match_targets
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.config import config_from_json
 from loaders.plan import plan_load
 from loaders.quantization import Scheme
-from loaders.quantization_config import patterns, read_recipe
+from loaders.quantization_config import read_recipes
+from loaders.quantization_patterns import patterns
 from loaders.stage import Stage
 from loaders.writer import write_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, zoo_config
@@ -42,11 +45,11 @@ def mixed(layers, **changes):
     return inside("MIXED_PRECISION", quantized_layers=layers, ignore=[], **changes)
 
 
-def resolved(document, beside=None, *, name="qwen3", **sizes):
-    """The table of schemes that documents mean for a zoo model, and problems."""
+def resolved(document, beside=None, *, name="qwen3", found=(), **sizes):
+    """The table of schemes that documents mean for a zoo model of the tensors ``found``, and problems."""
     sizes = block_sizes(name) | (HYBRID if "qwen3_5" in name else SMALL) | sizes
     config_document = zoo_config(name, **sizes) | ({} if document is None else {"quantization_config": document})
-    config, problems = config_from_json(config_document, beside=beside)
+    config, problems = config_from_json(config_document, beside=beside, found=found)
     return ({} if config is None or config.quantization is None else config.quantization.table), problems
 
 
@@ -58,12 +61,16 @@ def excluded(names, **options):
 
 
 def problems_of(document, beside=None):
-    recipe, problems = read_recipe(document, beside)
-    assert (recipe is None) == (bool(problems) or (document is None and beside is None))
+    recipes, problems = read_recipes(document, beside)
+    assert (not recipes) == (bool(problems) or (document is None and beside is None))
     return problems
 
 
 ATTENTION = [f"model.layers.0.self_attn.{name}" for name in ("k_proj", "o_proj", "q_proj", "v_proj")]
+
+
+QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "kqv"]
+GATE_UP = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
 
 
 # --- names, in all their spellings ---
@@ -89,6 +96,14 @@ ATTENTION = [f"model.layers.0.self_attn.{name}" for name in ("k_proj", "o_proj",
         (["language_model.model.layers.0.self_attn"], ATTENTION),
         (["language_model.layers.0.self_attn*"], ATTENTION),
         (["self_attn.q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        ([r"re:.*layers\.0\..*\b(qkv_proj|o_proj)$"], ATTENTION),
+        ([r"re:.*layers\.0\..*\bqkv_proj$"], sorted({*ATTENTION} - {ATTENTION[1]})),
+        (["re:.*layers.0.*(qkv_proj|gate_up_proj)$"], [*QKV, *GATE_UP]),
+        (["*layers.0.*.qkv_proj", "*layers.0.*.gate_up_proj.*"], [*QKV, *GATE_UP]),
+        (["model.layers.0.self_attn.qkv_proj.*"], QKV),
+        (["re:.*layers.0.mlp.gate.*"], GATE_UP[:1]),  # and not up_proj, though gate_up_proj would match
+        (["layers.0.self_attn*"], ATTENTION),
+        (["layers.0.self_attn.*"], ATTENTION),
         (["model.layers.0.self_attn.q_pro?"], ATTENTION[2:3]),
         (["model.layers.0.self_attn.[kq]_proj"], [ATTENTION[0], ATTENTION[2]]),
         (["model.layers.0.self_att"], []),
@@ -116,10 +131,22 @@ def test_experts_are_left_alone_by_one_name_or_by_all(name):
     assert excluded([name], name="qwen3-moe") == ["model.layers.0.mlp.experts"]
 
 
-def test_some_projections_of_experts_cannot_be_left_alone():
-    _, problems = resolved(inside(ignore=["*.experts.*.down_proj"]), name="qwen3-moe")
-    assert len(problems) == 1
-    assert "model.layers.0.mlp.experts are" in problems[0]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.*.down_proj",
+        "model.layers.0.mlp.experts.0.gate_proj",
+        "model.layers.0.mlp.experts.1.gate_proj",
+        "*layers.0.mlp.experts.2*",
+        r"re:.*layers\.0\.mlp\.experts\.[1-2]\..*",
+    ],
+)
+def test_some_experts_or_projections_of_them_cannot_be_left_alone(name):
+    _, problems = resolved(inside(ignore=[name]), name="qwen3-moe")
+    (problem,) = problems
+    assert "projections of model.layers.0.mlp.experts are" in problem
+    assert "not quantised" in problem
+    assert str(W4A4) in problem
 
 
 def test_fused_names_of_linear_attention_are_expanded():
@@ -194,9 +221,9 @@ def test_kv_scales_are_found_in_either_spelling():
         (None, beside(kv_cache_quant_algo="FP8")),
         (inside(kv_cache_scheme=scheme), beside(kv_cache_quant_algo="FP8")),
     ):
-        recipe, problems = read_recipe(document, other)
+        recipes, problems = read_recipes(document, other)
         assert problems == []
-        assert recipe.kv_cache
+        assert all(recipe.kv_cache for recipe in recipes.values())
 
 
 @pytest.mark.parametrize(
@@ -238,25 +265,41 @@ def test_blocks_of_another_size_are_refused_wherever_they_are_said(size):
 
 
 def test_documents_that_disagree_are_refused():
-    assert "says NVFP4" in problems_of(inside(), beside("FP8"))[0]
-    assert "KV cache" in problems_of(inside(kv_cache_scheme="FP8"), beside())[0]
-    assert (
-        "exclude different modules: ['model.x']"
-        in problems_of(inside(), beside(exclude_modules=["lm_head", "model.x"]))[0]
+    def told(document, other):
+        (problem,) = resolved(document, other)[1]
+        assert problem.endswith("Which one is meant?")
+        return problem
+
+    both = "by config.json: quantization_config (and 13 more)"
+    assert f"hf_quant_config.json: model.layers.0.mlp.down_proj is {FP8}, expected {W4A4} {both}" in told(
+        inside(), beside("FP8")
     )
-    a, b = (
-        {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4"}},
-        {"b": {"quant_algo": "FP8"}, "a": {"quant_algo": "NVFP4"}},
-    )
-    assert (
-        "tables of layers: ['a', 'b']"
-        in problems_of(mixed(a), beside("MIXED_PRECISION", quantized_layers=b, exclude_modules=[]))[0]
-    )
+    assert "an FP8 cache with scales" in told(inside(kv_cache_scheme="FP8"), beside())
+    other = beside(exclude_modules=["lm_head", ATTENTION[0]])
+    assert f"hf_quant_config.json: {ATTENTION[0]} is not quantised, expected {W4A4}" in told(inside(), other)
+    a, b = ({ATTENTION[0]: {"quant_algo": one}, ATTENTION[1]: {"quant_algo": "FP8"}} for one in ("FP8", "NVFP4"))
+    other = beside("MIXED_PRECISION", quantized_layers=b, exclude_modules=[])
+    assert f"{ATTENTION[0]} is {W4A4}, expected {FP8}" in told(mixed(a), other)
 
 
-def test_documents_that_agree_in_another_order_are_one():
-    names = ["lm_head", "model.layers.0.mlp"]
-    assert problems_of(inside(ignore=names), beside(exclude_modules=names[::-1])) == []
+def test_documents_that_mean_the_same_may_say_it_in_other_words():
+    names = ["lm_head", "model.layers.0.self_attn*"]
+    expected, problems = resolved(inside(ignore=names))
+    assert problems == []
+    for other in (names[::-1], ["lm_head", "model.layers.0.self_attn"], ["lm_head", *ATTENTION, "visual*"]):
+        assert resolved(inside(ignore=names), beside(exclude_modules=other)) == (expected, [])
+    listed = {module: {"quant_algo": "NVFP4", "group_size": 16} for module in expected}
+    assert resolved(mixed(listed), beside(exclude_modules=names)) == (expected, [])
+
+
+def test_a_document_of_the_other_exporter_may_lie_beside_and_the_words_are_those_of_config_json():
+    # compressed_tensors.entrypoints.convert.convert_checkpoint copies hf_quant_config.json along
+    group = {"targets": [r"re:.*mlp.*\.(gate|up|down)_proj$", r"re:.*self_attn\.[qkvo]_proj$"]}
+    table, problems = resolved(compressed(group), beside())
+    assert problems == []
+    assert set(table.values()) == {Scheme("nvfp4", True, "compressed-tensors")}
+    assert table == resolved(compressed(group))[0]
+    assert len(resolved(compressed(group), beside("FP8"))[1]) == 1
 
 
 # --- mixed recipes ---
@@ -278,6 +321,19 @@ def test_a_mixed_recipe_may_name_fused_layers_and_other_paths():
     table, problems = resolved(mixed(layers))
     assert problems == []
     assert table == {"lm_head": W4A4} | dict.fromkeys([one for one in ATTENTION if "o_proj" not in one], FP8)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_longest_name_of_a_mixed_recipe_decides_in_whatever_order_it_stands(turned):
+    layers = {
+        "model.layers.*": {"quant_algo": "W4A16_NVFP4"},
+        "model.layers.0.mlp": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.0.mlp.down_proj": {"quant_algo": "FP8"},
+    }
+    table, problems = resolved(mixed(dict(reversed(layers.items())) if turned else layers))
+    assert problems == []
+    expected = {"model.layers.0.mlp.up_proj": W4A4, "model.layers.0.mlp.down_proj": FP8, ATTENTION[0]: W4A16}
+    assert {module: table[module] for module in expected} == expected
 
 
 def test_what_a_mixed_recipe_excludes_is_left_alone():
@@ -302,6 +358,43 @@ def test_a_group_that_names_modules_goes_before_one_that_means_all():
     assert problems == []
     assert not table["model.layers.0.mlp.down_proj"].activations
     assert table["model.layers.0.mlp.up_proj"].activations
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_exact_names_go_before_regular_expressions_and_those_before_the_class(turned):
+    """As compressed-tensors' own ``match_targets`` orders what matches."""
+    groups = {
+        "a": {"weights": CT, "input_activations": None, "targets": ["Linear", "model.layers.0.mlp.down_proj"]},
+        "b": {"weights": CT, "input_activations": CT | {"dynamic": "local"}, "targets": ["re:.*mlp.*"]},
+    }
+    groups = dict(reversed(groups.items())) if turned else groups
+    table, problems = resolved(compressed(config_groups=groups))
+    assert problems == []
+    targets = [target for group in groups.values() for target in group["targets"]]
+    for module, scheme in table.items():
+        first = match_targets(module, torch.nn.Linear(1, 1), targets)[0]
+        assert scheme.activations == (first == "re:.*mlp.*"), module
+    assert not table["model.layers.0.mlp.down_proj"].activations
+    assert table["model.layers.1.mlp.down_proj"].activations
+
+
+@pytest.mark.parametrize("stored", ["{expert}.{name}_proj.weight", "{name}"])
+def test_experts_that_are_plain_though_all_linears_are_meant_are_plain(stored):
+    """transformers keeps experts in tensors of their own class: the class Linear does not mean them, nor does ignore."""
+    of = "model.layers.1.mlp.experts."
+    names = ("gate", "up", "down") if "expert" in stored else ("gate_up_proj", "down_proj")
+    found = {of + stored.format(expert=expert, name=name) for expert in range(2) for name in names}
+    table, problems = resolved(compressed(), name="qwen3_5-moe", found=found)
+    assert problems == []
+    assert "model.layers.1.mlp.experts" not in table
+    assert "model.layers.0.mlp.experts" in table  # of which nothing is there: its tensors will be missing
+    assert "model.layers.1.self_attn.q_proj" in table
+    named = compressed({"targets": ["Linear", "re:.*experts.*"]})  # then scales are missing
+    assert "model.layers.1.mlp.experts" in resolved(named, name="qwen3_5-moe", found=found)[0]
+    assert "model.layers.1.mlp.experts" in resolved(inside(), name="qwen3_5-moe", found=found)[0]
+    some = found | {f"{of}0.up_proj.weight_packed", f"{of}0.up_proj.weight_scale"}
+    (problem,) = resolved(compressed(), name="qwen3_5-moe", found=some - {f"{of}0.up_proj.weight"})[1]
+    assert "One scheme for all" in problem
 
 
 @pytest.mark.parametrize("value", [{}, {"format": "dense", "targets": []}, None])
@@ -359,6 +452,7 @@ def test_whatever_stands_under_a_key_is_read_or_refused_and_never_crashes(key, v
     for document in (inside(), compressed(), mixed(layers), {"quant_method": "modelopt", **beside()}):
         problems_of(document | {key: value})
         problems_of(document | {key: value}, beside())
+        resolved(document | {key: value}, beside())
     problems_of(None, {"quantization": beside()["quantization"] | {key: value}})
     problems_of(None, beside() | {key: value})
     problems_of(None, value)
@@ -417,6 +511,68 @@ def test_scales_that_are_missing_or_too_many_are_listed_all_at_once(tmp_path):
     for leaf in ("weight_scale", "weight_scale_2", "input_scale"):
         assert f"tensor 'model.layers.0.mlp.up_proj.{leaf}' of model.safetensors is unexpected" in text
     assert "tensor 'model.layers.0.mlp.up_proj.weight' is U8" in text
+
+
+def test_experts_of_which_one_projection_is_plain_are_refused_in_one_line(tmp_path):
+    """As ModelOpt writes them where a pattern switches off every down_proj; its list of exclusions has no expert."""
+
+    def change(types, config, other):
+        for tensor in list(types):
+            if "experts" in tensor and ".down_proj." in tensor and not tensor.endswith(".weight"):
+                del types[tensor]
+
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(written(tmp_path, change, name="qwen3-moe"))
+    (problem,) = caught.value.problems
+    assert f"model.layers.0.mlp.experts are {W4A4} and not quantised, as stored (0.down_proj)" in problem
+    assert "One scheme for all is implemented." in problem
+
+
+def test_a_cache_without_any_scale_is_cast_and_one_that_lacks_some_is_not_whole(tmp_path):
+    """ModelOpt writes no scales where the largest magnitude is constant (448, so that they would be 1)."""
+    scales = [f"model.layers.{layer}.self_attn.{one}_proj.{one}_scale" for layer in range(2) for one in "kv"]
+    how = ZooQuantization(kv_cache=True)
+    for count in (4, 3):
+
+        def change(types, config, other, count=count):
+            for name in scales[:count]:
+                del types[name]
+
+        checkpoint = open_checkpoint(written(tmp_path / str(count), change, quantization=how))
+        assert checkpoint.config.quantization.kv_cache == ("cast" if count == 4 else "scaled")
+        if count == 4:
+            cast = checkpoint.config.quantization
+            assert not any("k_scale" in spec.name for spec in plan_load(checkpoint, Stage()).specs)
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            plan_load(checkpoint, Stage())
+        assert [name for name in scales if name in "".join(caught.value.problems)] == scales[:3]
+    scaled = open_checkpoint(tmp_path / "4" / "whole").config.quantization
+    assert scaled.differences(cast) == ["it has an FP8 cache with scales, expected an FP8 cache without scales"]
+
+
+def test_a_quantised_head_of_a_tied_model_is_refused_by_what_it_is(tmp_path):
+    def change(types, config, other):
+        config["tie_word_embeddings"] = True
+
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(written(tmp_path, change, quantization=ZooQuantization(head=True)))
+    assert [problem for problem in caught.value.problems if "tie_word_embeddings is true" in problem]
+    assert len(caught.value.problems) == 1
+
+
+def test_a_wrapped_config_may_say_it_twice(tmp_path):
+    def change(types, config, other):
+        config["text_config"]["quantization_config"] = config["quantization_config"]
+
+    directory = written(tmp_path, change, name="qwen3_5-wrapped")
+    assert open_checkpoint(directory).config.quantization == open_checkpoint(tmp_path / "whole").config.quantization
+
+    def differ(types, config, other):
+        config["text_config"]["quantization_config"] = config["quantization_config"] | {"quant_algo": "FP8"}
+
+    with pytest.raises(CheckpointError, match="quantization_config"):
+        open_checkpoint(written(tmp_path / "b", differ, name="qwen3_5-wrapped"))
 
 
 def test_codes_without_a_document_are_never_a_plain_model(tmp_path):

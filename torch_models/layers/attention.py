@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_models.layers.fp8 import fp8_kept
+from loaders.quantization import KVCache
+from torch_models.layers.fp8 import cache_scales, fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm, RMSNorm
 from torch_models.layers.rotary import rotate
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
-        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
+        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
@@ -114,7 +115,8 @@ class Attention(nn.Module):
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
         v_BTKH = self.v_proj(x_BTD).view(heads)
         if self.rounds_cache:
-            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale), fp8_kept(v_BTKH, self.v_proj.v_scale)
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))

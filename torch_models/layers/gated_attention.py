@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.quantization import KVCache
 from torch_models.layers.attention import remembered
-from torch_models.layers.fp8 import fp8_kept
+from torch_models.layers.fp8 import cache_scales, fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.rotary import rotate
@@ -31,7 +32,7 @@ class GatedAttention(nn.Module):
         self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
-        self.rounds_cache = False  # keys and values go through FP8, with the scales of their projections
+        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         rows = x_BTD.shape[:2]
@@ -40,7 +41,8 @@ class GatedAttention(nn.Module):
         k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
         v_BTKH = self.v_proj(x_BTD).view(*rows, -1, self.head_dim)
         if self.rounds_cache:
-            k_BTKH, v_BTKH = fp8_kept(k_BTKH, self.k_proj.k_scale), fp8_kept(v_BTKH, self.v_proj.v_scale)
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+            k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from loaders.quantization import KV_LEAVES, Scheme
+from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
+from loaders.spec import Specs
 from torch_models.kernels.choice import Kernel, choose, of_experts
 from torch_models.layers.linear import Linear, empty_param
 from torch_models.layers.moe import Experts
@@ -61,14 +62,19 @@ def _quantized(path: str, plain: nn.Module, scheme: Scheme, kernel: Kernel | Non
     raise ValueError(f"{path} is {scheme}, which is not implemented for {type(plain).__name__}")
 
 
-def install_kv_scales(model: nn.Module, names: Iterable[str], *, honoured: bool) -> None:
-    """Give key and value projections the scales of an FP8 cache, and attention the order to use them.
+def install_cache(model: nn.Module, specs: Specs, kv_cache: KVCache | None, *, honoured: bool) -> None:
+    """Give key and value projections the scales of an FP8 cache, and attention the order to use it.
 
-    ``names``: of all parameters; those called so are made.
+    Args:
+        model: as its family built it.
+        specs: of the parameters that are here.
+        kv_cache: what the checkpoint says.
+        honoured: whether to do what it says; scales are loaded in any case.
     """
-    for name in names:
-        path, _, leaf = name.rpartition(".")
+    for spec in specs:
+        path, _, leaf = spec.name.rpartition(".")
         if leaf in KV_LEAVES:
             setattr(model.get_submodule(path), leaf, empty_param())
+        if honoured and kv_leaf(path) is not None and specs.rules[spec.sources[0].tensor].on == "layer":
             attention: Any = model.get_submodule(path.rpartition(".")[0])
-            attention.rounds_cache = honoured
+            attention.rounds_cache = kv_cache
