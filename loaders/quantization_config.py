@@ -126,9 +126,8 @@ def _modelopt(where: str, document: Any, groups: Any) -> tuple[Recipe | None, li
         assigned = () if scheme is None else (Group(everything, scheme),)
     if problems:
         return None, problems
-    return Recipe(
-        "modelopt", assigned, patterns(excluded), kv_cache, any(map(numbers_experts, [*excluded, *named]))
-    ), []
+    numbered = any(map(numbers_experts, (*excluded, *named)))
+    return Recipe("modelopt", assigned, patterns(excluded), kv_cache, numbered), []
 
 
 def _by_precision(named: Mapping[str, Scheme]) -> tuple[Group, ...]:
@@ -230,14 +229,15 @@ def _compressed_tensors(where: str, document: dict[str, Any]) -> tuple[Recipe | 
         return None, problems
     # as compressed-tensors does: the last of equal targets; exact names before regular expressions, before the class
     ordered = sorted(schemes, key=lambda target: (target == LINEAR, "re:" in target, target))
-    assigned = [
-        Group(
-            everything if target == LINEAR else patterns([target], is_prefix=False), schemes[target], target == LINEAR
-        )
+    assigned = tuple(
+        Group(everything, schemes[target], is_class=True)
+        if target == LINEAR
+        else Group(patterns([target], is_prefix=False), schemes[target])
         for target in ordered
-    ]
-    is_ignored, numbered = patterns(ignored, is_prefix=False), any(map(numbers_experts, [*ignored, *ordered]))
-    return Recipe("compressed-tensors", tuple(assigned), is_ignored, kv_cache=False, numbers_experts=numbered), []
+    )
+    numbered = any(map(numbers_experts, (*ignored, *ordered)))
+    is_ignored = patterns(ignored, is_prefix=False)
+    return Recipe("compressed-tensors", assigned, is_ignored, kv_cache=False, numbers_experts=numbered), []
 
 
 def _group(where: str, group: dict[str, Any], outer: Any) -> tuple[bool, list[str]]:

@@ -15,9 +15,7 @@ STACKS = {"gate_up_proj": "w13", "down_proj": "w2"}
 # paths of the text model in the names that exporters write, besides those that its tensors have
 TEXT_PATHS = ("model", "model.language_model", "language_model.model", "language_model", "")
 
-Stored = dict[
-    str, set[str]
-]  # of a layer's experts, ``0.up_proj`` or a fused tensor -> the leaves that files have of it
+Stored = dict[str, set[str]]  # of the experts of a layer: ``0.up_proj``, or a fused tensor -> its leaves
 
 
 def module_of(rule: Rule, text: str, layer: int) -> str:

@@ -51,8 +51,8 @@ def _arithmetic(a: Trace, b: Trace) -> list[str]:
             reasons.append(f"precision flag {name!r} differs: {flags[0][name]!r} against {flags[1][name]!r}.")
     if any(trace.meta.get("weight_only") is False for trace in (a, b)):
         reasons.append(
-            "inputs of layers, or keys and values, were rounded: a value that rounds to the next code is no bug, and moves what follows."
-            " A whole network cannot be judged so; record both with --weight-only."
+            "inputs of layers, or keys and values, were rounded: a value that rounds to the next code is no bug, and"
+            " moves what follows. A whole network cannot be judged so; record both with --weight-only."
         )
     return reasons
 

@@ -18,7 +18,7 @@ _INPUTS = [
     quantised_mutant(
         "input_scale_ignored",
         "parity 61",
-        wrapped("load:quantizes_activations", lambda asks, checkpoint, asked: False),
+        wrapped("load:activations_of", lambda asks, checkpoint, asked: asks(checkpoint, False)),
         "W4A4 computed with inputs as they are",
         detector=nvfp4_inputs,
     ),
@@ -77,7 +77,7 @@ _INPUTS = [
     quantised_mutant(
         "weights_only_not_heeded",
         "issue 4",
-        wrapped("load:quantizes_activations", lambda asks, checkpoint, asked: asks(checkpoint, None)),
+        wrapped("load:activations_of", lambda asks, checkpoint, asked: asks(checkpoint, None)),
         "activation_quantization=False is not heeded",
     ),
     quantised_mutant(

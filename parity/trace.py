@@ -129,7 +129,8 @@ def make_meta(
     ``weights`` is ``{"digests": {name: hex}, "root": hex}`` as ``loaders.digest`` makes them. ``precision`` holds the
     flags in force: a key that two traces share must agree between them, so give shared meanings shared names
     (``matmul``) and spell the rest per backend; what only one declares is shown and not judged. Of a quantised model,
-    and no other, there are ``weight_only`` (neither inputs nor the cache were rounded) and ``kernels`` (how many modules run which).
+    and no other, there are ``weight_only`` (neither inputs nor the cache were rounded) and ``kernels`` (how many
+    modules run which).
     """
     document = {"schema": SCHEMA, "backend": backend, "dtype": dtype, "device": device, "versions": versions or {}}
     document |= {"precision": precision or {}, "events": events or [], "input_hash": input_hash}

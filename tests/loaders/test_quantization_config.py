@@ -380,7 +380,7 @@ def test_exact_names_go_before_regular_expressions_and_those_before_the_class(tu
 
 @pytest.mark.parametrize("stored", ["{expert}.{name}_proj.weight", "{name}"])
 def test_experts_that_are_plain_though_all_linears_are_meant_are_plain(stored):
-    """transformers keeps experts in tensors of their own class: the class Linear does not mean them, nor does ignore."""
+    """transformers keeps experts in tensors of a class of their own: Linear does not mean them, nor does ignore."""
     of = "model.layers.1.mlp.experts."
     names = ("gate", "up", "down") if "expert" in stored else ("gate_up_proj", "down_proj")
     found = {of + stored.format(expert=expert, name=name) for expert in range(2) for name in names}
