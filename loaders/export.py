@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
+from loaders.plan import as_stored
 from loaders.spec import Specs
 from loaders.writer import write_checkpoint
 
@@ -21,7 +22,13 @@ class _Reader:
 
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
         self.places = {
-            source.tensor: (spec.name, source.index, spec.tensor_shape) for spec in specs for source in spec.sources
+            source.tensor: (
+                spec.name,
+                source.index,
+                as_stored(spec, checkpoint.tensors[source.tensor].shape).tensor_shape,
+            )
+            for spec in specs
+            for source in spec.sources
         }
         shipped = [tied for tied in specs.tied if tied.tensor in checkpoint.tensors]
         self.places |= {tied.tensor: (tied.same_as, (), tied.shape) for tied in shipped}

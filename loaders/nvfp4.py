@@ -54,7 +54,12 @@ def encode(values: np.ndarray) -> np.ndarray:
     """uint8 code of the nearest e2m1 value; float32 in; ties to the even code; beyond 6 stays 6.
 
     The sign is that of ``x < 0``: a negative that rounds to zero gives 8, while -0.0 gives 0.
+
+    Raises:
+        ValueError: a NaN, of which there is no code.
     """
+    if np.isnan(values).any():
+        raise ValueError("the values hold NaN, and e2m1 has none")
     return _codes(np.abs(values), values < 0)
 
 
@@ -85,14 +90,14 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 def global_scale(amax: float | np.ndarray) -> np.ndarray:
     """ModelOpt's scale of a tensor whose largest magnitude is ``amax``: amax / (6 * 448), float32, shaped as ``amax``.
 
-    Below the least normal float32 (amax under 3.2e-35; zero above all) it is 1.0: ModelOpt divides by zero there and
-    writes NaN scales. With 1.0 such a tensor is all zeros.
+    Where that is zero (amax under 1.9e-42; zero above all) it is 1.0: ModelOpt divides by zero there and writes NaN
+    scales, or codes of 7 throughout. With 1.0 such a tensor is all zeros.
 
     Raises:
         ValueError: ``amax`` is negative, infinite or NaN.
     """
     scale = _amax(amax, np.dtype(np.float32)) / np.float32(E2M1_MAX * E4M3_MAX)
-    return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
+    return np.where(scale > 0, scale, np.float32(1))
 
 
 def global_divisor(amax: float | np.ndarray, dtype: np.dtype | type = np.float32) -> np.ndarray:
@@ -305,8 +310,8 @@ def _scales(scale: float | np.ndarray, shape: tuple[int, ...], block_bytes: int 
 
 def _given(scale: float | np.ndarray) -> np.ndarray:
     array = np.asarray(scale, np.float32)
-    if not (np.isfinite(array) & (array >= np.finfo(np.float32).tiny)).all():
-        raise ValueError(f"global scale is {scale}, expected finite and at least {np.finfo(np.float32).tiny}")
+    if not (np.isfinite(array) & (array > 0)).all():
+        raise ValueError(f"global scale is {scale}, expected a finite number above zero")
     return array
 
 

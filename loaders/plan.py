@@ -163,9 +163,10 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             if source.tensor not in found:
                 problems.append(f"tensor {source.tensor!r} is missing. Is the checkpoint complete?")
                 continue
-            targets[source.tensor] = (spec, source)
+            stored = as_stored(spec, found[source.tensor].shape)
+            targets[source.tensor] = (stored, source)
             allowed = FLOATS if spec.dtype is None else (spec.dtype,)
-            problems += _tensor_problems(checkpoint, source.tensor, spec.tensor_shape, spec.axes, specs, allowed)
+            problems += _tensor_problems(checkpoint, source.tensor, stored.tensor_shape, spec.axes, specs, allowed)
             first = dtypes.setdefault(spec.name, found[source.tensor].dtype)
             if found[source.tensor].dtype != first:
                 problems.append(
@@ -188,6 +189,12 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     ]
     other_stages = len(found) - len(unclaimed) - len(targets) - len(verified)
     return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
+
+
+def as_stored(spec: ParamSpec, shape: tuple[int, ...]) -> ParamSpec:
+    """``spec`` for a tensor of ``shape``: a scale is one number, which exporters write as [] or as [1]."""
+    is_scale = spec.dtype is not None and {spec.tensor_shape, shape} == {(), (1,)}
+    return dataclasses.replace(spec, tensor_shape=shape) if is_scale else spec
 
 
 def _tensor_problems(
@@ -262,6 +269,7 @@ class Filling:
         self._seen: set[str] = set()
         self._digests: dict[str, str] = {}
         self._expected: dict[str, str] = {}
+        self._bad_scales: list[str] = []
 
     def receive(
         self, tensors: Iterator[tuple[str, np.ndarray]]
@@ -287,7 +295,11 @@ class Filling:
 
     def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
         """Put one tensor into its place of its parameter, fused or not."""
-        if len(spec.tensor_shape) + len(source.index) == len(spec.shape):
+        if spec.dtype == "F32":  # a scale: no float of a checkpoint has its dtype prescribed otherwise
+            self._bad_scales += _scale_problems(source.tensor, array)
+            array = array.reshape(param[(*source.index, ...)].shape)  # [] or [1]
+            weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
+        elif len(spec.tensor_shape) + len(source.index) == len(spec.shape):
             weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
         else:  # fused: the axes of experts and shards are merged in the tensor
             load_fused_expert_weights(param, array, num_shards=int(spec.axes[1]))
@@ -298,13 +310,13 @@ class Filling:
             self._expected[spec.name] = tensor_digest(param)
 
     def finish(self) -> LoadReport:
-        """Check that everything arrived and redundant tied tensors equal what they are tied to.
+        """Check that everything arrived, scales can be, and redundant tied tensors equal what they are tied to.
 
         Raises:
             CheckpointError: listing all that did not.
         """
         late = [name for name in self._plan.tensors if name not in self._seen]
-        problems = [f"tensor {name!r} was never delivered" for name in late]
+        problems = [f"tensor {name!r} was never delivered" for name in late] + self._bad_scales
         problems += [
             f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
             " Set tie_word_embeddings to false to load both."
@@ -314,3 +326,10 @@ class Filling:
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)
         return self._plan.report()
+
+
+def _scale_problems(tensor: str, array: np.ndarray) -> list[str]:
+    value = float(array.reshape(()))
+    if value > 0 and np.isfinite(value):
+        return []
+    return [f"tensor {tensor!r} is {value}, expected a scale above zero and finite. Was it calibrated?"]

@@ -159,7 +159,7 @@ def _kv_cache(found: Collection[str]) -> KVCache:
     return "cast" if has_keys and not any(name.endswith(KV_LEAVES) for name in found) else "scaled"
 
 
-def _problems(rule: Rule, module: str, scheme: Scheme | None, dims: Mapping[str, Dim], experts: Stored) -> list[str]:
+def _problems(rule: Rule, module: str, scheme: Scheme | None, dims: dict[str, Dim], experts: Stored) -> list[str]:
     if scheme is None:
         return []
     problems = []

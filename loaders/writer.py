@@ -67,6 +67,7 @@ def write_checkpoint(
     config: dict[str, Any],
     generation: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
+    copied: Mapping[str, bytes] | None = None,
     files: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
@@ -83,6 +84,7 @@ def write_checkpoint(
         config: config.json.
         generation: generation_config.json; None or empty for no such file.
         quantization: hf_quant_config.json, likewise.
+        copied: name -> bytes of files to lie beside them, such as a tokenizer's.
         files: tensor name -> file name, to repeat the layout of another checkpoint; default: files of at most
             ``max_file_bytes`` of tensors, filled in the plan's order.
         metadata: of every file; default ``{"format": "pt"}``, which transformers insists on.
@@ -96,6 +98,8 @@ def write_checkpoint(
     """
     target = Path(os.path.realpath(directory))
     _check_free(target)
+    if odd := [name for name in copied or {} if not is_plain(name)]:
+        raise ValueError(_listed([f"copied names the file {name!r}, expected a plain name" for name in odd]))
     layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
     planned = _headers(plan, layout, {"format": "pt"} if metadata is None else dict(metadata))
     missing = [parent for parent in target.parents if not parent.exists()]
@@ -106,6 +110,8 @@ def write_checkpoint(
         partial.mkdir()
         beside = {GENERATION: generation, QUANTIZATION: quantization}
         _write_documents(partial, {CONFIG: config} | {name: one for name, one in beside.items() if one}, planned, plan)
+        for name, content in (copied or {}).items():
+            _write_file(partial, name, content)
         for file in planned:
             _write_tensors(partial / file.name, file, plan, read)
         _sync(partial)
@@ -222,10 +228,14 @@ def _write_documents(
         documents = documents | {INDEX: index}
     for name, document in documents.items():
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        with open(directory / name, "xb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        _write_file(directory, name, text.encode())
+
+
+def _write_file(directory: Path, name: str, content: bytes) -> None:
+    with open(directory / name, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_tensors(

@@ -176,9 +176,7 @@ def record(
         ValueError: ``weight_only`` for a checkpoint that is not quantised.
     """
     if weight_only and open_checkpoint(uri).config.quantization is None:
-        raise ValueError(
-            f"--weight-only: {uri} is not quantised, so nothing beside its weights could be. Leave it out."
-        )
+        raise ValueError(f"--weight-only: {uri} is not quantised, so there is nothing to switch off. Leave it out.")
     model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
     if reload is not None:
         with backend.scope():

@@ -33,7 +33,7 @@ def activation_codes(x: jax.Array, input_scale: jax.Array) -> tuple[jax.Array, j
     return _nearest_codes(quotient).reshape(x.shape), scale
 
 
-def divided(x: jax.Array, by: jax.Array) -> jax.Array:
+def divided(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by, rounded once.
 
     The compiler makes products with a reciprocal of divisions by a constant, a scalar or a row, and 28 % of their

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
+    from loaders.companions import companions
     from loaders.quantize import quantized
     from loaders.writer import write_checkpoint
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         config=checkpoint.config_document,
         generation=checkpoint.generation_document or None,
         quantization=checkpoint.quantization_document,
+        copied=companions(plain.source),
     )
     found = facts(checkpoint, calibration) | {"output": str(args.output)}
     print(json.dumps(found, indent=2) if args.json else _text(found))

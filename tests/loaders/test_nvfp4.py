@@ -79,6 +79,11 @@ def test_encode_keeps_the_sign_of_what_is_less_than_zero_and_saturates():
     np.testing.assert_array_equal(encode(decode(np.arange(16))), [*range(8), 0, *range(9, 16)])
 
 
+def test_encode_has_no_code_for_nan():
+    with pytest.raises(ValueError, match="NaN"):
+        encode(np.array([1.0, np.nan], np.float32))
+
+
 def test_every_byte_unpacks_to_its_low_half_first_and_packs_again():
     every = np.arange(256, dtype=np.uint8)
     assert unpack(np.array([0x21, 0xF8], np.uint8)).tolist() == [1, 2, 8, 15]
@@ -163,8 +168,8 @@ def test_block_scales_stop_at_both_ends_and_have_a_value_for_zeros():
 
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-40, -1e-36])
-def test_zeros_and_what_has_no_normal_scale_become_zeros(dtype, divide, value):
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-43, -1e-42])
+def test_zeros_and_what_has_no_scale_become_zeros(dtype, divide, value):
     """ModelOpt writes NaN scales here, so there are no bits to follow; compressed-tensors' are followed."""
     w = np.full((3, 32), value, dtype)
     found = quantize(w, divide=divide)
@@ -174,6 +179,20 @@ def test_zeros_and_what_has_no_normal_scale_become_zeros(dtype, divide, value):
         assert found.global_scale == 1
     assert (found.block_scale.astype(np.float32) > 0).all()
     assert (dequantize(found.packed, found.block_scale, found.global_scale, divide=divide) == 0).all() or divide
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("size", [1e-34, 1e-35, 1e-36, 1e-38, 1e-40])
+def test_what_has_a_scale_below_the_least_normal_number_has_the_bits_of_modelopt(dtype, size):
+    w = (np.random.default_rng(0).standard_normal((4, 64)) * size).astype(dtype)
+    found = quantize(w)
+    assert size > 1e-35 or 0 < found.global_scale < np.finfo(np.float32).tiny
+    same(found, libs.modelopt(w))
+    same(quantize(w, amax=2 * size), libs.modelopt(w, 2 * size))
+    back = dequantize(found.packed, found.block_scale, found.global_scale)
+    same_bits(back, libs.modelopt_dequantize(*libs.modelopt(w)))
+    codes = quantize_activations(w, found.global_scale)[0]
+    np.testing.assert_array_equal(codes, unpack(found.packed))
 
 
 def test_modelopt_gives_no_usable_scale_for_a_zero_tensor():

@@ -43,6 +43,16 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def test_a_copied_file_must_have_a_plain_name(tmp_path: Path) -> None:
+    for name in ("../x", "a/b", ""):
+        with pytest.raises(ValueError, match="expected a plain name"):
+            written(tmp_path / "w", copied={name: b""})
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(FileExistsError):
+        written(tmp_path / "w", copied={"config.json": b""})
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_written_checkpoint_opens_with_the_same_tensors_and_documents(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "checkpoint"
     assert written(directory, generation={"eos_token_id": 2}) == directory

@@ -29,12 +29,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-Recipe = Literal["w4a4", "w4a16", "mlp", "w4a4_kv_fp8"]
+Recipe = Literal["w4a4", "w4a16", "mlp", "w4a4_kv_fp8", "w4a4_kv_fp8_cast"]
 RECIPES: dict[Recipe, str] = {  # names of ModelOpt's configurations
     "w4a4": "NVFP4_DEFAULT_CFG",
     "w4a16": "W4A16_NVFP4_CFG",
     "mlp": "NVFP4_MLP_ONLY_CFG",
     "w4a4_kv_fp8": "NVFP4_DEFAULT_CFG",
+    "w4a4_kv_fp8_cast": "NVFP4_DEFAULT_CFG",
 }
 # what recipes of llm-compressor leave alone
 IGNORE = ("lm_head", "re:.*mlp.gate$", "re:.*mlp.shared_expert_gate$", "re:.*linear_attn.in_proj_[ab]$")
@@ -90,8 +91,10 @@ def modelopt_checkpoint(directory: Path, model: Any, *, recipe: Recipe = "w4a4",
         from modelopt.torch.export import export_hf_checkpoint
 
         config = copy.deepcopy(getattr(mtq, RECIPES[recipe]))
-        if recipe.endswith("kv_fp8"):
-            config = mtq.update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
+        if "_kv_fp8" in recipe:
+            (cache,) = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+            cache["cfg"] |= {"use_constant_amax": True} if recipe.endswith("_cast") else {}  # its presets/kv/fp8_cast
+            config = mtq.update_quant_cfg_with_kv_cache_quant(config, [cache])
         mtq.quantize(model, config, lambda quantized: _run(quantized, batches))
         export_hf_checkpoint(model, dtype=model.config.dtype, export_dir=directory)
     return directory

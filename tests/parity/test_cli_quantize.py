@@ -68,6 +68,25 @@ def test_both_libraries_read_what_is_written_to_the_same_values(name, options, c
     assert "left alone, the embedding: " in text
 
 
+def test_tokenizer_template_and_preprocessors_come_along_and_nothing_else(tmp_path):
+    source = plain("qwen3", tmp_path / "plain")
+    beside = {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+        *("chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.model"),
+    }
+    for name in (*beside, "README.md", "training_args.bin"):
+        (source / name).write_bytes(name.encode() + b"\x00\xff")
+    written = {"config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors"}
+    assert main(["quantize", str(source), "-o", str(tmp_path / "q")]) == 0
+    assert {path.name for path in (tmp_path / "q").iterdir()} == beside | written
+    for name in beside:
+        assert (tmp_path / "q" / name).read_bytes() == (source / name).read_bytes()
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    assert main(["quantize", str(source), "-o", str(tmp_path / "r")]) != 0
+    assert not (tmp_path / "r").exists()
+
+
 def compressed(stored):
     """The tensors as compressed-tensors' own converter from ModelOpt makes them."""
     with quiet():

@@ -10,6 +10,7 @@ import torch
 from exporters import MODELS, compressed_tensors_checkpoint, documents, modelopt_checkpoint, tensors, tiny_model
 from safetensors import safe_open
 
+from loaders import open_checkpoint
 from loaders.nvfp4 import dequantize, quantize
 
 LAYER = "model.layers.0."
@@ -94,6 +95,13 @@ def test_modelopt_with_a_cache_in_fp8(tmp_path: Path) -> None:
     assert found[LAYER + "self_attn.k_proj.k_scale"] == found[LAYER + "self_attn.v_proj.v_scale"] == ("F32", ())
     assert said["config.json"]["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
     assert said["hf_quant_config.json"]["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+def test_modelopt_with_a_cache_that_casts_writes_no_scales_and_is_read(tmp_path: Path) -> None:
+    directory = modelopt_checkpoint(tmp_path, tiny_model("qwen3"), recipe="w4a4_kv_fp8_cast")
+    assert not [name for name in tensors(directory) if name.endswith(("k_scale", "v_scale"))]
+    assert documents(directory)["hf_quant_config.json"]["quantization"]["kv_cache_quant_algo"] == "FP8"
+    assert open_checkpoint(directory).config.quantization.kv_cache == "cast"
 
 
 @pytest.mark.parametrize("activations", [True, False])

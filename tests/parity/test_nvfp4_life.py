@@ -317,12 +317,12 @@ def test_scales_of_an_fp8_cache_are_part_of_the_model(backend, tmp_path):
     load = open_backend(backend).module.load
     model = load(path)
     before = model.digests()
-    with pytest.raises(CheckpointError, match="it has no scales for an FP8 cache, and the model has"):
+    with pytest.raises(CheckpointError, match="it has no FP8 cache, expected an FP8 cache with scales"):
         model.update_weights_from_disk(other)
     assert model.digests() == before
     assert model.update_weights_from_disk(path).digests() == before
     inputs = batch(path)
-    assert model.quantizes_inputs
+    assert (model.quantizes_inputs, model.rounds_cache) == (False, True)
     assert logits(load(path, activation_quantization=False), inputs).tobytes() != logits(load(path), inputs).tobytes()
     with pytest.raises(ValueError, match="no scales for inputs"):
         load(path, activation_quantization=True)
