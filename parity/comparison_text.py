@@ -13,7 +13,7 @@ ROWS_SHOWN = 24  # of a deep model; those that pass in between are counted
 def render(comparison: Comparison) -> str:
     """The sentence first, then the tensors that matter, then the tokens, then what else a reader should know."""
     head = comparison.verdict + (f" ({comparison.cause})" if comparison.cause else "")
-    blocks = [textwrap.fill(f"{head}: {comparison.summary}", WIDTH)]
+    blocks = [textwrap.fill(f"{head}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
     if comparison.rows:
         blocks.append(_table(comparison))
     facts = [_top1(comparison, count) for count in comparison.top1]

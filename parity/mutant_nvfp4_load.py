@@ -132,6 +132,8 @@ def _documents(bench: Bench, subject: Subject) -> Iterator[tuple[str, Path, str 
     yield "patterns as exported", path, None
     fused = ["lm_head", "model.embed_tokens", "model.layers.0.mlp", "model.layers.1.self_attn.qkv_proj"]
     yield "a fused name", _rewritten(bench, path, ignored=fused), None
+    both = [*fused[:2], r"re:model\.layers\.(0\.mlp\.(gate_up_proj|down_proj)|1\.self_attn\.qkv_proj)$"]
+    yield "two fused names in one pattern", _rewritten(bench, path, ignored=both), None
     yield "NVFP4 whose groups name no input", _rewritten(bench, path, ignored=fused, quant_algo="NVFP4"), None
     every = {"ignored": ["*"], "like": path}
     yield "an algorithm nobody knows", _rewritten(bench, plain, quant_algo="NVFP4_SVD", **every), "NVFP4_SVD"

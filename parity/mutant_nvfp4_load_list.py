@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from loaders.quantization_patterns import FUSED
 from parity.mutant_bench import Subject
 from parity.mutant_nvfp4_load import (
     EXCLUDING,
@@ -95,6 +96,15 @@ def _excused(excused: str) -> Callable[[], list[Patch]]:
     return wrapped("loaders.quantizable:_reason", reason)
 
 
+def _one_fused_name(expanded: Any, given: Any) -> list[str]:
+    """Each pattern with its first fused name expanded alone."""
+    found = []
+    for pattern in given:
+        first = next((name for name in FUSED if name in pattern), None)
+        found += [pattern] if first is None else [pattern.replace(first, part) for part in FUSED[first]]
+    return found
+
+
 NVFP4_LOADING: list[Mutant] = [
     _codec("truncates", "parity 57", _TRUNCATED, "codes are truncated, not rounded"),
     _codec("ties_up", "parity 57", _bounds(0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), "ties go away from zero"),
@@ -138,6 +148,11 @@ NVFP4_LOADING: list[Mutant] = [
         "fused_not_expanded",
         wrapped("loaders.quantization_patterns:_expanded", lambda expanded, given: list(given)),
         "qkv_proj is a name of its own, and of no module",
+    ),
+    _document(
+        "one_fused_name_expanded",
+        wrapped("loaders.quantization_patterns:_expanded", _one_fused_name),
+        "of two fused names in a pattern the second is left as it is",
     ),
     _document(
         "names_not_prefixes",
