@@ -6,9 +6,7 @@ mistake, a variable or a generator, counts as long as it is kept.
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from importlib import import_module
 
 import numpy as np
@@ -17,45 +15,10 @@ from lives import BACKENDS
 from safetensors.torch import load_file, save_file
 
 from loaders import open_checkpoint
+from parity.staged_memory import counted, largest_layer
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
-NAMES = ("loaders.checkpoint", "jax_models.load", "torch_models.load")
 SIZES = {**block_sizes("qwen3-moe", aligned=True), "num_hidden_layers": 5, "mlp_only_layers": []}
-
-
-class Counter:
-    """Stands in for ``aligned_empty``."""
-
-    def __init__(self):
-        self.now = self.most = 0
-
-    def __call__(self, shape, dtype):
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        buffer = np.empty(num_bytes + 64, np.uint8)
-        self.now += num_bytes
-        self.most = max(self.most, self.now)
-        weakref.finalize(buffer, self.freed, num_bytes)
-        start = -buffer.ctypes.data % 64
-        return buffer[start : start + num_bytes].view(dtype).reshape(shape)
-
-    def freed(self, num_bytes):
-        self.now -= num_bytes
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    found = Counter()
-    for name in NAMES:
-        monkeypatch.setattr(import_module(name), "aligned_empty", found)
-    return found
-
-
-def largest_layer(path):
-    layers: dict[str, int] = {}
-    for name, info in open_checkpoint(path).tensors.items():
-        layer = ".".join(name.split(".")[:3])
-        layers[layer] = layers.get(layer, 0) + info.num_bytes
-    return max(layers.values())
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +45,24 @@ def in_three_files(path, directory):
     return directory
 
 
-def growth(backend, counter, paths, **options):
+def growth(backend, paths, **options):
     """The most that a reload of the last of ``paths`` holds beside the model loaded from the first."""
-    module = import_module(f"{backend}_models")
-    model = module.load(paths[0], **options)
-    gc.collect()
-    before = counter.most = counter.now
-    model = model.update_weights_from_disk(paths[-1], **({"donate": True} if backend == "jax" else {}))
-    assert model.version == 2
-    return counter.most - before
+    with counted(backend) as memory:
+        model = import_module(f"{backend}_models").load(paths[0], **options)
+        before = memory.start()
+        model = model.update_weights_from_disk(paths[-1], **({"donate": True} if backend == "jax" else {}))
+        assert model.version == 2
+        return memory.most - before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_reload_holds_the_largest_layer_at_most(backend, as_written, counter, tmp_path):
+def test_a_reload_holds_the_largest_layer_at_most(backend, as_written, tmp_path):
     for path in (as_written, in_three_files(as_written, tmp_path / "three")):
-        assert 0 < growth(backend, counter, [as_written, path]) <= largest_layer(path)
+        assert 0 < growth(backend, [as_written, path]) <= largest_layer(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_so_does_one_that_quantises_while_it_reads(backend, as_written, counter, tmp_path):
+def test_so_does_one_that_quantises_while_it_reads(backend, as_written, tmp_path):
     """The matrices of one group, as they come, are part of it."""
     path = make_checkpoint("qwen3-moe", tmp_path / "plain", dtype="BF16", **SIZES)
-    assert 0 < growth(backend, counter, [path], quantize="nvfp4") <= largest_layer(as_written)
+    assert 0 < growth(backend, [path], quantize="nvfp4") <= largest_layer(open_checkpoint(as_written))
