@@ -26,10 +26,11 @@ how, reloads, *paths = sys.argv[1:]
 if how == "torch":
     import torch_models
     from torch_models.census import tensors_of
+    from torch_models.lodging import remembered_bytes
     model = torch_models.load(paths[0])
     def resident(model):
         storages = [tensor.untyped_storage() for _, tensor in tensors_of(model)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + remembered_bytes(model)
     reload = lambda model, path: model.update_weights_from_disk(path)
 else:
     import jax, jax_models

@@ -19,6 +19,7 @@ from jax_models.weights import flatten
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
+from loaders.lots import stream_parameters
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
 from loaders.quantize import activations_of, open_to_load
 from loaders.spec import ParamSpec
@@ -91,6 +92,7 @@ def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator
     dims = plan.checkpoint.config.dims()
     for spec, param in read_hosted(plan, filling):
         array = jax.device_put(param, param_sharding(spec, dims, mesh))
+        del param  # the next ones are read while the caller has this one
         # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
         yield spec.name, jax.device_put(array, array.sharding)
 
@@ -107,8 +109,7 @@ def read_hosted(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, n
             host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
         return place_of(host[spec.name], spec, source)
 
-    stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
-    for spec, source, array, is_complete in filling.receive(stream):
+    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
         filling.write(host[spec.name], spec, source, array)
         if is_complete:
             filling.complete(spec, host[spec.name])

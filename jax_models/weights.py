@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -132,8 +133,7 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
     plan = plan_reload(checkpoint, model.config, model.stage, {name: from_numpy(x.dtype) for name, x in live.items()})
     if donate:
         trial = Filling(plan)
-        for _ in read_hosted(plan, trial):
-            pass
+        deque(read_hosted(plan, trial), maxlen=0)  # a loop would keep one while it reads the next
         trial.finish()
     filling = Filling(plan)
     placed: dict[str, jax.Array] = {}

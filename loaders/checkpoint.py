@@ -87,6 +87,10 @@ class Checkpoint:
         found = self.generation_document.get("pad_token_id")
         return self.config.pad_token_id if found is None else found
 
+    def group_of(self, name: str) -> str:
+        """What a tensor shares with those that are read at the cost of one; here every tensor is by itself."""
+        return name
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor, in its own dtype and shape (packed sub-byte formats: as bytes).
 

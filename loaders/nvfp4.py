@@ -148,7 +148,12 @@ def block_scales(weight: np.ndarray, scale: float | np.ndarray, *, divide: bool 
 
 
 def quantize(
-    weight: np.ndarray, *, amax: float | np.ndarray | None = None, divide: bool = False, threads: int = 1
+    weight: np.ndarray,
+    *,
+    amax: float | np.ndarray | None = None,
+    divide: bool = False,
+    threads: int = 1,
+    out: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> NVFP4Tensor:
     """Quantise in the bits of ModelOpt, or with ``divide`` in those of compressed-tensors.
 
@@ -160,6 +165,7 @@ def quantize(
             whose shape is that of ``weight``'s first axes gives each part its own. None: the tensor's own.
         divide: in compressed-tensors' convention.
         threads: NumPy leaves the interpreter free, so two are nearly twice as fast.
+        out: contiguous memory for codes and block scales, where they are wanted somewhere.
     Raises:
         ValueError: K is no multiple of 16; another dtype; NaN or infinity.
     """
@@ -168,15 +174,17 @@ def quantize(
         amax = _largest(bits_Q16, weight.dtype)
     found = global_divisor(amax, weight.dtype) if divide else global_scale(amax)
     per_scale, scale_S = _scales(found, weight.shape)
-    packed_Q8, scale_Q = np.empty((len(bits_Q16), BLOCK // 2), np.uint8), np.empty(len(bits_Q16), _E4M3)
+    *leading, K = weight.shape
+    packed = np.empty((*leading, K // 2), np.uint8) if out[0] is None else out[0]
+    block_scale = np.empty((*leading, K // BLOCK), _E4M3) if out[1] is None else out[1]
+    packed_Q8, scale_Q = packed.reshape(-1, BLOCK // 2), block_scale.reshape(-1)
 
     def one(part: slice) -> None:
         codes_16q, scale_Q[part] = _quantize(bits_Q16[part], weight.dtype, _of_blocks(scale_S, per_scale, part), divide)
         packed_Q8[part] = (codes_16q[0::2] | np.left_shift(codes_16q[1::2], 4)).T
 
     _run(one, len(bits_Q16), threads)
-    *leading, K = weight.shape
-    return NVFP4Tensor(packed_Q8.reshape(*leading, K // 2), scale_Q.reshape(*leading, K // BLOCK), found)
+    return NVFP4Tensor(packed, block_scale, found)
 
 
 def quantize_activations(

@@ -292,6 +292,7 @@ class Filling:
             spec, source = self._plan.targets[name]
             self._missing[spec.name] -= 1
             yield spec, source, array, self._missing[spec.name] == 0
+            del array  # it may be all that keeps a parameter which the caller is done with
 
     def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
         """Put one tensor into its place of its parameter, fused or not."""

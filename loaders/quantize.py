@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,6 +18,7 @@ import numpy as np
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
+from loaders.lots import Part, lots_of
 from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix, documents, infos, matrices_of
 from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
@@ -61,9 +62,21 @@ class QuantizedCheckpoint(Checkpoint):
         return found
 
     @cached_property
+    def _users(self) -> dict[str, list[Matrix]]:
+        """Plain tensor -> the matrices in it."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices.values():
+            found.setdefault(matrix.tensor, []).append(matrix)
+        return found
+
+    @cached_property
     def _kept(self) -> dict[str, np.ndarray]:
         """What the next ``read`` is likely to want: the experts' tensor it read last, and the rest of a matrix."""
         return {}
+
+    def group_of(self, name: str) -> str:
+        """Of a quantised tensor the group of its matrix, as all of that is read and quantised at once."""
+        return self._places[name][0].group if name in self._places else name
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor; a quantised one is computed, from all the matrices of its group the first time."""
@@ -94,29 +107,45 @@ class QuantizedCheckpoint(Checkpoint):
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Tensors in the order of the plain files, those of a group together; see ``Checkpoint.stream``.
 
-        The matrices of one group are held beside the budget.
+        By default the plain matrices of the largest group are held, or as many of others. A budget is for those that
+        are on their way, and the matrices of a group are held beside it. Codes and scales are computed straight into
+        their destinations.
         """
         chosen = self.tensors.keys() if names is None else set(names)
         if unknown := chosen - self.tensors.keys():
             raise KeyError(min(unknown))
-        users: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices.values():
-            users.setdefault(matrix.tensor, []).append(matrix)
-        wanted = {self._places[name][0].group for name in chosen if name in self._places}
-        needed = {matrix.tensor for group in wanted for matrix in self._groups[group]}
+        groups: dict[str, list[Matrix]] = {}
+        for name in chosen & self._places.keys():
+            group = self._places[name][0].group
+            groups[group] = self._groups[group]
         direct = {name for name in chosen if name not in self._places}
-        waiting: dict[str, dict[str, np.ndarray]] = {}
+        parts = [Part(tensors, tensors) for one in groups.values() for tensors in [{matrix.tensor for matrix in one}]]
+        parts += [Part({name}, {name}) for name in direct]
         plain_into = (lambda name: into(name) if name in direct else None) if into else None
-        for name, array in self.plain.stream(host_budget_bytes, names=direct | needed, into=plain_into):
-            if name in direct:
+        for lot in lots_of(parts, self.plain.tensors):
+            budget = sum(self.plain.tensors[name].num_bytes for name in lot)
+            budget = budget if host_budget_bytes is None else host_budget_bytes
+            yield from self._of_lot(self.plain.stream(budget, names=lot, into=plain_into), groups, chosen, into)
+
+    def _of_lot(
+        self,
+        stream: Iterator[tuple[str, np.ndarray]],
+        groups: dict[str, list[Matrix]],
+        chosen: Collection[str],
+        into: Callable[[str], np.ndarray | None] | None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Plain tensors as they are, or quantised as soon as their group is complete."""
+        waiting: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in stream:
+            if name not in self._users:
                 yield name, array
                 continue
-            for matrix in users[name]:
-                if matrix.group not in wanted:
+            for matrix in self._users[name]:
+                if matrix.group not in groups:
                     continue
                 held = waiting.setdefault(matrix.group, {})
                 held[matrix.module] = _slice(matrix, array)
-                if len(held) == len(self._groups[matrix.group]):
+                if len(held) == len(groups[matrix.group]):
                     yield from self._finished(waiting.pop(matrix.group), matrix.group, chosen, into)
             del array
 
@@ -124,14 +153,18 @@ class QuantizedCheckpoint(Checkpoint):
         self,
         weights: dict[str, np.ndarray],
         group: str,
-        chosen: Iterable[str],
+        chosen: Collection[str],
         into: Callable[[str], np.ndarray | None] | None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         self._note_amax(group, weights.values())
-        for module, weight in weights.items():
-            for leaf, array in self._parts(self.matrices[module], weight).items():
+        for module in list(weights):
+            matrix = self.matrices[module]
+            names = [f"{module}.{leaf}" for leaf in _scheme(bool(self.amax_of_inputs)).leaves.values()]
+            places = {name: into(name) for name in names if name in chosen} if into else {}
+            given = places.get(f"{module}.weight"), places.get(f"{module}.weight_scale")
+            for leaf, array in self._parts(matrix, weights.pop(module), given).items():
                 if (name := f"{module}.{leaf}") in chosen:
-                    yield name, _put(array, into(name) if into else None)
+                    yield name, _put(array, places.get(name))
 
     def _note_amax(self, group: str, weights: Iterable[np.ndarray]) -> None:
         found = [_largest(weight) for weight in weights]
@@ -140,9 +173,11 @@ class QuantizedCheckpoint(Checkpoint):
             raise CheckpointError(self.source, problems)
         self._amax[group] = max(found)
 
-    def _parts(self, matrix: Matrix, weight: np.ndarray) -> dict[str, np.ndarray]:
+    def _parts(
+        self, matrix: Matrix, weight: np.ndarray, out: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    ) -> dict[str, np.ndarray]:
         try:
-            found: NVFP4Tensor = quantize(weight, amax=self._amax[matrix.group], threads=THREADS)
+            found: NVFP4Tensor = quantize(weight, amax=self._amax[matrix.group], threads=THREADS, out=out)
         except ValueError as error:
             raise CheckpointError(self.source, [f"{matrix.module} cannot be quantised: {error}"]) from error
         parts = {"weight": found.packed, "weight_scale": found.block_scale}
@@ -266,7 +301,7 @@ def _largest(weight: np.ndarray) -> float:
 
 
 def _put(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    if out is None:
+    if out is None or out is array:
         return array
     out[...] = array
     return out

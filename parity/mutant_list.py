@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parity.mutant_attention import ATTENTION
 from parity.mutant_delta import DELTA_MUTANTS
+from parity.mutant_derived import DERIVED
 from parity.mutant_draft import DRAFT_MUTANTS
 from parity.mutant_gemma import GEMMA_MUTANTS
 from parity.mutant_graphs import GRAPH_MUTANTS
@@ -15,7 +16,7 @@ from parity.mutant_nvfp4 import NVFP4
 
 _LISTS = (
     *(ATTENTION, MOE_AND_HEAD, LOADING, LIFE),
-    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4),
+    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4, DERIVED),
 )
 MUTANTS = {mutant.name: mutant for mutants in _LISTS for mutant in mutants}
 assert len(MUTANTS) == sum(map(len, _LISTS)), "two mutants share a name"

@@ -27,15 +27,15 @@ def _once_only(method: str) -> Plant:
     return wrapped(f"layers.{method}.derive", derive)
 
 
-def _latched(*names: str) -> Plant:
-    """Likewise for single tensors."""
+def _latched(name: str) -> Plant:
+    """Likewise for a single scalar."""
 
-    def write(copy: Any, module: Any, name: str, value: Any) -> None:
-        if name not in names or getattr(module, name, None) is None:
-            copy(module, name, value)
+    def derive(original: Any, self: Any) -> None:
+        original(self)
+        kept = vars(self).setdefault("kept", float(getattr(self, name)))
+        getattr(self, name).fill_(kept)
 
-    places = ("layers.quantized", "layers.quantized_experts", "derived")
-    return lambda: [patch for where in places for patch in wrapped(f"{where}:copy_or_rebind_param", write)()]
+    return wrapped("layers.quantized:NVFP4Linear._derive_scalars", derive)
 
 
 def _swizzled_once() -> list[Patch]:
@@ -51,24 +51,16 @@ def _source_deleted(derive: Any, self: Any) -> None:
     delattr(self, "weight_scale_2")
 
 
-def _rebinding() -> list[Patch]:
-    places = ("layers.quantized", "layers.quantized_experts", "derived")
-    return [patch for where in places for patch in wrapped(f"{where}:copy_or_rebind_param", _rebound)()]
-
-
-def _rebound(copy: Any, module: Any, name: str, value: Any) -> None:
-    held = getattr(module, name, None)
-    if held is None:
-        copy(module, name, value)
-    else:
-        held.data = value.detach().clone()
+def _rebound(derive: Any, self: Any) -> None:
+    derive(self)
+    self.alpha = self.alpha.clone()
 
 
 def _derived_anew() -> list[Patch]:
     never, nowhere = (lambda original, *args: False), (lambda original, *args: None)
     return [
-        *wrapped("layers.quantized:holds_derived", never)(),
-        *wrapped("derived:_stale_rows", nowhere)(),
+        *wrapped("layers.quantized:is_derived", never)(),
+        *wrapped("derived:check_loaded", nowhere)(),
     ]
 
 
@@ -76,18 +68,9 @@ def _copied(alias: Any, module: Any, source: str, derived: str, value: Any) -> N
     import_module("torch_models.derived").copy_or_rebind_param(module, derived, value)
 
 
-def _with_an_axis() -> list[Patch]:
-    def write(copy: Any, module: Any, name: str, value: Any) -> None:
-        copy(module, name, value.view(-1) if name == "alpha" else value)
-
-    return wrapped("layers.quantized:copy_or_rebind_param", write)()
-
-
-def _orderless(checksums: Any, tensor: Any) -> Any:
-    import torch
-
-    pieces = import_module("torch_models.derived")._pieces(tensor)
-    return torch.stack([piece.contiguous().view(torch.uint8).long().sum() for piece in pieces])
+def _with_an_axis(derive: Any, self: Any) -> None:
+    derive(self)
+    self.alpha = self.alpha.view(-1)
 
 
 def _raw(stored: Any, model: Any, name: str) -> Any:
@@ -155,12 +138,17 @@ NVFP4_LIFE: list[Mutant] = [
         "what alpha was derived from is deleted, so that no load can follow",
         refusal=AttributeError,
     ),
-    _of("derived_storage_rebound", "parity 65", _rebinding, "derived tensors move"),
     _of(
-        "order_not_in_checksums",
+        "derived_storage_rebound",
+        "parity 65",
+        wrapped("layers.quantized:NVFP4Linear._derive_scalars", _rebound),
+        "derived tensors move",
+    ),
+    _of(
+        "nothing_remembered",
         "law 4",
-        wrapped("derived:_checksums", _orderless),
-        "a whole load is taken for derived bytes, which are the same in another order",
+        wrapped("lodging:_hashed", lambda hashed, flat, run: hashed(flat, run) * 0),
+        "all loads look as if nothing had been written",
         ALIGNED,
         detector=nvfp4_derived,
     ),
@@ -172,13 +160,18 @@ NVFP4_LIFE: list[Mutant] = [
         ALIGNED,
         detector=nvfp4_memory,
     ),
-    _of("alpha_gets_an_axis", "issue 4", _with_an_axis, "a scalar becomes [1]"),
+    _of(
+        "alpha_gets_an_axis",
+        "issue 4",
+        wrapped("layers.quantized:NVFP4Linear._derive_scalars", _with_an_axis),
+        "a scalar becomes [1]",
+    ),
     _of("derived_bytes_exported", "law 4", wrapped("weights:stored", _raw), "derived bytes leave", ALIGNED),
     _of("derived_again", "law 4", _derived_anew, "derived bytes are derived from", ALIGNED, detector=nvfp4_derived),
     _of(
         "part_derived",
         "law 4",
-        wrapped("derived:_stale_rows", lambda stale, *args: None),
+        wrapped("derived:check_loaded", lambda check, *args: None),
         "a partial update is derived",
         ALIGNED,
         detector=nvfp4_derived,

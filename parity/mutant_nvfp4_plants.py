@@ -101,7 +101,7 @@ def codes_of_inputs(bounds: tuple[float, ...]) -> Plant:
     def make(original: Any, backend: str) -> Any:
         np_ = xp(backend)
 
-        def codes(quotient: Any) -> Any:
+        def codes(quotient: Any, *is_negative: Any) -> Any:
             count = (np_.abs(quotient)[..., None] >= np_.asarray(bounds)).sum(-1) + 8 * (quotient < 0)
             return count.byte() if backend == "torch" else count.astype(np.uint8)
 

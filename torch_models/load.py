@@ -15,6 +15,7 @@ from torch import nn
 from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
+from loaders.lots import stream_parameters
 from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
@@ -111,8 +112,7 @@ def read_params(plan: LoadPlan, filling: Filling, *, staged: bool = False) -> It
             views[spec.name] = host_view(host[spec.name])
         return place_of(views[spec.name], spec, source)
 
-    stream = plan.checkpoint.stream(names=plan.tensors, into=destination)
-    for spec, source, array, is_complete in filling.receive(stream):
+    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
         filling.write(views[spec.name], spec, source, array)
         if is_complete:
             filling.complete(spec, views.pop(spec.name))

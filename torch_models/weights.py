@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from loaders.export import export_checkpoint, tensors_of
 from loaders.plan import Filling, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from torch_models.census import moved, pointer_census
-from torch_models.derived import derive, holds_derived, mark_source
-from torch_models.layers.quantized import NVFP4Linear
+from torch_models.derived import derive, mark_source
+from torch_models.layers.quantized import as_loaded
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
 
@@ -149,8 +150,7 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
     plan = plan_reload(checkpoint, model.config, model.stage, live)
     trial = Filling(plan)
-    for _ in read_params(plan, trial, staged=True):
-        pass
+    deque(read_params(plan, trial, staged=True), maxlen=0)  # a loop would keep one while it reads the next
     report = trial.finish()
     filling = Filling(plan)
     try:
@@ -193,13 +193,13 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
 
 
 def stored(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter's values as the checkpoint has them, whatever its storage holds (see ``torch_models.derived``)."""
+    """A parameter's values as the checkpoint has them, whatever its storage holds (see ``torch_models.derived``).
+
+    Raises:
+        RuntimeError: a part of it was written past ``update_weights_from_disk``, over what was derived.
+    """
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if not holds_derived(module, leaf):
-        return module.get_parameter(leaf).detach()
-    assert isinstance(module, NVFP4Linear), f"{owner} keeps derived bytes in {leaf}"
-    return module.source("block")
+    return as_loaded(model.get_submodule(owner), leaf).detach()
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:

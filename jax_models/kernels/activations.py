@@ -17,7 +17,9 @@ def activation_codes(x: jax.Array, input_scale: jax.Array) -> tuple[jax.Array, j
     """Codes and block scales of activations.
 
     The scale is the block's amax / (6 input_scale) rounded to e4m3, 1 for a block of zeros. Codes are the nearest, ties
-    to the even one, and 6 beyond it; the sign is that of the quotient, so -0 becomes 0.
+    to the even one, and 6 beyond it; the sign is that of the quotient, so -0 becomes 0. Where a quotient is NaN (an
+    input scale of 0, say) codes are those of 6. XLA takes denormal numbers for 0, on a CPU and on a TPU: inputs and
+    scales below 2^-126 have other codes than modelopt's.
 
     Args:
         x: bfloat16 or float32 [..., K].
@@ -27,10 +29,13 @@ def activation_codes(x: jax.Array, input_scale: jax.Array) -> tuple[jax.Array, j
         scale: e4m3 [..., K/16].
     """
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
-    scale = divided(jnp.max(jnp.abs(blocks), axis=-1), E2M1_MAX * input_scale)
-    scale = jnp.clip(jnp.where(scale == 0, 1.0, scale), E4M3_MIN, E4M3_MAX).astype(jnp.float8_e4m3fn)
-    quotient = divided(blocks, (scale.astype(jnp.float32) * input_scale)[..., None])
-    return _nearest_codes(quotient).reshape(x.shape), scale
+    amax, by = jnp.max(jnp.abs(blocks), axis=-1), E2M1_MAX * input_scale
+    # denormal quotients would be 0 here: whether they are is asked of their operands. Rounded they are up to 2^-150
+    is_zero = (amax * 2.0**64 <= by * 2.0**-86) & (by > 0)
+    scale = jnp.clip(jnp.where(is_zero, 1.0, divided(amax, by)), E4M3_MIN, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    step = (scale.astype(jnp.float32) * input_scale)[..., None]
+    is_negative = blocks * 2.0**64 < step * -(2.0**-86)
+    return _nearest_codes(divided(blocks, step), is_negative).reshape(x.shape), scale
 
 
 def divided(x: jax.Array, by: jax.Array | float) -> jax.Array:
@@ -59,9 +64,10 @@ def quantized_activations(x: jax.Array, input_scale: jax.Array) -> jax.Array:
     return values.reshape(x.shape).astype(x.dtype)
 
 
-def _nearest_codes(quotient: jax.Array) -> jax.Array:
+def _nearest_codes(quotient: jax.Array, is_negative: jax.Array) -> jax.Array:
     """The code is how many midpoints are passed; onto 0.75, 1.75 and 3.5 counts, for the code above is even."""
     size = jnp.abs(quotient)
-    count = sum((size > bound).astype(jnp.uint8) for bound in (0.25, 1.25, 2.5, 5.0))
-    count = count + sum((size >= bound).astype(jnp.uint8) for bound in (0.75, 1.75, 3.5))
-    return count + jnp.where(quotient < 0, jnp.uint8(8), jnp.uint8(0))
+    # negated, so that a NaN has modelopt's code, 7
+    count = sum((~(size <= bound)).astype(jnp.uint8) for bound in (0.25, 1.25, 2.5, 5.0))
+    count = count + sum((~(size < bound)).astype(jnp.uint8) for bound in (0.75, 1.75, 3.5))
+    return count + jnp.where(is_negative, jnp.uint8(8), jnp.uint8(0))

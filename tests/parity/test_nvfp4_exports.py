@@ -140,6 +140,21 @@ def test_activation_codes_are_those_of_modelopt(backend, dtype):
         assert packed.tobytes() == nvfp4.pack(codes).tobytes()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("backend", NAMES)
+def test_activation_codes_are_modelopts_where_quotients_are_denormal_zero_or_nan(backend, dtype):
+    """XLA makes 0 of a denormal quotient, and its sign is lost; of an input scale of 0 come infinities and NaN."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([-1.0, 1.0], (64, 80)) * rng.uniform(1.2e-38, 3e-37, (64, 80))
+    x[0], x[1, ::2], x[2, 3], x[3] = 0, -0.0, 3e4, rng.standard_normal(80)
+    x = x.astype(dtype)
+    for scale in np.float32([0.0021, 1.0, 3.3, 1e5, 1e10, 0.0]):
+        packed, block, _ = modelopt(x, scale=np.asarray(scale))
+        codes, found = codes_of(backend, x, scale)
+        assert block.tobytes() == found.tobytes()
+        assert packed.tobytes() == nvfp4.pack(codes).tobytes()
+
+
 def codes_of(backend, x, scale):
     if backend == "torch":
         from torch_models.kernels.nvfp4_reference import activation_codes

@@ -14,6 +14,7 @@ from lives import BACKENDS, Benches
 import jax_models
 import torch_models
 from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.plan import specs_of
 from loaders.quantize import quantized
 from loaders.writer import write_checkpoint
 from parity.backends import open_backend
@@ -22,7 +23,9 @@ from parity.live_model import differing
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from torch_models import pointer_census
 from torch_models.census import moved, tensors_of
-from torch_models.derived import holds_derived
+from torch_models.derived import derive, holds_derived
+from torch_models.kernels.nvfp4_blackwell import swizzled
+from torch_models.lodging import remembered_bytes
 
 SLOW = pytest.mark.slow
 
@@ -195,6 +198,7 @@ def test_block_scales_in_the_kernels_order_take_their_sources_storage_through_ev
     model = torch_models.load(aligned[0], kernel="reference-128x4")
     assert len(aliased(model)) == 14
     assert resident(model) == resident(cold[0])
+    assert remembered_bytes(model) <= 0.02 * resident(model)
     assert logits(model, inputs).tobytes() == expected[0].tobytes()
     before = pointer_census(model)
     for reload in range(1, 101):
@@ -330,13 +334,13 @@ def test_scales_of_an_fp8_cache_are_part_of_the_model(backend, tmp_path):
 
 def fails_the_second_time(monkeypatch, kind, after):
     """Streams break in the second pass over a checkpoint, after so many tensors."""
-    real, passes = Checkpoint.stream, []
+    real, delivered = Checkpoint.stream, []
 
     def stream(self, *args, **kwargs):
-        passes.append(None)
-        for count, found in enumerate(real(self, *args, **kwargs)):
-            if len(passes) == 2 and count == after:
+        for found in real(self, *args, **kwargs):
+            if len(delivered) == len(self.tensors) + after:
                 raise kind(self.source, ["the disk is gone"]) if kind is CheckpointError else kind("no room")
+            delivered.append(None)
             yield found
 
     monkeypatch.setattr(Checkpoint, "stream", stream)
@@ -392,3 +396,94 @@ def test_a_stage_without_quantised_layers_takes_the_kernel_that_the_others_run(t
     path = make_checkpoint("qwen3", tmp_path / "A", quantization=how, **sizes)
     stages = [torch_models.load(path, stage=(index, 2), kernel="reference") for index in range(2)]
     assert [bool(stage.kernels) for stage in stages] == [False, True]
+
+
+def written_by_name(model, other):
+    """A trainer's way: every tensor of the checkpoint, past ``update_weights_from_disk``."""
+    for spec in specs_of(model.config, model.stage):
+        model.get_parameter(spec.name).data.copy_(other.get_parameter(spec.name).data)
+
+
+@pytest.mark.parametrize("which", ["written", "aligned"])
+def test_a_model_follows_weights_that_are_written_by_name(which, written, aligned):
+    """Under a captured step too: what is derived from scalars is derived where it is used."""
+    pair = {"written": written, "aligned": aligned}[which]
+    inputs = batch(pair[0])
+    model, other = (torch_models.load(path) for path in pair)
+    before = pointer_census(model)
+    first, recording = model.graphs.prefill(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=4)
+    recording.decode([1, 2])
+    written_by_name(model, other)
+    assert logits(model, inputs).tobytes() == logits(other, inputs).tobytes()
+    found, expected = (
+        one.graphs.prefill(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=4)[1].decode([1, 2])
+        for one in (model, other)
+    )
+    assert torch.equal(found, expected)
+    assert model.graphs.num_captures == 1
+    assert moved(before, {name: one for name, one in pointer_census(model).items() if name in before}) == []
+
+
+@pytest.mark.parametrize("zoo", ["qwen3", "qwen3-moe"])
+def test_scales_that_are_written_by_name_are_exported_as_they_were_written_and_derived_anew(zoo, tmp_path):
+    sizes = {**block_sizes(zoo, aligned=True), "num_hidden_layers": 2}
+    how = ZooQuantization(unify=False)
+    pair = [
+        make_checkpoint(zoo, tmp_path / letter, seed=seed, quantization=how, **sizes)
+        for seed, letter in enumerate("AB")
+    ]
+    model = torch_models.load(pair[0], kernel="reference-128x4")
+    written_by_name(model, torch_models.load(pair[1]))
+    assert model.digests() == torch_models.load(pair[1]).digests()
+    model.export(tmp_path / "export")
+    for name, array in open_checkpoint(tmp_path / "export").stream():
+        assert array.tobytes() == open_checkpoint(pair[1]).read(name).tobytes(), name
+    derive(model)
+    inputs = batch(pair[0])
+    assert logits(model, inputs).tobytes() == logits(torch_models.load(pair[1]), inputs).tobytes()
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj.weight_scale", "mlp.down_proj.weight_scale"])
+def test_scales_that_are_written_in_part_are_neither_exported_nor_published(name, aligned, tmp_path):
+    model, other = torch_models.load(aligned[0], kernel="reference-128x4"), torch_models.load(aligned[1])
+    scale, new = (one.get_parameter(f"model.layers.0.{name}") for one in (model, other))
+    half = len(scale) // 2
+    scale.data.view(torch.uint8)[:half] = new.data.view(torch.uint8)[:half]
+    with pytest.raises(RuntimeError, match="still, not what was loaded: .* pieces are as they were"):
+        model.export(tmp_path / "export")
+    embed, _ = model.get_embed_and_head()
+    with pytest.raises(RuntimeError, match="would be derived twice"):
+        model.set_embed_and_head(embed.clone())
+    assert model.version == 1
+    with pytest.raises(RuntimeError, match="refuses to run"):
+        logits(model, batch(aligned[0]))
+    model.update_weights_from_disk(aligned[1])
+    assert logits(model, batch(aligned[0])).tobytes() == logits(other, batch(aligned[0])).tobytes()
+
+
+def test_experts_keep_their_block_scales_in_the_kernels_order_in_the_storage_of_those_that_were_loaded(tmp_path):
+    """The case of the seed: 15 GiB a rank."""
+    sizes = {**block_sizes("qwen3-moe", aligned=True), "num_hidden_layers": 2}
+    for activations in (True, False):
+        how = ZooQuantization(unify=False, activations=activations)
+        paths = [
+            make_checkpoint("qwen3-moe", tmp_path / f"{activations}{seed}", seed=seed, quantization=how, **sizes)
+            for seed in range(2)
+        ]
+        cold = [torch_models.load(path) for path in paths]
+        model = torch_models.load(paths[0], kernel="reference-128x4")
+        experts = model.get_submodule("model.layers.0.mlp.experts")
+        for stack in ("w13", "w2"):
+            source = experts.get_parameter(f"{stack}_weight_scale")
+            assert experts.get_parameter(f"{stack}_blockscale_swizzled") is source
+            assert holds_derived(experts, f"{stack}_weight_scale")
+            loaded = cold[0].get_parameter(f"model.layers.0.mlp.experts.{stack}_weight_scale")
+            assert torch.equal(source.view(torch.uint8), swizzled(loaded).view(torch.uint8))
+        assert set(model.kernels.values()) == {"reference-128x4"}
+        before, inputs = pointer_census(model), batch(paths[0])
+        assert resident(model) == resident(cold[0])
+        for letter in (0, 1, 1, 0):
+            model.update_weights_from_disk(paths[letter])
+            assert logits(model, inputs).tobytes() == logits(cold[letter], inputs).tobytes()
+            assert model.digests() == cold[letter].digests()
+        assert moved(before, pointer_census(model)) == []

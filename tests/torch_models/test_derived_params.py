@@ -1,15 +1,13 @@
-"""The two helpers that give derived tensors their storage, and what they refuse: deriving from derived bytes."""
+"""The two helpers that give derived tensors their storage, on modules that they know nothing of."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from torch import nn
 
 from torch_models import alias_or_bind_derived_param, copy_or_rebind_param
-from torch_models.derived import holds_derived, mark_source
+from torch_models.derived import holds_derived
 from torch_models.kernels.nvfp4_blackwell import swizzled
 
 
@@ -34,6 +32,12 @@ def load(module, value):
     module.weight_scale.data.copy_(value)
 
 
+def with_source(value, requires_grad=False):
+    module = nn.Module()
+    module.source = nn.Parameter(value, requires_grad=requires_grad)
+    return module
+
+
 def derive(module):
     alias_or_bind_derived_param(module, "weight_scale", "weight_scale_interleaved", swizzled(module.weight_scale))
 
@@ -47,55 +51,6 @@ def test_a_derived_tensor_as_large_as_its_source_is_the_source(layer):
     assert bits(source) == bits(expected)
     assert holds_derived(layer, "weight_scale")
     assert [name for name, _ in layer.named_parameters()] == ["weight_scale"]  # the loader's name stays
-
-
-def test_loading_again_and_deriving_again_is_what_a_cold_load_derives(layer):
-    where = layer.weight_scale.data_ptr()
-    for seed in (1, 2, 1, 1, 0):
-        load(layer, scales(256, 8, seed))
-        mark_source(layer, "weight_scale")
-        derive(layer)
-        assert bits(layer.weight_scale_interleaved) == bits(swizzled(scales(256, 8, seed)))
-        assert layer.weight_scale_interleaved.data_ptr() == where
-
-
-def test_a_load_that_does_not_say_so_is_seen_in_the_bytes(layer):
-    derive(layer)
-    load(layer, scales(256, 8, 7))
-    derive(layer)
-    assert bits(layer.weight_scale_interleaved) == bits(swizzled(scales(256, 8, 7)))
-
-
-def test_deriving_twice_is_refused_and_nothing_is_written(layer):
-    derive(layer)
-    before = bits(layer.weight_scale)
-    with pytest.raises(RuntimeError, match="weight_scale holds bytes of weight_scale_interleaved still.*256 of 256"):
-        derive(layer)
-    assert bits(layer.weight_scale) == before
-
-
-def test_binding_what_is_there_again_changes_nothing(layer):
-    value = swizzled(layer.weight_scale)
-    for _ in range(3):
-        alias_or_bind_derived_param(layer, "weight_scale", "weight_scale_interleaved", value)
-    assert bits(layer.weight_scale_interleaved) == bits(value)
-
-
-@pytest.mark.parametrize("half", [slice(0, 128), slice(128, 256)])
-def test_a_source_that_was_loaded_in_part_is_refused(layer, half):
-    derive(layer)
-    layer.weight_scale.data[half] = scales(256, 8, 5)[half]
-    before = bits(layer.weight_scale)
-    with pytest.raises(RuntimeError, match="128 of 256 rows would be derived twice. Load all of weight_scale first"):
-        derive(layer)
-    assert bits(layer.weight_scale) == before
-
-
-def test_scales_that_a_swizzle_does_not_change_are_no_cause_for_alarm(layer):
-    load(layer, torch.ones(256, 8).to(torch.float8_e4m3fn))
-    for _ in range(2):
-        derive(layer)
-    assert bits(layer.weight_scale) == bits(torch.ones(256, 8).to(torch.float8_e4m3fn))
 
 
 @pytest.mark.parametrize("shape", [(250, 8), (256, 6)], ids=["rows", "columns"])
@@ -120,6 +75,34 @@ def test_a_scalar_is_never_broadcast_into_its_source():
     alias_or_bind_derived_param(module, "weight_scale_2", "alpha", module.weight_scale_2.max())
     assert module.alpha.shape == ()
     assert module.weight_scale_2.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_what_broadcasts_to_its_source_fills_it():
+    module = with_source(torch.zeros(4, 4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert module.derived is module.source
+    assert module.derived.tolist() == [[1.0, 2.0, 3.0, 4.0]] * 4
+    where = module.source.data_ptr()
+    alias_or_bind_derived_param(module, "source", "derived", torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert module.source.data_ptr() == where
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_single_number_keeps_its_shape(shape):
+    module = with_source(torch.ones(4, 4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.full(shape, 2.0))
+    assert module.derived.shape == shape
+    assert module.source.tolist() == torch.ones(4, 4).tolist()
+    of_one = with_source(torch.ones(shape))
+    alias_or_bind_derived_param(of_one, "source", "derived", torch.full(shape, 2.0))
+    assert of_one.derived is of_one.source
+
+
+def test_what_does_not_broadcast_is_bound():
+    module = with_source(torch.ones(4, 4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.ones(4, 2))
+    assert module.derived.shape == (4, 2)
+    assert module.source.shape == (4, 4)
 
 
 def test_another_dtype_is_bound_and_not_cast():
@@ -185,18 +168,200 @@ def test_a_view_of_another_parameter_is_not_aliased_by_accident():
     assert module.first.tolist() == [0.0, 1.0]
 
 
-def test_what_a_storage_holds_goes_with_a_copy_of_the_layer(layer):
-    derive(layer)
-    other = copy.deepcopy(layer)
-    with pytest.raises(RuntimeError, match="derived twice"):
-        derive(other)
+# what may be called as the derived tensor will be
 
 
-@pytest.mark.parametrize("is_said", [True, False], ids=["said", "unsaid"])
-def test_half_a_load_is_seen_whether_or_not_it_is_said_to_be_all(layer, is_said):
-    derive(layer)
-    layer.weight_scale.data[:128] = scales(256, 8, 5)[:128]
-    if is_said:
-        mark_source(layer, "weight_scale")
-    with pytest.raises(RuntimeError, match="128 of 256 rows"):
-        derive(layer)
+def buffered(module):
+    module.register_buffer("derived", torch.zeros(4))
+
+
+def plain(module):
+    module.derived = torch.zeros(4)
+
+
+def empty(module):
+    module.register_parameter("derived", None)
+
+
+def another(module):
+    module.derived = nn.Parameter(torch.zeros(7))
+
+
+@pytest.mark.parametrize("occupy", [buffered, plain, empty, another])
+def test_a_name_that_something_has_is_given_up(occupy):
+    module = with_source(torch.ones(4))
+    occupy(module)
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    assert module.derived is module.source
+    assert module.source.tolist() == [2.0] * 4
+    assert [*module.state_dict()] == ["source", "derived"]
+
+
+class Crowded(nn.Module):
+    derived = None
+
+    def __init__(self):
+        super().__init__()
+        self.source = nn.Parameter(torch.ones(4))
+        self.child = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("name", ["derived", "child", "", "a.b"])
+def test_a_name_that_no_parameter_can_have_is_refused_before_anything_is_written(name):
+    module = Crowded()
+    for bind in (
+        lambda: alias_or_bind_derived_param(module, "source", name, module.source * 2),
+        lambda: alias_or_bind_derived_param(module, "source", name, torch.ones(9)),
+        lambda: copy_or_rebind_param(module, name, torch.ones(4)),
+    ):
+        with pytest.raises(ValueError, match="expected the name of a parameter.* Nothing was written"):
+            bind()
+    assert module.source.tolist() == [1.0] * 4
+    assert module.source.requires_grad
+    assert not holds_derived(module, "source")
+
+
+@pytest.mark.parametrize("other", [torch.ones(8), torch.ones(4, dtype=torch.float16), torch.tensor(3.0)])
+def test_a_derived_tensor_of_another_form_moves_out_and_leaves_the_source_alone(other):
+    for bind in (
+        lambda module: alias_or_bind_derived_param(module, "source", "derived", other),
+        lambda module: copy_or_rebind_param(module, "derived", other),
+    ):
+        module = with_source(torch.ones(4))
+        source, where = module.source, module.source.data_ptr()
+        alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+        bind(module)
+        assert module.source is source
+        assert (source.shape, source.dtype, source.data_ptr()) == ((4,), torch.float32, where)
+        assert bits(module.derived) == bits(other)
+        with pytest.raises(RuntimeError, match="source holds bytes of derived still"):
+            alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+        copy_or_rebind_param(module, "source", torch.full((4,), 5.0))
+        alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+        assert module.derived is module.source
+        assert module.derived.tolist() == [10.0] * 4
+
+
+def transposed(step):
+    return torch.full((4, 8), float(step)).t()
+
+
+def expanded(step):
+    return torch.tensor(float(step)).expand(8, 4)
+
+
+def every_other(step):
+    return torch.full((8, 8), float(step))[:, ::2]
+
+
+@pytest.mark.parametrize("make", [transposed, expanded, every_other])
+def test_how_a_value_lies_in_memory_moves_nothing(make):
+    module = nn.Module()
+    addresses = set()
+    for step in range(4):
+        copy_or_rebind_param(module, "derived", make(step))
+        addresses.add((module.derived.data_ptr(), module.derived.stride()))
+        assert module.derived.tolist() == [[float(step)] * 4] * 8
+    assert len(addresses) == 1
+    assert module.derived.is_contiguous()
+    assert module.derived.untyped_storage().nbytes() == 8 * 4 * 4
+
+
+def test_a_parameter_that_lies_transposed_is_written_in_place():
+    module = with_source(torch.zeros(4, 8).t())
+    where = module.source.data_ptr()
+    copy_or_rebind_param(module, "source", torch.ones(8, 4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.full((8, 4), 2.0))
+    assert module.derived is module.source
+    assert (where, module.source.stride()) == (module.source.data_ptr(), (1, 8))
+    assert module.source.tolist() == [[2.0] * 4] * 8
+
+
+def test_a_parameter_whose_elements_share_memory_gets_storage_that_can_be_written():
+    module = with_source(torch.zeros(1).expand(4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.arange(4.0))
+    assert module.derived is not module.source
+    copy_or_rebind_param(module, "source", torch.arange(4.0))
+    assert module.source.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_what_is_bound_is_nobody_elses():
+    value = torch.ones(4)
+    module = nn.Module()
+    module.child = nn.Linear(4, 4, bias=False)
+    kept = module.child.weight.detach().clone()
+    copy_or_rebind_param(module, "first", value)
+    copy_or_rebind_param(module, "merged", module.child.weight)
+    for name in ("first", "merged"):
+        copy_or_rebind_param(module, name, torch.zeros_like(getattr(module, name)))
+    module.register_buffer("held", torch.zeros(2))
+    copy_or_rebind_param(module, "held", value)
+    copy_or_rebind_param(module, "held", torch.zeros(4))
+    assert value.tolist() == [1.0] * 4
+    assert torch.equal(module.child.weight, kept)
+
+
+def test_what_is_bound_in_inference_mode_can_be_updated_outside_of_it():
+    module = with_source(torch.ones(4))
+    with torch.inference_mode():
+        copy_or_rebind_param(module, "alpha", module.source.sum())
+        alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+        module.made_there = nn.Parameter(torch.ones(4), requires_grad=False)
+    where = module.alpha.data_ptr(), module.made_there.data_ptr()
+    copy_or_rebind_param(module, "alpha", torch.tensor(7.0))
+    copy_or_rebind_param(module, "made_there", torch.zeros(4))
+    copy_or_rebind_param(module, "source", torch.full((4,), 3.0))
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    assert where == (module.alpha.data_ptr(), module.made_there.data_ptr())
+    assert (float(module.alpha), module.made_there.tolist(), module.derived.tolist()) == (7.0, [0.0] * 4, [6.0] * 4)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(4), torch.zeros(5), torch.zeros(4, dtype=torch.uint8)])
+def test_no_gradient_is_asked_for_any_more(value):
+    module = with_source(torch.ones(4), requires_grad=True)
+    copy_or_rebind_param(module, "source", value)
+    assert not module.source.requires_grad
+    module = with_source(torch.ones(4), requires_grad=True)
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    assert not module.derived.requires_grad
+    assert module.derived.is_leaf
+
+
+def test_what_has_no_bytes_yet_is_named_now_and_filled_later():
+    module = with_source(torch.empty(4, device="meta"))
+    module.source.weight_loader = "kept"
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    assert module.derived is module.source
+    copy_or_rebind_param(module, "source", torch.ones(4))
+    assert module.derived is module.source
+    assert module.source.weight_loader == "kept"
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    assert module.source.tolist() == [2.0] * 4
+
+
+def test_a_source_without_bytes_takes_no_lodger():
+    module = with_source(torch.empty(4, device="meta"))
+    alias_or_bind_derived_param(module, "source", "derived", module.source * 2)
+    alias_or_bind_derived_param(module, "source", "derived", torch.ones(4))
+    assert module.derived.tolist() == [1.0] * 4
+    assert module.source.is_meta
+
+
+def test_a_value_without_bytes_is_refused():
+    module = with_source(torch.ones(4))
+    nothing = torch.empty(4, device="meta")
+    with pytest.raises(ValueError, match="has no bytes. Nothing was written"):
+        copy_or_rebind_param(module, "source", nothing)
+    with pytest.raises(ValueError, match="has no bytes. Nothing was written"):
+        alias_or_bind_derived_param(module, "source", "derived", nothing)
+    assert [*module._parameters] == ["source"]
+
+
+@pytest.mark.gpu
+def test_a_value_of_another_device_is_copied_there():
+    module = with_source(torch.ones(4, device="cuda"))
+    where = module.source.data_ptr()
+    copy_or_rebind_param(module, "source", torch.zeros(4))
+    alias_or_bind_derived_param(module, "source", "derived", torch.full((4,), 2.0))
+    assert module.derived is module.source
+    assert (module.source.data_ptr(), module.source.tolist()) == (where, [2.0] * 4)

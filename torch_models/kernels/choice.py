@@ -20,7 +20,7 @@ class Kernel:
         name: one of ``NAMES``.
         matmul: ``(x_UK, packed_NJ, scale_NQ, alpha) -> float32 [U, N]``, of weights with inputs as they are.
         expert_matmul: ``(x_AK, packed_ENJ, scale_ENQ, alpha_ES, experts_A, ask_host=) -> float32 [A, N]``.
-        swizzles: block scales of linear layers are wanted in the 128x4 order.
+        swizzles: block scales are wanted in the 128x4 order, and found where ``derive`` left them.
         is_native: inputs are multiplied as 4-bit codes, by the device's own instruction.
     """
 
@@ -66,9 +66,12 @@ def choose(name: str | None, device: torch.device, *, activations: bool) -> Kern
 
 
 def of_experts(kernel: Kernel) -> Kernel:
-    """What experts run beside linear layers on ``kernel``: no kernel of theirs wants the 128x4 order, or is native."""
-    names = {"blackwell": "triton", "reference-128x4": "reference"}
-    return Kernel(names.get(kernel.name, kernel.name), kernel.matmul, kernel.expert_matmul)
+    """What experts run beside linear layers on ``kernel``.
+
+    A Blackwell's own product multiplies one matrix of codes, and would ask the host which rows are whose: experts run
+    Triton's there, with block scales as they were loaded, and ``Model.kernels`` says so.
+    """
+    return Kernel("triton", kernel.matmul, kernel.expert_matmul) if kernel.is_native else kernel
 
 
 def _best(device: torch.device, *, activations: bool) -> str:

@@ -2,7 +2,8 @@
 
 Sources (law 4) are the checkpoint's codes and scales and stay as they were loaded. Derived from them: ``alpha``, what
 a product of codes and block scales is multiplied by; with quantised inputs ``input_scale_inv``; and, for kernels that
-want it so, ``weight_scale_interleaved``, which takes the storage of the block scales when it is as large.
+want it so, ``weight_scale_interleaved``, which takes the storage of the block scales when it is as large. Scalars are
+derived where they are used, so that whoever writes to their sources, by whatever way, cannot leave them stale.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from loaders.quantization import BLOCK, Scheme
-from torch_models.derived import alias_or_bind_derived_param, copy_or_rebind_param, holds_derived, is_derived
+from torch_models.derived import alias_or_bind_derived_param, holds_derived, is_derived
 from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import activation_codes, dequantized, packed_codes, quantized_activations
@@ -50,23 +51,17 @@ class NVFP4Linear(nn.Module):
             self.bias = empty_param(self.out_features)
         self.scheme, self.kernel = scheme, kernel
         self.quantizes_inputs = scheme.activations and quantizes_inputs
+        for name in ("alpha", "input_scale_inv") if self.quantizes_inputs else ("alpha",):
+            self.register_buffer(name, torch.empty((), device="meta"), persistent=False)
 
     def source(self, role: str) -> torch.Tensor:
         """A tensor of the checkpoint as it was loaded: ``codes``, ``block``, ``global`` or ``input``."""
-        leaf = self.scheme.leaves[role]
-        held = self.get_parameter(leaf)
-        if role == "block" and holds_derived(self, leaf):
-            return nvfp4_blackwell.unswizzled(held, tuple(held.shape))
-        return held
+        return as_loaded(self, self.scheme.leaves[role])
 
     @torch.no_grad()
     def derive(self) -> None:
         """Compute alpha and its like anew, and bring block scales into the kernel's order if they are not in it."""
-        alpha = multiplier(self.source("global"), self.scheme).view(())
-        if self.quantizes_inputs:
-            copy_or_rebind_param(self, "input_scale_inv", 1.0 / self._input_scale())
-            alpha = alpha * self._input_scale()
-        copy_or_rebind_param(self, "alpha", alpha)
+        self._derive_scalars()
         block = self.scheme.leaves["block"]
         if self.kernel.swizzles and not is_derived(self, block):
             swizzled = nvfp4_blackwell.swizzled(self.get_parameter(block))
@@ -78,6 +73,7 @@ class NVFP4Linear(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
+        self._derive_scalars()
         return self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +81,14 @@ class NVFP4Linear(nn.Module):
         if self.has_bias:
             y32 = y32 + self.bias.to(x.dtype).float()
         return y32.to(x.dtype)
+
+    @torch.no_grad()
+    def _derive_scalars(self) -> None:
+        alpha = multiplier(self.source("global"), self.scheme).view(())
+        if self.quantizes_inputs:
+            self.input_scale_inv.copy_(1.0 / self._input_scale())
+            alpha = alpha * self._input_scale()
+        self.alpha.copy_(alpha)
 
     def _input_scale(self) -> torch.Tensor:
         return multiplier(self.source("input"), self.scheme).view(())
@@ -142,6 +146,16 @@ class FP8Linear(nn.Module):
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
         return F.linear(x, self.weight.to(x.dtype)).float() * alpha
+
+
+def as_loaded(layer: nn.Module, leaf: str) -> torch.Tensor:
+    """A parameter's values as the checkpoint has them, whatever order the storage of block scales holds.
+
+    Raises:
+        RuntimeError: it holds some of both: block scales were written in part.
+    """
+    held = layer.get_parameter(leaf)
+    return nvfp4_blackwell.unswizzled(held, tuple(held.shape)) if holds_derived(layer, leaf) else held
 
 
 def exact_weight(codes: torch.Tensor, block: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:

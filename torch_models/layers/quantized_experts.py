@@ -7,23 +7,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from loaders.quantization import BLOCK, Scheme
-from torch_models.derived import copy_or_rebind_param
+from torch_models.derived import alias_or_bind_derived_param, is_derived
+from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import quantized_activations
 from torch_models.layers.linear import empty_param
 from torch_models.layers.moe import STEP_TOKENS, Experts
-from torch_models.layers.quantized import exact_weight, multiplier
+from torch_models.layers.quantized import as_loaded, exact_weight, multiplier
 
 
 class NVFP4Experts(nn.Module):
     """All experts of a layer, ``w13`` [E, 2, M, D] (gate first) and ``w2`` [E, D, M], each with scales of its own.
 
     Gate and up of one expert may have different global scales: every half of the rows is multiplied by its own alpha.
-    Derived: ``g1_alphas`` [E, 2] and ``g2_alphas`` [E].
+    Derived: ``g1_alphas`` [E, 2] and ``g2_alphas`` [E], where they are used; and, for kernels that want it so, the
+    block scales of every matrix in the kernel's order, which take the storage of the sources when they are as large.
     """
 
     g1_alphas: torch.Tensor
     g2_alphas: torch.Tensor
+    w13_blockscale_swizzled: torch.Tensor
+    w2_blockscale_swizzled: torch.Tensor
 
     def __init__(self, plain: Experts, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -36,19 +40,22 @@ class NVFP4Experts(nn.Module):
                 setattr(self, f"{stack}_{leaf}", empty_param(*lead, *shapes[role]))
         self.scheme, self.kernel = scheme, kernel
         self.quantizes_inputs = scheme.activations and quantizes_inputs
+        self.register_buffer("g1_alphas", torch.empty(E, 2, device="meta"), persistent=False)
+        self.register_buffer("g2_alphas", torch.empty(E, device="meta"), persistent=False)
 
     def source(self, stack: str, role: str) -> torch.Tensor:
         """A tensor of the checkpoint as it was loaded, of stack ``w13`` or ``w2``."""
-        return self.get_parameter(f"{stack}_{self.scheme.leaves[role]}")
+        return as_loaded(self, f"{stack}_{self.scheme.leaves[role]}")
 
     @torch.no_grad()
     def derive(self) -> None:
-        """Compute the alphas anew."""
-        for stack, name in (("w13", "g1_alphas"), ("w2", "g2_alphas")):
-            alphas = self._scalars(stack, "global")
-            copy_or_rebind_param(
-                self, name, alphas * self._scalars(stack, "input") if self.quantizes_inputs else alphas
-            )
+        """Compute the alphas anew, and bring block scales into the kernel's order if they are not in it."""
+        self._derive_scalars()
+        for stack in ("w13", "w2") if self.kernel.swizzles else ():
+            block = f"{stack}_{self.scheme.leaves['block']}"
+            if not is_derived(self, block):
+                swizzled = nvfp4_blackwell.swizzled(self.get_parameter(block))
+                alias_or_bind_derived_param(self, block, f"{stack}_blockscale_swizzled", swizzled)
 
     def dequantized(self, stack: str) -> torch.Tensor:
         """The weights of a stack, float32, with the roundings of the exporter's own definition."""
@@ -57,6 +64,7 @@ class NVFP4Experts(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+        self._derive_scalars()
         x_UD, experts_A = x_BTD.flatten(0, 1), experts_BTX.flatten()
         x_AD = x_UD.repeat_interleave(experts_BTX.shape[2], dim=0)
         ask_host = x_BTD.shape[1] > STEP_TOKENS  # a step of decoding can be captured
@@ -68,7 +76,7 @@ class NVFP4Experts(nn.Module):
 
     def _first(self, x_AD: torch.Tensor, experts_A: torch.Tensor, *, ask_host: bool) -> torch.Tensor:
         """Gate and up, float32 [A, 2M]."""
-        codes, block = self.source("w13", "codes"), self.source("w13", "block")
+        codes, block = self.source("w13", "codes"), self._block_scales("w13")
         run = self.kernel.expert_matmul
         if not self.quantizes_inputs:
             return run(x_AD, codes.flatten(1, 2), block.flatten(1, 2), self.g1_alphas, experts_A, ask_host=ask_host)
@@ -84,8 +92,20 @@ class NVFP4Experts(nn.Module):
         """Down, float32 [A, D]."""
         if self.quantizes_inputs:
             x_AM = quantized_activations(x_AM, self._scalars("w2", "input")[experts_A][:, None])
-        given = (self.source("w2", "codes"), self.source("w2", "block"), self.g2_alphas.view(-1, 1))
+        given = (self.source("w2", "codes"), self._block_scales("w2"), self.g2_alphas.view(-1, 1))
         return self.kernel.expert_matmul(x_AM, *given, experts_A, ask_host=ask_host)
+
+    @torch.no_grad()
+    def _derive_scalars(self) -> None:
+        for stack, alphas in (("w13", self.g1_alphas), ("w2", self.g2_alphas)):
+            scale = self._scalars(stack, "global")
+            alphas.copy_(scale * self._scalars(stack, "input") if self.quantizes_inputs else scale)
+
+    def _block_scales(self, stack: str) -> torch.Tensor:
+        if not self.kernel.swizzles:
+            return self.source(stack, "block")
+        shape = self.get_parameter(f"{stack}_{self.scheme.leaves['block']}").shape
+        return nvfp4_blackwell.unswizzled(getattr(self, f"{stack}_blockscale_swizzled"), tuple(shape))
 
     def _scalars(self, stack: str, role: str, *, as_stored: bool = False) -> torch.Tensor:
         """Global scales, [E, 2] or [E], as multipliers unless they are wanted as stored."""

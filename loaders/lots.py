@@ -1,0 +1,77 @@
+"""Names in lots that are read one after the other, so that memory holds little more than the largest part at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loaders.header import TensorInfo
+
+if TYPE_CHECKING:
+    from loaders.plan import LoadPlan
+
+
+@dataclass
+class Part:
+    """Names that have to be read together, and what they share with others that have to be, too."""
+
+    names: set[str]
+    keys: set[str]
+
+
+def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterator[set[str]]:
+    """Whole parts in file order, as many in a lot as are no larger together than the largest of them.
+
+    Args:
+        parts: those that share a key count as one.
+        tensors: of the checkpoint, in file order.
+    """
+    joined = _joined(parts)
+    sizes = [sum(tensors[name].num_bytes for name in part.names) for part in joined]
+    limit = max(sizes, default=0)
+    order = {name: place for place, name in enumerate(tensors)}
+    first = [min(order[name] for name in part.names) for part in joined]
+    lot: set[str] = set()
+    num_bytes = 0
+    for index in sorted(range(len(joined)), key=first.__getitem__):
+        if lot and num_bytes + sizes[index] > limit:
+            yield lot
+            lot, num_bytes = set(), 0
+        lot |= joined[index].names
+        num_bytes += sizes[index]
+    if lot:
+        yield lot
+
+
+def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
+    """All tensors of a plan, parameter by parameter: those that are begun are no larger than the largest one.
+
+    Of tensors that are quantised while they are read, codes and scales come together.
+
+    Args:
+        plan: what to read.
+        into: as for ``Checkpoint.stream``.
+    """
+    checkpoint = plan.checkpoint
+    parts = [
+        Part(
+            {source.tensor for source in spec.sources}, {checkpoint.group_of(source.tensor) for source in spec.sources}
+        )
+        for spec in plan.specs
+    ]
+    parts += [Part({name}, {name}) for name in plan.verified]
+    for names in lots_of(parts, checkpoint.tensors):
+        yield from checkpoint.stream(names=names, into=into)
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    of_key: dict[str, Part] = {}
+    for part in parts:
+        one = Part(set(part.names), set(part.keys))
+        for other in {id(of_key[key]): of_key[key] for key in part.keys if key in of_key}.values():
+            one = Part(one.names | other.names, one.keys | other.keys)
+        of_key |= dict.fromkeys(one.keys, one)
+    return list({id(part): part for part in of_key.values()}.values())
