@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
-from loaders.place import bits, place_of
+from loaders.memory import bits
+from loaders.place import place_of
 from loaders.spec import Source, Specs
 from loaders.writer import write_checkpoint
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from loaders.memory import bits
 from loaders.spec import ParamSpec, Source
 
 
@@ -118,16 +119,6 @@ def _turned(
     if len(fitting) > 1:
         raise ValueError(f"fused weight is {loaded.shape}, which fits both ways. Say is_transposed.")
     return fitting[0]
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, which NumPy copies faster than floats it does not know, strided or not."""
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
-def is_swapped(array: np.ndarray) -> bool:
-    """Whether memory without gaps lies behind ``array``, with its last two axes swapped."""
-    return array.ndim > 1 and array.swapaxes(-1, -2).flags.c_contiguous
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:

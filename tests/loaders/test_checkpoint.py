@@ -293,7 +293,7 @@ def test_file_names_that_are_not_text_can_be_reported(tmp_path: Path) -> None:
     assert refusal(tmp_path) == [r"\udcff\n.safetensors is in the directory beside model.safetensors. Remove one."]
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/model", "gs://bucket/model", "file:///tmp"])
+@pytest.mark.parametrize("uri", ["gs://bucket/model", "https://host/model", "file:///tmp"])
 def test_a_scheme_without_a_source_is_refused(uri: str) -> None:
     with pytest.raises(CheckpointError, match=r"no source reads \w+:// \. Copy the checkpoint to a local directory"):
         open_checkpoint(uri)
@@ -523,7 +523,7 @@ def test_a_tensor_that_is_stored_transposed_reads_into_memory_that_is_not(
     file = safetensors({"a": entry("F32", [2, 5, 3], 0, stored.nbytes)}, stored.tobytes())
     checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": file}))
     for staging_bytes in (1, 24, 36, 1 << 20):  # a row at a time at least, all rows of a matrix at most
-        monkeypatch.setattr("loaders.checkpoint.STAGING_BYTES", staging_bytes)
+        monkeypatch.setattr("loaders.memory.STAGING_BYTES", staging_bytes)
         memory = np.full((2, 3, 5), -1, np.float32)
         found = checkpoint.read("a", out=memory.swapaxes(1, 2))
         assert np.shares_memory(found, memory)
