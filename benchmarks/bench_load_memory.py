@@ -1,8 +1,9 @@
 """Peak host memory of loading a 2 GiB bfloat16 checkpoint on CPU, each loader in a process of its own.
 
 Bar: parameters + 256 MiB; with ``--experts``, a mixture whose experts come in that form, + the largest tensor.
-``--runai`` reads through runai-model-streamer. transformers stands beside it as the named peer, for what it loads too. Growth is VmHWM after the load minus VmRSS
-before it (frameworks imported, nothing loaded); seconds are reported for orientation, machines are noisy.
+``--runai`` reads through runai-model-streamer. transformers stands beside it as the named peer, for what it loads too.
+Growth is VmHWM after the load minus VmRSS before it (frameworks imported, nothing loaded); seconds are reported for
+orientation, machines are noisy.
 
     python benchmarks/bench_load_memory.py [--gib 2] [--experts FORM] [--runai] [--json FILE]
 """

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from loaders import CheckpointError, open_checkpoint
+from loaders.config import config_from_json
 from loaders.digest import digests
+from loaders.expand import expand
+from loaders.families import family_module
 from loaders.plan import Filling, LoadPlan, plan_load
 from loaders.spec import Form
 from loaders.stage import Stage
 from loaders.writer import TensorType, write_checkpoint
-from parity.zoo import make_checkpoint
+from parity.lending import lent
+from parity.zoo import make_checkpoint, zoo_config
 
 FORMS: tuple[Form, ...] = ("fused", "fused transposed", "per expert")
 SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
@@ -98,6 +106,105 @@ def test_the_layout_does_not_matter_to_what_is_computed(made: Any) -> None:
     logits = {form: np.asarray(torch_models.load(made(form))(ids)) for form in FORMS}
     np.testing.assert_array_equal(logits["fused transposed"], logits["fused"])
     np.testing.assert_array_equal(logits["per expert"], logits["fused"])
+
+
+def test_quantising_while_reading_does_not_see_the_form(tmp_path: Path) -> None:
+    import torch_models
+
+    sizes = SMALL | {"moe_intermediate_size": 32, "hidden_size": 64}
+    found = {}
+    for form in FORMS:
+        path = make_checkpoint("qwen3_5-moe", tmp_path / form, dtype="BF16", experts=form, draft_experts=form, **sizes)
+        found[form] = torch_models.load(path, quantize="nvfp4").digests()
+    assert found["fused transposed"] == found["fused"] == found["per expert"]
+    assert f"{EXPERTS}4.up_proj.weight_scale" in found["fused"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_it_loads_the_same_from_a_source_that_lends_its_buffers(made: Any, backend: str) -> None:
+    for form in FORMS:
+        owed = parameters(backend, made(form))
+        for seed in range(3):
+            with lent(seed):
+                assert parameters(backend, made(form)) == owed
+
+
+# How much memory it takes
+
+PEAK = """
+import sys
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+backend, uri = sys.argv[1:]
+models = __import__(f"{backend}_models")
+if backend == "jax":
+    import jax
+    jax.devices()
+before = status("VmRSS")
+model = models.load(uri)
+print(status("VmHWM") - before, sum(info.num_bytes for info in model.checkpoint.tensors.values()))
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_no_second_copy_of_a_stack_is_made(backend: str, form: Form, tmp_path: Path) -> None:
+    """The largest tensor has 48 MiB: a copy of it would be seen. The bar allows one, and 256 MiB."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 1}
+    path = large_checkpoint(tmp_path / "c", form, sizes | {"layer_types": ["full_attention"]})
+    done = subprocess.run([sys.executable, "-c", PEAK, backend, str(path)], capture_output=True, text=True, check=True)
+    growth, parameters = map(int, done.stdout.split())
+    assert growth < parameters + (40 << 20)
+
+
+def large_checkpoint(to: Path, form: Form, sizes: dict[str, Any]) -> Path:
+    """Of zeros, which are quick to write; memory that they are read into is touched like any other."""
+    document = zoo_config("qwen3_5-moe", dtype="BF16", **sizes)
+    config, problems = config_from_json(document)
+    assert config is not None, problems
+    rules = [rule for rule in family_module(config.architecture).RULES if rule.form in ("", form)]
+    plan = {s.tensor: TensorType("BF16", spec.tensor_shape) for spec in expand(rules, config) for s in spec.sources}
+    return write_checkpoint(to, plan, lambda name: np.zeros(plan[name].shape, ml_dtypes.bfloat16), config=document)
+
+
+# What transformers writes, and what the published Qwen3-VL-MoE makes of it
+
+
+@pytest.fixture(scope="module", params=[8, 16], ids=["gate_up square", "down square"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``written(form)``, and transformers' own parameters; hidden_size 16, so that either matrix may be square."""
+    import torch
+    from qwen3_5_cases import MOE, Case, in_form, reference_model, write
+    from safetensors.torch import load_file, save_file
+
+    directory = tmp_path_factory.mktemp("written")
+    sizes = {"hidden_size": 16, "moe_intermediate_size": request.param, "num_hidden_layers": 1}
+    case = Case(MOE | sizes | {"layer_types": ["full_attention"], "dtype": "bfloat16"}, torch.bfloat16)
+    theirs = dict(reference_model(write(case, directory / "fused"), torch.bfloat16).named_parameters())
+
+    def lay_out(form: Form) -> Path:
+        path = directory / form
+        if not path.exists():
+            shutil.copytree(directory / "fused", path)
+            tensors = in_form(load_file(path / "model.safetensors"), "per expert" if form == "per expert" else "fused")
+            if form == "fused transposed":
+                turned = {name: x.transpose(1, 2).contiguous() for name, x in tensors.items() if ".experts." in name}
+                tensors |= turned
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return lay_out, theirs
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_experts_of_every_form_are_transformers_own(written: Any, backend: str) -> None:
+    from torch_models.storage import host_view
+
+    lay_out, theirs = written
+    for form in FORMS:
+        found = parameters(backend, lay_out(form))
+        for name in (EXPERTS.replace("1", "0") + leaf for leaf in ("gate_up_proj", "down_proj")):
+            assert found[name] == host_view(theirs[name]).tobytes(), (form, name)
 
 
 # What is missing, and what is there twice
