@@ -135,26 +135,30 @@ PEAK = """
 import sys
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-backend, uri = sys.argv[1:]
+backend, uri, small = sys.argv[1:]
 models = __import__(f"{backend}_models")
-if backend == "jax":
-    import jax
-    jax.devices()
+models.load(small)  # what is imported and set up once for good
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak counts from here
 before = status("VmRSS")
 model = models.load(uri)
 print(status("VmHWM") - before, sum(info.num_bytes for info in model.checkpoint.tensors.values()))
 """
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=() if form == "fused transposed" else pytest.mark.slow) for form in FORMS],
+)
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_no_second_copy_of_a_stack_is_made(backend: str, form: Form, tmp_path: Path) -> None:
-    """The largest tensor has 48 MiB: a copy of it would be seen. The bar allows one, and 256 MiB."""
+def test_no_second_copy_of_a_stack_is_made(made: Any, backend: str, form: Form, tmp_path: Path) -> None:
+    """The largest tensor has 48 MiB of 72: a copy of it is 24 beyond. The bar allows it, and 256 MiB."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 1}
     path = large_checkpoint(tmp_path / "c", form, sizes | {"layer_types": ["full_attention"]})
-    done = subprocess.run([sys.executable, "-c", PEAK, backend, str(path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", PEAK, backend, str(path), str(made(form))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     growth, parameters = map(int, done.stdout.split())
-    assert growth < parameters + (40 << 20)
+    assert growth < parameters + (12 << 20)
 
 
 def large_checkpoint(to: Path, form: Form, sizes: dict[str, Any]) -> Path:
