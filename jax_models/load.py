@@ -20,7 +20,8 @@ from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.lots import stream_parameters
-from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.place import place_of
+from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
 from loaders.spec import ParamSpec
 from loaders.stage import Stage

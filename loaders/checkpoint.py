@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +15,11 @@ from loaders import dtypes
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
+from loaders.memory import aligned_empty, as_bools, fill, is_swapped, pieces
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
-from loaders.sources import LocalDirectory, OpenFile, is_plain, open_source
-from loaders.sources.local import FileIdentity
+from loaders.sources import Identity, OpenFile, Session, Source, is_plain, open_source
 from loaders.spec import ModelConfig
+from loaders.stream import Arrivals
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, SINGLE, INDEX, GENERATION = (
@@ -28,23 +28,8 @@ CONFIG, SINGLE, INDEX, GENERATION = (
     "model.safetensors.index.json",
     "generation_config.json",
 )
-ALIGNMENT = 64  # bytes; what JAX on CPU needs to take a NumPy buffer without copying it
 DEFAULT_BUDGET_BYTES = 128 << 20
-LARGE_BYTES = 1 << 18
 AHEAD_BYTES = 4 << 20  # read ahead into destinations that were given
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised C-contiguous array whose first byte lies on a multiple of ``ALIGNMENT``."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if num_bytes >= LARGE_BYTES:
-        # pages of its own go back to the system when it is freed; the heap keeps what it once had, and a reload that
-        # stages one parameter after the other would grow it by many
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
-    buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -60,14 +45,14 @@ class Checkpoint:
         metadata: file -> its safetensors metadata.
     """
 
-    source: LocalDirectory
+    source: Source
     config: ModelConfig
     tensors: dict[str, TensorInfo]
     config_document: dict[str, Any]
     generation_document: dict[str, Any]
     quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
-    identities: dict[str, FileIdentity] = field(repr=False)
+    identities: dict[str, Identity] = field(repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -96,14 +81,14 @@ class Checkpoint:
 
         Args:
             name: checkpoint tensor name.
-            out: C-contiguous array of that dtype and shape to read into; by default memory of its own.
+            out: array of that dtype and shape to read into, see ``stream``; by default memory of its own.
         Raises:
             KeyError: no such tensor.
             CheckpointError: the file is gone, changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        out = self._destination(name) if out is None else self._checked(name, out)
-        with self._open(info.file) as file:
+        out = self.destination(name, out)
+        with self.open_file(info.file) as file:
             self._read_tensor(file, name, out)
         return out
 
@@ -114,16 +99,20 @@ class Checkpoint:
         names: Iterable[str] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Tensors in file order, read ahead by a second thread.
+        """Tensors in file order, read ahead by a second thread; from a source that reads many files at once in the
+        order in which they are complete.
 
-        Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``.
+        Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``. A file that
+        changed is an error: file by file, of a source that reads many before the last tensor of the file is yielded.
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
-                128 MiB, or the largest tensor. Memory given by ``into`` does not count.
+                128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor do pieces on their way from
+                a source that reads many files at once: 64 MiB at most.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
-                straight there and that very array is yielded; None means memory of its own.
+                straight there and that very array is yielded; None means memory of its own. A view whose last two axes
+                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
@@ -151,6 +140,9 @@ class Checkpoint:
     def _stream(
         self, wanted: list[str], into: Callable[[str], np.ndarray | None] | None, budget: int
     ) -> Iterator[tuple[str, np.ndarray]]:
+        if (session := self._session()) is not None:
+            yield from Arrivals(self, session, wanted, into, budget)
+            return
         ahead: deque[tuple[str, int, int, Future[np.ndarray]]] = deque()
         waiting = deque(wanted)
         held = given = 0  # bytes of our own, and of destinations that are not yielded yet
@@ -163,8 +155,8 @@ class Checkpoint:
                 if current is not None:
                     current.close()
                 current = None
-                current = self._open(info.file)
-            out = self._destination(name) if out is None else out
+                current = self.open_file(info.file)
+            out = self.destination(name) if out is None else out
             self._read_tensor(current, name, out)
             return out
 
@@ -181,7 +173,7 @@ class Checkpoint:
                         if out is None:
                             self._check_budget([name], budget)
                         else:
-                            self._checked(name, out)
+                            self.destination(name, out)
                         cost, lent = (size, 0) if out is None else (0, size)
                         held, given = held + cost, given + lent
                         ahead.append((name, cost, lent, reader.submit(read, name, out)))
@@ -197,52 +189,79 @@ class Checkpoint:
                 if current is not None:
                     current.close()
 
-    def _destination(self, name: str) -> np.ndarray:
-        info = self.tensors[name]
-        return aligned_empty(dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype))
+    def _session(self) -> Session | None:
+        try:
+            return self.source.session()
+        except OSError as error:
+            raise CheckpointError(self.source, [f"it cannot be streamed: {error.strerror or error}"]) from error
 
-    def _checked(self, name: str, out: np.ndarray) -> np.ndarray:
+    def destination(self, name: str, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
+        """Memory that a tensor may be read into: ``out``, if it fits, or new memory of at most ``budget`` bytes.
+
+        Raises:
+            ValueError: ``out`` does not fit, or the tensor is larger than the budget.
+        """
         info = self.tensors[name]
         expected = dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype)
-        if (out.shape, out.dtype) != expected or not (out.flags.c_contiguous and out.flags.writeable):
-            is_odd = "" if out.flags.c_contiguous and out.flags.writeable else " (read-only or strided)"
+        if out is None:
+            self._check_budget([name], info.num_bytes if budget is None else budget)
+            return aligned_empty(*expected)
+        is_odd = not (out.flags.writeable and (out.flags.c_contiguous or is_swapped(out)))
+        if (out.shape, out.dtype) != expected or is_odd:
             raise ValueError(
-                f"destination of {name!r} is {out.dtype} {out.shape}{is_odd}, expected writeable C-contiguous"
-                f" {expected[1]} {expected[0]}"
+                f"destination of {name!r} is {out.dtype} {out.shape}{' (read-only or strided)' if is_odd else ''},"
+                f" expected writeable C-contiguous {expected[1]} {expected[0]}, or such with its last two axes swapped"
             )
         return out
 
-    def _open(self, name: str) -> OpenFile:
+    def open_file(self, name: str) -> OpenFile:
+        """Open one of the files. Raises CheckpointError when it cannot be, or is another than it was."""
         try:
             file = self.source.open(name)
         except OSError as error:
             raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
         try:
-            self._check_identity(file)
+            self.check_identity(file)
         except BaseException:
             file.close()
             raise
         return file
 
-    def _check_identity(self, file: OpenFile) -> None:
-        if file.identity() != self.identities[file.name]:
+    def check_identity(self, file: OpenFile) -> None:
+        """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
+        try:
+            found = file.identity()
+        except OSError as error:
+            raise CheckpointError(self.source, [f"{file.name} is gone: {error.strerror or error}"]) from error
+        if found != self.identities[file.name]:
             problem = f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."
             raise CheckpointError(self.source, [problem])
 
     def _read_tensor(self, file: OpenFile, name: str, out: np.ndarray) -> None:
         info = self.tensors[name]
-        start, end = info.offsets
-        if start == end:
+        if info.num_bytes == 0:
             return
-        flat = out.reshape(-1).view(np.uint8)
         try:
-            file.read_into(flat.data, start)
+            if out.flags.c_contiguous:
+                file.read_into(out.reshape(-1).view(np.uint8).data, info.offsets[0])
+            else:
+                _read_swapped(file, info.offsets[0], out)
         except OSError as error:
             where = f"tensor {name!r} of {file.name}"
             raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
-        self._check_identity(file)
         if info.dtype == "BOOL":
-            np.minimum(flat, 1, out=flat)  # any other byte is true in the file and undefined behaviour in NumPy
+            as_bools(out)
+        self.check_identity(file)
+
+
+def _read_swapped(file: OpenFile, start: int, out: np.ndarray) -> None:
+    """Read a tensor some rows at a time into a view whose last two axes are swapped."""
+    staging = np.empty(0, np.uint8)
+    for position, piece in pieces(out):
+        if staging.size < piece.nbytes:  # the first is the largest
+            staging = aligned_empty((piece.nbytes,), np.dtype(np.uint8))
+        file.read_into(staging[: piece.nbytes].data, start + position)
+        fill(piece, staging[: piece.nbytes])
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
@@ -278,7 +297,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(source, config, tensors, document, generation or {}, quantization or {}, metadata, identities)
 
 
-def _read_json(source: LocalDirectory, name: str, problems: list[str]) -> dict[str, Any] | None:
+def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any] | None:
     try:
         return parse_object(source.read_file(name))
     except BadJson as error:
@@ -333,10 +352,10 @@ def _files(present: list[str], weight_map: dict[str, str] | None, has_index: boo
 
 
 def _read_headers(
-    source: LocalDirectory, files: list[str], problems: list[str]
-) -> tuple[dict[str, Header], dict[str, FileIdentity]]:
+    source: Source, files: list[str], problems: list[str]
+) -> tuple[dict[str, Header], dict[str, Identity]]:
     headers: dict[str, Header] = {}
-    identities: dict[str, FileIdentity] = {}
+    identities: dict[str, Identity] = {}
     for name in files:
         try:
             with source.open(name) as file:

@@ -30,7 +30,7 @@ def stored_as(rule: Rule, scheme: Scheme | None, quantization: Quantization | No
     found = [rule]
     if scheme is not None and rule.is_linear:
         found = [_part(rule, *part) for part in scheme.parts(rule.dims)]
-    elif scheme is not None and rule.form == "fused":
+    elif scheme is not None and rule.is_fused:
         found = []  # exporters quantise experts one by one
     has_scales = quantization is not None and quantization.kv_cache == "scaled" and rule.on == "layer"
     leaf = kv_leaf(rule.tensor) if has_scales else None

@@ -182,7 +182,7 @@ def unreadable_half_way(draft: Draft) -> None:
 def truncated_after_opening(draft: Draft) -> None:
     def cut(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
         _, info = _half(checkpoint)
-        path = checkpoint.source.path / info.file
+        path = Path(str(checkpoint.source)) / info.file
         os.truncate(path, info.offsets[0])
         draft.told.append(path.name)
         return delivered

@@ -98,8 +98,8 @@ class Bench:
         """What can be swapped: a quantised head cannot, its codes mean nothing without their scales."""
         return tuple(half for half in HALVES if half != "head" or "lm_head" not in self.specs.schemes)
 
-    def path(self, letter: str) -> Path:
-        return self.checkpoints[letter].source.path
+    def path(self, letter: str) -> str:
+        return str(self.checkpoints[letter].source)
 
     def load(self, uri: Any, stage: tuple[int, int] | None = None) -> Any:
         return self.live.backend.load(uri, stage=stage, mtp=self.has_draft)
@@ -158,7 +158,7 @@ class Bench:
                 )
                 checkpoint = open_checkpoint(target)
             on_disk = digests(checkpoint.stream(names=holds))
-            model = self.load(checkpoint.source.path)
+            model = self.load(str(checkpoint.source))
             with self.live.backend.scope():
                 steps = self.live.stepped(model, self.prompt)
             return Witness(on_disk, self.logits(model), self.tokens(model), self.drafted(model), steps)

@@ -6,6 +6,7 @@ from parity.mutant_attention import ATTENTION
 from parity.mutant_delta import DELTA_MUTANTS
 from parity.mutant_derived import DERIVED
 from parity.mutant_draft import DRAFT_MUTANTS
+from parity.mutant_experts import EXPERT_MUTANTS
 from parity.mutant_gemma import GEMMA_MUTANTS
 from parity.mutant_graphs import GRAPH_MUTANTS
 from parity.mutant_hybrid import HYBRID_MUTANTS
@@ -15,7 +16,7 @@ from parity.mutant_moe import MOE_AND_HEAD
 from parity.mutant_nvfp4 import NVFP4
 
 _LISTS = (
-    *(ATTENTION, MOE_AND_HEAD, LOADING, LIFE),
+    *(ATTENTION, MOE_AND_HEAD, LOADING, EXPERT_MUTANTS, LIFE),
     *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4, DERIVED),
 )
 MUTANTS = {mutant.name: mutant for mutants in _LISTS for mutant in mutants}

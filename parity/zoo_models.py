@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loaders import dtypes
+from loaders.spec import Form
 
 Spelling = Literal["v5", "hub"]
-Form = Literal["fused", "per expert"]
 
 
 @dataclass(frozen=True)

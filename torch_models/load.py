@@ -16,7 +16,8 @@ from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.lots import stream_parameters
-from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.place import place_of
+from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
 from loaders.stage import Stage

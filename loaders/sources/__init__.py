@@ -1,17 +1,42 @@
 """Where a checkpoint's bytes come from."""
 
-from loaders.sources.local import LocalDirectory, OpenFile, is_plain
+from __future__ import annotations
 
-__all__ = ["LocalDirectory", "OpenFile", "is_plain", "open_source"]
+from loaders.sources.local import LocalDirectory, is_plain
+from loaders.sources.s3 import S3Prefix
+from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source
+
+__all__ = [
+    "Identity",
+    "LocalDirectory",
+    "OpenFile",
+    "PieceError",
+    "S3Prefix",
+    "Session",
+    "Source",
+    "is_plain",
+    "open_source",
+]
 
 
-def open_source(uri: object) -> LocalDirectory:
-    """The source for ``uri``: a directory on a local file system.
+def open_source(uri: object) -> Source:
+    """The source for ``uri``.
+
+    - a path: a directory on a local file system, read file by file;
+    - ``runai://path``: the same, read by runai-model-streamer, many files at once (``runai:///absolute/path``);
+    - ``s3://bucket/prefix``: objects of an S3 server, read by it too.
 
     Raises:
-        OSError: the directory does not exist, or the scheme has no source.
+        OSError: the directory does not exist, the scheme has no source, or what it needs is not installed.
     """
-    scheme, separator, _ = str(uri).partition("://")
-    if separator:
-        raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")
-    return LocalDirectory(uri)
+    scheme, separator, rest = str(uri).partition("://")
+    if not separator:
+        lost, _, rest = scheme.partition(":/")
+        if lost in ("s3", "runai"):
+            raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
+        return LocalDirectory(uri)
+    if scheme == "runai":
+        return LocalDirectory(rest, is_streamed=True)
+    if scheme == "s3":
+        return S3Prefix(rest)
+    raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")

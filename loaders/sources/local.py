@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from loaders.sources.runai import RunaiSession, find_library
+from loaders.sources.source import small_file
+
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
-_MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
 
 
 def is_plain(name: str) -> bool:
@@ -31,7 +33,7 @@ class FileIdentity:
     modified_ns: int
 
 
-class OpenFile:
+class LocalFile:
     """One open file: read at a position, straight into the caller's memory."""
 
     def __init__(self, path: Path) -> None:
@@ -42,10 +44,14 @@ class OpenFile:
             self.close()
             raise OSError("it is not a regular file")
 
+    @property
+    def address(self) -> str:
+        return f"/proc/self/fd/{self._descriptor}"  # the file that was opened, whatever has its name by now
+
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def __enter__(self) -> OpenFile:
+    def __enter__(self) -> LocalFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -71,20 +77,23 @@ class OpenFile:
 
 
 class LocalDirectory:
-    """The files of one directory, by plain file name."""
+    """The files of one directory, by plain file name; ``is_streamed``: many at once, by runai-model-streamer."""
 
-    def __init__(self, path: object) -> None:
+    def __init__(self, path: object, *, is_streamed: bool = False) -> None:
         self.path = Path(str(path))
+        self.is_streamed = is_streamed
         if not self.path.is_dir():
             raise OSError(f"{self.path} is not a directory")
+        if is_streamed:
+            find_library()  # what is not installed is said before anything is read
 
     def __str__(self) -> str:
-        return str(self.path)
+        return f"runai://{self.path}" if self.is_streamed else str(self.path)
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir())
 
-    def open(self, name: str) -> OpenFile:
+    def open(self, name: str) -> LocalFile:
         """Open the file called ``name``.
 
         Raises:
@@ -96,15 +105,14 @@ class LocalDirectory:
         target = Path(os.path.realpath(path))  # unlike resolve(), no exception of its own kind for a loop of links
         if path.is_symlink() and not self._is_inside(target):
             raise OSError(f"it is a link to {target}, outside the checkpoint directory")
-        return OpenFile(path)
+        return LocalFile(path)
 
     def read_file(self, name: str) -> bytes:
-        """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         with self.open(name) as file:
-            num_bytes = file.identity().num_bytes
-            if num_bytes > _MAX_JSON_BYTES:
-                raise OSError(f"it has {num_bytes} bytes, expected at most {_MAX_JSON_BYTES}")
-            return file.read(0, num_bytes)
+            return small_file(file)
+
+    def session(self) -> RunaiSession | None:
+        return RunaiSession(str(self)) if self.is_streamed else None
 
     def _is_inside(self, target: Path) -> bool:
         root = self.path.resolve()

@@ -14,11 +14,11 @@ from safetensors.numpy import save
 
 from loaders import TensorInfo
 from loaders.header import Header, read_header
-from loaders.sources import OpenFile
+from loaders.sources.local import LocalFile
 
 
 def read(path: Path) -> tuple[Header | None, list[str]]:
-    with OpenFile(path) as file:
+    with LocalFile(path) as file:
         return read_header(file)
 
 

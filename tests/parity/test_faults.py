@@ -19,7 +19,7 @@ from loaders import CheckpointError
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.plan import weight_loader
-from loaders.sources.local import OpenFile
+from loaders.sources.local import LocalFile
 from parity.faults import (
     FAULTS,
     MATCHING,
@@ -122,7 +122,7 @@ def test_another_config_or_architecture_is_a_good_config_and_the_checkpoint_keep
 
 def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
     """A disk error at the first read of tensor bytes, at the second, ... at the last."""
-    original = OpenFile.read_into
+    original = LocalFile.read_into
     reads = {"left": -1, "done": 0}
 
     def read_into(self, out, position):
@@ -132,7 +132,7 @@ def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
         reads["left"] -= 1
         original(self, out, position)
 
-    monkeypatch.setattr(OpenFile, "read_into", read_into)
+    monkeypatch.setattr(LocalFile, "read_into", read_into)
     before = life.model.digests()
     life.bench.load(life.bench.path("B"))
     total = reads["done"]

@@ -1,0 +1,168 @@
+"""runai-model-streamer without torch: six functions of its C library, which reads many stretches of files at once.
+
+The Python package imports torch; ``libstreamer.so`` needs nothing. It reads into memory of ours, a piece at a time, so
+that none of its own ring is held: no bound below which a large tensor cannot be read, and nothing borrowed from it.
+Answers come in any order. Source: ``runai_model_streamer/libstreamer`` of 0.17.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import threading
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from loaders.memory import STAGING_BYTES, aligned_empty
+from loaders.sources.source import OpenFile, PieceError
+
+PACKAGE, VERSION = "runai-model-streamer", "0.17."  # the functions take other arguments in other versions
+INSTALL = "Install the extra: pip install 'tandem[runai]'"
+DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
+CLOSE_S = 1.0  # that closing waits for what is on its way
+_SUCCESS, _TIMED_OUT = 0, 16
+_NO_PLUGIN = (4, 12)
+_SLICE_MS = 200  # of waiting, so that an interrupt is heard
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))  # zero, zero: the host
+
+
+def find_library() -> Path:
+    """Where the library lies. The package is looked for and not imported.
+
+    Raises:
+        OSError: it is not installed, or in a version whose functions we do not know.
+    """
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(f"{PACKAGE} is not installed. {INSTALL}")
+    version = importlib.metadata.version(PACKAGE)
+    if not version.startswith(VERSION):
+        raise OSError(f"{PACKAGE} is {version}, expected {VERSION}*. {INSTALL}")
+    return Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+
+
+@lru_cache(1)
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, handle, text = ctypes.POINTER, ctypes.c_void_p, ctypes.c_char_p
+    number, size = ctypes.c_uint32, ctypes.c_size_t
+    library.runai_file_streamer_start.argtypes = [pointer(handle)]
+    library.runai_file_streamer_end.argtypes = [handle]
+    library.runai_file_streamer_set_credentials.argtypes = [handle, pointer(text), pointer(text), ctypes.c_uint]
+    library.runai_file_streamer_request.argtypes = [
+        *(handle, pointer(ctypes.c_uint64), number, pointer(text), pointer(number)),
+        *(pointer(size), pointer(size), pointer(handle), _Device),
+    ]
+    library.runai_file_streamer_response.argtypes = [
+        *(handle, pointer(ctypes.c_uint64), pointer(number), pointer(number), pointer(ctypes.c_int), ctypes.c_uint)
+    ]
+    library.runai_file_streamer_response_str.argtypes = [ctypes.c_int]
+    library.runai_file_streamer_response_str.restype = text
+    return library
+
+
+class RunaiSession:
+    """A streamer of the library; see ``loaders.sources.source.Session``.
+
+    The library cannot be told to stop: a server that hangs keeps it writing to the memory it was given for as long as
+    its own client waits. So that memory is the session's own and is given up with it, never the caller's.
+
+    Args:
+        where: for messages.
+        credentials: of an object store, by the library's names: ``access_key_id``, ``endpoint``, ...
+    Raises:
+        OSError: the library is not installed, or refuses.
+    """
+
+    def __init__(self, where: str, credentials: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.where = where
+        self._library = _load(find_library())
+        self._streamer = ctypes.c_void_p()
+        self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
+        self._free: list[np.ndarray] = []
+        self._lent: np.ndarray | None = None
+        self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
+        if credentials:
+            names = (ctypes.c_char_p * len(credentials))(*(name.encode() for name in credentials))
+            values = (ctypes.c_char_p * len(credentials))(*(value.encode() for value in credentials.values()))
+            given = (self._streamer, names, values, len(credentials))
+            self._check(self._library.runai_file_streamer_set_credentials(*given))
+
+    def submit(self, file: OpenFile, position: int, num_bytes: int) -> int:
+        buffer = self._buffer(num_bytes)
+        ticket = ctypes.c_uint64()
+        code = self._library.runai_file_streamer_request(
+            *(self._streamer, ctypes.byref(ticket), 1),
+            *((ctypes.c_char_p * 1)(file.address.encode()), (ctypes.c_uint32 * 1)(1)),
+            *((ctypes.c_size_t * 1)(position), (ctypes.c_size_t * 1)(num_bytes)),
+            *((ctypes.c_void_p * 1)(buffer.ctypes.data), _Device(0, 0)),
+        )
+        self._check(code)
+        self._flying[ticket.value] = buffer, num_bytes
+        return ticket.value
+
+    def next(self) -> tuple[int, np.ndarray]:
+        assert self._flying, "nothing was submitted"
+        if self._lent is not None and self._lent.size == STAGING_BYTES:
+            self._free.append(self._lent)
+        self._lent = None
+        ticket, code = self._response()
+        buffer, num_bytes = self._flying.pop(ticket)
+        if code != _SUCCESS:
+            raise PieceError(self._message(code), ticket)
+        self._lent = buffer
+        return ticket, buffer[:num_bytes]
+
+    def close(self) -> None:
+        streamer, self._streamer = self._streamer, ctypes.c_void_p()
+        if not streamer:
+            return
+        kept = list(self._flying.values())
+        self._flying, self._free, self._lent = {}, [], None
+
+        def end() -> None:
+            self._library.runai_file_streamer_end(streamer)  # waits for what is on its way
+            kept.clear()
+
+        if not kept:
+            end()
+            return
+        ending = threading.Thread(target=end, name="tandem-runai-end", daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
+
+    def _response(self) -> tuple[int, int]:
+        ticket, done = ctypes.c_uint64(), ctypes.c_int()
+        file, index = ctypes.c_uint32(), ctypes.c_uint32()
+        until = time.monotonic() + DEADLINE_S
+        while True:
+            out = (ctypes.byref(ticket), ctypes.byref(file), ctypes.byref(index), ctypes.byref(done))
+            code = self._library.runai_file_streamer_response(self._streamer, *out, _SLICE_MS)
+            if code != _TIMED_OUT:
+                return ticket.value, code
+            if time.monotonic() > until:
+                raise PieceError(f"nothing has come from {self.where} for {DEADLINE_S:g} s. Is it still there?")
+
+    def _buffer(self, num_bytes: int) -> np.ndarray:
+        """Memory for a piece; small ones are not worth keeping."""
+        if 2 * num_bytes < STAGING_BYTES or num_bytes > STAGING_BYTES:
+            return aligned_empty((num_bytes,), np.dtype(np.uint8))
+        return self._free.pop() if self._free else aligned_empty((STAGING_BYTES,), np.dtype(np.uint8))
+
+    def _check(self, code: int) -> None:
+        if code != _SUCCESS:
+            raise PieceError(self._message(code))
+
+    def _message(self, code: int) -> str:
+        said = self._library.runai_file_streamer_response_str(code).decode()
+        hint = f" {INSTALL}, whose two packages have to be of one version" if code in _NO_PLUGIN else ""
+        return f"{said} ({self.where}).{hint}"

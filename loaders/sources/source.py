@@ -1,0 +1,95 @@
+"""What a place that checkpoints lie in offers: files by name, read at a position, and perhaps many at once."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
+
+
+class Identity(Protocol):
+    """What must not change between opening a checkpoint and reading it: compared with ``==``."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class OpenFile(Protocol):
+    """One file: read at a position, straight into the caller's memory. Everything may raise OSError."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> str:
+        """What a ``Session`` of the same source reads it by."""
+        ...
+
+    def identity(self) -> Identity:
+        """As the file is now."""
+        ...
+
+    def read_into(self, out: memoryview, position: int) -> None:
+        """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""
+        ...
+
+    def read(self, position: int, count: int) -> bytes: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> OpenFile: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+
+class PieceError(OSError):
+    """A piece that could not be read; ``ticket`` says which, None: nothing came any more."""
+
+    def __init__(self, what: str, ticket: int | None = None) -> None:
+        super().__init__(what)
+        self.ticket = ticket
+
+
+class Session(Protocol):
+    """Reads many stretches of files at once, each into memory of its own that is lent for one step."""
+
+    def submit(self, file: OpenFile, position: int, num_bytes: int) -> int:
+        """Ask for a stretch of ``file``, which has to stay open. Does not wait. Returns the ticket it comes with."""
+        ...
+
+    def next(self) -> tuple[int, np.ndarray]:
+        """The next stretch to arrive, in whatever order: its ticket and its bytes (uint8).
+
+        The array is borrowed: the next call, or ``close``, may overwrite it.
+
+        Raises:
+            PieceError: it cannot be read, or nothing arrives within the session's deadline.
+        """
+        ...
+
+    def close(self) -> None:
+        """Read no more. What is on its way never arrives in memory that is used again."""
+        ...
+
+
+class Source(Protocol):
+    """The files of one checkpoint, by plain name. ``str`` of it is the address it was opened by."""
+
+    def names(self) -> list[str]: ...
+    def open(self, name: str) -> OpenFile: ...
+    def read_file(self, name: str) -> bytes:
+        """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
+        ...
+
+    def session(self) -> Session | None:
+        """What reads many files at once; None: they are best read one after the other."""
+        ...
+
+
+def small_file(file: OpenFile) -> bytes:
+    """All of a file. Raises OSError when it is larger than any JSON of a checkpoint."""
+    num_bytes = file.identity().num_bytes
+    if num_bytes > MAX_JSON_BYTES:
+        raise OSError(f"it has {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
+    return file.read(0, num_bytes)

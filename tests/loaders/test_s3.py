@@ -1,0 +1,261 @@
+"""Checkpoints on a real S3 server on loopback: read by range, pinned by ETag, and given up within a deadline."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import BUCKET, ENVIRONMENT, Server, client, silent_server
+
+from loaders import CheckpointError, open_checkpoint
+from loaders.digest import digests
+from loaders.sources import runai, s3
+from parity.zoo import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        server = Server()
+        yield server
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts fused and transposed, one per expert in the draft; several files."""
+    path = tmp_path_factory.mktemp("s3") / "c"
+    forms: dict[str, Any] = {"experts": "fused transposed", "draft_experts": "per expert"}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    return make_checkpoint("qwen3_5-moe", path, dtype="BF16", max_file_bytes=1 << 17, **forms, **kinds)
+
+
+@pytest.fixture(scope="module")
+def uri(server: Server, directory: Path) -> str:
+    return server.put(directory, "models/moe")
+
+
+def test_it_is_the_checkpoint_that_lies_there(uri: str, directory: Path) -> None:
+    found, local = open_checkpoint(uri), open_checkpoint(directory)
+    assert (found.config, found.tensors, str(found.source)) == (local.config, local.tensors, uri)
+    assert digests(found.stream()) == digests(local.stream())
+    name = next(iter(local.tensors))
+    assert found.read(name).tobytes() == local.read(name).tobytes()
+
+
+def test_opening_reads_json_and_headers_by_range_and_nothing_else(
+    uri: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = s3.S3File.read_into
+
+    def watched(self: s3.S3File, out: memoryview, position: int) -> None:
+        read.append(len(out))
+        real(self, out, position)
+
+    monkeypatch.setattr(s3.S3File, "read_into", watched)
+    checkpoint = open_checkpoint(uri)
+    documents = sum(path.stat().st_size for path in directory.glob("*.json"))
+    files = list(directory.glob("*.safetensors"))
+    headers = sum(path.stat().st_size for path in files) - checkpoint.num_bytes
+    assert sum(read) == documents + headers
+
+
+def test_only_what_is_asked_for_is_streamed(uri: str, directory: Path) -> None:
+    names = [name for name in open_checkpoint(directory).tensors if "norm" in name]
+    assert {name for name, _ in open_checkpoint(uri).stream(names=names)} == set(names)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_models_load_reload_and_export_from_it(backend: str, uri: str, directory: Path, tmp_path: Path) -> None:
+    models = importlib.import_module(f"{backend}_models")
+    model = models.load(uri, mtp=True)
+    expected = digests(open_checkpoint(directory).stream())
+    assert model.digests() == expected
+    model = model.update_weights_from_disk(uri)
+    assert (model.version, model.digests()) == (2, expected)
+    exported = model.export(tmp_path / "again")
+    for file in directory.glob("*.safetensors"):
+        assert (exported / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_bucket_may_be_the_checkpoint(server: Server, directory: Path) -> None:
+    server.client.create_bucket(Bucket="whole")
+    for file in directory.iterdir():
+        server.client.put_object(Bucket="whole", Key=file.name, Body=file.read_bytes())
+    assert digests(open_checkpoint("s3://whole").stream()) == digests(open_checkpoint(directory).stream())
+    assert str(open_checkpoint("s3://whole/").source) == "s3://whole/"
+
+
+# What is wrong with it
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("s3://ckpt/none", "there is no object under s3://ckpt/none/"),
+        ("s3://no-such-bucket/none", "NoSuchBucket"),
+        ("s3:///none", "it names no bucket"),
+    ],
+)
+def test_an_address_where_nothing_is_is_an_error(uri: str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_checkpoint(uri)
+    assert len(caught.value.problems) == 1
+
+
+def test_missing_and_truncated_objects_are_one_error(server: Server, directory: Path) -> None:
+    uri = server.put(directory, "bad")
+    first, second = sorted(path.name for path in directory.glob("*.safetensors"))[:2]
+    server.client.delete_object(Bucket=BUCKET, Key=f"bad/{first}")
+    raw = (directory / second).read_bytes()
+    server.client.put_object(Bucket=BUCKET, Key=f"bad/{second}", Body=raw[:-10])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(uri)
+    assert any(f"{first} is named in" in problem and "missing" in problem for problem in caught.value.problems)
+    assert any(f"{second}: the file has {len(raw) - 10} bytes" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("how", ["replaced", "deleted", "truncated", "rewritten"])
+def test_an_object_that_changed_since_opening_is_an_error_and_not_other_weights(
+    server: Server, directory: Path, how: str
+) -> None:
+    uri = server.put(directory, f"changing-{how}")
+    checkpoint = open_checkpoint(uri)
+    name, info = next(iter(checkpoint.tensors.items()))
+    key, raw = f"changing-{how}/{info.file}", (directory / info.file).read_bytes()
+    if how == "deleted":
+        server.client.delete_object(Bucket=BUCKET, Key=key)
+    else:
+        body = {"replaced": raw[:-9] + bytes(9), "truncated": raw[:-9], "rewritten": raw[:-1] + bytes([raw[-1] ^ 1])}
+        server.client.put_object(Bucket=BUCKET, Key=key, Body=body[how])
+    for attempt in (lambda: checkpoint.read(name), lambda: list(checkpoint.stream())):
+        with pytest.raises(CheckpointError, match=r"changed since|there is no such object") as caught:
+            attempt()
+        assert len(caught.value.problems) == 1
+
+
+def test_an_object_replaced_while_it_is_streamed_is_an_error(
+    server: Server, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaders.stream.MOST_PIECES", 1)
+    uri = server.put(directory, "racing")
+    stream = open_checkpoint(uri).stream()
+    next(stream)
+    for file in directory.glob("*.safetensors"):
+        raw = file.read_bytes()
+        server.client.put_object(Bucket=BUCKET, Key=f"racing/{file.name}", Body=raw[:-4] + bytes(4))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        list(stream)
+
+
+def test_a_failed_load_leaves_the_old_weights_serving(server: Server, directory: Path) -> None:
+    import torch_models
+
+    uri = server.put(directory, "half")
+    model = torch_models.load(uri)
+    before = model.digests()
+    file = sorted(path.name for path in directory.glob("*.safetensors"))[-1]
+    server.client.delete_object(Bucket=BUCKET, Key=f"half/{file}")
+    with pytest.raises(CheckpointError):
+        model.update_weights_from_disk(uri)
+    assert (model.version, model.digests()) == (1, before)
+
+
+def test_an_address_that_went_through_a_path_is_told_from_a_directory() -> None:
+    with pytest.raises(CheckpointError, match="Give it as text: 's3://bucket/prefix'"):
+        open_checkpoint(Path("s3://bucket/prefix"))
+
+
+# A server that goes away
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "CONNECT_S", 1)
+    monkeypatch.setattr(s3, "READ_S", 1)
+    monkeypatch.setattr(runai, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(runai, "CLOSE_S", 0.2)
+
+
+def ends_within(seconds: float, attempt: Any) -> str:
+    """What it raises, which it does in time."""
+    started = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        attempt()
+    assert time.monotonic() - started < seconds
+    assert len(caught.value.problems) == 1
+    return caught.value.problems[0]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert "Could not connect" in ends_within(20, lambda: open_checkpoint("s3://ckpt/x"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with silent_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "ReadTimeout" in ends_within(20, lambda: open_checkpoint("s3://ckpt/x"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streamer's own client would wait on; what it still writes to is never used again."""
+    checkpoint = open_checkpoint(uri)
+    with silent_server() as url:
+        real = runai.RunaiSession
+
+        def elsewhere(where: str, credentials: dict[str, str]) -> runai.RunaiSession:
+            return real(where, credentials | {"endpoint": url})
+
+        monkeypatch.setattr(s3, "RunaiSession", elsewhere)
+        problem = ends_within(10, lambda: list(checkpoint.stream()))
+        assert problem == f"nothing has come from {uri} for 1 s. Is it still there?"
+        ending = [thread for thread in threading.enumerate() if thread.name == "tandem-runai-end"]
+        assert all(thread.daemon for thread in ending)  # no interpreter waits for it
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_vanishes_half_way_is_one_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    checkpoint = open_checkpoint(server.put(directory, "x"))
+    server.stop()
+    problem = ends_within(20, lambda: list(checkpoint.stream()))
+    assert "Could not connect" in problem or "Connection" in problem
+
+
+def test_wrong_credentials_are_not_printed(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(CheckpointError, match="redential"):
+        open_checkpoint(uri)
+
+
+def test_the_index_decides_which_objects_are_read(server: Server, directory: Path) -> None:
+    uri = server.put(directory, "escaping")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "../moe/model.safetensors"
+    key = "escaping/model.safetensors.index.json"
+    client(server.url).put_object(Bucket=BUCKET, Key=key, Body=json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside the checkpoint directory"):
+        open_checkpoint(uri)
