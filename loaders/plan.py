@@ -14,6 +14,7 @@ from loaders.digest import tensor_digest
 from loaders.errors import CheckpointError
 from loaders.expand import expand
 from loaders.families import family_module
+from loaders.header import TensorInfo
 from loaders.spec import ModelConfig, ParamSpec, Source, Specs
 from loaders.stage import Stage
 
@@ -148,7 +149,7 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[LoadPlan, list[str]]:
     found = checkpoint.tensors
     specs = specs_of(config, stage, found)
-    whole = specs if stage.count == 1 else specs_of(config, Stage(mtp=stage.mtp), found)
+    whole = specs if stage.count == 1 else specs_of(config, dataclasses.replace(stage, index=0, count=1), found)
     left_out_patterns = family_module(config.architecture).LEFT_OUT
     problems: list[str] = []
     if stage.mtp and config.num_mtp_layers != 1:
@@ -156,6 +157,7 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             f"config.json: a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of"
             " multi-token prediction, expected 1. Load it without."
         )
+    problems += _tower_problems(config, stage, specs, found)
     targets: dict[str, tuple[ParamSpec, Source]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
@@ -190,8 +192,27 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
 
 
-def _tensor_problems(
-    checkpoint: Checkpoint,
+def _tower_problems(config: ModelConfig, stage: Stage, specs: Specs, found: Mapping[str, TensorInfo]) -> list[str]:
+    """A vision tower that cannot be where it is asked for."""
+    if config.vision is None or not stage.vision:
+        return []
+    problems = []
+    levels, first = len(config.vision.deepstack_visual_indexes), Stage(0, stage.count).layers(config.num_hidden_layers)
+    if levels > len(first):
+        problems.append(
+            f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many take"
+            " what the vision tower saw. Use fewer stages, or load with vision=False."
+        )
+    tower = [tensor for tensor, rule in specs.rules.items() if rule.is_visual]
+    if tower and not any(tensor in found for tensor in tower):
+        problems.append(
+            f"config.json has a vision_config, but none of its {len(tower)} tensors is there. For text alone load with"
+            " vision=False."
+        )
+    return problems
+
+
+def _tensor_problems(    checkpoint: Checkpoint,
     name: str,
     shape: tuple[int, ...],
     axes: tuple[str, ...],

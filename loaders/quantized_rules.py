@@ -50,8 +50,8 @@ def resolve(
 ) -> tuple[Quantization, list[str]]:
     """What a recipe means for the modules of a model, and every problem with it.
 
-    A module of the draft whose tensors are not quantised is not, whatever the recipe says: exporters leave ``mtp.*``
-    alone and forget to say so.
+    A module of the draft or of the vision tower whose tensors are not quantised is not, whatever the recipe says:
+    exporters leave ``mtp.*`` and ``visual.*`` alone and forget to say so.
 
     Args:
         recipe: the documents.
@@ -65,13 +65,13 @@ def resolve(
     for rule in rules:
         if not rule.is_linear or (rule.tied_to is not None and config.tie_word_embeddings):
             continue
-        count = config.num_mtp_layers if rule.on == "mtp" else config.num_hidden_layers
-        for layer in range(count if "{layer}" in rule.tensor else 1):
-            if not rule.when(config, layer):
+        for layer in range(rule.count(config) if "{layer}" in rule.tensor else 1):
+            if not rule.when(config, layer) or (rule.is_visual and config.vision is None):
                 continue
             names = _names(rule, config, layer)
             scheme = recipe.scheme(names)
-            if rule.on == "mtp" and scheme is not None and not _is_there(names[0], scheme, found):
+            is_apart = rule.on == "mtp" or rule.is_visual
+            if is_apart and scheme is not None and not _is_there(names[0], scheme, found):
                 scheme = None
             module = module_of(rule, text, layer)
             if table.setdefault(module, scheme) != scheme:
