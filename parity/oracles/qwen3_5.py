@@ -22,11 +22,11 @@ L2_EPS = 1e-6  # whatever rms_norm_eps says
 def forward(run: Run) -> None:
     """Embed, decode, norm, head."""
     config: Qwen3_5Config = run.config
-    x_BTD = run.residual("hidden_states.0", run.embedding()[run.ids_BT].astype(np.float64))
+    x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
         read = run.text.under(f"layers.{layer}.")
         x_BTD = _layer(run, read, x_BTD, is_linear=config.is_linear(layer), routing=f"routing.{layer + 1}")
-        x_BTD = run.residual(f"hidden_states.{layer + 1}", x_BTD)
+        x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
     x_BTD = run.out["final_hidden_state"] = _norm(config, run.text, "norm", x_BTD)
     run.out["logits"] = run.head(x_BTD)
 
