@@ -19,7 +19,8 @@ from jax_models.weights import flatten
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
-from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.place import place_of
+from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantize import open_to_load, quantizes_activations
 from loaders.spec import ParamSpec
 from loaders.stage import Stage

@@ -16,6 +16,7 @@ from loaders import dtypes
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
+from loaders.place import bits, is_swapped
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import LocalDirectory, OpenFile, is_plain, open_source
 from loaders.sources.local import FileIdentity
@@ -32,6 +33,7 @@ ALIGNMENT = 64  # bytes; what JAX on CPU needs to take a NumPy buffer without co
 DEFAULT_BUDGET_BYTES = 128 << 20
 LARGE_BYTES = 1 << 18
 AHEAD_BYTES = 4 << 20  # read ahead into destinations that were given
+STAGING_BYTES = 8 << 20  # on the way to a destination that is transposed
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -92,7 +94,7 @@ class Checkpoint:
 
         Args:
             name: checkpoint tensor name.
-            out: C-contiguous array of that dtype and shape to read into; by default memory of its own.
+            out: array of that dtype and shape to read into, see ``stream``; by default memory of its own.
         Raises:
             KeyError: no such tensor.
             CheckpointError: the file is gone, changed since it was opened, or cannot be read.
@@ -119,7 +121,8 @@ class Checkpoint:
                 128 MiB, or the largest tensor. Memory given by ``into`` does not count.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
-                straight there and that very array is yielded; None means memory of its own.
+                straight there and that very array is yielded; None means memory of its own. A view whose last two axes
+                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
@@ -200,11 +203,11 @@ class Checkpoint:
     def _checked(self, name: str, out: np.ndarray) -> np.ndarray:
         info = self.tensors[name]
         expected = dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype)
-        if (out.shape, out.dtype) != expected or not (out.flags.c_contiguous and out.flags.writeable):
-            is_odd = "" if out.flags.c_contiguous and out.flags.writeable else " (read-only or strided)"
+        is_odd = not (out.flags.writeable and (out.flags.c_contiguous or is_swapped(out)))
+        if (out.shape, out.dtype) != expected or is_odd:
             raise ValueError(
-                f"destination of {name!r} is {out.dtype} {out.shape}{is_odd}, expected writeable C-contiguous"
-                f" {expected[1]} {expected[0]}"
+                f"destination of {name!r} is {out.dtype} {out.shape}{' (read-only or strided)' if is_odd else ''},"
+                f" expected writeable C-contiguous {expected[1]} {expected[0]}, or such with its last two axes swapped"
             )
         return out
 
@@ -227,18 +230,37 @@ class Checkpoint:
 
     def _read_tensor(self, file: OpenFile, name: str, out: np.ndarray) -> None:
         info = self.tensors[name]
-        start, end = info.offsets
-        if start == end:
+        if info.num_bytes == 0:
             return
-        flat = out.reshape(-1).view(np.uint8)
         try:
-            file.read_into(flat.data, start)
+            for position, part in _parts(info.offsets[0], out):
+                flat = part.reshape(-1).view(np.uint8)
+                file.read_into(flat.data, position)
+                if info.dtype == "BOOL":
+                    np.minimum(flat, 1, out=flat)  # any other byte is true in the file and undefined behaviour in NumPy
         except OSError as error:
             where = f"tensor {name!r} of {file.name}"
             raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
         self._check_identity(file)
-        if info.dtype == "BOOL":
-            np.minimum(flat, 1, out=flat)  # any other byte is true in the file and undefined behaviour in NumPy
+
+
+def _parts(position: int, out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Contiguous memory for one stretch of a file after the other, which together fill ``out``.
+
+    A transposed ``out`` is filled from staging whenever the next part is asked for.
+    """
+    if out.flags.c_contiguous:
+        yield position, out
+        return
+    row_bytes = out.shape[-1] * out.itemsize
+    rows = min(max(1, STAGING_BYTES // row_bytes), out.shape[-2])
+    staging = aligned_empty((rows, out.shape[-1]), out.dtype)
+    for index in np.ndindex(out.shape[:-2]):
+        for start in range(0, out.shape[-2], rows):
+            part = out[index][start : start + rows]
+            yield position, staging[: len(part)]
+            bits(part)[...] = bits(staging[: len(part)])
+            position += len(part) * row_bytes
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 from loaders.quantization import Scheme
 from loaders.quantized_rules import module_of, stored_as
@@ -10,11 +12,22 @@ from loaders.spec import Dim, ModelConfig, ParamSpec, Rule, Source, Specs, TiedS
 from loaders.stage import Stage
 
 
+class Shaped(Protocol):
+    """What must be known of a checkpoint's tensor to tell its form."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+NOTHING: Mapping[str, Shaped] = MappingProxyType({})
+Candidate = list[tuple[Rule, Source]]
+
+
 def expand(
     rules: Sequence[Rule],
     config: ModelConfig,
     stage: Stage | None = None,
-    found: Collection[str] = (),
+    found: Mapping[str, Shaped] = NOTHING,
     forms: Sequence[str] = (),
 ) -> Specs:
     """The parameters of ``stage`` (default: the whole model), in the table's order, layer by layer.
@@ -23,15 +36,15 @@ def expand(
         rules: a family's table.
         config: the configuration.
         stage: which part of the model.
-        found: tensors of a checkpoint: they decide how sources are spelled and which form a parameter comes in. The
-            parameters themselves never depend on it.
+        found: tensors of a checkpoint: they decide how sources are spelled and which form a parameter comes in, by
+            name and by shape. The parameters themselves never depend on it.
         forms: forms to take where ``found`` does not decide, best first; else the table's first.
     """
     stage = stage or Stage()
     dims = config.dims()
     text = config.text_paths[0]
     spelled = next((path for path in config.text_paths[1:] if any(name.startswith(f"{path}.") for name in found)), text)
-    by_form: dict[str, dict[str, list[tuple[Rule, Source]]]] = {}
+    by_form: dict[str, dict[str, Candidate]] = {}
     tied: list[TiedSpec] = []
     rule_of: dict[str, Rule] = {}
     quantized = {} if config.quantization is None else config.quantization.table
@@ -52,16 +65,19 @@ def expand(
                 tensor = part.tensor.format(text=spelled, layer=layer, expert=expert)
                 sources.append((part, Source(tensor, expert, part.shard_id)))
     params: list[ParamSpec] = []
+    rivals: dict[str, tuple[str, Source]] = {}
     ends: dict[str, str] = {}
-    for name, candidates in by_form.items():
-        chosen = _chosen(candidates, found, forms)
+    for name, chosen in _chosen(by_form, found, forms, dims).items():
         params.append(_param(name, [source for _, source in chosen], chosen[0][0], dims))
         rule_of |= {source.tensor: rule for rule, source in chosen}
+        others = (source for one in by_form[name].values() for _, source in one if one is not chosen)
+        rivals |= {source.tensor: (name, source) for source in others}
         ends.setdefault(chosen[0][0].on, name)
     embedding = ends.get("embedding")
     head = embedding if config.tie_word_embeddings else ends.get("head")
     origins = {letter: dim.origin for letter, dim in dims.items()}
-    return Specs(tuple(params), tuple(tied), embedding, head, origins, rule_of, schemes)
+    rivals = {tensor: place for tensor, place in rivals.items() if tensor not in rule_of}
+    return Specs(tuple(params), tuple(tied), embedding, head, origins, rule_of, schemes, rivals)
 
 
 def _lines(rules: Sequence[Rule], config: ModelConfig, stage: Stage) -> Iterator[tuple[Rule, int]]:
@@ -78,13 +94,41 @@ def _layers(rule: Rule, config: ModelConfig, stage: Stage) -> Sequence[int]:
 
 
 def _chosen(
-    candidates: dict[str, list[tuple[Rule, Source]]], found: Collection[str], forms: Sequence[str]
-) -> list[tuple[Rule, Source]]:
-    """The form that the checkpoint has something of; the others' tensors are then unexpected."""
-    for sources in candidates.values():
-        if any(source.tensor in found for _, source in sources):
-            return sources
-    return next((candidates[form] for form in forms if form in candidates), next(iter(candidates.values())))
+    by_form: dict[str, dict[str, Candidate]],
+    found: Mapping[str, Shaped],
+    forms: Sequence[str],
+    dims: dict[str, Dim],
+) -> dict[str, Candidate]:
+    """Of every parameter the form that the checkpoint has something of; the others' tensors are then unexpected.
+
+    Where names fit several forms, shapes decide for all parameters of the module at once: a matrix that fits both ways
+    follows its sibling. What shapes leave open goes to the form that comes first in the table.
+    """
+    chosen: dict[str, Candidate] = {}
+    open_: dict[str, dict[str, dict[str, Candidate]]] = {}  # module -> parameter -> forms
+    for name, candidates in by_form.items():
+        there = {form: one for form, one in candidates.items() if any(source.tensor in found for _, source in one)}
+        first = next((form for form in forms if form in candidates), next(iter(candidates)))
+        there = there or {first: candidates[first]}
+        names = next(iter(there.values()))
+        chosen[name] = names
+        rivals = {form: one for form, one in there.items() if _tensors(one) == _tensors(names)}
+        if len(rivals) > 1:
+            open_.setdefault(name.rpartition(".")[0], {})[name] = rivals
+    for rivals in open_.values():
+        fits: dict[str, int] = {}
+        for candidates in rivals.values():
+            for form, one in candidates.items():
+                there = [(rule, found[source.tensor]) for rule, source in one if source.tensor in found]
+                fitting = sum(info.shape == shape_of(rule.dims, dims) for rule, info in there)
+                fits[form] = fits.get(form, 0) + fitting
+        best = max(fits, key=fits.__getitem__)  # the first of several
+        chosen |= {name: candidates[best] for name, candidates in rivals.items()}
+    return chosen
+
+
+def _tensors(candidate: Candidate) -> list[str]:
+    return [source.tensor for _, source in candidate]
 
 
 def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
@@ -109,4 +153,6 @@ def _param(name: str, sources: list[Source], rule: Rule, dims: dict[str, Dim]) -
     if sources[0].shard_id is not None:
         stacks.append(str(1 + max(source.shard_id or 0 for source in sources)))
     axes = (*stacks, *(rule.param_dims or rule.dims).split())
-    return ParamSpec(name, shape_of(" ".join(axes), dims), axes, tuple(sources), shape_of(rule.dims, dims), rule.dtype)
+    is_transposed = rule.form == "fused transposed"
+    shapes = shape_of(" ".join(axes), dims), shape_of(rule.dims, dims)
+    return ParamSpec(name, shapes[0], axes, tuple(sources), shapes[1], rule.dtype, is_transposed)

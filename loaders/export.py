@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
-from loaders.spec import Specs
+from loaders.place import bits, place_of
+from loaders.spec import Source, Specs
 from loaders.writer import write_checkpoint
 
 
@@ -20,19 +21,19 @@ class _Reader:
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
-        self.places = {
-            source.tensor: (spec.name, source.index, spec.tensor_shape) for spec in specs for source in spec.sources
-        }
+        by_name = {spec.name: spec for spec in specs}
+        self.places = {source.tensor: (spec, source) for spec in specs for source in spec.sources}
         shipped = [tied for tied in specs.tied if tied.tensor in checkpoint.tensors]
-        self.places |= {tied.tensor: (tied.same_as, (), tied.shape) for tied in shipped}
+        self.places |= {tied.tensor: (by_name[tied.same_as], Source(tied.same_as)) for tied in shipped}
         self._read_param = read_param
         self._kept: dict[str, np.ndarray] = {}
 
     def __call__(self, tensor: str) -> np.ndarray:
-        name, index, shape = self.places[tensor]
-        if name not in self._kept:
-            self._kept = dict(list(self._kept.items())[-1:]) | {name: self._read_param(name)}
-        return self._kept[name][(*index, ...)].reshape(shape)
+        spec, source = self.places[tensor]
+        if spec.name not in self._kept:
+            self._kept = dict(list(self._kept.items())[-1:]) | {spec.name: self._read_param(spec.name)}
+        place = place_of(self._kept[spec.name], spec, source)
+        return np.ascontiguousarray(bits(place)).view(place.dtype) if spec.is_transposed else place
 
 
 def tensors_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,11 @@ import numpy as np
 from loaders.checkpoint import Checkpoint
 from loaders.digest import tensor_digest
 from loaders.errors import CheckpointError
-from loaders.expand import expand
+from loaders.expand import NOTHING, Shaped, expand
 from loaders.families import family_module
 from loaders.header import TensorInfo
+from loaders.parts import missing_parts, part_of, repeated_parts
+from loaders.place import load_fused_expert_weights, weight_loader
 from loaders.spec import ModelConfig, ParamSpec, Source, Specs
 from loaders.stage import Stage
 
@@ -82,7 +84,7 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
     return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
-def specs_of(config: ModelConfig, stage: Stage, found: Collection[str] = ()) -> Specs:
+def specs_of(config: ModelConfig, stage: Stage, found: Mapping[str, Shaped] = NOTHING) -> Specs:
     """The parameters a pipeline stage of this configuration holds.
 
     ``found``: the tensors of the checkpoint that the sources are to be named by; parameters are the same without.
@@ -161,9 +163,9 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     targets: dict[str, tuple[ParamSpec, Source]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
+        problems += missing_parts(spec, [source for source in spec.sources if source.tensor not in found])
         for source in spec.sources:
             if source.tensor not in found:
-                problems.append(f"tensor {source.tensor!r} is missing. Is the checkpoint complete?")
                 continue
             targets[source.tensor] = (spec, source)
             allowed = FLOATS if spec.dtype is None else (spec.dtype,)
@@ -183,10 +185,11 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     # what was asked for is not left out, so whatever else goes by such a name is a mistake
     patterns = [one for one in left_out_patterns if not any(one.fullmatch(name) for name in claimed)]
     left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in patterns))
+    problems += repeated_parts(whole, [name for name in unclaimed if name in whole.rivals and name not in left_out])
     problems += [
         f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} has no such weight"
         for name in unclaimed
-        if name not in left_out
+        if name not in left_out and name not in whole.rivals
     ]
     other_stages = len(found) - len(unclaimed) - len(targets) - len(verified)
     return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
@@ -234,52 +237,18 @@ def _tensor_problems(    checkpoint: Checkpoint,
     return problems
 
 
-def weight_loader(
-    param: np.ndarray, loaded_weight: np.ndarray, *, shard_id: int | None = None, expert_id: int | None = None
-) -> None:
-    """Write one checkpoint tensor into its place in a host parameter. Ids are keyword-only: never lost by position.
-
-    Nothing is copied when ``loaded_weight`` already lies there. ``loaded_weight`` may be overwritten afterwards.
-
-    Raises:
-        ValueError: shape or dtype differ from the place's.
-    """
-    place = param[(*Source("", expert_id, shard_id).index, ...)]  # with the dots, also one number is a view
-    if (place.shape, place.dtype) != (loaded_weight.shape, loaded_weight.dtype):
-        raise ValueError(f"weight is {loaded_weight.dtype} {loaded_weight.shape}, expected {place.dtype} {place.shape}")
-    if place.ctypes.data != loaded_weight.ctypes.data:
-        place[...] = loaded_weight
-
-
-def load_fused_expert_weights(param: np.ndarray, loaded_weight: np.ndarray, *, num_shards: int = 1) -> None:
-    """Write the fused tensor of all experts into their host parameter, expert by expert and shard by shard.
-
-    Args:
-        param: [E, num_shards, M, D], or without the second axis for one shard.
-        loaded_weight: [E, num_shards * M, D], shard 0 (gate) first, as Qwen3.5 ships it.
-        num_shards: parts of each expert's rows.
-    Raises:
-        ValueError: another number of experts, or parts of another shape or dtype.
-    """
-    if len(loaded_weight) != len(param) or loaded_weight.shape[1] % num_shards:
-        expected = f"{len(param)} experts of {num_shards} parts"
-        raise ValueError(f"fused weight is {loaded_weight.dtype} {loaded_weight.shape}, expected {expected}")
-    for expert_id, expert in enumerate(loaded_weight):
-        for shard_id, part in enumerate(np.split(expert, num_shards)):
-            weight_loader(param, part, shard_id=shard_id if num_shards > 1 else None, expert_id=expert_id)
-
-
-def place_of(param: np.ndarray, spec: ParamSpec, source: Source) -> np.ndarray:
-    """The memory of ``param`` that a tensor is to be read into, in the tensor's own shape."""
-    return param[(*source.index, ...)].reshape(spec.tensor_shape)
-
-
 class Filling:
-    """Exactly-once accounting of one load: which tensor was written how often, which parameter is complete."""
+    """Exactly-once accounting of a load: which tensor was written how often, which parameter is complete.
+
+    Every load counts from nothing: one that is done, or failed half-way, leaves nothing that a second would trip over.
+    """
 
     def __init__(self, plan: LoadPlan) -> None:
         self._plan = plan
-        self._missing = {spec.name: len(spec.sources) for spec in plan.specs}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._missing = {spec.name: len(spec.sources) for spec in self._plan.specs}
         self._seen: set[str] = set()
         self._digests: dict[str, str] = {}
         self._expected: dict[str, str] = {}
@@ -289,15 +258,16 @@ class Filling:
     ) -> Iterator[tuple[ParamSpec, Source, np.ndarray, bool]]:
         """Pair every tensor with its place; True when it is the last its parameter waits for.
 
-        Redundant tied tensors are kept back as digests for ``finish``.
+        They may come in any order. Redundant tied tensors are kept back as digests for ``finish``.
 
         Raises:
-            CheckpointError: a tensor that was not planned, or came twice.
+            CheckpointError: a tensor that was not planned, or came twice; says of which expert and shard.
         """
+        self._begin()
         for name, array in tensors:
             if name in self._seen or (name not in self._plan.targets and name not in self._plan.verified):
                 what = "was delivered twice" if name in self._seen else "was delivered but not asked for"
-                raise CheckpointError(self._plan.checkpoint.source, [f"tensor {name!r} {what}"])
+                raise CheckpointError(self._plan.checkpoint.source, [f"tensor {name!r} {what}{self._which(name)}"])
             self._seen.add(name)
             if name in self._plan.verified:
                 self._digests[name] = tensor_digest(array)
@@ -306,12 +276,20 @@ class Filling:
             self._missing[spec.name] -= 1
             yield spec, source, array, self._missing[spec.name] == 0
 
+    def _which(self, name: str) -> str:
+        if name not in self._plan.targets:
+            return ""
+        spec, source = self._plan.targets[name]
+        return f": {part_of(spec, [source])}" if source.index else ""
+
     def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
         """Put one tensor into its place of its parameter, fused or not."""
-        if len(spec.tensor_shape) + len(source.index) == len(spec.shape):
+        is_stacked = len(spec.tensor_shape) + len(source.index) == len(spec.shape)
+        if is_stacked and not spec.is_transposed:
             weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
         else:  # fused: the axes of experts and shards are merged in the tensor
-            load_fused_expert_weights(param, array, num_shards=int(spec.axes[1]))
+            num_shards = int(spec.axes[1]) if spec.axes[1].isdigit() else 1
+            load_fused_expert_weights(param, array, num_shards=num_shards, is_transposed=spec.is_transposed)
 
     def complete(self, spec: ParamSpec, param: np.ndarray) -> None:
         """Take note of a whole parameter, as a redundant tied tensor must equal it; it is not kept."""
@@ -324,8 +302,11 @@ class Filling:
         Raises:
             CheckpointError: listing all that did not.
         """
-        late = [name for name in self._plan.tensors if name not in self._seen]
-        problems = [f"tensor {name!r} was never delivered" for name in late]
+        problems: list[str] = []
+        for spec in self._plan.specs:
+            late = [source for source in spec.sources if source.tensor not in self._seen]
+            problems += missing_parts(spec, late, what="never delivered")
+        problems += [f"tensor {name!r} was never delivered" for name in self._plan.verified if name not in self._seen]
         problems += [
             f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
             " Set tie_word_embeddings to false to load both."

@@ -32,6 +32,7 @@ class Matrix:
     group: str
     rows: slice | None = None  # of an expert in a fused tensor
     expert: int | None = None
+    is_transposed: bool = False  # the fused tensor has inputs before outputs
 
 
 def matrices_of(checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, str]]:
@@ -48,8 +49,8 @@ def matrices_of(checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, st
         module = tensor.removesuffix(".weight")
         if tensor not in tensors or _exporters_name(tensor) in left:
             continue
-        if rule.form == "fused":
-            found |= {one.module: one for one in _of_fused(tensor, tensors[tensor])}
+        if rule.is_fused:
+            found |= {one.module: one for one in _of_fused(tensor, tensors[tensor], rule)}
         elif rule.is_linear:
             found[module] = Matrix(module, tensor, _group(module))
     return found, left
@@ -71,20 +72,22 @@ def _reason(rule: Rule, shape: tuple[int, ...]) -> str | None:
         return "the head"
     if rule.is_router or rule.is_gate:
         return "a router" if rule.is_router else "a gate of few outputs"
-    if not rule.is_linear and rule.form != "fused":
+    if not rule.is_linear and not rule.is_fused:
         return "a convolution" if rule.tensor.endswith(".weight") and len(shape) > 1 else None
     if rule.on == "mtp":
         return "the draft"
-    return f"{shape[-1]} inputs, no multiple of {BLOCK}" if shape[-1] % BLOCK else None
+    inputs = shape[-2 if rule.form == "fused transposed" else -1]
+    return f"{inputs} inputs, no multiple of {BLOCK}" if inputs % BLOCK else None
 
 
-def _of_fused(tensor: str, info: TensorInfo) -> list[Matrix]:
+def _of_fused(tensor: str, info: TensorInfo, rule: Rule) -> list[Matrix]:
     """The experts of one tensor, under the names that exporters give them one by one."""
     prefix, _, stack = tensor.rpartition(".")
     names = FUSED.get(stack, (stack,))
-    size = info.shape[1] // len(names)
+    is_transposed = rule.form == "fused transposed"
+    size = info.shape[2 if is_transposed else 1] // len(names)
     return [
-        Matrix(module, tensor, _group(module), slice(part * size, (part + 1) * size), expert)
+        Matrix(module, tensor, _group(module), slice(part * size, (part + 1) * size), expert, is_transposed)
         for expert in range(info.shape[0])
         for part, name in enumerate(names)
         for module in [f"{prefix}.{expert}.{name}"]
@@ -100,7 +103,7 @@ def _group(module: str) -> str:
 def infos(checkpoint: Checkpoint, matrix: Matrix, scheme: Scheme) -> dict[str, TensorInfo]:
     info = checkpoint.tensors[matrix.tensor]
     rows = info.shape[-2] if matrix.rows is None else matrix.rows.stop - matrix.rows.start
-    columns = info.shape[-1]
+    columns = info.shape[-2 if matrix.is_transposed else -1]
     shapes = {"codes": (rows, columns // 2), "block": (rows, columns // BLOCK), "global": (), "input": ()}
     kinds = {"codes": "U8", "block": "F8_E4M3", "global": "F32", "input": "F32"}
     return {

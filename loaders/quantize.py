@@ -251,7 +251,10 @@ def _scheme(activations: bool) -> Scheme:
 
 
 def _slice(matrix: Matrix, array: np.ndarray) -> np.ndarray:
-    return array if matrix.rows is None else array[matrix.expert, matrix.rows]
+    if matrix.rows is None:
+        return array
+    expert = array[matrix.expert]
+    return np.ascontiguousarray(expert.T[matrix.rows]) if matrix.is_transposed else expert[matrix.rows]
 
 
 def _largest(weight: np.ndarray) -> float:

@@ -28,7 +28,7 @@ def stored_as(rule: Rule, scheme: Scheme | None, quantization: Quantization | No
     found = [rule]
     if scheme is not None and rule.is_linear:
         found = [_part(rule, *part) for part in scheme.parts(rule.dims)]
-    elif scheme is not None and rule.form == "fused":
+    elif scheme is not None and rule.is_fused:
         found = []  # exporters quantise experts one by one
     leaf = kv_leaf(rule.tensor) if quantization is not None and quantization.kv_cache and rule.on == "layer" else None
     if leaf is not None:

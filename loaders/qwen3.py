@@ -203,7 +203,8 @@ def _dense(config: Qwen3Config, layer: int) -> bool:
     return not config.is_sparse(layer)
 
 
-def _sparse(config: Qwen3Config, layer: int) -> bool:
+def is_sparse(config: Qwen3Config, layer: int) -> bool:
+    """Whether a layer has experts, for rules."""
     return config.is_sparse(layer)
 
 
@@ -230,10 +231,10 @@ RULES: tuple[Rule, ...] = (
     Rule(_MLP + "gate_proj.weight", "F D", when=_dense),
     Rule(_MLP + "up_proj.weight", "F D", when=_dense),
     Rule(_MLP + "down_proj.weight", "D F", when=_dense),
-    Rule(_MLP + "gate.weight", "E D", when=_sparse, is_router=True),
-    Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=_sparse),
-    Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=_sparse),
-    Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=_sparse),
+    Rule(_MLP + "gate.weight", "E D", when=is_sparse, is_router=True),
+    Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=is_sparse),
+    Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=is_sparse),
+    Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=is_sparse),
     Rule("{text}.norm.weight", "D", on="last"),
     Rule("lm_head.weight", "V D", on="head", tied_to="{text}.embed_tokens.weight"),
 )

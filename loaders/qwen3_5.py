@@ -21,6 +21,7 @@ from loaders.checks import (
 )
 from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys, rope_document
 from loaders.errors import brief
+from loaders.expert_rules import expert_rules
 from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
@@ -291,7 +292,6 @@ def _sparse(config: Qwen3_5Config, layer: int) -> bool:
 def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
     """A decoder layer of the model, or of the draft, whose layers all attend in full."""
     attn, mlp, linear = prefix + "self_attn.", prefix + "mlp.", prefix + "linear_attn."
-    gate_up, down = mlp + "experts.gate_up_proj", mlp + "experts.down_proj"
     full = _always if on == "mtp" else _full
 
     def biased(config: Qwen3_5Config, layer: int) -> bool:
@@ -333,12 +333,8 @@ def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
         Rule(mlp + "up_proj.weight", "F D", on=on, when=_dense),
         Rule(mlp + "down_proj.weight", "D F", on=on, when=_dense),
         Rule(mlp + "gate.weight", "E D", on=on, when=_sparse, is_router=True),
-        # published fused; a model made and saved anew by transformers has them one by one, as some drafts do
-        Rule(gate_up, "E 2M D", on=on, when=_sparse, form="fused", param_dims="E 2 M D"),
-        Rule(mlp + "experts.{expert}.gate_proj.weight", "M D", gate_up, 0, on=on, when=_sparse, form="per expert"),
-        Rule(mlp + "experts.{expert}.up_proj.weight", "M D", gate_up, 1, on=on, when=_sparse, form="per expert"),
-        Rule(down, "E D M", on=on, when=_sparse, form="fused"),
-        Rule(mlp + "experts.{expert}.down_proj.weight", "D M", down, on=on, when=_sparse, form="per expert"),
+        # published fused, output-major
+        *expert_rules(mlp + "experts.", prefers_transposed=False, when=_sparse, on=on),
         Rule(mlp + "shared_expert.gate_proj.weight", "SF D", on=on, when=_sparse),
         Rule(mlp + "shared_expert.up_proj.weight", "SF D", on=on, when=_sparse),
         Rule(mlp + "shared_expert.down_proj.weight", "D SF", on=on, when=_sparse),

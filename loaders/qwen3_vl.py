@@ -12,6 +12,7 @@ from typing import Any
 from loaders import qwen3
 from loaders.config import PARTIAL_KEYS, refused_keys, rope_document
 from loaders.errors import brief
+from loaders.expert_rules import expert_rules
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig, read_text
 from loaders.spec import Dim, Rule
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
@@ -96,8 +97,10 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Any, 
     return (None if problems + more else config), problems + more
 
 
-_LAYER = "{text}.layers.{layer}."
-_EXPERTS = _LAYER + "mlp.experts."
-
-RULES: tuple[Rule, ...] = (*qwen3.RULES, *vision_rules())
+RULES: tuple[Rule, ...] = (
+    # of Qwen3's table all but the experts, which are published fused, inputs first
+    *(rule for rule in qwen3.RULES if ".experts." not in rule.tensor),
+    *expert_rules("{text}.layers.{layer}.mlp.experts.", prefers_transposed=True, when=qwen3.is_sparse),
+    *vision_rules(),
+)
 LEFT_OUT: tuple[re.Pattern[str], ...] = (re.compile(r"(model\.)?visual\..*"),)  # unless the tower is wanted

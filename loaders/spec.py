@@ -92,6 +92,9 @@ def shape_of(axes: str, dims: dict[str, Dim]) -> tuple[int, ...]:
     return tuple(dim_of(axis, dims).size for axis in axes.split())
 
 
+Form = Literal["fused", "fused transposed", "per expert"]  # how an exporter writes the experts of a layer
+
+
 def _always(config: Any, layer: int) -> bool:
     return True
 
@@ -110,6 +113,7 @@ class Rule:
 
     Rules of one parameter may differ in ``form``: exporters fuse experts or they do not, and a checkpoint has one form
     of each parameter. A fused tensor is the parameter itself with some axes merged; ``param_dims`` are those unmerged.
+    Of a fused transposed one the last two axes are the other way round as well: inputs first.
     ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises,
     ``is_gate`` one so small that recipes leave it alone, ``is_table`` one whose rows are looked up. ``dtype`` is the one safetensors dtype it may have; None: any
     float.
@@ -122,7 +126,7 @@ class Rule:
     when: Callable[[Any, int], bool] = _always
     on: Literal["layer", "embedding", "head", "last", "mtp", "visual", "deepstack"] = "layer"
     tied_to: str | None = None
-    form: str = ""
+    form: Form | Literal[""] = ""
     param_dims: str | None = None
     zero_centred: bool = False
     is_router: bool = False
@@ -133,6 +137,11 @@ class Rule:
     @property
     def parameter(self) -> str:
         return self.into or self.tensor
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its tensor holds all the experts of a layer."""
+        return self.form in ("fused", "fused transposed")
 
     @property
     def is_linear(self) -> bool:
@@ -181,6 +190,7 @@ class ParamSpec:
     sources: tuple[Source, ...]
     tensor_shape: tuple[int, ...]  # of each of its checkpoint tensors; of a fused one with axes of ``shape`` merged
     dtype: str | None = None  # the one safetensors dtype it may have; None: any float
+    is_transposed: bool = False  # the last two axes of its tensor are the other way round
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +213,7 @@ class Specs:
     origins: dict[str, str]  # axis letter -> which config keys fix its size
     rules: dict[str, Rule]  # checkpoint tensor -> its line of the table
     schemes: dict[str, Scheme]  # module path -> how it is quantised; others are not
+    rivals: dict[str, tuple[str, Source]]  # tensors of forms the checkpoint does not have -> parameter, place
 
     def __iter__(self) -> Iterator[ParamSpec]:
         return iter(self.params)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loaders import dtypes
+from loaders.spec import Form
 
 Spelling = Literal["v5", "hub"]
-Form = Literal["fused", "per expert"]
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def _seeing(kind: str, text: Mapping[str, Any], **changes: Any) -> ZooModel:
         f"{model_type}_text",
         config | {"head_dim": 10, "rope_parameters": rope} | changes,
         {"num_experts": "num_local_experts"} if kind else {},
+        experts=("fused transposed", "per expert"),  # the experts as published; there is no draft
         wrapper=_wrapper(model_type, _DEEP_VISION),
     )
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from loaders.expand import expand
 from loaders.families import family_module
+from loaders.place import place_of
 from loaders.spec import ModelConfig, ParamSpec, Rule, Specs
 from loaders.stage import Stage
+from loaders.writer import TensorType
 from parity.zoo_models import Form, ZooModel
 
 # Canary tokens: rows of the embedding that show what ordinary rows hide.
@@ -99,7 +101,7 @@ def zoo_weights(
 def _expand(rules: Sequence[Rule], config: ModelConfig, forms: Mapping[str, str], text_path: str = "") -> Specs:
     """The whole model and its draft, every parameter in the form that ``forms`` has for its tensors."""
     chosen = [rule for rule in rules if rule.form in ("", forms[rule.tensor])]
-    named = [f"{text_path}.embed_tokens.weight"] if text_path else ()
+    named = {f"{text_path}.embed_tokens.weight": TensorType("F32", ())} if text_path else {}
     return expand(chosen, config, Stage(mtp=config.num_mtp_layers > 0), named)
 
 
@@ -107,7 +109,7 @@ def _fused(spec: ParamSpec, part: ParamSpec, draw: Callable[[str], np.ndarray]) 
     values = np.empty(spec.shape)
     for source in part.sources:
         values[source.index] = draw(source.tensor)
-    return values.reshape(spec.tensor_shape)
+    return place_of(values, spec, spec.sources[0])
 
 
 def _draw(

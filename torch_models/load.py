@@ -15,7 +15,8 @@ from torch import nn
 from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
-from loaders.plan import Filling, LoadPlan, compute_dtype, place_of, plan_load
+from loaders.place import place_of
+from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import open_to_load, quantizes_activations
 from loaders.stage import Stage

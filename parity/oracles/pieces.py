@@ -102,22 +102,27 @@ def route(
 def experts(
     config: Any, read: Weights, x_BTD: np.ndarray, experts_BTX: np.ndarray, weights_BTX: np.ndarray
 ) -> np.ndarray:
-    """Every token's experts, weighted and summed; stored one by one, or all in one tensor."""
+    """Every token's experts, weighted and summed; stored one by one, or all in one tensor, either way round."""
     out_BTD = np.zeros_like(x_BTD)
     E, M, D = config.num_experts, config.moe_intermediate_size, x_BTD.shape[-1]
     fused = read.under("mlp.experts.")
+    # of the two shapes one may fit both ways, never both
+    is_turned = (fused.shape("gate_up_proj"), fused.shape("down_proj")) == ((E, D, 2 * M), (E, M, D))
+    shapes = ((E, D, 2 * M), (E, M, D)) if is_turned else ((E, 2 * M, D), (E, D, M))
     for expert in np.unique(experts_BTX):
         row, step, slot = np.nonzero(experts_BTX == expert)
         x = x_BTD[row, step]
-        if fused.has("gate_up_proj"):  # rows of the gate first
+        if fused.has("gate_up_proj"):  # outputs of the gate first
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.gate_proj", x)
                 fused.saw(f"{fused.prefix}{expert}.up_proj", x)
-            gate_up = x @ fused.stored("gate_up_proj", E, 2 * M, D)[expert].astype(np.float64).T
+            matrix = fused.stored("gate_up_proj", *shapes[0])[expert].astype(np.float64)
+            gate_up = x @ (matrix if is_turned else matrix.T)
             inner = silu(gate_up[:, :M]) * gate_up[:, M:]
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.down_proj", inner)
-            y = inner @ fused.stored("down_proj", E, D, M)[expert].astype(np.float64).T
+            matrix = fused.stored("down_proj", *shapes[1])[expert].astype(np.float64)
+            y = inner @ (matrix if is_turned else matrix.T)
         else:
             y = swiglu(read, f"mlp.experts.{expert}.", x, M)
         out_BTD[row, step] += weights_BTX[row, step, slot, None] * y  # a token names an expert once: no repeated index

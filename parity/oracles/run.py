@@ -68,6 +68,11 @@ class Weights:
         """Whether the checkpoint holds the tensor."""
         return self.prefix + name in self.checkpoint.tensors
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor as it is stored; None: it is not there."""
+        info = self.checkpoint.tensors.get(self.prefix + name)
+        return None if info is None else info.shape
+
     def under(self, prefix: str) -> Weights:
         """The tensors whose names go on with ``prefix``."""
         return Weights(self.checkpoint, self.prefix + prefix, self.saw)

@@ -516,6 +516,24 @@ def test_a_tensor_reads_into_memory_that_is_given(floats: Checkpoint) -> None:
     np.testing.assert_array_equal(stack[[0, 1, 3]], np.full((3, 2, 3), -1))
 
 
+def test_a_tensor_that_is_stored_transposed_reads_into_memory_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
+    file = safetensors({"a": entry("F32", [2, 5, 3], 0, stored.nbytes)}, stored.tobytes())
+    checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": file}))
+    for staging_bytes in (1, 24, 36, 1 << 20):  # a row at a time at least, all rows of a matrix at most
+        monkeypatch.setattr("loaders.checkpoint.STAGING_BYTES", staging_bytes)
+        memory = np.full((2, 3, 5), -1, np.float32)
+        found = checkpoint.read("a", out=memory.swapaxes(1, 2))
+        assert np.shares_memory(found, memory)
+        np.testing.assert_array_equal(memory, stored.transpose(0, 2, 1))
+        memory[...] = -1
+        ((_, streamed),) = checkpoint.stream(into=lambda name, memory=memory: memory.swapaxes(1, 2))
+        assert np.shares_memory(streamed, memory)
+        np.testing.assert_array_equal(memory, stored.transpose(0, 2, 1))
+
+
 @pytest.mark.parametrize(
     "out",
     [
@@ -523,7 +541,7 @@ def test_a_tensor_reads_into_memory_that_is_given(floats: Checkpoint) -> None:
         pytest.param(np.zeros((6,), np.float32), id="flat"),
         pytest.param(np.zeros((2, 3), np.int32), id="other dtype"),
         pytest.param(np.zeros((2, 6), np.float32)[:, ::2], id="strided"),
-        pytest.param(np.zeros((3, 2), np.float32).T, id="transposed"),
+        pytest.param(np.zeros((3, 4), np.float32)[:, ::2].T, id="transposed and strided"),
         pytest.param(np.broadcast_to(np.float32(0), (2, 3)), id="read-only broadcast"),
         pytest.param(np.frombuffer(bytes(24), np.float32).reshape(2, 3), id="read-only"),
     ],

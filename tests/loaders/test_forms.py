@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from loaders.config import config_from_json
 from loaders.expand import expand
+from loaders.expert_rules import expert_rules
 from loaders.families import family_module
-from loaders.plan import load_fused_expert_weights, weight_loader
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
+from loaders.writer import TensorType
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3_5MoeForCausalLM"],
@@ -50,6 +50,7 @@ def config_of(document: dict[str, Any] = CONFIG) -> ModelConfig:
 
 def specs_of(stage: Stage | None = None, found: Any = (), forms: Any = (), document: Any = CONFIG) -> Specs:
     config = config_of(document)
+    found = found if isinstance(found, dict) else dict.fromkeys(found, TensorType("BF16", ()))
     return expand(family_module(config.architecture).RULES, config, stage, found, forms)
 
 
@@ -75,6 +76,61 @@ def test_the_checkpoint_decides_the_form_of_each_parameter() -> None:
     assert [source.expert_id for source in by_name[DOWN].sources] == [0, 1, 2]
 
 
+FUSED, TURNED = {GATE_UP: (3, 12, 8), DOWN: (3, 8, 6)}, {GATE_UP: (3, 8, 12), DOWN: (3, 6, 8)}
+
+
+def forms_of(shapes: dict[str, tuple[int, ...]], *, prefers_transposed: bool = False, **sizes: int) -> dict[str, str]:
+    """Form of the first layer's experts, in a table of this preference."""
+    prefix = "{text}.layers.{layer}.mlp.experts."
+    rules = expert_rules(prefix, prefers_transposed=prefers_transposed, when=lambda config, layer: layer == 0)
+    found = {name: TensorType("BF16", shape) for name, shape in shapes.items()}
+    specs = expand(rules, config_of(CONFIG | sizes), None, found)
+    return {spec.name: specs.rules[spec.sources[0].tensor].form for spec in specs}
+
+
+@pytest.mark.parametrize("prefers_transposed", [False, True])
+def test_shapes_say_which_way_round_fused_experts_are(prefers_transposed: bool) -> None:
+    for shapes, form in ((FUSED, "fused"), (TURNED, "fused transposed")):
+        assert forms_of(shapes, prefers_transposed=prefers_transposed) == dict.fromkeys(shapes, form)
+
+
+@pytest.mark.parametrize("prefers_transposed", [False, True])
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_matrix_that_fits_both_ways_follows_its_sibling(width: int, prefers_transposed: bool) -> None:
+    """hidden_size 8: gate_up is square at 4, and down at 8."""
+    for form, gate_up, down in (
+        ("fused", (3, 2 * width, 8), (3, 8, width)),
+        ("fused transposed", (3, 8, 2 * width), (3, width, 8)),
+    ):
+        found = forms_of(
+            {GATE_UP: gate_up, DOWN: down}, prefers_transposed=prefers_transposed, moe_intermediate_size=width
+        )
+        assert found == {GATE_UP: form, DOWN: form}
+
+
+@pytest.mark.parametrize(("prefers_transposed", "form"), [(False, "fused"), (True, "fused transposed")])
+def test_what_no_shape_tells_is_as_the_family_is_published(prefers_transposed: bool, form: str) -> None:
+    per_expert = {f"{EXPERTS}{expert}.down_proj.weight": (8, 4) for expert in range(3)}
+    found = forms_of({GATE_UP: (3, 8, 8), **per_expert}, prefers_transposed=prefers_transposed, moe_intermediate_size=4)
+    assert found == {GATE_UP: form, DOWN: "per expert"}
+    assert forms_of({GATE_UP: (9, 9), DOWN: (9,)}, prefers_transposed=prefers_transposed)[GATE_UP] == form
+    assert forms_of({}, prefers_transposed=prefers_transposed)[GATE_UP] == form
+
+
+def test_the_parameter_is_the_same_whichever_way_round_its_tensor_is() -> None:
+    plain, turned = (
+        {
+            spec.name: spec
+            for spec in specs_of(found={name: TensorType("BF16", shape) for name, shape in shapes.items()})
+        }
+        for shapes in (FUSED, TURNED)
+    )
+    for name in (GATE_UP, DOWN):
+        assert (plain[name].shape, plain[name].axes) == (turned[name].shape, turned[name].axes)
+        assert (plain[name].tensor_shape, turned[name].tensor_shape) == (FUSED[name], TURNED[name])
+        assert (plain[name].is_transposed, turned[name].is_transposed) == (False, True)
+
+
 def test_the_text_model_may_be_spelled_with_the_wrappers_path() -> None:
     plain = specs_of()
     spelled = specs_of(found={"model.language_model.norm.weight"})
@@ -92,27 +148,3 @@ def test_the_draft_is_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
     assert not [name for name in params(first) if name.startswith("mtp.")]
     assert first.embedding == last.embedding == "model.embed_tokens.weight"
     assert specs_of(Stage(1, 2)).embedding is None  # without a draft it has no use for one
-
-
-def test_fused_experts_are_written_one_by_one_gate_first() -> None:
-    rng = np.random.default_rng(0)
-    fused = rng.standard_normal((3, 12, 8)).astype(np.float32)
-    param = np.full((3, 2, 6, 8), np.nan, np.float32)
-    load_fused_expert_weights(param, fused, num_shards=2)
-    expected = np.empty_like(param)
-    for expert in range(3):
-        for shard in range(2):
-            weight_loader(expected, fused[expert, shard * 6 : shard * 6 + 6], shard_id=shard, expert_id=expert)
-    np.testing.assert_array_equal(param, expected)
-    np.testing.assert_array_equal(param.reshape(fused.shape), fused)  # so it may be read straight into place
-
-
-@pytest.mark.parametrize("shape", [(2, 12, 8), (3, 11, 8), (3, 12, 7)])
-def test_fused_experts_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        load_fused_expert_weights(np.zeros((3, 2, 6, 8), np.float32), np.zeros(shape, np.float32), num_shards=2)
-
-
-def test_ids_by_position_are_a_type_error() -> None:
-    with pytest.raises(TypeError):
-        load_fused_expert_weights(np.zeros((3, 2, 6, 8)), np.zeros((3, 12, 8)), 2)  # pyright: ignore[reportCallIssue]

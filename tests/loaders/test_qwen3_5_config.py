@@ -15,6 +15,7 @@ from loaders.config import RopeParameters, config_from_json
 from loaders.expand import expand
 from loaders.qwen3_5 import RULES, Qwen3_5Config, Qwen3_5MoeConfig
 from loaders.stage import Stage
+from loaders.writer import TensorType
 
 FULL, LINEAR = "full_attention", "linear_attention"
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -154,7 +155,7 @@ def test_a_published_mixture_is_read_whole() -> None:
     assert read(wrapped(text | {"norm_topk_prob": True}, "Qwen3_5MoeForConditionalGeneration")) == config
     assert all(config.is_sparse(layer) for layer in range(64))
     # a draft's experts and 17 other tensors, as counted in the published 35B-A3B
-    one_by_one = {f"mtp.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("up", "down")}
+    one_by_one = {f"mtp.layers.0.mlp.experts.0.{part}_proj.weight": TensorType("BF16", ()) for part in ("up", "down")}
     names = {source.tensor for spec in expand(RULES, config, Stage(mtp=True), one_by_one) for source in spec.sources}
     assert sum(name.startswith("mtp.") for name in names) == 785
 
@@ -326,8 +327,8 @@ def test_transformers_own_config_is_read_as_it_means_it(is_moe: bool, tmp_path: 
             assert getattr(config, name) == getattr(theirs, name), name
     assert list(config.layer_types) == theirs.layer_types
     assert theirs.rope_parameters["partial_rotary_factor"] == config.rope_parameters.partial_rotary_factor == 0.5
-    shapes = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
-    specs = expand(RULES, config, None, shapes)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    specs = expand(RULES, config, None, checkpoint.tensors)
     assert {source.tensor: spec.tensor_shape for spec in specs for source in spec.sources} == shapes
     document = json.loads((tmp_path / "config.json").read_text())
     assert document["architectures"] == [f"Qwen3_5{'Moe' if is_moe else ''}ForCausalLM"]

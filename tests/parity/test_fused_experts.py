@@ -1,0 +1,194 @@
+"""Experts in every form that exporters write: the same weights on both backends, and the same bytes again on export."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loaders import CheckpointError, open_checkpoint
+from loaders.digest import digests
+from loaders.plan import Filling, LoadPlan, plan_load
+from loaders.spec import Form
+from loaders.stage import Stage
+from loaders.writer import TensorType, write_checkpoint
+from parity.zoo import make_checkpoint
+
+FORMS: tuple[Form, ...] = ("fused", "fused transposed", "per expert")
+SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+WIDTHS = {"plain": 24, "gate_up square": 20, "down square": 40}  # of hidden_size 40
+EXPERTS = "model.layers.1.mlp.experts."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``made(form, width)``: a checkpoint, made once."""
+    directory = tmp_path_factory.mktemp("experts")
+
+    def make(form: Form, width: int = 24) -> Path:
+        path = directory / f"{form} {width}"
+        if not path.exists():
+            options = {"experts": form, "draft_experts": form, "dtype": "BF16", "max_file_bytes": 1 << 17}
+            make_checkpoint("qwen3_5-moe", path, moe_intermediate_size=width, **options, **SMALL)
+        return path
+
+    return make
+
+
+def parameters(backend: str, path: Path) -> dict[str, bytes]:
+    """The bytes of every parameter by name, the draft's with them."""
+    model = importlib.import_module(f"{backend}_models").load(path, mtp=True)
+    if backend == "torch":
+        from torch_models.storage import host_view
+
+        return {name: host_view(param).tobytes() for name, param in model.named_parameters()}
+    from jax_models.weights import flatten
+
+    return {name: np.asarray(param).tobytes() for name, param in flatten(model.weights).items()}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_every_form_loads_to_the_same_bits(made: Any, backend: str, width: int) -> None:
+    found = {form: parameters(backend, made(form, width)) for form in FORMS}
+    assert found["fused"] == found["per expert"]
+    assert found["fused transposed"] == found["per expert"]
+
+
+def test_both_backends_load_the_same_bits(made: Any) -> None:
+    for form in FORMS:
+        assert parameters("torch", made(form)) == parameters("jax", made(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_what_is_exported_is_in_the_form_it_came_in_bit_for_bit(
+    made: Any, backend: str, form: Form, tmp_path: Path
+) -> None:
+    path = made(form)
+    model = importlib.import_module(f"{backend}_models").load(path, mtp=True)
+    model.export(tmp_path / "again")
+    for file in path.glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_model_reloads_from_one_form_into_another_and_exports_that(made: Any, backend: str, tmp_path: Path) -> None:
+    model = importlib.import_module(f"{backend}_models").load(made("fused"), mtp=True)
+    expected = model.digests()
+    for form in ("fused transposed", "per expert", "fused transposed"):
+        model = model.update_weights_from_disk(made(form))
+        found = model.digests()
+        assert found == on_disk(made(form))
+    assert expected == on_disk(made("fused"))
+
+
+def on_disk(path: Path) -> dict[str, str]:
+    checkpoint = open_checkpoint(path)
+    return digests((name, checkpoint.read(name)) for name in checkpoint.tensors)
+
+
+def test_the_layout_does_not_matter_to_what_is_computed(made: Any) -> None:
+    import torch_models
+
+    ids = [[3, 14, 15, 92, 65, 35]]
+    logits = {form: np.asarray(torch_models.load(made(form))(ids)) for form in FORMS}
+    np.testing.assert_array_equal(logits["fused transposed"], logits["fused"])
+    np.testing.assert_array_equal(logits["per expert"], logits["fused"])
+
+
+# What is missing, and what is there twice
+
+
+def rewritten(path: Path, to: Path, *, without: Any = (), more: dict[str, np.ndarray] | None = None) -> Path:
+    checkpoint = open_checkpoint(path)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in without} | (more or {})
+    plan = {name: TensorType.of(array) for name, array in tensors.items()}
+    return write_checkpoint(to, plan, tensors.__getitem__, config=checkpoint.config_document)
+
+
+def problems_of(path: Path) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        plan_load(open_checkpoint(path), Stage())
+    return list(caught.value.problems)
+
+
+def test_missing_experts_are_named_with_their_shard(made: Any, tmp_path: Path) -> None:
+    gone = [f"{EXPERTS}{expert}.up_proj.weight" for expert in (0, 1, 2, 4)] + [f"{EXPERTS}3.gate_proj.weight"]
+    gone += [f"{EXPERTS}{expert}.down_proj.weight" for expert in (1, 3)]
+    assert problems_of(rewritten(made("per expert"), tmp_path / "c", without=gone)) == [
+        f"tensor '{EXPERTS}3.gate_proj.weight' is missing: expert 3, shard 0 of '{EXPERTS}gate_up_proj'."
+        " Is the checkpoint complete?",
+        f"4 tensors '{EXPERTS}0.up_proj.weight' to '{EXPERTS}4.up_proj.weight' are missing: experts 0 to 2, 4, shard 1"
+        f" of '{EXPERTS}gate_up_proj'. Is the checkpoint complete?",
+        f"2 tensors '{EXPERTS}1.down_proj.weight' to '{EXPERTS}3.down_proj.weight' are missing: experts 1, 3"
+        f" of '{EXPERTS}down_proj'. Is the checkpoint complete?",
+    ]
+
+
+@pytest.mark.parametrize("form", ["fused", "fused transposed"])
+def test_experts_that_two_forms_give_are_named(made: Any, form: Form, tmp_path: Path) -> None:
+    single = open_checkpoint(made("per expert"))
+    twice = [f"{EXPERTS}{expert}.gate_proj.weight" for expert in (1, 2)] + [f"{EXPERTS}4.down_proj.weight"]
+    more = {name: single.read(name) for name in twice}
+    assert problems_of(rewritten(made(form), tmp_path / "c", more=more)) == [
+        f"tensors like '{EXPERTS}1.gate_proj.weight' are there beside '{EXPERTS}gate_up_proj': experts 1 to 2, shard 0"
+        f" of '{EXPERTS}gate_up_proj' twice. Which one is meant?",
+        f"tensor '{EXPERTS}4.down_proj.weight' is there beside '{EXPERTS}down_proj': expert 4 of '{EXPERTS}down_proj'"
+        " twice. Which one is meant?",
+    ]
+
+
+def test_one_matrix_each_way_round_is_an_error(made: Any, tmp_path: Path) -> None:
+    down = open_checkpoint(made("fused transposed")).read(f"{EXPERTS}down_proj")
+    (problem,) = problems_of(rewritten(made("fused"), tmp_path / "c", more={f"{EXPERTS}down_proj": down}))
+    assert problem.startswith(f"tensor '{EXPERTS}down_proj' has shape (5, 24, 40), expected (5, 40, 24)")
+
+
+@pytest.fixture
+def plan(made: Any) -> LoadPlan:
+    return plan_load(open_checkpoint(made("per expert")), Stage())
+
+
+def filled(filling: Filling, tensors: list[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What a load of ``tensors`` writes."""
+    params: dict[str, np.ndarray] = {}
+    for spec, source, array, _ in filling.receive(iter(tensors)):
+        filling.write(params.setdefault(spec.name, np.zeros(spec.shape, array.dtype)), spec, source, array)
+    return params
+
+
+def test_an_expert_that_is_delivered_twice_is_named(plan: LoadPlan) -> None:
+    tensors = list(plan.checkpoint.stream(names=plan.tensors))
+    again = next(pair for pair in tensors if pair[0] == f"{EXPERTS}3.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"delivered twice: expert 3, shard 1 of 'model.layers.1.*gate_up_proj'"):
+        filled(Filling(plan), [*tensors, again])
+
+
+def test_experts_that_are_never_delivered_are_named(plan: LoadPlan) -> None:
+    late = {f"{EXPERTS}{expert}.gate_proj.weight" for expert in (0, 1)}
+    filling = Filling(plan)
+    filled(filling, [pair for pair in plan.checkpoint.stream(names=plan.tensors) if pair[0] not in late])
+    with pytest.raises(CheckpointError, match="were never delivered: experts 0 to 1, shard 0 of") as caught:
+        filling.finish()
+    assert len(caught.value.problems) == 1
+
+
+def test_every_load_counts_from_nothing(plan: LoadPlan) -> None:
+    """The same objects: a second load is neither complete before it began, nor refused as a repetition."""
+    filling, tensors = Filling(plan), list(plan.checkpoint.stream(names=plan.tensors))
+    with pytest.raises(CheckpointError, match="not asked for"):
+        filled(filling, [*tensors[:9], ("no such tensor", tensors[0][1])])
+    first = filled(filling, tensors)
+    assert filling.finish().num_tensors == len(plan.targets)
+    second = filled(filling, tensors[::-1])
+    assert filling.finish().num_tensors == len(plan.targets)
+    assert {name: param.tobytes() for name, param in first.items()} == {
+        name: param.tobytes() for name, param in second.items()
+    }
+    filled(filling, tensors[:-1])
+    with pytest.raises(CheckpointError, match="never delivered"):
+        filling.finish()
