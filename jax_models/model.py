@@ -24,7 +24,7 @@ from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
-from loaders.multimodal import check_inputs, check_shown
+from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport, specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
@@ -102,7 +102,7 @@ class Model:
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
         """
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        return self.programs.forward(self.weights, entry, *self._arrays(checked))
+        return self.programs.forward(self.weights, entry, *self.arrays(checked))
 
     def with_taps(
         self,
@@ -115,7 +115,7 @@ class Model:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        return self.programs.forward_with_taps(self.weights, entry, *self._arrays(checked))
+        return self.programs.forward_with_taps(self.weights, entry, *self.arrays(checked))
 
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
         """What the vision tower makes of images alone: tokens [O, D], and those of every deepstack level.
@@ -132,6 +132,18 @@ class Model:
         shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
         real_O = real_tokens(config, shown)
         return tuple(tokens[real_O] for tokens in self.programs.see(self.weights, shown))
+
+    def get_rope_index(
+        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt that shows something, int32 [3, B, T], and what rows go on from beyond their length [B].
+
+        What later stages of a pipeline are to be given as ``position_ids``.
+
+        Raises:
+            ValueError: nothing is shown, or it does not fit.
+        """
+        return rope_index(self.config, input_ids, attention_mask, given=multimodal)
 
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
         """As ``get_image_features``: a video's frames are images."""
@@ -153,7 +165,7 @@ class Model:
         """
         if multimodal:
             entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-            return self.programs.apply(weights, jnp.asarray(entry), *self._arrays(checked))
+            return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked))
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -183,7 +195,7 @@ class Model:
         checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
         rows, length = checked.input_ids.shape
         cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        mask_BT, positions, vision = self._arrays(checked)
+        mask_BT, positions, vision = self.arrays(checked)
         logits_BV, cache = self.programs.prefill(
             self.weights, checked.input_ids, mask_BT, positions, cache=cache, vision=vision
         )
@@ -259,6 +271,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """What the draft says of every token but the first; arguments as for the model itself.
 
@@ -268,7 +281,7 @@ class Model:
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -337,7 +350,7 @@ class Model:
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
 
-    def _arrays(self, checked: ModelInputs) -> tuple[np.ndarray, np.ndarray, VisionArrays | None]:
+    def arrays(self, checked: ModelInputs) -> tuple[np.ndarray, np.ndarray, VisionArrays | None]:
         """Mask, positions and what is shown, as programs take them."""
         vision = None
         if checked.vision is not None:

@@ -118,6 +118,16 @@ def check_inputs(
     return dataclasses.replace(checked, vision=vision)
 
 
+def rope_index(
+    config: ModelConfig, input_ids: Any, attention_mask: Any, *, given: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [3, B, T] and each row's delta [B] of a prompt that shows something; errors as ``check_inputs``."""
+    vision = check_inputs(config, input_ids, attention_mask, given=given).vision
+    if vision is None:
+        raise ValueError("nothing is shown: give images or videos. Positions of text are counted by the model.")
+    return vision.position_ids, vision.delta_B
+
+
 def _seen(
     config: VisionConfig, types_BT: np.ndarray, mask_BT: np.ndarray, shown: Mapping[str, Any]
 ) -> tuple[VisionInputs | None, list[str]]:

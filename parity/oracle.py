@@ -80,8 +80,6 @@ def oracle_forward(
     if mtp and config.num_mtp_layers != 1:
         raise ValueError(f"a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of it")
     shown = {name: np.asarray(value) for name, value in multimodal.items() if value is not None}
-    if mtp and shown:
-        raise ValueError(f"a draft was asked for beside {sorted(shown)}, but it reads text")
     ids_BT, mask_BT, positions = checked_inputs(config, input_ids, attention_mask, position_ids, shown)
     if mtp and ids_BT.shape[1] < 2:
         raise ValueError("a draft was asked for, but its first row needs two tokens")

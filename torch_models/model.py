@@ -14,7 +14,7 @@ from torch import nn
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
-from loaders.multimodal import check_inputs, check_shown
+from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
@@ -174,6 +174,19 @@ class Model(nn.Module):
         patches = check_shown(config, on_host(pixel_values), on_host(image_grid_thw))
         return self.visual(self._shown(patches), self.dtype)
 
+    def get_rope_index(
+        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt that shows something, int32 [3, B, T], and what rows go on from beyond their length [B].
+
+        What later stages of a pipeline are to be given as ``position_ids``.
+
+        Raises:
+            ValueError: nothing is shown, or it does not fit.
+        """
+        given = {name: on_host(value) for name, value in multimodal.items()}
+        return rope_index(self.config, on_host(input_ids), on_host(attention_mask), given=given)
+
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[torch.Tensor, ...]:
         """As ``get_image_features``: a video's frames are images."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)
@@ -214,7 +227,7 @@ class Model(nn.Module):
     def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
         """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
         cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
-        seen = self._seen(prompt)
+        seen = self.seen(prompt)
         logits_BV = self._step(self.long(prompt.input_ids), self.long(prompt.position_ids), cache, seen)
         if prompt.vision is not None:  # an image takes fewer positions than tokens
             cache.position += self.long(prompt.vision.delta_B)
@@ -302,6 +315,7 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the draft says of every token but the first; arguments as for the model itself.
 
@@ -311,7 +325,7 @@ class Model(nn.Module):
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
@@ -373,21 +387,22 @@ class Model(nn.Module):
 
     def _run(self, entry: torch.Tensor, checked: ModelInputs) -> torch.Tensor:
         mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
-        seen = self._seen(checked)
-        x_BTD = self._entered(entry, seen) if self.stage.is_first else entry.to(self.dtype)
+        seen = self.seen(checked)
+        x_BTD = self.entered(entry, seen) if self.stage.is_first else entry.to(self.dtype)
         x_BTD = self.decoder(x_BTD, self.long(checked.position_ids), mask_BT, seen=seen)
         return self.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _step(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
     ) -> torch.Tensor:
-        x_BTD = self.decoder(self._entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
+        x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
         return self.head(x_BTD[:, -1:])[:, 0]
 
-    def _entered(self, ids_BT: torch.Tensor, seen: Seen | None) -> torch.Tensor:
+    def entered(self, ids_BT: torch.Tensor, seen: Seen | None) -> torch.Tensor:
+        """Hidden states of the first stage's first layer, with what is seen in its places."""
         return self.embed(ids_BT) if seen is None else self.embed(ids_BT, seen)
 
-    def _seen(self, checked: ModelInputs) -> Seen | None:
+    def seen(self, checked: ModelInputs) -> Seen | None:
         """What the vision tower makes of a batch; None: nothing is shown."""
         if checked.vision is None:
             return None
