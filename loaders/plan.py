@@ -159,11 +159,13 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             f"config.json: a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of"
             " multi-token prediction, expected 1. Load it without."
         )
-    problems += _tower_problems(config, stage, specs, found)
+    absent, more = _tower_problems(config, stage, specs, found)
+    problems += more
     targets: dict[str, tuple[ParamSpec, Source]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
-        problems += missing_parts(spec, [source for source in spec.sources if source.tensor not in found])
+        missing = [source for source in spec.sources if source.tensor not in found]
+        problems += missing_parts(spec, [source for source in missing if source.tensor not in absent])
         for source in spec.sources:
             if source.tensor not in found:
                 continue
@@ -195,10 +197,12 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
 
 
-def _tower_problems(config: ModelConfig, stage: Stage, specs: Specs, found: Mapping[str, TensorInfo]) -> list[str]:
-    """A vision tower that cannot be where it is asked for."""
+def _tower_problems(
+    config: ModelConfig, stage: Stage, specs: Specs, found: Mapping[str, TensorInfo]
+) -> tuple[frozenset[str], list[str]]:
+    """A vision tower that cannot be where it is asked for; and its tensors, where they are all not there."""
     if config.vision is None or not stage.vision:
-        return []
+        return frozenset(), []
     problems = []
     levels, first = len(config.vision.deepstack_visual_indexes), Stage(0, stage.count).layers(config.num_hidden_layers)
     if levels > len(first):
@@ -206,13 +210,11 @@ def _tower_problems(config: ModelConfig, stage: Stage, specs: Specs, found: Mapp
             f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many take"
             " what the vision tower saw. Use fewer stages, or load with vision=False."
         )
-    tower = [tensor for tensor, rule in specs.rules.items() if rule.is_visual]
-    if tower and not any(tensor in found for tensor in tower):
-        problems.append(
-            f"config.json has a vision_config, but none of its {len(tower)} tensors is there. For text alone load with"
-            " vision=False."
-        )
-    return problems
+    tower = frozenset(tensor for tensor, rule in specs.rules.items() if rule.is_visual)
+    if not tower or any(tensor in found for tensor in tower):
+        return frozenset(), problems
+    absent = f"config.json has a vision_config, but none of its {len(tower)} tensors is there"
+    return tower, [*problems, f"{absent}. For text alone load with vision=False."]
 
 
 def _tensor_problems(    checkpoint: Checkpoint,

@@ -155,13 +155,13 @@ class VisionTower(nnx.Module):
         learned_IPC = jnp.sum(self.pos_embed(shown.tap_IP4, jnp.float32) * shown.share_IP4[..., None], axis=2)
         x_IPC = x_IPC + learned_IPC.astype(dtype)
         cos_IPR, sin_IPR = vision_rotation(shown.place_IP2, self.config.head_dim, self.config.rope_theta)
-        levels: dict[int, jax.Array] = {}
+        levels: list[jax.Array] = []  # in the order of blocks, whatever the order of their mergers
         for block in range(self.config.depth):
             x_IPC = self.blocks[str(block)](x_IPC, cos_IPR, sin_IPR, shown.is_real_IP)
             if block in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(block)
-                levels[level] = self.deepstack_merger_list[str(level)](x_IPC)
-        found = [self.merger(x_IPC), *(levels[level] for level in sorted(levels))]
+                levels.append(self.deepstack_merger_list[str(level)](x_IPC))
+        found = [self.merger(x_IPC), *levels]
         return tuple(tokens.reshape(-1, tokens.shape[-1]) for tokens in found)
 
 

@@ -100,7 +100,7 @@ def _tower(config: VisionConfig, read: Weights, x_PX: np.ndarray, grid: tuple[in
     half = size // config.num_heads // 2
     frequencies = config.rope_theta ** (-np.arange(0, half, 2) / half)
     angles_PR = np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1)
-    levels: dict[int, np.ndarray] = {}
+    levels = []  # in the order of blocks
     for block in range(config.depth):
         own = read.under(f"blocks.{block}.")
         x_PC = x_PC + _attention(config, own, _norm(own, "norm1", x_PC), angles_PR, frames=time)
@@ -109,9 +109,9 @@ def _tower(config: VisionConfig, read: Weights, x_PX: np.ndarray, grid: tuple[in
         for level, taken in enumerate(config.deepstack_visual_indexes):
             if taken == block:
                 merged = x_PC.reshape(-1, merge * merge * size)
-                levels[level] = _merge(config, read.under(f"deepstack_merger_list.{level}."), merged, normed=False)
+                levels.append(_merge(config, read.under(f"deepstack_merger_list.{level}."), merged, normed=False))
     merged = _norm(read, "merger.norm", x_PC).reshape(-1, merge * merge * size)
-    return [_merge(config, read.under("merger."), merged, normed=True), *(levels[level] for level in sorted(levels))]
+    return [_merge(config, read.under("merger."), merged, normed=True), *levels]
 
 
 def _learned(

@@ -160,13 +160,13 @@ class VisionTower(nn.Module):
         learned_AC = (self.pos_embed(shown.tap_A4, torch.float32) * shown.share_A4[..., None]).sum(1)
         x_AC = x_AC + learned_AC.to(dtype)
         cos_AR, sin_AR = vision_rotation(shown.place_A2, self.config.head_dim, self.config.rope_theta)
-        levels: dict[int, torch.Tensor] = {}
+        levels: list[torch.Tensor] = []  # in the order of blocks, whatever the order of their mergers
         for block in range(self.config.depth):
             x_AC = self.blocks[str(block)](x_AC, cos_AR, sin_AR, shown.frames)
             if block in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(block)
-                levels[level] = self.deepstack_merger_list[str(level)](x_AC)
-        return self.merger(x_AC), *(levels[level] for level in sorted(levels))
+                levels.append(self.deepstack_merger_list[str(level)](x_AC))
+        return self.merger(x_AC), *levels
 
 
 def vision_rotation(place_A2: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
