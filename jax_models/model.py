@@ -94,8 +94,8 @@ class Model:
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
-                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and ``video_grid_thw``,
-                integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
+                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
@@ -118,7 +118,7 @@ class Model:
         return self.programs.forward_with_taps(self.weights, entry, *self.arrays(checked))
 
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
-        """What the vision tower makes of images alone: tokens [O, D], and those of every deepstack level.
+        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
 
         Args:
             pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
@@ -130,13 +130,13 @@ class Model:
         if config is None or not self.stage.has_tower:
             raise ValueError("this model holds no vision tower")
         shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
-        real_O = real_tokens(config, shown)
-        return tuple(tokens[real_O] for tokens in self.programs.see(self.weights, shown))
+        real_U = real_tokens(config, shown)
+        return tuple(tokens[real_U] for tokens in self.programs.see(self.weights, shown))
 
     def get_rope_index(
         self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of a prompt that shows something, int32 [3, B, T], and what rows go on from beyond their length [B].
+        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
 
         What later stages of a pipeline are to be given as ``position_ids``.
 
@@ -248,7 +248,9 @@ class Model:
         if draft is None:
             return generate(self, *prompt, **options, **multimodal)
         if multimodal:
-            raise ValueError(f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out.")
+            raise ValueError(
+                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
+            )
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
         tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
         return tokens

@@ -169,8 +169,8 @@ class Programs:
         """Hidden states of the stage's first layer, and what the vision tower saw; None: nothing is shown."""
         if vision is None:
             return self.enter(module, inputs), None
-        tokens_OD, *levels = module.visual(vision.shown, self.dtype)
-        seen = Seen(tokens_OD, tuple(levels), vision.slot_BT)
+        tokens_UD, *levels = module.visual(vision.shown, self.dtype)
+        seen = Seen(tokens_UD, tuple(levels), vision.slot_BT)
         return self.enter(module, inputs, seen), seen
 
     def enter(self, module: Any, inputs: jax.Array, *seen: Seen) -> jax.Array:

@@ -17,7 +17,6 @@ from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.shared_expert import SharedExpertMoeBlock
 from jax_models.layers.step import Entry, LayerCache, Step
 from jax_models.layers.vision import Seen, VisionTower
-from jax_models.taps import tap
 from loaders.qwen3_5 import Qwen3_5Config, Qwen3_5MoeConfig
 from loaders.stage import Stage
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense and mixture of experts: Qwen3 with a vision tower. Module paths spell the checkpoint's tensor names."""
+"""Qwen3-VL, dense and mixture of experts: Qwen3 with a vision tower. Module paths spell the tensors' names."""
 
 from __future__ import annotations
 

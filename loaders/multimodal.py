@@ -102,7 +102,9 @@ def check_inputs(
         checked = check_text(input_ids, attention_mask, position_ids, **limits)
         return checked.left_aligned() if is_prompt else checked
     if config.vision is None or not has_tower:
-        why = "was loaded without its vision tower" if config.vision is not None else f"({config.architecture}) has none"
+        why = (
+            "was loaded without its vision tower" if config.vision is not None else f"({config.architecture}) has none"
+        )
         raise ValueError(f"{', '.join(shown)} given, but the model {why}")
     types_BT, problems = placeholders(config.vision, ids, shown.get("mm_token_type_ids"))
     # a placeholder's own embedding is never used: any number will do, the lookup must only be legal

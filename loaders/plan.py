@@ -207,8 +207,8 @@ def _tower_problems(
     levels, first = len(config.vision.deepstack_visual_indexes), Stage(0, stage.count).layers(config.num_hidden_layers)
     if levels > len(first):
         problems.append(
-            f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many take"
-            " what the vision tower saw. Use fewer stages, or load with vision=False."
+            f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many"
+            " take what the vision tower saw. Use fewer stages, or load with vision=False."
         )
     tower = frozenset(tensor for tensor, rule in specs.rules.items() if rule.is_visual)
     if not tower or any(tensor in found for tensor in tower):
@@ -217,7 +217,8 @@ def _tower_problems(
     return tower, [*problems, f"{absent}. For text alone load with vision=False."]
 
 
-def _tensor_problems(    checkpoint: Checkpoint,
+def _tensor_problems(
+    checkpoint: Checkpoint,
     name: str,
     shape: tuple[int, ...],
     axes: tuple[str, ...],

@@ -70,7 +70,7 @@ def resolve(
                 continue
             names = _names(rule, config, layer)
             scheme = recipe.scheme(names)
-            is_apart = rule.on == "mtp" or rule.is_visual
+            is_apart = (rule.on == "mtp" and found) or rule.is_visual
             if is_apart and scheme is not None and not _is_there(names[0], scheme, found):
                 scheme = None
             module = module_of(rule, text, layer)
@@ -96,4 +96,4 @@ def _names(rule: Rule, config: ModelConfig, layer: int) -> list[str]:
 
 
 def _is_there(module: str, scheme: Scheme, found: Collection[str]) -> bool:
-    return not found or f"{module}.{scheme.leaves['global']}" in found
+    return f"{module}.{scheme.leaves['global']}" in found

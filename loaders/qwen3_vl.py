@@ -17,7 +17,7 @@ from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig, read_text
 from loaders.spec import Dim, Rule
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 
-DEFAULT_SECTION = [24, 20, 20]
+DEFAULT_SECTION, DEFAULT_LEVELS = [24, 20, 20], [8, 16, 24]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Any, 
     text = document.get("text_config")
     if not isinstance(text, dict):
         return None, [f"config.json: text_config is {brief(text)}, expected an object"]
-    vision, problems = read_vision(document)
+    vision, problems = read_vision(document, deepstack_visual_indexes=DEFAULT_LEVELS)
     problems += refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
     outer = {key: document[key] for key in ("eos_token_id", "pad_token_id") if document.get(key) is not None}
     # the whole model is tied or not; what the text model says of itself is not read

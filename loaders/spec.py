@@ -107,16 +107,16 @@ class Rule:
     names the tensor's axes by the letters of ``config.dims()``. ``into`` is the parameter, by default of the tensor's
     own name. ``{expert}`` and ``shard_id`` stack tensors along new leading axes of it, in that order. ``on`` says which
     pipeline stages hold it; ``mtp`` tensors are held by a last stage that has the draft, and count its own layers;
-    ``visual`` tensors by a first stage that has the vision tower, and count its blocks, ``deepstack`` ones its levels. In a
-    tied model the parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is verified,
-    never written.
+    ``visual`` tensors by a first stage that has the vision tower, and count its blocks, ``deepstack`` ones its levels.
+    In a tied model the parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is
+    verified, never written.
 
     Rules of one parameter may differ in ``form``: exporters fuse experts or they do not, and a checkpoint has one form
     of each parameter. A fused tensor is the parameter itself with some axes merged; ``param_dims`` are those unmerged.
     Of a fused transposed one the last two axes are the other way round as well: inputs first.
     ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises,
-    ``is_gate`` one so small that recipes leave it alone, ``is_table`` one whose rows are looked up. ``dtype`` is the one safetensors dtype it may have; None: any
-    float.
+    ``is_gate`` one so small that recipes leave it alone, ``is_table`` one whose rows are looked up. ``dtype`` is the
+    one safetensors dtype it may have; None: any float.
     """
 
     tensor: str

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Stage:
     """Stage ``index`` of ``count``; the whole model is stage 0 of 1.
 
-    ``mtp``: the multi-token-prediction draft is asked for; the last stage holds it. ``vision``: so is the vision tower of
-    a model that has one; the first stage holds it.
+    ``mtp``: the multi-token-prediction draft is asked for; the last stage holds it. ``vision``: so is the vision tower
+    of a model that has one; the first stage holds it.
     """
 
     index: int = 0

@@ -24,21 +24,24 @@ WRAPPER_KEYS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """``vision_config`` of config.json, and the wrapper's tokens that stand for what the tower sees."""
+    """``vision_config`` of config.json, and the wrapper's tokens that stand for what the tower sees.
 
-    depth: int
-    hidden_size: int  # C
-    hidden_act: str
-    intermediate_size: int
-    num_heads: int
-    in_channels: int
-    patch_size: int
-    spatial_merge_size: int  # so many patches by so many become one token
-    temporal_patch_size: int  # frames of a patch
-    out_hidden_size: int  # the text model's hidden_size
-    num_position_embeddings: int  # of a square grid
+    What a file leaves out is what transformers takes it for.
+    """
+
     image_token_id: int
     video_token_id: int
+    depth: int = 27
+    hidden_size: int = 1152  # C
+    hidden_act: str = ACTIVATION
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 16
+    spatial_merge_size: int = 2  # so many patches by so many become one token
+    temporal_patch_size: int = 2  # frames of a patch
+    out_hidden_size: int = 3584  # the text model's hidden_size
+    num_position_embeddings: int = 2304  # of a square grid
     deepstack_visual_indexes: tuple[int, ...] = ()  # blocks whose output is also added after the first decoder layers
     rope_theta: float = 10000.0
 
@@ -110,10 +113,10 @@ class VisionConfig:
         return found
 
 
-def read_vision(document: dict[str, Any]) -> tuple[VisionConfig | None, list[str]]:
+def read_vision(document: dict[str, Any], **defaults: Any) -> tuple[VisionConfig | None, list[str]]:
     """The tower that a wrapper's config.json describes, None where it has none, and every problem.
 
-    ``language_model_only`` says that the checkpoint holds the text model alone.
+    ``language_model_only`` says that the checkpoint holds the text model alone. ``defaults``: of the family.
     """
     given = document.get("vision_config")
     if given is None or document.get("language_model_only"):
@@ -129,7 +132,7 @@ def read_vision(document: dict[str, Any]) -> tuple[VisionConfig | None, list[str
         if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or set(rope) > _AXIAL:
             problems.append(f"rope_parameters {brief(rope)} is not implemented, expected rope_type 'axial'")
         plain |= {} if theta is None else {"rope_theta": theta}
-    config, more = read_fields(VisionConfig, plain | tokens)
+    config, more = read_fields(VisionConfig, defaults | plain | tokens)
     problems += [problem.removeprefix("config.json: ") for problem in more]
     return (None if problems else config), [f"config.json: vision_config: {problem}" for problem in problems]
 

@@ -198,7 +198,9 @@ def _generated(
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
-    tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos, **shown)).astype(np.int64)
+    tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos, **shown)).astype(
+        np.int64
+    )
     prompt = check_inputs(model.config, ids, mask, given=shown, is_prompt=True)
     later = np.ones_like(tokens[:, :-1])
     grown = np.concatenate([prompt.input_ids, tokens[:, :-1]], axis=1)

@@ -161,7 +161,7 @@ def _hybrid(**changes: Any) -> ZooModel:
 
 def _wrapper(model_type: str, vision: Mapping[str, Any] = VISION) -> dict[str, Any]:
     """config.json around the text model."""
-    tower = {"model_type": model_type, **vision, "out_hidden_size": _DENSE["hidden_size"]}
+    tower = {"model_type": model_type, **vision}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {"model_type": model_type, "vision_config": tower, **{name: 203 + i for i, name in enumerate(names)}}
 
@@ -242,8 +242,9 @@ def zoo_config(name: str, *, spelling: Spelling = "v5", dtype: str = "F32", **co
         text = _as_published(text) | {"torch_dtype": dtype_name}
     if not model.wrapper:
         return {"architectures": [model.architecture], **text, "transformers_version": version}
+    tower = {"vision_config": model.wrapper["vision_config"] | {"out_hidden_size": text["hidden_size"]}}
     outer = {"tie_word_embeddings": text["tie_word_embeddings"], "transformers_version": version}
-    return {"architectures": [model.architecture], **model.wrapper, "text_config": text, **outer}
+    return {"architectures": [model.architecture], **model.wrapper, **tower, "text_config": text, **outer}
 
 
 def _as_published(config: dict[str, Any]) -> dict[str, Any]:
@@ -253,11 +254,10 @@ def _as_published(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"rope_local_base_freq": rope[_SLIDING]["rope_theta"], "sliding_window_pattern": every}
         del config["layer_types"]
         rope = dict(rope[_FULL])
-    if "mrope_section" in rope:  # Qwen3.5 was published with rope_parameters already
+    if "partial_rotary_factor" in rope:  # Qwen3.5 was published with rope_parameters already
         published = {"partial_rotary_factor": rope["partial_rotary_factor"], "full_attention_interval": 4}
         fixed = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_use_dedicated_embeddings": False}
         return config | published | fixed | {"mlp_only_layers": [], "rope_parameters": rope}
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     return config
-

@@ -23,7 +23,7 @@ def pictures(
     padding: Literal["right", "left"] | None = "right",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Everything a model takes, under the Hugging Face processor's names, as ``parity.zoo.prompts`` with pictures in it.
+    """Everything a model takes, under the Hugging Face processor's names: ``parity.zoo.prompts`` with pictures in it.
 
     Args:
         config: of a model that sees.
@@ -55,7 +55,10 @@ def pictures(
         for kind, some in grids.items()
         if some
     }
-    names: dict[str, Any] = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+    names: dict[str, Any] = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
     for kind, values in pixels.items():
         found[names[kind][0]] = values
         found[names[kind][1]] = np.array([grid.size for grid in grids[kind]], np.int64)

@@ -142,4 +142,3 @@ def _with_canaries(values_VD: np.ndarray, config: ModelConfig) -> np.ndarray:
         values_VD[HUGE_TOKEN] *= HUGE_SCALE  # as a head row it would win every argmax, and then predict itself for ever
     values_VD[TWIN_TOKENS[1]] = values_VD[TWIN_TOKENS[0]]
     return values_VD
-

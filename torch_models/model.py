@@ -37,8 +37,8 @@ from torch_models.taps import collect
 class Model(nn.Module):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
-    A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``; one that sees
-    adds ``visual``.
+    A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``, and
+    ``visual`` where it sees.
 
     Attributes:
         config: of the checkpoint.
@@ -131,8 +131,8 @@ class Model(nn.Module):
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
-                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and ``video_grid_thw``,
-                integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
+                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
@@ -158,7 +158,7 @@ class Model(nn.Module):
         return out, taps
 
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
-        """What the vision tower makes of images alone: tokens [O, D], and those of every deepstack level.
+        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
 
         Args:
             pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
@@ -177,7 +177,7 @@ class Model(nn.Module):
     def get_rope_index(
         self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of a prompt that shows something, int32 [3, B, T], and what rows go on from beyond their length [B].
+        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
 
         What later stages of a pipeline are to be given as ``position_ids``.
 
@@ -290,7 +290,9 @@ class Model(nn.Module):
         if draft is None:
             return generate(self, *prompt, **options, graphs=graphs, **multimodal)
         if multimodal:
-            raise ValueError(f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out.")
+            raise ValueError(
+                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
+            )
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
@@ -406,8 +408,8 @@ class Model(nn.Module):
         """What the vision tower makes of a batch; None: nothing is shown."""
         if checked.vision is None:
             return None
-        tokens_OD, *levels = self.visual(self._shown(checked.vision.patches), self.dtype)
-        return Seen(tokens_OD, tuple(levels), self.long(checked.vision.slot_BT))
+        tokens_UD, *levels = self.visual(self._shown(checked.vision.patches), self.dtype)
+        return Seen(tokens_UD, tuple(levels), self.long(checked.vision.slot_BT))
 
     def _shown(self, patches: Patches) -> Shown:
         pixels_AX, share_A4 = (torch.from_numpy(x).to(self.device) for x in (patches.pixels_AX, patches.share_A4))

@@ -18,7 +18,6 @@ from torch_models.layers.shared_expert import SharedExpertMoeBlock
 from torch_models.layers.step import Entry, LayerCache, Step
 from torch_models.layers.vision import Seen, VisionTower
 from torch_models.model import Model
-from torch_models.taps import tap
 
 
 class DecoderLayer(nn.Module):

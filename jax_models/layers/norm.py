@@ -68,9 +68,9 @@ class RMSNormGated(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """y = weight * (x - mean) / std + bias over the last axis, in float32, cast once. eps is 1e-6 whatever the config says.
+    """y = weight * (x - mean) / std + bias over the last axis, in float32, cast once.
 
-    Source: transformers ``Qwen3VLVisionBlock``.
+    eps is 1e-6 whatever the config says. Source: transformers ``Qwen3VLVisionBlock``.
     """
 
     def __init__(self, size: int) -> None:

@@ -119,14 +119,14 @@ class PatchMerger(nnx.Module):
         self.merged, self.norms_merged = merged, norms_merged
 
     def __call__(self, x_IPC: jax.Array) -> jax.Array:
-        """Tokens, [I, O, D]."""
+        """Tokens, [I, U, D]."""
         if not self.norms_merged:
             x_IPC = self.norm(x_IPC)
-        x_IOM = x_IPC.reshape(len(x_IPC), -1, self.merged)
+        x_IUM = x_IPC.reshape(len(x_IPC), -1, self.merged)
         if self.norms_merged:
-            x_IOM = self.norm(x_IOM)
-        inner_IOM = self.linear_fc1(x_IOM)
-        return self.linear_fc2(jax.nn.gelu(inner_IOM.astype(jnp.float32), approximate=False).astype(inner_IOM.dtype))
+            x_IUM = self.norm(x_IUM)
+        inner_IUM = self.linear_fc1(x_IUM)
+        return self.linear_fc2(jax.nn.gelu(inner_IUM.astype(jnp.float32), approximate=False).astype(inner_IUM.dtype))
 
 
 class VisionTower(nnx.Module):
@@ -145,7 +145,7 @@ class VisionTower(nnx.Module):
         self.config = config
 
     def __call__(self, shown: Shown, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-        """Tokens that stand for the patches, [O, D] in ``dtype``, and those of every deepstack level; O counts padding.
+        """Tokens that stand for the patches, [U, D] in ``dtype``, and those of every deepstack level; U counts padding.
 
         Args:
             shown: the patches.
@@ -180,18 +180,18 @@ class Seen:
     """What the tower made of a batch, and where in it that belongs.
 
     Attributes:
-        tokens_OD: the tokens.
-        levels: those of every deepstack level, [O, D] each.
+        tokens_UD: the tokens.
+        levels: those of every deepstack level, [U, D] each.
         slot_BT: int32, which token stands at each position; -1: none.
     """
 
-    tokens_OD: jax.Array
+    tokens_UD: jax.Array
     levels: tuple[jax.Array, ...]
     slot_BT: jax.Array
 
     def placed(self, x_BTD: jax.Array) -> jax.Array:
         """Embeddings with the tokens in their places."""
-        return jnp.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_OD, x_BTD), x_BTD)
+        return jnp.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_UD, x_BTD), x_BTD)
 
     def deepened(self, x_BTD: jax.Array, layer: int) -> jax.Array:
         """The residual stream after decoder layer ``layer``, with that level added where something is shown."""
@@ -199,5 +199,5 @@ class Seen:
             return x_BTD
         return jnp.where(self.slot_BT[..., None] >= 0, x_BTD + self._at(self.levels[layer], x_BTD), x_BTD)
 
-    def _at(self, tokens_OD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return tokens_OD[jnp.maximum(self.slot_BT, 0)].astype(x_BTD.dtype)
+    def _at(self, tokens_UD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return tokens_UD[jnp.maximum(self.slot_BT, 0)].astype(x_BTD.dtype)

@@ -24,21 +24,21 @@ class Sight:
     """What a prompt shows.
 
     Attributes:
-        where: row and token of every placeholder that is filled, int64 [2, O].
-        tokens_OD: what the tower says of each, float64.
+        where: row and token of every placeholder that is filled, int64 [2, U].
+        tokens_UD: what the tower says of each, float64.
         levels: what it says at every deepstack level.
         positions: [3, B, T], time, height and width of every token.
     """
 
     where: np.ndarray
-    tokens_OD: np.ndarray
+    tokens_UD: np.ndarray
     levels: tuple[np.ndarray, ...]
     positions: np.ndarray
 
     def placed(self, x_BTD: np.ndarray) -> np.ndarray:
         """Embeddings with what is shown in its places."""
         x_BTD = x_BTD.copy()
-        x_BTD[tuple(self.where)] = self.tokens_OD
+        x_BTD[tuple(self.where)] = self.tokens_UD
         return x_BTD
 
     def deepened(self, x_BTD: np.ndarray, layer: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def look(
 
 
 def _tower(config: VisionConfig, read: Weights, x_PX: np.ndarray, grid: tuple[int, int, int]) -> list[np.ndarray]:
-    """Tokens of one image or video, float64 [O, D], and those of every level. P counts its patches here."""
+    """Tokens of one image or video, float64 [U, D], and those of every level. P counts its patches here."""
     time, height, width = grid
     merge, size = config.spatial_merge_size, config.hidden_size
     frame = [
@@ -147,9 +147,9 @@ def _turned(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _merge(config: VisionConfig, read: Weights, x_OM: np.ndarray, *, normed: bool) -> np.ndarray:
-    x_OM = x_OM if normed else _norm(read, "norm", x_OM)
-    inner = _biased(read, "linear_fc1", x_OM, x_OM.shape[1])
+def _merge(config: VisionConfig, read: Weights, x_UM: np.ndarray, *, normed: bool) -> np.ndarray:
+    x_UM = x_UM if normed else _norm(read, "norm", x_UM)
+    inner = _biased(read, "linear_fc1", x_UM, x_UM.shape[1])
     erf = np.vectorize(math.erf, otypes=[np.float64])
     return _biased(read, "linear_fc2", inner * 0.5 * (1 + erf(inner / math.sqrt(2))), config.out_hidden_size)
 

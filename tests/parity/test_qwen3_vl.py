@@ -73,7 +73,9 @@ def states(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 # what takes JAX long to compile and shows it little that is new
-SLOW = [pytest.param("jax", name, marks=pytest.mark.slow) for name in ("vl yarn", "vl moe square experts", "hybrid moe")]
+SLOW = [
+    pytest.param("jax", name, marks=pytest.mark.slow) for name in ("vl yarn", "vl moe square experts", "hybrid moe")
+]
 QUICK = [(side, name) for name in CASES for side in SIDES if (side, name) not in [param.values for param in SLOW]]
 
 
@@ -163,7 +165,10 @@ def test_text_alone_is_loaded_without_the_tower_and_says_so(seeing, side, tmp_pa
     with pytest.raises(ValueError, match="without its vision tower"):
         model(**batch_of(seeing("vl"), "right"))
     model.export(tmp_path / "export")  # whole: what was left out is copied
-    assert loaders.open_checkpoint(tmp_path / "export").tensors.keys() == loaders.open_checkpoint(seeing("vl")).tensors.keys()
+    assert (
+        loaders.open_checkpoint(tmp_path / "export").tensors.keys()
+        == loaders.open_checkpoint(seeing("vl")).tensors.keys()
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -20,7 +20,12 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 12,
     "max_position_embeddings": 512,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [2, 2, 2],
+        "mrope_interleaved": True,
+    },
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -67,7 +72,13 @@ CASES = {
     # one head of 16, patches of one frame, three by three to a token, levels in another order, a text of one kv head
     "vl odd sizes tied bf16 files": Case(
         "Qwen3VL",
-        {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 4, "attention_bias": True},
+        {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "attention_bias": True,
+        },
         {
             "hidden_size": 16,
             "num_heads": 1,
@@ -97,7 +108,8 @@ CASES = {
     "hybrid": Case("Qwen3_5", HYBRID),
     "hybrid moe": Case(
         "Qwen3_5Moe",
-        HYBRID | {key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+        HYBRID
+        | {key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
         | {"shared_expert_intermediate_size": 20},
         {"depth": 2},
     ),
@@ -107,9 +119,8 @@ CASES = {
 def new_model(case: Case) -> Any:
     """transformers' model of a case, sensitised."""
     config_class = getattr(transformers, f"{case.kind}Config")
-    text = {key: value for key, value in (TEXT | case.text).items()}
     config = config_class(
-        text_config=text | {"tie_word_embeddings": case.is_tied},
+        text_config=TEXT | case.text | {"tie_word_embeddings": case.is_tied},
         vision_config=VISION | case.vision,
         tie_word_embeddings=case.is_tied,
         **TOKENS,

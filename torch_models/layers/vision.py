@@ -124,13 +124,13 @@ class PatchMerger(nn.Module):
         self.merged, self.norms_merged = merged, norms_merged
 
     def forward(self, x_AC: torch.Tensor) -> torch.Tensor:
-        """Tokens, [O, D]."""
+        """Tokens, [U, D]."""
         if not self.norms_merged:
             x_AC = self.norm(x_AC)
-        x_OM = x_AC.reshape(-1, self.merged)
+        x_UM = x_AC.reshape(-1, self.merged)
         if self.norms_merged:
-            x_OM = self.norm(x_OM)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x_OM)))
+            x_UM = self.norm(x_UM)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x_UM)))
 
 
 class VisionTower(nn.Module):
@@ -150,7 +150,7 @@ class VisionTower(nn.Module):
         self.config = config
 
     def forward(self, shown: Shown, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Tokens that stand for the patches, [O, D] in ``dtype``, and those of every deepstack level.
+        """Tokens that stand for the patches, [U, D] in ``dtype``, and those of every deepstack level.
 
         Args:
             shown: the patches.
@@ -182,18 +182,18 @@ class Seen:
     """What the tower made of a batch, and where in it that belongs.
 
     Attributes:
-        tokens_OD: the tokens.
-        levels: those of every deepstack level, [O, D] each.
+        tokens_UD: the tokens.
+        levels: those of every deepstack level, [U, D] each.
         slot_BT: int64, which token stands at each position; -1: none.
     """
 
-    tokens_OD: torch.Tensor
+    tokens_UD: torch.Tensor
     levels: tuple[torch.Tensor, ...]
     slot_BT: torch.Tensor
 
     def placed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Embeddings with the tokens in their places."""
-        return torch.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_OD, x_BTD), x_BTD)
+        return torch.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_UD, x_BTD), x_BTD)
 
     def deepened(self, x_BTD: torch.Tensor, layer: int) -> torch.Tensor:
         """The residual stream after decoder layer ``layer``, with that level added where something is shown."""
@@ -201,5 +201,5 @@ class Seen:
             return x_BTD
         return torch.where(self.slot_BT[..., None] >= 0, x_BTD + self._at(self.levels[layer], x_BTD), x_BTD)
 
-    def _at(self, tokens_OD: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        return tokens_OD[self.slot_BT.clamp(min=0)].to(x_BTD.dtype)
+    def _at(self, tokens_UD: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        return tokens_UD[self.slot_BT.clamp(min=0)].to(x_BTD.dtype)
