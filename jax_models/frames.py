@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,15 +28,16 @@ class VisionArrays:
     """
 
     shown: Shown
-    slot_BT: np.ndarray
-    delta_B: np.ndarray
+    slot_BT: jax.Array
+    delta_B: jax.Array
 
 
 def vision_arrays(config: VisionConfig, vision: VisionInputs) -> VisionArrays:
     """What the host checked, padded."""
     shown = framed(config, vision.patches)
     where = np.append(real_tokens(config, shown), -1).astype(np.int32)  # -1 stays -1
-    return VisionArrays(shown, where[vision.slot_BT], vision.delta_B)
+    places: list[Any] = [where[vision.slot_BT], vision.delta_B]
+    return VisionArrays(shown, *places)
 
 
 def framed(config: VisionConfig, patches: Patches) -> Shown:
@@ -54,13 +56,9 @@ def framed(config: VisionConfig, patches: Patches) -> Shown:
         out[is_real_IP] = packed
         return out
 
-    return Shown(
-        spread(patches.pixels_AX),
-        spread(patches.place_A2),
-        spread(patches.tap_A4),
-        spread(patches.share_A4),
-        is_real_IP,
-    )
+    packed = (patches.pixels_AX, patches.place_A2, patches.tap_A4, patches.share_A4)
+    parts: list[Any] = [*map(spread, packed), is_real_IP]  # from the host: placed where a program runs
+    return Shown(*parts)
 
 
 def real_tokens(config: VisionConfig, shown: Shown) -> np.ndarray:

@@ -95,7 +95,8 @@ class Model:
             hidden_states: [B, T, D] from the stage before, on later stages.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
                 ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
-                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
+                None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
@@ -352,7 +353,7 @@ class Model:
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
 
-    def arrays(self, checked: ModelInputs) -> tuple[np.ndarray, np.ndarray, VisionArrays | None]:
+    def arrays(self, checked: ModelInputs) -> tuple[Any, Any, VisionArrays | None]:
         """Mask, positions and what is shown, as programs take them."""
         vision = None
         if checked.vision is not None:

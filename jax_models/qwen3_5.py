@@ -146,6 +146,7 @@ class Qwen3_5ForCausalLM(nnx.Module):
     @property
     def visual(self) -> VisionTower:
         """The vision tower, of a wrapper that holds it."""
+        assert isinstance(self.model, Qwen3_5Model), "the text model alone sees nothing"
         return self.model.visual
 
     def embed(self, input_ids_BT: jax.Array, seen: Seen | None = None) -> jax.Array:

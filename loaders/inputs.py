@@ -39,8 +39,9 @@ class ModelInputs:
     def padded_to(self, length: int) -> ModelInputs:
         """At least ``length`` tokens a row, padding added on the left."""
         extra = max(length - self.input_ids.shape[1], 0)
-        padded = (left_padded(array, extra) for array in (self.input_ids, self.attention_mask, self.position_ids))
-        return ModelInputs(*padded, None if self.vision is None else self.vision.left_padded(extra))
+        ids, mask, positions = self.input_ids, self.attention_mask, self.position_ids
+        vision = None if self.vision is None else self.vision.left_padded(extra)
+        return ModelInputs(*(left_padded(array, extra) for array in (ids, mask, positions)), vision=vision)
 
 
 def left_aligned(array_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ class Model(nn.Module):
         """Captured decode steps; see ``torch_models.graphs``."""
         return DecodeGraphs(self, self._kept_graphs)
 
-    def embed(self, input_ids_BT: torch.Tensor, *seen: Seen) -> torch.Tensor:
+    def embed(self, input_ids_BT: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
         raise NotImplementedError
 
@@ -132,7 +132,8 @@ class Model(nn.Module):
             hidden_states: [B, T, D] from the stage before, on later stages.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
                 ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
-                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or None: by their tokens.
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
+                None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:

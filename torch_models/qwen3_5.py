@@ -148,6 +148,7 @@ class Qwen3_5ForCausalLM(Model):
     @property
     def visual(self) -> VisionTower:
         """The vision tower, of a wrapper that holds it."""
+        assert isinstance(self.model, Qwen3_5Model), "the text model alone sees nothing"
         return self.model.visual
 
     def embed(self, input_ids_BT: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
