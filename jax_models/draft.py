@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 
 from jax_models.cache import Cache
+from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.taps import collect
-from loaders.inputs import check_text
+from loaders.multimodal import check_inputs
 from loaders.speculation import SpeculationReport
 
 if TYPE_CHECKING:
@@ -57,26 +58,40 @@ class Draft:
         return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        given = (input_ids, attention_mask, position_ids)
+        logits, drafted_BTD, _ = self.with_taps(*given, hidden_states=hidden_states, **multimodal)
         return logits, drafted_BTD
 
     def with_taps(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         weights, target = self.weights, self.target
         assert target is not None
         if np.shape(input_ids)[-1] < 2:
             raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
-        checked = check_text(input_ids, attention_mask, position_ids, **target.limits())
+        given = (target.config, input_ids, attention_mask, position_ids)
+        checked = check_inputs(*given, given=multimodal, has_tower=target.stage.has_tower)
         entry = checked.input_ids
         if not target.stage.is_first:
             entry, _ = target.checked(None, attention_mask, position_ids, hidden_states)
         programs = self.source.programs.draft
-        return programs.forward(weights, entry, checked.input_ids, checked.attention_mask, checked.position_ids)
+        return programs.forward(weights, entry, checked.input_ids, *target.arrays(checked))
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.
@@ -123,18 +138,26 @@ class DraftPrograms:
         self.compact = jax.jit(self._compact, donate_argnames="cache")
 
     def _forward(
-        self, weights: Weights, inputs: jax.Array, ids_BT: jax.Array, mask_BT: jax.Array, position_ids: jax.Array
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        ids_BT: jax.Array,
+        mask_BT: jax.Array,
+        position_ids: jax.Array,
+        vision: VisionArrays | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1. And taps."""
         programs = self._programs
         with programs.precision():
             module = nnx.merge(programs.graphdef, weights)
-            x_BTD = programs.enter(module, inputs)
-            hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT)
+            x_BTD, seen = programs.enter_seeing(module, inputs, vision)
+            hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT, seen=seen)
+            # what is shown is shown to the draft too
+            embedded_BTD = module.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
             is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
             step = self._steps(module, position_ids[..., 1:], is_pair, 0, is_cached=False)
             with collect() as taps:
-                drafted, _ = module.mtp(module.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+                drafted, _ = module.mtp(embedded_BTD, hidden_BTD[:, :-1], step)
             return module.head(drafted), drafted, taps
 
     def _prefill(

@@ -34,6 +34,7 @@ def load(
     stage: tuple[int, int] | None = None,
     mtp: bool = False,
     *,
+    vision: bool = True,
     activation_quantization: bool | None = None,
     quantize: str | None = None,
 ) -> Model:
@@ -47,6 +48,7 @@ def load(
         mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
+        vision: load the vision tower of a model that has one (``visual.*``), onto the first stage; False: text alone.
         activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
             checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
@@ -58,7 +60,7 @@ def load(
     mesh = usable_mesh(mesh)
     checkpoint = open_to_load(uri, quantize)
     activations = activations_of(checkpoint, activation_quantization)
-    stage_ = Stage.of(stage, mtp=mtp)
+    stage_ = Stage.of(stage, mtp=mtp, vision=vision)
     plan = plan_load(checkpoint, stage_)
     computed = jnp.dtype(compute_dtype(dtype, plan))
     programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from jax.sharding import Mesh
 from jax_models import weights as life
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
+from jax_models.frames import VisionArrays, framed, real_tokens, vision_arrays
 from jax_models.generate import generate
 from jax_models.programs import Programs, Weights
 from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import TextInputs, bucket, check_text
+from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport, specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
@@ -85,6 +88,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> jax.Array:
         """Run the stage.
 
@@ -94,13 +98,17 @@ class Model:
             position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
+            multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
+                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
+                None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
-            ValueError: inputs of the wrong shape, dtype or range.
+            ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
         """
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
-        return self.programs.forward(self.weights, entry, checked.attention_mask, checked.position_ids)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        return self.programs.forward(self.weights, entry, *self.arrays(checked))
 
     def with_taps(
         self,
@@ -109,10 +117,43 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
-        return self.programs.forward_with_taps(self.weights, entry, checked.attention_mask, checked.position_ids)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        return self.programs.forward_with_taps(self.weights, entry, *self.arrays(checked))
+
+    def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
+        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
+
+        Args:
+            pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
+            image_grid_thw: integers [images, 3].
+        Raises:
+            ValueError: they do not fit, or this model holds no tower.
+        """
+        config = self.config.vision
+        if config is None or not self.stage.has_tower:
+            raise ValueError("this model holds no vision tower")
+        shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
+        real_U = real_tokens(config, shown)
+        return tuple(tokens[real_U] for tokens in self.programs.see(self.weights, shown))
+
+    def get_rope_index(
+        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
+
+        What later stages of a pipeline are to be given as ``position_ids``.
+
+        Raises:
+            ValueError: nothing is shown, or it does not fit.
+        """
+        return rope_index(self.config, input_ids, attention_mask, given=multimodal)
+
+    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
+        """As ``get_image_features``: a video's frames are images."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw)
 
     def apply(
         self,
@@ -122,8 +163,15 @@ class Model:
         position_ids: jax.Array | None = None,
         *,
         hidden_states: jax.Array | None = None,
+        **multimodal: Any,
     ) -> jax.Array:
-        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing."""
+        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing.
+
+        But for images: they are matched to their placeholders, so that they and the tokens must be arrays with values.
+        """
+        if multimodal:
+            entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+            return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked))
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -134,7 +182,7 @@ class Model:
         return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32))
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
     ) -> tuple[jax.Array, VersionedCache]:
         """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
 
@@ -142,16 +190,20 @@ class Model:
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            multimodal: as for the model itself.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
         self._needs_whole_model("prefill")
-        checked = check_text(input_ids, attention_mask, None, vocab_size=self.config.vocab_size).left_aligned()
+        checked = check_inputs(
+            self.config, input_ids, attention_mask, given=multimodal, has_tower=self.stage.has_tower, is_prompt=True
+        )
         checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
         rows, length = checked.input_ids.shape
         cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        mask_BT, positions, vision = self.arrays(checked)
         logits_BV, cache = self.programs.prefill(
-            self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
+            self.weights, checked.input_ids, mask_BT, positions, cache=cache, vision=vision
         )
         return logits_BV, VersionedCache(cache, self.version, self.weights_id)
 
@@ -188,6 +240,7 @@ class Model:
         ignore_eos: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
+        **multimodal: Any,
     ) -> jax.Array:
         """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
 
@@ -199,7 +252,11 @@ class Model:
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
-            return generate(self, *prompt, **options)
+            return generate(self, *prompt, **options, **multimodal)
+        if multimodal:
+            raise ValueError(
+                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
+            )
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
         tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
         return tokens
@@ -222,6 +279,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """What the draft says of every token but the first; arguments as for the model itself.
 
@@ -231,7 +289,7 @@ class Model:
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -274,16 +332,24 @@ class Model:
         return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
 
     def checked(
-        self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
-    ) -> tuple[Any, TextInputs]:
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        hidden_states: Any,
+        multimodal: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, ModelInputs]:
         """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(input_ids, attention_mask, position_ids, **self.limits())
+            prompt = (self.config, input_ids, attention_mask, position_ids)
+            checked = check_inputs(*prompt, given=multimodal or {}, has_tower=self.stage.has_tower)
             return checked.input_ids, checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
+        if multimodal:
+            raise ValueError(f"{', '.join(multimodal)} given, but only the first stage sees. Give its hidden_states.")
         x_BTD = jnp.asarray(hidden_states, self.dtype)
         if self.mesh is None:  # from a stage on another device
             x_BTD = jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
@@ -291,6 +357,14 @@ class Model:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
+
+    def arrays(self, checked: ModelInputs) -> tuple[Any, Any, VisionArrays | None]:
+        """Mask, positions and what is shown, as programs take them."""
+        vision = None
+        if checked.vision is not None:
+            assert self.config.vision is not None
+            vision = vision_arrays(self.config.vision, checked.vision)
+        return checked.attention_mask, checked.position_ids, vision
 
     def _needs_whole_model(self, what: str) -> None:
         if self.stage.count > 1:

@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from jax.sharding import Mesh
 
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.draft import DraftPrograms
+from jax_models.frames import VisionArrays
 from jax_models.layers.install import install, install_cache
+from jax_models.layers.vision import Seen, Shown
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
@@ -81,6 +84,7 @@ class Programs:
         self.cache_entries = functools.partial(family.cache_entries, config, stage)
         self.forward = jax.jit(self.apply)
         self.forward_with_taps = jax.jit(self._apply_with_taps)
+        self.see = jax.jit(self._see)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
         self.decode = jax.jit(self._decode, donate_argnames="cache")
 
@@ -98,26 +102,50 @@ class Programs:
         sizes = {"rows": rows, "capacity": capacity}
         return empty_cache(self.cache_entries(**sizes), **sizes, dtype=self.dtype, mesh=self.mesh, make=make)
 
-    def apply(self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def apply(
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        vision: VisionArrays | None = None,
+    ) -> jax.Array:
         """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, _ = module.decoder(self.enter(module, inputs), positions_BT, mask_BT)
+            x_BTD, seen = self.enter_seeing(module, inputs, vision)
+            x_BTD, _ = module.decoder(x_BTD, positions_BT, mask_BT, seen=seen)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _apply_with_taps(
-        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        vision: VisionArrays | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with collect() as taps:
-            out = self.apply(weights, inputs, mask_BT, positions_BT)
+            out = self.apply(weights, inputs, mask_BT, positions_BT, vision)
         return out, taps
 
+    def _see(self, weights: Weights, shown: Shown) -> tuple[jax.Array, ...]:
+        """What the vision tower makes of patches; see ``VisionTower``."""
+        with self.precision():
+            return nnx.merge(self.graphdef, weights).visual(shown, self.dtype)
+
     def _prefill(
-        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        vision: VisionArrays | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        return self._step(weights, inputs, positions_BT, key_mask_BS, cache)
+        return self._step(weights, inputs, positions_BT, key_mask_BS, cache, vision)
 
     def _decode(self, weights: Weights, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
@@ -125,11 +153,20 @@ class Programs:
         return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache)
 
     def _step(
-        self, weights: Weights, inputs: jax.Array, positions_BT: jax.Array, key_mask_BS: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        positions_BT: jax.Array,
+        key_mask_BS: jax.Array,
+        cache: Cache,
+        vision: VisionArrays | None = None,
     ) -> tuple[jax.Array, Cache]:
         with self.precision():
             module = nnx.merge(self.graphdef, weights)
-            x_BTD, cache = module.decoder(self.enter(module, inputs), positions_BT, key_mask_BS, cache)
+            x_BTD, seen = self.enter_seeing(module, inputs, vision)
+            x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, seen=seen)
+            if vision is not None:  # an image takes fewer positions than tokens
+                cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
             return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self.placed(cache)
 
     def placed(self, cache: Cache) -> Cache:
@@ -137,9 +174,19 @@ class Programs:
         rows, capacity = cache.key_mask.shape
         return placed(cache, self.cache_entries(rows=rows, capacity=capacity), self.mesh)
 
-    def enter(self, module: Any, inputs: jax.Array) -> jax.Array:
+    def enter_seeing(
+        self, module: Any, inputs: jax.Array, vision: VisionArrays | None
+    ) -> tuple[jax.Array, Seen | None]:
+        """Hidden states of the stage's first layer, and what the vision tower saw; None: nothing is shown."""
+        if vision is None:
+            return self.enter(module, inputs), None
+        tokens_UD, *levels = module.visual(vision.shown, self.dtype)
+        seen = Seen(tokens_UD, tuple(levels), vision.slot_BT)
+        return self.enter(module, inputs, seen), seen
+
+    def enter(self, module: Any, inputs: jax.Array, *seen: Seen) -> jax.Array:
         """Hidden states of the stage's first layer, rows cut over the mesh."""
-        x_BTD = module.embed(inputs) if self.stage.is_first else inputs.astype(self.dtype)
+        x_BTD = module.embed(inputs, *seen) if self.stage.is_first else inputs.astype(self.dtype)
         if self.mesh is None:
             return x_BTD
         # callers give host arrays, placed nowhere: the rows are cut here

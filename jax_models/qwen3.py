@@ -20,9 +20,12 @@ from loaders.stage import Stage
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: Qwen3Config, layer: int, mesh: Mesh | None) -> None:
+    ``path``: its module path, for taps.
+    """
+
+    def __init__(self, config: Qwen3Config, path: str, layer: int, mesh: Mesh | None) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(
             config.hidden_size,
@@ -40,7 +43,7 @@ class DecoderLayer(nnx.Module):
                 expert_size=config.moe_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                layer=layer,
+                path=path,
                 mesh=mesh,
             )
         else:
@@ -58,7 +61,10 @@ class Qwen3ForCausalLM(nnx.Module):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
     def __init__(self, config: Qwen3Config, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        layers = {layer: DecoderLayer(config, layer, mesh) for layer in stage.layers(config.num_hidden_layers)}
+        layers = {
+            layer: DecoderLayer(config, f"model.layers.{layer}", layer, mesh)
+            for layer in stage.layers(config.num_hidden_layers)
+        }
         self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)

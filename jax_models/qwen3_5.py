@@ -16,7 +16,7 @@ from jax_models.layers.mlp import MLP
 from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.shared_expert import SharedExpertMoeBlock
 from jax_models.layers.step import Entry, LayerCache, Step
-from jax_models.taps import tap
+from jax_models.layers.vision import Seen, VisionTower
 from loaders.qwen3_5 import Qwen3_5Config, Qwen3_5MoeConfig
 from loaders.stage import Stage
 
@@ -112,9 +112,11 @@ class Qwen3_5MTP(nnx.Module):
 
 
 class Qwen3_5Model(nnx.Module):
-    """The multimodal wrapper, as far as text goes."""
+    """The multimodal wrapper: the vision tower, where it is, and the text model."""
 
-    def __init__(self, language_model: Decoder) -> None:
+    def __init__(self, config: Qwen3_5Config, stage: Stage, language_model: Decoder) -> None:
+        if config.vision is not None and stage.has_tower:
+            self.visual = VisionTower(config.vision)
         self.language_model = language_model
 
 
@@ -128,7 +130,7 @@ class Qwen3_5ForCausalLM(nnx.Module):
             for layer in stage.layers(config.num_hidden_layers)
         }
         decoder = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-        self.model = Qwen3_5Model(decoder) if config.is_wrapped else decoder
+        self.model = Qwen3_5Model(config, stage, decoder) if config.is_wrapped else decoder
         if stage.is_last and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if stage.has_draft:
@@ -141,10 +143,15 @@ class Qwen3_5ForCausalLM(nnx.Module):
         """The text model."""
         return self.model.language_model if isinstance(self.model, Qwen3_5Model) else self.model
 
-    def embed(self, input_ids_BT: jax.Array) -> jax.Array:
+    @property
+    def visual(self) -> VisionTower:
+        """The vision tower, of a wrapper that holds it."""
+        assert isinstance(self.model, Qwen3_5Model), "the text model alone sees nothing"
+        return self.model.visual
+
+    def embed(self, input_ids_BT: jax.Array, seen: Seen | None = None) -> jax.Array:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        decoder = self.decoder
-        return tap(f"{decoder.path}.embed_tokens", decoder.embed_tokens(input_ids_BT, self.dtype))
+        return self.decoder.embed(input_ids_BT, self.dtype, seen)
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

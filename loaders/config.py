@@ -149,6 +149,15 @@ def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
     return problems
 
 
+def rope_document(document: dict[str, Any], defaults: dict[str, Any]) -> Any:
+    """The rotary parameters with a family's defaults; one document, whichever way they were spelled."""
+    nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
+    given = nested if nested is not None else scaling if scaling is not None else {}
+    if not isinstance(given, dict) or (nested is not None and scaling is not None and nested != scaling):
+        return nested  # reported by ``read_rope``
+    return defaults | given
+
+
 def read_rope(
     document: dict[str, Any], more_keys: frozenset[str] = frozenset()
 ) -> tuple[RopeParameters | None, list[str]]:

@@ -90,7 +90,7 @@ def _lines(rules: Sequence[Rule], config: ModelConfig, stage: Stage) -> Iterator
 def _layers(rule: Rule, config: ModelConfig, stage: Stage) -> Sequence[int]:
     if "{layer}" not in rule.tensor:
         return [0]
-    return range(config.num_mtp_layers) if rule.on == "mtp" else stage.layers(config.num_hidden_layers)
+    return stage.layers(rule.count(config)) if rule.on == "layer" else range(rule.count(config))
 
 
 def _chosen(
@@ -134,7 +134,10 @@ def _tensors(candidate: Candidate) -> list[str]:
 def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
     # a tied head reads the embedding, and so does a draft: the last stage holds a copy that every update refreshes
     holds_embedding = stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp))
+    has_tower = stage.has_tower and config.vision is not None
     return {
+        "visual": has_tower,
+        "deepstack": has_tower,
         "layer": True,
         "embedding": holds_embedding,
         "head": stage.is_last,

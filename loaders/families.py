@@ -20,6 +20,8 @@ FAMILIES = {
     "Qwen3_5MoeForCausalLM": "qwen3_5",
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
     "Gemma3ForCausalLM": "gemma3",
 }
 

@@ -58,6 +58,7 @@ class Gemma3Config:
 
     text_paths = ("model",)
     num_mtp_layers = 0
+    vision = None
     is_multi_axis = False
 
     @property

@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from loaders.multimodal import VisionInputs
+
 
 @dataclass(frozen=True, slots=True)
-class TextInputs:
+class ModelInputs:
     """Checked inputs: int32 ``input_ids`` [B, T], bool ``attention_mask`` [B, T], int32 ``position_ids``.
 
-    ``position_ids`` are [B, T], or [3, B, T]: time, height and width.
+    ``position_ids`` are [B, T], or [3, B, T]: time, height and width. ``vision``: images and videos among the tokens.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     position_ids: np.ndarray
+    vision: VisionInputs | None = None
 
-    def left_aligned(self) -> TextInputs:
+    def left_aligned(self) -> ModelInputs:
         """Every row's real tokens moved to its end, positions counted from 0: how generation keeps a ragged batch.
 
         Raises:
             ValueError: a row has no real token.
         """
+        assert self.vision is None, "what is shown is placed after the rows are moved"
         empty = np.flatnonzero(~self.attention_mask.any(axis=1))
         if len(empty):
             raise ValueError(f"attention_mask: rows {empty.tolist()} have no real token; there is nothing to continue")
-        order = np.argsort(self.attention_mask, axis=1, kind="stable")  # False first, order kept
-        ids = np.take_along_axis(self.input_ids, order, axis=1)
-        mask = np.take_along_axis(self.attention_mask, order, axis=1)
-        return TextInputs(np.where(mask, ids, 0).astype(np.int32), mask, positions_of(mask))
+        ids, mask = (left_aligned(array, self.attention_mask) for array in (self.input_ids, self.attention_mask))
+        return ModelInputs(np.where(mask, ids, 0).astype(np.int32), mask, positions_of(mask))
 
-    def padded_to(self, length: int) -> TextInputs:
+    def padded_to(self, length: int) -> ModelInputs:
         """At least ``length`` tokens a row, padding added on the left."""
-        extra = ((0, 0), (max(length - self.input_ids.shape[1], 0), 0))
-        return TextInputs(*(np.pad(array, extra) for array in (self.input_ids, self.attention_mask, self.position_ids)))
+        extra = max(length - self.input_ids.shape[1], 0)
+        ids, mask, positions = self.input_ids, self.attention_mask, self.position_ids
+        vision = None if self.vision is None else self.vision.left_padded(extra)
+        return ModelInputs(*(left_padded(array, extra) for array in (ids, mask, positions)), vision=vision)
+
+
+def left_aligned(array_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    """Every row with its real tokens last, in their order."""
+    order_BT = np.argsort(mask_BT, axis=1, kind="stable")  # False first, order kept
+    return np.take_along_axis(array_BT, order_BT, axis=1)
+
+
+def left_padded(array: np.ndarray, extra: int, value: int = 0) -> np.ndarray:
+    """``extra`` more entries before those of the last axis."""
+    before = ((0, 0),) * (array.ndim - 1)
+    return np.pad(array, (*before, (extra, 0)), constant_values=value)
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
@@ -45,7 +63,7 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 
 def check_text(
     input_ids: object, attention_mask: object, position_ids: object, *, vocab_size: int, is_multi_axis: bool = False
-) -> TextInputs:
+) -> ModelInputs:
     """Check and complete what a caller gave.
 
     Args:
@@ -78,7 +96,7 @@ def check_text(
         )
     if problems:
         raise ValueError("; ".join(problems))
-    return TextInputs(ids.astype(np.int32), mask, positions.astype(np.int32))
+    return ModelInputs(ids.astype(np.int32), mask, positions.astype(np.int32))
 
 
 def _fit(positions: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ from loaders.digest import tensor_digest
 from loaders.errors import CheckpointError
 from loaders.expand import NOTHING, Shaped, expand
 from loaders.families import family_module
+from loaders.header import TensorInfo
 from loaders.parts import missing_parts, part_of, repeated_parts
 from loaders.place import load_fused_expert_weights, weight_loader
 from loaders.spec import ModelConfig, ParamSpec, Source, Specs
@@ -150,7 +151,7 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[LoadPlan, list[str]]:
     found = checkpoint.tensors
     specs = specs_of(config, stage, found)
-    whole = specs if stage.count == 1 else specs_of(config, Stage(mtp=stage.mtp), found)
+    whole = specs if stage.count == 1 else specs_of(config, dataclasses.replace(stage, index=0, count=1), found)
     left_out_patterns = family_module(config.architecture).LEFT_OUT
     problems: list[str] = []
     if stage.mtp and config.num_mtp_layers != 1:
@@ -158,10 +159,13 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
             f"config.json: a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of"
             " multi-token prediction, expected 1. Load it without."
         )
+    absent, more = _tower_problems(config, stage, specs, found)
+    problems += more
     targets: dict[str, tuple[ParamSpec, Source]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
-        problems += missing_parts(spec, [source for source in spec.sources if source.tensor not in found])
+        missing = [source for source in spec.sources if source.tensor not in found]
+        problems += missing_parts(spec, [source for source in missing if source.tensor not in absent])
         for source in spec.sources:
             if source.tensor not in found:
                 continue
@@ -198,6 +202,26 @@ def as_stored(spec: ParamSpec, shape: tuple[int, ...]) -> ParamSpec:
     """``spec`` for a tensor of ``shape``: a scale is one number, which exporters write as [] or as [1]."""
     is_scale = spec.dtype is not None and {spec.tensor_shape, shape} == {(), (1,)}
     return dataclasses.replace(spec, tensor_shape=shape) if is_scale else spec
+
+
+def _tower_problems(
+    config: ModelConfig, stage: Stage, specs: Specs, found: Mapping[str, TensorInfo]
+) -> tuple[frozenset[str], list[str]]:
+    """A vision tower that cannot be where it is asked for; and its tensors, where they are all not there."""
+    if config.vision is None or not stage.vision:
+        return frozenset(), []
+    problems = []
+    levels, first = len(config.vision.deepstack_visual_indexes), Stage(0, stage.count).layers(config.num_hidden_layers)
+    if levels > len(first):
+        problems.append(
+            f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many"
+            " take what the vision tower saw. Use fewer stages, or load with vision=False."
+        )
+    tower = frozenset(tensor for tensor, rule in specs.rules.items() if rule.is_visual)
+    if not tower or any(tensor in found for tensor in tower):
+        return frozenset(), problems
+    absent = f"config.json has a vision_config, but none of its {len(tower)} tensors is there"
+    return tower, [*problems, f"{absent}. For text alone load with vision=False."]
 
 
 def _tensor_problems(

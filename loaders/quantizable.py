@@ -66,6 +66,8 @@ def _reason(rule: Rule, shape: tuple[int, ...]) -> str | None:
     """Why a matrix is left alone; None: it is not, or there is no matrix."""
     if rule.on == "embedding":
         return "the embedding"
+    if rule.is_visual:
+        return "the vision tower" if rule.tensor.endswith(".weight") and len(shape) > 1 else None
     if rule.on == "head":
         return "the head"
     if rule.is_router or rule.is_gate:

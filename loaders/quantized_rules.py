@@ -81,8 +81,8 @@ def resolve(
 ) -> tuple[Quantization, list[str]]:
     """What a recipe means for the modules of a model, and every problem with it.
 
-    The tensors decide where documents are known to say too much. A module of the draft that is stored plain is plain:
-    exporters leave ``mtp.*`` alone and forget to say so. So are experts that are stored plain and that
+    The tensors decide where documents are known to say too much. A module of the draft or of the vision tower that is
+    stored plain is plain: exporters leave ``mtp.*`` and ``visual.*`` alone and forget to say so. So are experts that are stored plain and that
     compressed-tensors means by their class: those of transformers are no Linears. An FP8 cache none of whose scales is
     there is cast: ModelOpt writes none then.
 
@@ -114,9 +114,9 @@ def resolve(
 def _matrices(rules: Sequence[Rule], config: ModelConfig) -> Iterator[tuple[Rule, int]]:
     """Every rule of a matrix that could be quantised, for each layer that it holds of."""
     for rule in rules:
-        count = config.num_mtp_layers if rule.on == "mtp" else config.num_hidden_layers
-        layers = range(count if "{layer}" in rule.tensor else 1)
-        yield from ((rule, layer) for layer in layers if rule.is_linear and rule.when(config, layer))
+        if rule.is_linear and not (rule.is_visual and config.vision is None):
+            layers = range(rule.count(config) if "{layer}" in rule.tensor else 1)
+            yield from ((rule, layer) for layer in layers if rule.when(config, layer))
 
 
 def _names(rule: Rule, config: ModelConfig, layer: int, *, every: bool) -> Iterator[list[str]]:
@@ -133,7 +133,8 @@ def _scheme(recipe: Recipe, rule: Rule, names: Sequence[str], experts: Stored, f
     group = recipe.group(names)
     if group is None:
         return None
-    if rule.on == "mtp" and found and f"{names[0]}.{group.scheme.leaves['global']}" not in found:
+    is_apart = rule.is_visual or (rule.on == "mtp" and found)
+    if is_apart and f"{names[0]}.{group.scheme.leaves['global']}" not in found:
         return None
     is_plain = bool(experts) and not any(_is_quantized(leaves, group.scheme) for leaves in experts.values())
     return None if group.is_class and is_plain else group.scheme

@@ -55,6 +55,7 @@ class Qwen3Config:
     text_paths = ("model",)
     num_mtp_layers = 0
     is_multi_axis = False
+    vision = None
 
     @property
     def rotary_dim(self) -> int:
@@ -131,8 +132,18 @@ class Qwen3MoeConfig(Qwen3Config):
 
 def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3Config | None, list[str]]:
     """Read config.json of either architecture; None and every problem when it cannot be."""
-    is_moe = architecture == "Qwen3MoeForCausalLM"
-    rope, problems = read_rope(document)
+    return read_text(Qwen3MoeConfig if architecture == "Qwen3MoeForCausalLM" else Qwen3Config, architecture, document)
+
+
+def read_text(
+    kind: type[Qwen3Config], architecture: str, document: dict[str, Any], rope_keys: frozenset[str] = frozenset()
+) -> tuple[Any, list[str]]:
+    """Read a text model's keys into ``kind``, also those of a wrapped one; None and every problem.
+
+    ``rope_keys``: of ``PARTIAL_KEYS``, those that the family implements.
+    """
+    is_moe = issubclass(kind, Qwen3MoeConfig)
+    rope, problems = read_rope(document, rope_keys)
     spelled = {key: value for key, value in document.items() if key not in ("rope_theta", "rope_scaling")}
     spelled["architecture"] = architecture
     spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
@@ -160,7 +171,7 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     if is_moe and given not in (None, derived):  # the sparse model never reads the key
         expected = f"{brief(given)} is not implemented for {architecture}, expected {brief(derived)}"
         problems.append(f"config.json: layer_types {expected}")
-    config, more = read_fields(Qwen3MoeConfig if is_moe else Qwen3Config, spelled)
+    config, more = read_fields(kind, spelled)
     problems += more + (config.problems() if config is not None else [])
     return (None if problems else config), problems
 
@@ -192,7 +203,8 @@ def _dense(config: Qwen3Config, layer: int) -> bool:
     return not config.is_sparse(layer)
 
 
-def _sparse(config: Qwen3Config, layer: int) -> bool:
+def is_sparse(config: Qwen3Config, layer: int) -> bool:
+    """Whether a layer has experts, for rules."""
     return config.is_sparse(layer)
 
 
@@ -219,10 +231,10 @@ RULES: tuple[Rule, ...] = (
     Rule(_MLP + "gate_proj.weight", "F D", when=_dense),
     Rule(_MLP + "up_proj.weight", "F D", when=_dense),
     Rule(_MLP + "down_proj.weight", "D F", when=_dense),
-    Rule(_MLP + "gate.weight", "E D", when=_sparse, is_router=True),
-    Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=_sparse),
-    Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=_sparse),
-    Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=_sparse),
+    Rule(_MLP + "gate.weight", "E D", when=is_sparse, is_router=True),
+    Rule(_MLP + "experts.{expert}.gate_proj.weight", "M D", into=_GATE_UP, shard_id=0, when=is_sparse),
+    Rule(_MLP + "experts.{expert}.up_proj.weight", "M D", into=_GATE_UP, shard_id=1, when=is_sparse),
+    Rule(_MLP + "experts.{expert}.down_proj.weight", "D M", into=_MLP + "experts.down_proj", when=is_sparse),
     Rule("{text}.norm.weight", "D", on="last"),
     Rule("lm_head.weight", "V D", on="head", tied_to="{text}.embed_tokens.weight"),
 )

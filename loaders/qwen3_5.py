@@ -19,21 +19,17 @@ from loaders.checks import (
     positive_problems,
     size_problems,
 )
-from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys
+from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys, rope_document
 from loaders.errors import brief
 from loaders.expert_rules import expert_rules
 from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
+from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 
 FULL, LINEAR = "full_attention", "linear_attention"
 DEFAULT_INTERVAL, DEFAULT_PARTIAL = 4, 0.25
 DEFAULT_SECTION = [11, 11, 10]
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-# Keys of the wrapper around the text model; what they say of images waits for the vision tower.
-WRAPPER_KEYS = frozenset(
-    """text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
-    tie_word_embeddings language_model_only""".split()
-)
 # Keys whose one implemented value is what the published models have.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attn_output_gate": (True,),
@@ -75,6 +71,7 @@ class Qwen3_5Config:
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
     quantization: Quantization | None = None  # of the whole checkpoint, not a key of this document
+    vision: VisionConfig | None = None  # of the wrapper
 
     is_multi_axis = True
 
@@ -143,6 +140,7 @@ class Qwen3_5Config:
             "LN": Dim(self.linear_num_value_heads, "linear_num_value_heads"),
             "LH": Dim(self.linear_value_head_dim, "linear_value_head_dim"),
             "W": Dim(self.linear_conv_kernel_dim, "linear_conv_kernel_dim"),
+            **({} if self.vision is None else self.vision.dims()),
         }
 
     def problems(self) -> list[str]:
@@ -171,6 +169,8 @@ class Qwen3_5Config:
         found += only_problems("hidden_act", self.hidden_act, "silu")
         if self.mtp_num_hidden_layers < 0:
             found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
+        if self.vision is not None:
+            found += self.vision.problems(self.hidden_size, self.num_hidden_layers)
         return found + positive_problems(rms_norm_eps=self.rms_norm_eps) + layer_type_problems(self, FULL, LINEAR)
 
 
@@ -204,12 +204,13 @@ class Qwen3_5MoeConfig(Qwen3_5Config):
 def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3_5Config | None, list[str]]:
     """Read config.json of any of the four architectures; None and every problem when it cannot be."""
     problems: list[str] = []
-    text = document
+    text, vision = document, None
     if architecture in WRAPPERS:
         text = document.get("text_config")
         if not isinstance(text, dict):
             return None, [f"config.json: text_config is {brief(text)}, expected an object"]
-        problems += refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
+        vision, more = read_vision(document)
+        problems += more + refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
         outer = {key: document[key] for key in ("eos_token_id", "pad_token_id") if document.get(key) is not None}
         # what holds for the whole model is said outside, where there is a choice
         tied = document.get("tie_word_embeddings")
@@ -220,12 +221,17 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
             option = f"option {key!r} = {brief(value)}"
             problems.append(f"config.json: {option} is not implemented, expected {known[0]!r}")
     partial = spelled.pop("partial_rotary_factor", None)
-    rope, more = read_rope(text | {"rope_parameters": _rope_document(text, partial)}, PARTIAL_KEYS)
+    defaults = {
+        "partial_rotary_factor": DEFAULT_PARTIAL if partial is None else partial,
+        "mrope_section": DEFAULT_SECTION,
+        "mrope_interleaved": True,
+    }
+    rope, more = read_rope(text | {"rope_parameters": rope_document(text, defaults)}, PARTIAL_KEYS)
     problems += more
     if partial is not None and rope is not None and rope.partial_rotary_factor != partial:
         both = f"partial_rotary_factor={brief(partial)} and {rope.partial_rotary_factor} in rope_parameters"
         problems.append(f"config.json: {both} disagree. Remove one.")
-    spelled["architecture"] = architecture
+    spelled |= {"architecture": architecture, "vision": vision}
     spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
     if isinstance(spelled.get("eos_token_id"), int):
         spelled["eos_token_id"] = [spelled["eos_token_id"]]
@@ -252,16 +258,6 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     config, more = read_fields(Qwen3_5MoeConfig if is_moe else Qwen3_5Config, spelled)
     problems += more + (config.problems() if config is not None else [])
     return (None if problems else config), problems
-
-
-def _rope_document(text: dict[str, Any], partial: Any) -> Any:
-    """The rotary parameters with the family's defaults; one document, whichever way they were spelled."""
-    nested, scaling = text.get("rope_parameters"), text.get("rope_scaling")
-    given = nested if nested is not None else scaling if scaling is not None else {}
-    if not isinstance(given, dict) or (nested is not None and scaling is not None and nested != scaling):
-        return nested  # reported by ``read_rope``
-    defaults = {"partial_rotary_factor": DEFAULT_PARTIAL if partial is None else partial}
-    return defaults | {"mrope_section": DEFAULT_SECTION, "mrope_interleaved": True} | given
 
 
 def _layer_types(layers: Any, interval: Any) -> tuple[list[str], list[str]]:
@@ -356,8 +352,9 @@ RULES: tuple[Rule, ...] = (
     Rule("mtp.pre_fc_norm_hidden.weight", "D", on="mtp", zero_centred=True),
     *_layer_rules("mtp.layers.{layer}.", "mtp"),
     Rule("mtp.norm.weight", "D", on="mtp", zero_centred=True),
+    *vision_rules(),
 )
 LEFT_OUT: tuple[re.Pattern[str], ...] = (
     re.compile(r"mtp\..*"),  # unless the draft is asked for
-    re.compile(r"(model\.)?visual\..*"),  # the vision tower
+    re.compile(r"(model\.)?visual\..*"),  # the vision tower, where there is none or nobody wants it
 )

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from loaders.quantization import BLOCK, Quantization, Scheme
+
+if TYPE_CHECKING:
+    from loaders.vision import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def vision(self) -> VisionConfig | None:
+        """The vision tower; None: the model reads text alone."""
+        ...
+
+    @property
     def quantization(self) -> Quantization | None:
         """How the checkpoint's modules are quantised; None: they are not."""
         ...
@@ -98,16 +106,17 @@ class Rule:
     ``tensor`` and ``into`` may hold ``{text}`` (the path of the text model), ``{layer}`` and ``{expert}``; ``dims``
     names the tensor's axes by the letters of ``config.dims()``. ``into`` is the parameter, by default of the tensor's
     own name. ``{expert}`` and ``shard_id`` stack tensors along new leading axes of it, in that order. ``on`` says which
-    pipeline stages hold it; ``mtp`` tensors are held by a last stage that has the draft, and count its own layers. In a
-    tied model the parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is verified,
-    never written.
+    pipeline stages hold it; ``mtp`` tensors are held by a last stage that has the draft, and count its own layers;
+    ``visual`` tensors by a first stage that has the vision tower, and count its blocks, ``deepstack`` ones its levels.
+    In a tied model the parameter of a rule with ``tied_to`` does not exist: a file that ships the tensor anyway is
+    verified, never written.
 
     Rules of one parameter may differ in ``form``: exporters fuse experts or they do not, and a checkpoint has one form
     of each parameter. A fused tensor is the parameter itself with some axes merged; ``param_dims`` are those unmerged.
     Of a fused transposed one the last two axes are the other way round as well: inputs first.
     ``zero_centred`` marks a norm whose weight w stands for 1 + w, ``is_router`` a matrix that no exporter quantises,
-    ``is_gate`` one so small that recipes leave it alone. ``dtype`` is the one safetensors dtype it may have; None: any
-    float.
+    ``is_gate`` one so small that recipes leave it alone, ``is_table`` one whose rows are looked up. ``dtype`` is the
+    one safetensors dtype it may have; None: any float.
     """
 
     tensor: str
@@ -115,13 +124,14 @@ class Rule:
     into: str | None = None
     shard_id: int | None = None
     when: Callable[[Any, int], bool] = _always
-    on: Literal["layer", "embedding", "head", "last", "mtp"] = "layer"
+    on: Literal["layer", "embedding", "head", "last", "mtp", "visual", "deepstack"] = "layer"
     tied_to: str | None = None
     form: Form | Literal[""] = ""
     param_dims: str | None = None
     zero_centred: bool = False
     is_router: bool = False
     is_gate: bool = False
+    is_table: bool = False
     dtype: str | None = None
 
     @property
@@ -137,7 +147,21 @@ class Rule:
     def is_linear(self) -> bool:
         """Whether it is the matrix of a linear layer or of an expert, which exporters may quantise."""
         is_matrix = self.tensor.endswith(".weight") and len(self.dims.split()) == 2
-        return is_matrix and self.on != "embedding" and not self.is_router
+        return is_matrix and self.on != "embedding" and not self.is_router and not self.is_table
+
+    @property
+    def is_visual(self) -> bool:
+        """Whether it belongs to the vision tower."""
+        return self.on in ("visual", "deepstack")
+
+    def count(self, config: ModelConfig) -> int:
+        """How many there are of what ``{layer}`` numbers: decoder layers, the draft's, the tower's blocks or levels."""
+        if self.on == "mtp":
+            return config.num_mtp_layers
+        if not self.is_visual:
+            return config.num_hidden_layers
+        tower = config.vision
+        return 0 if tower is None else tower.depth if self.on == "visual" else len(tower.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,23 +9,25 @@ from dataclasses import dataclass
 class Stage:
     """Stage ``index`` of ``count``; the whole model is stage 0 of 1.
 
-    ``mtp``: the multi-token-prediction draft is asked for; the last stage holds it.
+    ``mtp``: the multi-token-prediction draft is asked for; the last stage holds it. ``vision``: so is the vision tower
+    of a model that has one; the first stage holds it.
     """
 
     index: int = 0
     count: int = 1
     mtp: bool = False
+    vision: bool = True
 
     def __post_init__(self) -> None:
         if not (type(self.index) is int and type(self.count) is int and 0 <= self.index < self.count):
             raise ValueError(f"stage=({self.index}, {self.count}) must be (index, count) with 0 <= index < count")
 
     @classmethod
-    def of(cls, stage: Stage | tuple[int, int] | None, *, mtp: bool = False) -> Stage:
+    def of(cls, stage: Stage | tuple[int, int] | None, *, mtp: bool = False, vision: bool = True) -> Stage:
         """Accept what callers write: None for the whole model, or (index, count)."""
         if isinstance(stage, Stage):
             return stage
-        return cls(mtp=mtp) if stage is None else cls(*stage, mtp=mtp)
+        return cls(*(stage or ()), mtp=mtp, vision=vision)
 
     @property
     def is_first(self) -> bool:
@@ -38,6 +40,11 @@ class Stage:
     @property
     def has_draft(self) -> bool:
         return self.mtp and self.is_last
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether this stage holds the vision tower of a model that has one."""
+        return self.vision and self.is_first
 
     def layers(self, num_hidden_layers: int) -> range:
         """This stage's decoder layers; earlier stages take one more when the division leaves a rest.

@@ -18,7 +18,8 @@ import numpy as np
 from loaders import Checkpoint
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
-from parity.oracles.run import Run, Saw
+from parity.oracles.run import Run, Saw, Weights
+from parity.oracles.vision import look
 
 
 class OracleFamily(Protocol):
@@ -43,6 +44,7 @@ def oracle_forward(
     mtp: bool = False,
     shake: float = 0.0,
     saw: Saw | None = None,
+    **multimodal: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
 
@@ -60,6 +62,7 @@ def oracle_forward(
             t+1, and is real where both are.
         shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
             result moves says how much the checkpoint amplifies rounding.
+        multimodal: images and videos under their Hugging Face processor's names.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
 
     Returns:
@@ -76,13 +79,19 @@ def oracle_forward(
     config = checkpoint.config
     if mtp and config.num_mtp_layers != 1:
         raise ValueError(f"a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of it")
-    ids_BT, mask_BT, positions = checked_inputs(config, input_ids, attention_mask, position_ids)
+    shown = {name: np.asarray(value) for name, value in multimodal.items() if value is not None}
+    ids_BT, mask_BT, positions = checked_inputs(config, input_ids, attention_mask, position_ids, shown)
     if mtp and ids_BT.shape[1] < 2:
         raise ValueError("a draft was asked for, but its first row needs two tokens")
     if saw is not None and not mask_BT.all():
         raise ValueError("inputs of layers were asked for, of rows with padding. Give each row without it.")
     replayed = checked_routing(config, routing or {}, mask_BT, mtp=mtp)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw)
+    sight = None
+    if shown and config.vision is not None:
+        sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
+        positions = sight.positions if position_ids is None else positions
+        ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

@@ -12,7 +12,9 @@ import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
 from loaders.digest import digests, root_digest
-from loaders.inputs import check_text
+from loaders.inputs import left_aligned
+from loaders.multimodal import NAMES as MULTIMODAL
+from loaders.multimodal import check_inputs
 from loaders.plan import plan_load
 from loaders.stage import Stage
 from parity.backends import Backend
@@ -20,9 +22,10 @@ from parity.oracle import oracle_forward
 from parity.trace import Trace, input_hash, make_meta
 from parity.trace_layout import AMPLIFICATION, activations
 from parity.zoo import prompts
+from parity.zoo_pictures import pictures
 
 SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+INPUTS = ("input_ids", "attention_mask", "position_ids", *MULTIMODAL)
 
 
 def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -45,8 +48,12 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Three rows of 96, 72 and 48 tokens, right-padded: long enough for a rotary bug to show."""
-    return prompts(checkpoint.config, rows=3, tokens=96, padding="right")
+    """Three rows of 96, 72 and 48 tokens, right-padded: long enough for a rotary bug to show.
+
+    A model that sees is shown images and a video in two of them.
+    """
+    make = prompts if checkpoint.config.vision is None else pictures
+    return make(checkpoint.config, rows=3, tokens=96, padding="right")
 
 
 def trace_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -72,7 +79,7 @@ def record_model(
     Args:
         model: of ``backend``, whole.
         backend: where it lives.
-        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``.
+        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``, images and videos.
         max_new_tokens: also generate so many, greedily.
         ignore_eos: go on after an end-of-sequence token.
         mtp: also run the model's draft, which it must have been loaded with.
@@ -196,10 +203,17 @@ def _generated(
 ) -> dict[str, np.ndarray]:
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos)).astype(np.int64)
-    prompt = check_text(ids, mask, None, vocab_size=model.config.vocab_size).left_aligned()
+    shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
+    tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos, **shown)).astype(
+        np.int64
+    )
+    prompt = check_inputs(model.config, ids, mask, given=shown, is_prompt=True)
+    later = np.ones_like(tokens[:, :-1])
     grown = np.concatenate([prompt.input_ids, tokens[:, :-1]], axis=1)
-    seen = np.concatenate([prompt.attention_mask, np.ones_like(tokens[:, :-1], bool)], axis=1)
-    steps = backend.to_numpy(model(grown, seen))[:, prompt.input_ids.shape[1] - 1 :]
+    seen = np.concatenate([prompt.attention_mask, later.astype(bool)], axis=1)
+    if "mm_token_type_ids" in shown:
+        types = left_aligned(shown["mm_token_type_ids"], np.ones(ids.shape, bool) if mask is None else np.asarray(mask))
+        shown |= {"mm_token_type_ids": np.concatenate([types, 0 * later], axis=1)}
+    steps = backend.to_numpy(model(grown, seen, **shown))[:, prompt.input_ids.shape[1] - 1 :]
     best = np.sort(steps, axis=-1)
     return {"generated_ids": tokens, "generated_margins": best[..., -1] - best[..., -2]}

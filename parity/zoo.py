@@ -112,6 +112,12 @@ def make_checkpoint(
     return write_checkpoint(directory, plan, values, **documents, max_file_bytes=max_file_bytes)
 
 
+def _plain(config: ModelConfig, ids: np.ndarray) -> np.ndarray:
+    """Ids without those that stand for what is shown: others in their place."""
+    special = () if config.vision is None else (config.vision.image_token_id, config.vision.video_token_id)
+    return np.where(np.isin(ids, special), ids - 10, ids)
+
+
 def canaries(config: ModelConfig) -> tuple[int, ...]:
     """Token ids that every row of ``prompts`` holds: all of the above and the last of the vocabulary."""
     return (TINY_TOKEN, HUGE_TOKEN, *TWIN_TOKENS, config.vocab_size - 1)
@@ -134,7 +140,7 @@ def prompts(
     if tokens < 2 * len(found):
         raise ValueError(f"tokens={tokens} has no room for {len(found)} canaries in half a row")
     rng = np.random.default_rng([seed, rows, tokens])
-    ids_BT = rng.integers(0, config.vocab_size, (rows, tokens))
+    ids_BT = _plain(config, rng.integers(0, config.vocab_size, (rows, tokens)))
     mask_BT = np.zeros((rows, tokens), np.int64)
     for row in range(rows):
         length = tokens if padding is None else tokens - row * (tokens // 2) // max(rows - 1, 1)

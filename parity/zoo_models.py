@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,6 +80,10 @@ _COMMON = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "attention_bias"),
     *("attention_dropout", "initializer_range", "tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id"),
 )
+_EXPERTS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
+    *("output_router_logits", "router_aux_loss_coef"),
+)
 _QWEN3_5 = {
     **{key: _DENSE[key] for key in (*_COMMON, "hidden_act")},
     "head_dim": 16,
@@ -122,6 +125,8 @@ VISION = {
     "temporal_patch_size": 2,
     "num_position_embeddings": 36,
 }
+# two levels of four blocks, the first not the first; heads of 12 turn by 3 pairs each way
+_DEEP_VISION = {**VISION, "depth": 3, "hidden_size": 36, "intermediate_size": 44, "deepstack_visual_indexes": [0, 2]}
 _GEMMA3 = {
     **{key: _DENSE[key] for key in _COMMON},
     "hidden_size": 42,  # transformers wants a multiple of the heads
@@ -154,11 +159,26 @@ def _hybrid(**changes: Any) -> ZooModel:
     return ZooModel("Qwen3_5ForCausalLM", "qwen3_5_text", _QWEN3_5 | changes, gains=_GATED)
 
 
-def _wrapper(model_type: str) -> dict[str, Any]:
-    """config.json around the text model; its special tokens are none that ``parity.zoo.prompts`` draws."""
-    vision = {"model_type": model_type, **VISION, "out_hidden_size": _QWEN3_5["hidden_size"]}
+def _wrapper(model_type: str, vision: Mapping[str, Any] = VISION) -> dict[str, Any]:
+    """config.json around the text model."""
+    tower = {"model_type": model_type, **vision}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return {"model_type": model_type, "vision_config": vision, **{name: 300 + i for i, name in enumerate(names)}}
+    return {"model_type": model_type, "vision_config": tower, **{name: 203 + i for i, name in enumerate(names)}}
+
+
+def _seeing(kind: str, text: Mapping[str, Any], **changes: Any) -> ZooModel:
+    """Qwen3-VL; half of the pairs of a head turn by height or width."""
+    rope = {"rope_type": "default", "rope_theta": 50000.0, "mrope_section": [2, 2, 1], "mrope_interleaved": True}
+    config = {key: value for key, value in text.items() if key in {*_COMMON, "hidden_act", *_EXPERTS}}
+    model_type = "qwen3_vl_moe" if kind else "qwen3_vl"
+    return ZooModel(
+        f"Qwen3VL{kind}ForConditionalGeneration",
+        f"{model_type}_text",
+        config | {"head_dim": 10, "rope_parameters": rope} | changes,
+        {"num_experts": "num_local_experts"} if kind else {},
+        experts=("fused transposed", "per expert"),  # the experts as published; there is no draft
+        wrapper=_wrapper(model_type, _DEEP_VISION),
+    )
 
 
 def _gemma3(**changes: Any) -> ZooModel:
@@ -190,6 +210,8 @@ ZOO: dict[str, ZooModel] = {
         experts=("fused", "per expert"),  # as the 35B-A3B is published
         wrapper=_wrapper("qwen3_5_moe"),
     ),
+    "qwen3_vl": _seeing("", _DENSE),
+    "qwen3_vl-moe": _seeing("Moe", _MOE, tie_word_embeddings=True),
     "gemma3": _gemma3(),
     "gemma3-capped": _gemma3(
         attn_logit_softcapping=4.0,
@@ -220,8 +242,9 @@ def zoo_config(name: str, *, spelling: Spelling = "v5", dtype: str = "F32", **co
         text = _as_published(text) | {"torch_dtype": dtype_name}
     if not model.wrapper:
         return {"architectures": [model.architecture], **text, "transformers_version": version}
+    tower = {"vision_config": model.wrapper["vision_config"] | {"out_hidden_size": text["hidden_size"]}}
     outer = {"tie_word_embeddings": text["tie_word_embeddings"], "transformers_version": version}
-    return {"architectures": [model.architecture], **model.wrapper, "text_config": text, **outer}
+    return {"architectures": [model.architecture], **model.wrapper, **tower, "text_config": text, **outer}
 
 
 def _as_published(config: dict[str, Any]) -> dict[str, Any]:
@@ -231,34 +254,10 @@ def _as_published(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"rope_local_base_freq": rope[_SLIDING]["rope_theta"], "sliding_window_pattern": every}
         del config["layer_types"]
         rope = dict(rope[_FULL])
-    if "mrope_section" in rope:  # Qwen3.5 was published with rope_parameters already
+    if "partial_rotary_factor" in rope:  # Qwen3.5 was published with rope_parameters already
         published = {"partial_rotary_factor": rope["partial_rotary_factor"], "full_attention_interval": 4}
         fixed = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_use_dedicated_embeddings": False}
         return config | published | fixed | {"mlp_only_layers": [], "rope_parameters": rope}
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     return config
-
-
-def vision_shapes(out_size: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of the tower that ``VISION`` describes: what a wrapped checkpoint holds and a text model leaves out."""
-    width, inner, patch = VISION["hidden_size"], VISION["intermediate_size"], VISION["patch_size"]
-    merged = width * VISION["spatial_merge_size"] ** 2
-    pixels = (VISION["in_channels"], VISION["temporal_patch_size"], patch, patch)
-    block = "blocks.0."
-    linears = {
-        f"{block}attn.qkv": (3 * width, width),
-        f"{block}attn.proj": (width, width),
-        f"{block}mlp.linear_fc1": (inner, width),
-        f"{block}mlp.linear_fc2": (width, inner),
-        "merger.linear_fc1": (merged, merged),
-        "merger.linear_fc2": (out_size, merged),
-        "patch_embed.proj": (width, *pixels),
-    }
-    shapes = {f"{name}.weight": shape for name, shape in linears.items()}
-    shapes |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-    for norm in (f"{block}norm1", f"{block}norm2", "merger.norm"):
-        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    shapes["pos_embed.weight"] = (VISION["num_position_embeddings"], width)
-    assert math.isqrt(VISION["num_position_embeddings"]) ** 2 == VISION["num_position_embeddings"]
-    return {f"model.visual.{name}": shape for name, shape in shapes.items()}

@@ -18,7 +18,7 @@ from loaders.place import place_of
 from loaders.spec import ModelConfig, ParamSpec, Rule, Specs
 from loaders.stage import Stage
 from loaders.writer import TensorType
-from parity.zoo_models import Form, ZooModel, vision_shapes
+from parity.zoo_models import Form, ZooModel
 
 # Canary tokens: rows of the embedding that show what ordinary rows hide.
 TINY_TOKEN, TINY_SCALE = 11, 1e-3  # its mean square is near rms_norm_eps: a wrong eps shows
@@ -95,8 +95,7 @@ def zoo_weights(
     for tied in written.tied if ship_tied_head else ():
         found[tied.tensor] = written.rules[tied.tensor], Weight(tied.shape, None, partial(draw, tied.same_as))
     order = {rule.tensor: number for number, rule in enumerate(rules)}
-    weights = {tensor: found[tensor][1] for tensor in sorted(found, key=lambda tensor: order[found[tensor][0].tensor])}
-    return weights | (_vision(name, config, seed) if model.wrapper else {})
+    return {tensor: found[tensor][1] for tensor in sorted(found, key=lambda tensor: order[found[tensor][0].tensor])}
 
 
 def _expand(rules: Sequence[Rule], config: ModelConfig, forms: Mapping[str, str], text_path: str = "") -> Specs:
@@ -126,11 +125,13 @@ def _draw(
         return 0.3 * values
     if rule.tensor.endswith("dt_bias"):
         return values + DT_BIAS
+    if rule.is_table:
+        return values
     if len(shape) == 1:
         centre = gains.get(rule.tensor.split(".")[-2], 1.0)
         return (centre - 1 if rule.zero_centred else centre) + 0.3 * values
     gain = LOGIT_GAIN if rule.on == "head" else gains.get(rule.dims, GAINS.get(rule.dims, 1.5))
-    return values * (gain / np.sqrt(shape[-1]))
+    return values * (gain / np.sqrt(np.prod(shape[1:])))
 
 
 def _with_canaries(values_VD: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -141,17 +142,3 @@ def _with_canaries(values_VD: np.ndarray, config: ModelConfig) -> np.ndarray:
         values_VD[HUGE_TOKEN] *= HUGE_SCALE  # as a head row it would win every argmax, and then predict itself for ever
     values_VD[TWIN_TOKENS[1]] = values_VD[TWIN_TOKENS[0]]
     return values_VD
-
-
-def _vision(name: str, config: ModelConfig, seed: int) -> dict[str, Weight]:
-    """A whole vision tower: distractors for a text model, and what transformers expects of the wrapper."""
-
-    def draw(tensor: str, shape: tuple[int, ...]) -> np.ndarray:
-        rng = np.random.default_rng(list(hashlib.sha256(f"{name}\n{seed}\n{tensor}".encode()).digest()))
-        values = rng.standard_normal(shape)
-        if len(shape) == 1:
-            return 0.3 * values + (tensor.endswith(".weight"))
-        return values * (1.5 / np.sqrt(np.prod(shape[1:])))
-
-    shapes = vision_shapes(config.hidden_size)
-    return {tensor: Weight(shape, None, partial(draw, tensor, shape)) for tensor, shape in shapes.items()}

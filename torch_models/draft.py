@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.inputs import check_text
+from loaders.multimodal import check_inputs
 from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.host import on_host
@@ -56,32 +56,46 @@ class Draft:
         return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        given = (input_ids, attention_mask, position_ids)
+        logits, drafted_BTD, _ = self.with_taps(*given, hidden_states=hidden_states, **multimodal)
         return logits, drafted_BTD
 
     def with_taps(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
         if np.shape(input_ids)[-1] < 2:
             raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
-        checked = check_text(ids, mask, positions, **target.limits())
-        ids_BT = target.long(checked.input_ids)
-        x_BTD = target.embed(ids_BT)
+        shown = {name: on_host(value) for name, value in multimodal.items()}
+        checked = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
+        ids_BT, seen = target.long(checked.input_ids), target.seen(checked)
+        x_BTD = embedded_BTD = target.entered(ids_BT, seen)
         if not target.stage.is_first:
             x_BTD, _ = target.checked(None, mask, positions, hidden_states)
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
         positions = target.long(checked.position_ids)
-        hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
+        hidden_BTD = target.decoder(x_BTD, positions, mask_BT, seen=seen)
         is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
         step = self._steps(positions[..., 1:], is_pair, 0, is_cached=False)
         with collect() as taps:
-            drafted = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+            drafted = self.source.mtp(embedded_BTD[:, 1:], hidden_BTD[:, :-1], step)
         return target.head(drafted), drafted, taps
 
     def bind(self, target: Model) -> Draft:

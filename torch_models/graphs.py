@@ -199,11 +199,11 @@ class DecodeGraphs:
         return [self._ready(size, bucket(capacity)) for size in wanted]
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
     ) -> tuple[torch.Tensor, Batch]:
         """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
         model = self._model
-        prompt = model.checked_prompt(input_ids, attention_mask)
+        prompt = model.checked_prompt(input_ids, attention_mask, multimodal)
         rows, length = prompt.input_ids.shape
         (graph,) = self.capture(rows, length + max_new_tokens)
         graph.check(also_new=True)

@@ -8,5 +8,8 @@ import torch
 
 
 def on_host(value: Any) -> Any:
-    """A tensor of any device as NumPy; anything else as it is."""
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    """A tensor of any device as NumPy, bfloat16 widened to float32, which NumPy lacks; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    host = value.detach().cpu()
+    return (host.float() if host.dtype is torch.bfloat16 else host).numpy()

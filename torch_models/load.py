@@ -37,6 +37,7 @@ def load(
     stage: tuple[int, int] | None = None,
     mtp: bool = False,
     *,
+    vision: bool = True,
     activation_quantization: bool | None = None,
     quantize: str | None = None,
     kernel: str | None = None,
@@ -51,6 +52,7 @@ def load(
         device: where the parameters live.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
+        vision: load the vision tower of a model that has one (``visual.*``), onto the first stage; False: text alone.
         activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
             checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
@@ -62,7 +64,7 @@ def load(
     """
     checkpoint = open_to_load(uri, quantize)
     activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
-    stage_ = Stage.of(stage, mtp=mtp)
+    stage_ = Stage.of(stage, mtp=mtp, vision=vision)
     plan = plan_load(checkpoint, stage_)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import TextInputs, bucket, check_text
+from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
+from loaders.vision_grid import Patches
 from torch_models import sleep
 from torch_models import weights as life
 from torch_models.cache import Cache, empty_cache
@@ -25,6 +28,7 @@ from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
+from torch_models.layers.vision import Seen, Shown
 from torch_models.speculative import generate_with_draft
 from torch_models.storage import parameters_of
 from torch_models.taps import collect
@@ -33,7 +37,8 @@ from torch_models.taps import collect
 class Model(nn.Module):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
-    A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``.
+    A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``, and
+    ``visual`` where it sees.
 
     Attributes:
         config: of the checkpoint.
@@ -53,6 +58,7 @@ class Model(nn.Module):
 
     model: Any
     mtp: Any  # of families that have a draft, where it was asked for
+    visual: Any  # of families that have a vision tower, where it is
     checkpoint: Checkpoint
     report: LoadReport
 
@@ -82,7 +88,7 @@ class Model(nn.Module):
         """Captured decode steps; see ``torch_models.graphs``."""
         return DecodeGraphs(self, self._kept_graphs)
 
-    def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids_BT: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
         raise NotImplementedError
 
@@ -115,6 +121,7 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> torch.Tensor:
         """Run the stage.
 
@@ -124,14 +131,18 @@ class Model(nn.Module):
             position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
+            multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
+                ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
+                ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
+                None: by their tokens.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
-            ValueError: inputs of the wrong shape, dtype or range.
+            ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
             RuntimeError: an update failed half-way; load good weights first.
         """
         self.check_runnable()
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
+        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
         return self._run(entry, checked)
 
     def with_taps(
@@ -141,14 +152,49 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
         with collect() as taps:
-            out = self(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+            out = self(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
         return out, taps
 
+    def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
+        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
+
+        Args:
+            pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
+            image_grid_thw: integers [images, 3].
+        Raises:
+            ValueError: they do not fit, or this model holds no tower.
+            RuntimeError: an update failed half-way; load good weights first.
+        """
+        self.check_runnable()
+        config = self.config.vision
+        if config is None or not self.stage.has_tower:
+            raise ValueError("this model holds no vision tower")
+        patches = check_shown(config, on_host(pixel_values), on_host(image_grid_thw))
+        return self.visual(self._shown(patches), self.dtype)
+
+    def get_rope_index(
+        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
+
+        What later stages of a pipeline are to be given as ``position_ids``.
+
+        Raises:
+            ValueError: nothing is shown, or it does not fit.
+        """
+        given = {name: on_host(value) for name, value in multimodal.items()}
+        return rope_index(self.config, on_host(input_ids), on_host(attention_mask), given=given)
+
+    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[torch.Tensor, ...]:
+        """As ``get_image_features``: a video's frames are images."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw)
+
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
     ) -> tuple[torch.Tensor, Cache]:
         """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
 
@@ -156,15 +202,18 @@ class Model(nn.Module):
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            multimodal: as for the model itself.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
-        prompt = self.checked_prompt(input_ids, attention_mask)
+        prompt = self.checked_prompt(input_ids, attention_mask, multimodal)
         rows, length = prompt.input_ids.shape
         cache = self.empty_cache(rows, bucket(length + max_new_tokens))
         return self.prefill_into(prompt, cache), cache
 
-    def checked_prompt(self, input_ids: Any, attention_mask: Any = None) -> TextInputs:
+    def checked_prompt(
+        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
+    ) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end.
 
         Raises:
@@ -173,13 +222,18 @@ class Model(nn.Module):
         """
         self.check_runnable()
         self.check_whole()
-        given = on_host(input_ids), on_host(attention_mask)
-        return check_text(*given, None, vocab_size=self.config.vocab_size).left_aligned()
+        prompt = (self.config, on_host(input_ids), on_host(attention_mask))
+        given = {name: on_host(value) for name, value in (multimodal or {}).items()}
+        return check_inputs(*prompt, given=given, has_tower=self.stage.has_tower, is_prompt=True)
 
-    def prefill_into(self, prompt: TextInputs, cache: Cache) -> torch.Tensor:
+    def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
         """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
         cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
-        return self._step(self.long(prompt.input_ids), self.long(prompt.position_ids), cache)
+        seen = self.seen(prompt)
+        logits_BV = self._step(self.long(prompt.input_ids), self.long(prompt.position_ids), cache, seen)
+        if prompt.vision is not None:  # an image takes fewer positions than tokens
+            cache.position += self.long(prompt.vision.delta_B)
+        return logits_BV
 
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], and the cache, written in place.
@@ -224,6 +278,7 @@ class Model(nn.Module):
         graphs: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
+        **multimodal: Any,
     ) -> torch.Tensor:
         """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
 
@@ -235,7 +290,11 @@ class Model(nn.Module):
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
-            return generate(self, *prompt, **options, graphs=graphs)
+            return generate(self, *prompt, **options, graphs=graphs, **multimodal)
+        if multimodal:
+            raise ValueError(
+                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
+            )
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
@@ -260,6 +319,7 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the draft says of every token but the first; arguments as for the model itself.
 
@@ -269,7 +329,7 @@ class Model(nn.Module):
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
@@ -329,15 +389,33 @@ class Model(nn.Module):
         if self.stage.count > 1:
             raise ValueError(f"prefill needs the whole model; this is stage {self.stage.index} of {self.stage.count}")
 
-    def _run(self, entry: torch.Tensor, checked: TextInputs) -> torch.Tensor:
+    def _run(self, entry: torch.Tensor, checked: ModelInputs) -> torch.Tensor:
         mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
-        x_BTD = self.embed(entry) if self.stage.is_first else entry.to(self.dtype)
-        x_BTD = self.decoder(x_BTD, self.long(checked.position_ids), mask_BT)
+        seen = self.seen(checked)
+        x_BTD = self.entered(entry, seen) if self.stage.is_first else entry.to(self.dtype)
+        x_BTD = self.decoder(x_BTD, self.long(checked.position_ids), mask_BT, seen=seen)
         return self.head(x_BTD) if self.stage.is_last else x_BTD
 
-    def _step(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
-        x_BTD = self.decoder(self.embed(ids_BT), positions_BT, cache.key_mask, cache)
+    def _step(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
+    ) -> torch.Tensor:
+        x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
         return self.head(x_BTD[:, -1:])[:, 0]
+
+    def entered(self, ids_BT: torch.Tensor, seen: Seen | None) -> torch.Tensor:
+        """Hidden states of the first stage's first layer, with what is seen in its places."""
+        return self.embed(ids_BT) if seen is None else self.embed(ids_BT, seen)
+
+    def seen(self, checked: ModelInputs) -> Seen | None:
+        """What the vision tower makes of a batch; None: nothing is shown."""
+        if checked.vision is None:
+            return None
+        tokens_UD, *levels = self.visual(self._shown(checked.vision.patches), self.dtype)
+        return Seen(tokens_UD, tuple(levels), self.long(checked.vision.slot_BT))
+
+    def _shown(self, patches: Patches) -> Shown:
+        pixels_AX, share_A4 = (torch.from_numpy(x).to(self.device) for x in (patches.pixels_AX, patches.share_A4))
+        return Shown(pixels_AX, self.long(patches.place_A2), self.long(patches.tap_A4), share_A4, patches.frames)
 
     def long(self, array: np.ndarray) -> torch.Tensor:
         """Integers where the model is, int64."""
@@ -348,17 +426,26 @@ class Model(nn.Module):
         return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
 
     def checked(
-        self, input_ids: Any, attention_mask: Any, position_ids: Any, hidden_states: Any
-    ) -> tuple[torch.Tensor, TextInputs]:
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        hidden_states: Any,
+        multimodal: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, ModelInputs]:
         """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
         mask, positions = on_host(attention_mask), on_host(position_ids)
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            checked = check_text(on_host(input_ids), mask, positions, **self.limits())
+            given = {name: on_host(value) for name, value in (multimodal or {}).items()}
+            prompt = (self.config, on_host(input_ids), mask, positions)
+            checked = check_inputs(*prompt, given=given, has_tower=self.stage.has_tower)
             return self.long(checked.input_ids), checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
+        if multimodal:
+            raise ValueError(f"{', '.join(multimodal)} given, but only the first stage sees. Give its hidden_states.")
         x_BTD = torch.as_tensor(hidden_states).to(self.device, self.dtype)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")

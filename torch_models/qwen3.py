@@ -19,9 +19,12 @@ from torch_models.taps import tap
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    ``path``: its module path, for taps.
+    """
+
+    def __init__(self, config: Qwen3Config, path: str, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(
@@ -40,7 +43,7 @@ class DecoderLayer(nn.Module):
                 expert_size=config.moe_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                layer=layer,
+                path=path,
             )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -58,7 +61,10 @@ class Qwen3ForCausalLM(Model):
 
     def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
-        layers = {layer: DecoderLayer(config, layer) for layer in stage.layers(config.num_hidden_layers)}
+        layers = {
+            layer: DecoderLayer(config, f"model.layers.{layer}", layer)
+            for layer in stage.layers(config.num_hidden_layers)
+        }
         self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last:
             # a tied head is the embedding itself, one module under two names: it cannot come apart

@@ -16,8 +16,8 @@ from torch_models.layers.mlp import MLP
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.shared_expert import SharedExpertMoeBlock
 from torch_models.layers.step import Entry, LayerCache, Step
+from torch_models.layers.vision import Seen, VisionTower
 from torch_models.model import Model
-from torch_models.taps import tap
 
 
 class DecoderLayer(nn.Module):
@@ -110,10 +110,12 @@ class Qwen3_5MTP(nn.Module):
 
 
 class Qwen3_5Model(nn.Module):
-    """The multimodal wrapper, as far as text goes."""
+    """The multimodal wrapper: the vision tower, where it is, and the text model."""
 
-    def __init__(self, language_model: Decoder) -> None:
+    def __init__(self, config: Qwen3_5Config, stage: Stage, language_model: Decoder) -> None:
         super().__init__()
+        if config.vision is not None and stage.has_tower:
+            self.visual = VisionTower(config.vision)
         self.language_model = language_model
 
 
@@ -130,7 +132,7 @@ class Qwen3_5ForCausalLM(Model):
             for layer in stage.layers(config.num_hidden_layers)
         }
         decoder = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-        self.model = Qwen3_5Model(decoder) if config.is_wrapped else decoder
+        self.model = Qwen3_5Model(config, stage, decoder) if config.is_wrapped else decoder
         if stage.is_last:
             # a tied head is the embedding itself, one module under two names: it cannot come apart
             is_tied = config.tie_word_embeddings
@@ -143,10 +145,15 @@ class Qwen3_5ForCausalLM(Model):
         """The text model."""
         return self.model.language_model if isinstance(self.model, Qwen3_5Model) else self.model
 
-    def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    @property
+    def visual(self) -> VisionTower:
+        """The vision tower, of a wrapper that holds it."""
+        assert isinstance(self.model, Qwen3_5Model), "the text model alone sees nothing"
+        return self.model.visual
+
+    def embed(self, input_ids_BT: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        decoder = self.decoder
-        return tap(f"{decoder.path}.embed_tokens", decoder.embed_tokens(input_ids_BT, self.dtype))
+        return self.decoder.embed(input_ids_BT, self.dtype, seen)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""

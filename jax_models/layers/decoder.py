@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jax_models.cache import Cache
 from jax_models.layers.linear import Embedding
 from jax_models.layers.step import LayerCache, steps
+from jax_models.layers.vision import Seen
 from jax_models.taps import tap
 from loaders.stage import Stage
 
@@ -36,6 +38,11 @@ class Decoder(nnx.Module):
         self.stage = stage
         self.path = config.text_paths[0]
 
+    def embed(self, ids_BT: jax.Array, dtype: jnp.dtype, seen: Seen | None) -> jax.Array:
+        """Embeddings, [B, T, D], with what the vision tower saw in its places."""
+        x_BTD = self.embed_tokens(ids_BT, dtype)
+        return tap(f"{self.path}.embed_tokens", x_BTD if seen is None else seen.placed(x_BTD))
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -44,6 +51,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         *,
         keep_history: bool = False,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the stage, [B, T, D], and the cache that replaces the one given.
 
@@ -53,6 +61,7 @@ class Decoder(nnx.Module):
             key_mask_BS: bool, real tokens; with a cache of all its slots, these tokens included.
             cache: what came before; None: nothing did.
             keep_history: leave in the cache what undoing some of these tokens takes.
+            seen: what the vision tower made of images among these tokens.
         """
         indices = self.stage.layers(self.config.num_hidden_layers)  # by number: the names sort as text
         step_of = steps(
@@ -71,6 +80,8 @@ class Decoder(nnx.Module):
             x_BTD, kept = self.layers[name](x_BTD, step_of[layer], layer_caches.get(name))
             if kept is not None:
                 layer_caches[name] = kept
+            if seen is not None:
+                x_BTD = seen.deepened(x_BTD, layer)
             tap(f"{self.path}.layers.{layer}", x_BTD)
         if cache is not None:
             cache = cache.advanced(layer_caches, key_mask_BS, step_of[indices[0]].mask_BT)

@@ -131,7 +131,10 @@ def grouped_on_tpu(rows: jax.Array, weights: jax.Array, sizes: jax.Array, interp
 
 
 class SparseMoeBlock(nnx.Module):
-    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``.
+
+    ``path``: of the decoder layer, for taps.
+    """
 
     def __init__(
         self,
@@ -141,14 +144,14 @@ class SparseMoeBlock(nnx.Module):
         expert_size: int,
         top_k: int,
         norm_topk_prob: bool,
-        layer: int,
+        path: str,
         mesh: Mesh | None,
     ) -> None:
         self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
         self.experts = Experts(hidden_size, num_experts, expert_size, mesh)
-        self.layer = layer
+        self.path = path
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         weights_BTX, experts_BTX = self.gate(x_BTD)
-        tap(f"model.layers.{self.layer}.mlp.gate", experts_BTX)
+        tap(f"{self.path}.mlp.gate", experts_BTX)
         return self.experts(x_BTD, weights_BTX, experts_BTX)

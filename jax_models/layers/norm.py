@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+LAYER_NORM_EPS = 1e-6
+
 
 class RMSNorm(nnx.Module):
     """y = weight * x / rms(x), with rms taken over the last axis.
@@ -63,3 +65,20 @@ class RMSNormGated(nnx.Module):
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
         return ((self.weight[...] * normed).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = weight * (x - mean) / std + bias over the last axis, in float32, cast once.
+
+    eps is 1e-6 whatever the config says. Source: transformers ``Qwen3VLVisionBlock``.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.weight = nnx.Param(jnp.ones((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
+        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -11,9 +11,15 @@ from loaders.spec import ModelConfig
 
 
 def checked_inputs(
-    config: ModelConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None, position_ids: np.ndarray | None
+    config: ModelConfig,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None,
+    position_ids: np.ndarray | None,
+    shown: Mapping[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids and positions as integers and the mask as bool, all [B, T]; positions also [3, B, T] where they may.
+
+    Where something is shown, the number of a placeholder means nothing.
 
     Raises:
         ValueError: not integers [B, T], an id outside the vocabulary, or a mask that holds something but 0 and 1.
@@ -21,8 +27,9 @@ def checked_inputs(
     ids_BT = _integers("input_ids", input_ids)
     if ids_BT.ndim != 2 or not ids_BT.size:
         raise ValueError(f"input_ids has shape {ids_BT.shape}, expected [B, T] with at least one token")
-    if ids_BT.min() < 0 or ids_BT.max() >= config.vocab_size:
-        raise ValueError(f"input_ids spans {ids_BT.min()} to {ids_BT.max()}, expected 0 to {config.vocab_size - 1}")
+    text = ids_BT[~_placeholders(config, ids_BT, shown)]
+    if text.size and (text.min() < 0 or text.max() >= config.vocab_size):
+        raise ValueError(f"input_ids spans {text.min()} to {text.max()}, expected 0 to {config.vocab_size - 1}")
     mask_BT = np.ones(ids_BT.shape, np.int64)
     if attention_mask is not None:
         mask_BT = _integers("attention_mask", attention_mask, ids_BT.shape)
@@ -34,6 +41,17 @@ def checked_inputs(
         axes = (3,) if config.is_multi_axis and np.ndim(position_ids) == 3 else ()
         positions = _integers("position_ids", position_ids, (*axes, *ids_BT.shape))
     return ids_BT, mask_BT.astype(np.bool_), positions
+
+
+def _placeholders(config: ModelConfig, ids_BT: np.ndarray, shown: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which tokens stand for something shown, bool [B, T]: theirs may be any number."""
+    if not shown:
+        return np.zeros(ids_BT.shape, bool)
+    if config.vision is None:
+        raise ValueError(f"{sorted(shown)} given, but {config.architecture} sees nothing")
+    if "mm_token_type_ids" in shown:
+        return _integers("mm_token_type_ids", shown["mm_token_type_ids"], ids_BT.shape) > 0
+    return np.isin(ids_BT, (config.vision.image_token_id, config.vision.video_token_id))
 
 
 def checked_routing(

@@ -17,7 +17,7 @@ def forward(run: Run) -> None:
     config: Qwen3Config = run.config
     D, eps = config.hidden_size, config.rms_norm_eps
     turn = rotation(config.rope_parameters, config.rotary_dim, config.max_position_embeddings, run.positions)
-    x_BTD = run.residual("hidden_states.0", run.embedding()[run.ids_BT].astype(np.float64))
+    x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
         read = run.text.under(f"layers.{layer}.")
         visible_BTS = visible(run.mask_BT, config.window(layer))
@@ -31,7 +31,7 @@ def forward(run: Run) -> None:
             x_BTD = x_BTD + experts(config, read, normed_BTD, chosen, weights)
         else:
             x_BTD = x_BTD + swiglu(read, "mlp.", normed_BTD, config.intermediate_size)
-        x_BTD = run.residual(f"hidden_states.{layer + 1}", x_BTD)
+        x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
     x_BTD = run.out["final_hidden_state"] = rms_norm(x_BTD, run.text("norm.weight", D), eps)
     run.out["logits"] = run.head(x_BTD)
 

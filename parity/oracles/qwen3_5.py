@@ -22,11 +22,11 @@ L2_EPS = 1e-6  # whatever rms_norm_eps says
 def forward(run: Run) -> None:
     """Embed, decode, norm, head."""
     config: Qwen3_5Config = run.config
-    x_BTD = run.residual("hidden_states.0", run.embedding()[run.ids_BT].astype(np.float64))
+    x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
         read = run.text.under(f"layers.{layer}.")
         x_BTD = _layer(run, read, x_BTD, is_linear=config.is_linear(layer), routing=f"routing.{layer + 1}")
-        x_BTD = run.residual(f"hidden_states.{layer + 1}", x_BTD)
+        x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
     x_BTD = run.out["final_hidden_state"] = _norm(config, run.text, "norm", x_BTD)
     run.out["logits"] = run.head(x_BTD)
 
@@ -34,10 +34,10 @@ def forward(run: Run) -> None:
 def draft(run: Run) -> None:
     """From the final hidden state at t and the token at t+1: what comes at t+2. S is T + 1 here."""
     norm, read = partial(_norm, run.config), run.weights.under("mtp.")
-    mask_BS, embedding_VD = run.mask_BT, run.embedding()
+    mask_BS, embedded_BSD = run.mask_BT, run.embedded()
     is_real_BT = mask_BS[:, 1:] & mask_BS[:, :-1]
     rows = replace(run, ids_BT=run.ids_BT[:, 1:], mask_BT=is_real_BT, positions=run.positions[..., 1:])
-    token_BTD = norm(read, "pre_fc_norm_embedding", embedding_VD[rows.ids_BT].astype(np.float64))
+    token_BTD = norm(read, "pre_fc_norm_embedding", embedded_BSD[:, 1:])
     hidden_BTD = norm(read, "pre_fc_norm_hidden", run.out["final_hidden_state"][:, :-1])
     x_BTD = linear(read, "fc", np.concatenate([token_BTD, hidden_BTD], axis=-1), run.config.hidden_size)
     x_BTD = _layer(rows, read.under("layers.0."), x_BTD, is_linear=False, routing="mtp.routing.1")

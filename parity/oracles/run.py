@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loaders import Checkpoint, CheckpointError
 from parity.oracles.quantized import widened
+
+if TYPE_CHECKING:
+    from parity.oracles.vision import Sight
 
 EXACT_IN_FLOAT64 = ("F64", "F32", "F16", "BF16")
 Saw = Callable[[str, np.ndarray], None]  # a linear layer's name, and its input
@@ -87,6 +90,7 @@ class Run:
     replayed: Mapping[str, np.ndarray]
     shake: float = 0.0
     saw: Saw | None = None
+    sight: Sight | None = None  # what the prompt shows
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -104,6 +108,15 @@ class Run:
     def embedding(self) -> np.ndarray:
         """The embedding as it is stored, [V, D]."""
         return self.text.stored("embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+
+    def embedded(self) -> np.ndarray:
+        """What the first decoder layer takes, float64 [B, T, D]: embeddings, and what is shown in its places."""
+        x_BTD = self.embedding()[self.ids_BT].astype(np.float64)
+        return x_BTD if self.sight is None else self.sight.placed(x_BTD)
+
+    def deepened(self, x_BTD: np.ndarray, layer: int) -> np.ndarray:
+        """The residual stream after a decoder layer, with what the vision tower adds to it."""
+        return x_BTD if self.sight is None else self.sight.deepened(x_BTD, layer)
 
     def residual(self, name: str, x_BTD: np.ndarray) -> np.ndarray:
         """Write down the residual stream and go on from it, with a relative error of ``shake`` if there is any."""

@@ -12,6 +12,7 @@ from loaders.stage import Stage
 from torch_models.cache import Cache
 from torch_models.layers.linear import Embedding
 from torch_models.layers.step import steps
+from torch_models.layers.vision import Seen
 from torch_models.taps import tap
 
 
@@ -37,6 +38,11 @@ class Decoder(nn.Module):
         self.stage = stage
         self.path = config.text_paths[0]
 
+    def embed(self, ids_BT: torch.Tensor, dtype: torch.dtype, seen: Seen | None) -> torch.Tensor:
+        """Embeddings, [B, T, D], with what the vision tower saw in its places."""
+        x_BTD = self.embed_tokens(ids_BT, dtype)
+        return tap(f"{self.path}.embed_tokens", x_BTD if seen is None else seen.placed(x_BTD))
+
     def forward(
         self,
         x_BTD: torch.Tensor,
@@ -45,6 +51,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         keep_history: bool = False,
+        seen: Seen | None = None,
     ) -> torch.Tensor:
         """Hidden states after the stage, [B, T, D]; the cache is written in place.
 
@@ -54,6 +61,7 @@ class Decoder(nn.Module):
             key_mask_BS: bool, real tokens; with a cache of all its slots, these tokens included.
             cache: what came before; None: nothing did.
             keep_history: leave in the cache what undoing some of these tokens takes.
+            seen: what the vision tower made of images among these tokens.
         """
         indices = self.stage.layers(self.config.num_hidden_layers)
         step_of = steps(
@@ -69,6 +77,8 @@ class Decoder(nn.Module):
         for layer in indices:
             name = str(layer)
             x_BTD = self.layers[name](x_BTD, step_of[layer], None if cache is None else cache.layers[name])
+            if seen is not None:
+                x_BTD = seen.deepened(x_BTD, layer)
             tap(f"{self.path}.layers.{layer}", x_BTD)
         if cache is not None:
             cache.advance(step_of[indices[0]].mask_BT)

@@ -90,7 +90,10 @@ class Experts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``.
+
+    ``path``: of the decoder layer, for taps.
+    """
 
     def __init__(
         self,
@@ -100,14 +103,14 @@ class SparseMoeBlock(nn.Module):
         expert_size: int,
         top_k: int,
         norm_topk_prob: bool,
-        layer: int,
+        path: str,
     ) -> None:
         super().__init__()
         self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
         self.experts = Experts(hidden_size, num_experts, expert_size)
-        self.layer = layer
+        self.path = path
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         weights_BTX, experts_BTX = self.gate(x_BTD)
-        tap(f"model.layers.{self.layer}.mlp.gate", experts_BTX)
+        tap(f"{self.path}.mlp.gate", experts_BTX)
         return self.experts(x_BTD, weights_BTX, experts_BTX)

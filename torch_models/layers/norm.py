@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from torch_models.layers.linear import empty_param
 
+LAYER_NORM_EPS = 1e-6
+
 
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x), with rms taken over the last axis.
@@ -78,3 +80,19 @@ class RMSNormGated(nn.Module):
         mean_square = x32.pow(2).mean(-1, keepdim=True)
         normed = (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
         return ((self.weight * normed).float() * F.silu(gate.float())).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """y = weight * (x - mean) / std + bias over the last axis, in float32, cast once.
+
+    eps is 1e-6 whatever the config says. Source: transformers ``Qwen3VLVisionBlock``.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = empty_param(size)
+        self.bias = empty_param(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, LAYER_NORM_EPS).to(x.dtype)
