@@ -54,7 +54,7 @@ def lodger_of(module: nn.Module, name: str) -> Lodger | None:
     if found is None:  # copies of a module have parameters without attributes
         kept, lodger = _lodgings(module).of_source.get(name, (None, None))
         if kept is source and lodger is not None:
-            found = source._lodger = lodger
+            found = vars(source)["_lodger"] = lodger
     return found
 
 
@@ -62,7 +62,7 @@ def move_in(module: nn.Module, source_name: str, derived_name: str) -> None:
     """Take note that the storage of a source holds, from now on, a derived tensor. Done before it is registered."""
     source, lodger = module.get_parameter(source_name), lodger_of(module, source_name)
     if lodger is None:
-        lodger = source._lodger = Lodger(derived_name)
+        lodger = vars(source)["_lodger"] = Lodger(derived_name)
     lodger.name = derived_name
     lodger.moved_in(source)
     lodgings = vars(module).setdefault("_lodgings", Lodgings())
