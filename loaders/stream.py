@@ -67,8 +67,8 @@ class Arrivals:
         self._left = Counter(checkpoint.tensors[name].file for name in wanted)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        with closing(self._session):
-            try:
+        try:
+            with closing(self._session):
                 while self._waiting or self._begun or self._flying or self._done:
                     self._submit()
                     if not self._done:
@@ -81,9 +81,9 @@ class Arrivals:
                     yield name, out
                     del out
                     self._held -= cost
-            finally:
-                for file in self._files.values():
-                    file.close()
+        finally:
+            for file in self._files.values():
+                file.close()
 
     def _submit(self) -> None:
         """Ask for as many pieces as there is room for; a tensor's all before the next one's."""

@@ -21,13 +21,16 @@ from parity.mutant_bench import Bench, Subject, differences, load
 from parity.zoo import make_checkpoint
 
 # moe_intermediate_size at a hidden_size of 40: gate_up is square at 20
-CASES: tuple[tuple[Form, int], ...] = (("fused", 24), ("fused transposed", 24), ("fused", 20), ("fused transposed", 20))
+CASES: tuple[tuple[Form, int], ...] = (
+    *(("fused", 24), ("fused transposed", 24), ("per expert", 24)),
+    *(("fused", 20), ("fused transposed", 20)),
+)
 EXPERTS = "model.layers.1.mlp.experts."
 
 
 def expert_forms(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """Every form is loaded to the bits that the clean code has from experts one by one, from files and borrowed."""
-    for form, width in (*CASES, ("per expert", 24)):
+    for form, width in CASES:
         path = _path(bench, subject, form, width)
         owed = bench.once(
             ("experts", subject, width, backend),

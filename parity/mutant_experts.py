@@ -8,6 +8,7 @@ from typing import Any
 from loaders import CheckpointError
 from loaders.memory import fill
 from loaders.writer import TensorType
+from parity.mutant_bench import Detector
 from parity.mutant_expert_bench import expert_counts, expert_forms
 from parity.mutant_plants import BOTH, HYBRID_MOE, wrapped
 from parity.mutants import Mutant, Patch
@@ -64,12 +65,14 @@ def _offset_lost(loader: Any, param: Any, weight: Any, *, expert_id: int, expert
     return loader(param, weight, expert_id=expert_id % len(param), **options)
 
 
-def _of(name: str, plant: Callable[[], Sequence[Patch]], says: str, **more: Any) -> Mutant:
-    return Mutant(name, "loader", says, "issue 5", plant, HYBRID_MOE, **{"detector": expert_forms} | more)
+def _of(
+    name: str, plant: Callable[[], Sequence[Patch]], says: str, detector: Detector = expert_forms, **more: Any
+) -> Mutant:
+    return Mutant(name, "loader", says, "issue 5", plant, HYBRID_MOE, detector, **more)
 
 
 def _counted(name: str, plant: Callable[[], Sequence[Patch]], says: str) -> Mutant:
-    return _of(name, plant, says, detector=expert_counts)
+    return _of(name, plant, says, expert_counts)
 
 
 EXPERT_MUTANTS: list[Mutant] = [

@@ -91,6 +91,13 @@ class RunaiSession:
         self._free: list[np.ndarray] = []
         self._lent: np.ndarray | None = None
         self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
+        try:
+            self._hand_over(credentials)
+        except BaseException:
+            self.close()
+            raise
+
+    def _hand_over(self, credentials: Mapping[str, str]) -> None:
         if credentials:
             names = (ctypes.c_char_p * len(credentials))(*(name.encode() for name in credentials))
             values = (ctypes.c_char_p * len(credentials))(*(value.encode() for value in credentials.values()))
@@ -116,6 +123,8 @@ class RunaiSession:
             self._free.append(self._lent)
         self._lent = None
         ticket, code = self._response()
+        if ticket not in self._flying:  # it has stopped altogether
+            raise PieceError(self._message(code))
         buffer, num_bytes = self._flying.pop(ticket)
         if code != _SUCCESS:
             raise PieceError(self._message(code), ticket)

@@ -66,7 +66,8 @@ class S3File:
     def read_into(self, out: memoryview, position: int) -> None:
         if not len(out):
             return
-        until = time.monotonic() + max(DEADLINE_S, len(out) / 1e6)  # slower than 1 MB/s is as good as gone
+        allowed_s = max(DEADLINE_S, len(out) / 1e6)  # slower than 1 MB/s is as good as gone
+        until = time.monotonic() + allowed_s
         span = f"bytes={position}-{position + len(out) - 1}"
         with _as_os_errors():
             body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self._pinned.etag)["Body"]
@@ -75,7 +76,7 @@ class S3File:
                 out[done : done + len(part)] = part
                 done += len(part)
                 if time.monotonic() > until:
-                    raise OSError(f"{done} of {len(out)} bytes came in {DEADLINE_S:g} s. Is the server in trouble?")
+                    raise OSError(f"{done} of {len(out)} bytes came in {allowed_s:.0f} s. Is the server in trouble?")
         if done != len(out):
             raise OSError(f"{done} bytes came from byte {position} on, expected {len(out)}: truncated")
 

@@ -213,6 +213,20 @@ def test_another_version_is_refused(directory: Path, monkeypatch: Any) -> None:
         open_checkpoint(f"runai://{directory}")
 
 
+def test_a_package_without_its_s3_part_is_told_which_to_install(directory: Path, monkeypatch: Any) -> None:
+    class Partial:
+        def __init__(self, library: Any) -> None:
+            self.library = library
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *arguments: 12) if name.endswith("_request") else getattr(self.library, name)
+
+    load = runai._load
+    monkeypatch.setattr(runai, "_load", lambda path: Partial(load(path)))
+    with pytest.raises(CheckpointError, match=r"Error loading object storage plugin .* pip install 'tandem\[runai\]'"):
+        list(open_checkpoint(f"runai://{directory}").stream())
+
+
 def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a directory"):
         open_checkpoint(f"runai://{tmp_path}/none")
