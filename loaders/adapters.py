@@ -17,11 +17,12 @@ import numpy as np
 from loaders.adapter_config import AdapterConfig, read_adapter_config
 from loaders.adapter_files import AdapterFiles, open_adapter_files
 from loaders.adapter_keys import Key, Nested, parse_key
-from loaders.adapter_sites import Site, Sites, sites_of
+from loaders.adapter_sites import HEAD, Site, Sites, sites_of
 from loaders.digest import root_digest, tensor_digest
 from loaders.errors import CheckpointError
-from loaders.plan import FLOATS
+from loaders.plan import FLOATS, specs_of
 from loaders.spec import ModelConfig
+from loaders.stage import Stage
 
 ReadBase = Callable[[str], np.ndarray]
 _ROWS = 8192  # compared or merged at once
@@ -330,6 +331,21 @@ def merged(base: np.ndarray, update: LowRank) -> np.ndarray:
         rows = slice(row, row + _ROWS)
         out[rows] = (base[rows].astype(np.float32) + update.delta(rows)).astype(base.dtype)
     return out
+
+
+def merge_problems(adapter: Adapter, config: ModelConfig) -> list[str]:
+    """Why an adapter cannot be merged, one sentence each."""
+    schemes = specs_of(config, Stage()).schemes
+    changed = [update.site.parameter for update in adapter.low_rank.values()] + list(adapter.whole)
+    quantized = sorted({name for name in changed if name in schemes or name.rpartition(".")[0] in schemes})
+    problems = []
+    if quantized:
+        more = f" and {len(quantized) - 1} more" if len(quantized) > 1 else ""
+        problems.append(f"{quantized[0]}{more} is quantised, and rounding it again would be another model")
+    tables = {f"{HEAD}.weight", HEAD, f"{config.text_paths[0]}.embed_tokens.weight", f"{config.text_paths[0]}.embed_tokens"}
+    if config.tie_word_embeddings and tables & {*adapter.low_rank, *adapter.whole}:
+        problems.append("embedding and head are one table, and it adapts one side of it")
+    return problems
 
 
 def merged_weights(adapter: Adapter, read_base: ReadBase) -> Mapping[str, Callable[[], np.ndarray]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from loaders.inputs import check_text
+from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.host import on_host
@@ -56,14 +57,27 @@ class Draft:
         return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        given = {"hidden_states": hidden_states, "adapter": adapter}
+        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
     def with_taps(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, hidden_states: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
@@ -72,17 +86,18 @@ class Draft:
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
         checked = check_text(ids, mask, positions, **target.limits())
         ids_BT = target.long(checked.input_ids)
-        x_BTD = target.embed(ids_BT)
-        if not target.stage.is_first:
-            x_BTD, _ = target.checked(None, mask, positions, hidden_states)
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
-        positions = target.long(checked.position_ids)
-        hidden_BTD = target.decoder(x_BTD, positions, mask_BT)
+        step_positions = target.long(checked.position_ids)
         is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
-        step = self._steps(positions[..., 1:], is_pair, 0, is_cached=False)
-        with collect() as taps:
-            drafted = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
-        return target.head(drafted), drafted, taps
+        step = self._steps(step_positions[..., 1:], is_pair, 0, is_cached=False)
+        with target.running(adapter, ids_BT):
+            x_BTD = target.embed(ids_BT)
+            if not target.stage.is_first:
+                x_BTD, _ = target.checked(None, mask, positions, hidden_states)
+            hidden_BTD = target.decoder(x_BTD, step_positions, mask_BT)
+            with collect() as taps:
+                drafted = self.source.mtp(target.embed(ids_BT[:, 1:]), hidden_BTD[:, :-1], step)
+            return target.head(drafted), drafted, taps
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders.inputs import check_sampling
+from loaders.roster import AdapterOfRows
 from torch_models.graphs import Batch
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def generate(
     seed: int = 0,
     ignore_eos: bool = False,
     graphs: bool = False,
+    adapter: AdapterOfRows = None,
 ) -> torch.Tensor:
     """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
 
@@ -55,6 +57,7 @@ def generate(
         seed: of the sampling; ignored at temperature 0.
         ignore_eos: go on after an end-of-sequence token.
         graphs: decode by replaying captured graphs, kept for the next call; see ``torch_models.graphs``.
+        adapter: of the rows, see ``Model.forward``.
     Returns:
         int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
         (or its end token when the config names none).
@@ -67,7 +70,7 @@ def generate(
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
     prefill = model.graphs.prefill if graphs else model.prefill
-    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens)
+    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, adapter=adapter)
     generator = torch.Generator(model.device).manual_seed(seed)
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []

@@ -20,6 +20,7 @@ from loaders.plan import Filling, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, holds_derived, mark_source
+from torch_models.layers.lora import unwrapped
 from torch_models.layers.quantized import NVFP4Linear
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
@@ -54,11 +55,12 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         embed: [V, D] in the stored dtype, a tensor of any device, or NumPy.
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
-        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised.
-            Nothing was changed.
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
+            or an adapter is merged into the weights. Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
     model.check_runnable()
+    model.roster.check_unmerged("a swap")
     specs = specs_of(model.config, model.stage)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
@@ -140,9 +142,11 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        ValueError: an adapter is merged into the weights. Nothing was read.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
     check_awake(model)
+    model.roster.check_unmerged("a reload")
     from torch_models.load import read_params  # the loader builds models
 
     checkpoint = open_to_load(uri, model.quantize)
@@ -163,6 +167,15 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
     return model
+
+
+def write(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[str]) -> None:
+    """Write values over the live parameters ``names`` and verify them, without publishing.
+
+    Raises:
+        RuntimeError: it failed half-way; the model refuses to run.
+    """
+    _commit(model, values, names)
 
 
 @torch.inference_mode(False)
@@ -198,8 +211,9 @@ def stored(model: nn.Module, name: str) -> torch.Tensor:
     module = model.get_submodule(owner)
     if not holds_derived(module, leaf):
         return module.get_parameter(leaf).detach()
-    assert isinstance(module, NVFP4Linear), f"{owner} keeps derived bytes in {leaf}"
-    return module.source("block")
+    layer = unwrapped(module)
+    assert isinstance(layer, NVFP4Linear), f"{owner} keeps derived bytes in {leaf}"
+    return layer.source("block")
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
