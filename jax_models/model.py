@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_models import weights as life
+from jax_models.adapted import Adapted
+from jax_models.adapter_room import Room, RowAdapters
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
@@ -23,12 +25,13 @@ from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import TextInputs, bucket, check_text
 from loaders.plan import LoadReport, specs_of
+from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model:
+class Model(Adapted):
     """One version of the weights of one pipeline stage, and how to run it.
 
     Attributes:
@@ -41,6 +44,9 @@ class Model:
         report: what that load did.
         events: everything published so far.
         quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
+        roster: which adapters there are.
+        room: their arrays.
+        unmerged: while one is merged, the arrays from before, by name.
     """
 
     config: ModelConfig
@@ -53,6 +59,9 @@ class Model:
     report: LoadReport
     events: tuple[Event, ...]
     quantize: str | None = None
+    roster: Roster = field(default_factory=Roster)
+    room: Room = field(default_factory=Room)
+    unmerged: dict[str, jax.Array] = field(default_factory=dict)
     weights_id: object = field(default_factory=object, repr=False)  # two models of one version may differ in weights
 
     @property
@@ -80,6 +89,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
     ) -> jax.Array:
         """Run the stage.
 
@@ -89,13 +99,15 @@ class Model:
             position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
+            adapter: a name for all rows, or a name or None (the base alone) for each; None: what came last, if any.
         Returns:
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
             ValueError: inputs of the wrong shape, dtype or range.
         """
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
-        return self.programs.forward(self.weights, entry, checked.attention_mask, checked.position_ids)
+        given = (self.weights, entry, checked.attention_mask, checked.position_ids)
+        return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
     def with_taps(
         self,
@@ -104,10 +116,12 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states)
-        return self.programs.forward_with_taps(self.weights, entry, checked.attention_mask, checked.position_ids)
+        given = (self.weights, entry, checked.attention_mask, checked.position_ids)
+        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)))
 
     def apply(
         self,
@@ -117,8 +131,12 @@ class Model:
         position_ids: jax.Array | None = None,
         *,
         hidden_states: jax.Array | None = None,
+        adapters: RowAdapters | None = None,
     ) -> jax.Array:
-        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing."""
+        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing.
+
+        ``adapters``: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
+        """
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -126,10 +144,10 @@ class Model:
         )
         if position_ids is None:
             position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32))
+        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32), adapters)
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16
+        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, adapter: AdapterOfRows = None
     ) -> tuple[jax.Array, VersionedCache]:
         """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
 
@@ -137,6 +155,7 @@ class Model:
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
@@ -144,11 +163,11 @@ class Model:
         checked = check_text(input_ids, attention_mask, None, vocab_size=self.config.vocab_size).left_aligned()
         checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
         rows, length = checked.input_ids.shape
+        slot_B = self.roster.rows(adapter, rows)
         cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        logits_BV, cache = self.programs.prefill(
-            self.weights, checked.input_ids, checked.attention_mask, checked.position_ids, cache=cache
-        )
-        return logits_BV, VersionedCache(cache, self.version, self.weights_id)
+        given = (self.weights, checked.input_ids, checked.attention_mask, checked.position_ids)
+        logits_BV, cache = self.programs.prefill(*given, cache=cache, **self.of_slots(slot_B))
+        return logits_BV, VersionedCache(cache, self.version, self.weights_id, slot_B)
 
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
@@ -158,7 +177,7 @@ class Model:
         """
         if cache.weights_id is not self.weights_id:
             raise ValueError(
-                f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is at"
                 f" {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
@@ -167,8 +186,8 @@ class Model:
         check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays)
-        return logits_BV, VersionedCache(arrays, self.version, self.weights_id)
+        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays, **self.of_slots(cache.slot))
+        return logits_BV, dataclasses.replace(cache, arrays=arrays)
 
     def generate(
         self,
@@ -183,13 +202,15 @@ class Model:
         ignore_eos: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
+        adapter: AdapterOfRows = None,
     ) -> jax.Array:
         """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
 
         With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``jax_models.speculative``. What that was worth stands in ``draft.report``.
+        ``jax_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for the
+        model itself.
         """
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos, "adapter": adapter}
         prompt = (input_ids, attention_mask, max_new_tokens, temperature)
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
@@ -217,6 +238,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What the draft says of every token but the first; arguments as for the model itself.
 
@@ -226,7 +248,7 @@ class Model:
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states)
+        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, adapter=adapter)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -234,6 +256,7 @@ class Model:
         Raises:
             ValueError: listing every leaf that differs.
         """
+        self.roster.check_unmerged("other weights")
         life.check_same_structure(self.weights, weights)
         return self.published(life.committed_like(self.weights, weights), "replace")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_models.adapter_room import RowAdapters, wrap
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.draft import DraftPrograms
 from jax_models.layers.install import install, install_kv_scales
+from jax_models.layers.lora import active_rows
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
 from loaders.families import FAMILIES
@@ -63,6 +65,7 @@ class Programs:
 
         self.graphdef, state = nnx.split(nnx.eval_shape(build))
         self.abstract: Weights = nnx.to_pure_dict(state)
+        self.config = config
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
@@ -87,37 +90,70 @@ class Programs:
         sizes = {"rows": rows, "capacity": capacity}
         return empty_cache(self.cache_entries(**sizes), **sizes, dtype=self.dtype, mesh=self.mesh, make=make)
 
-    def apply(self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
-        with self.precision():
+    @contextlib.contextmanager
+    def module(self, weights: Weights, adapters: RowAdapters | None) -> Iterator[Any]:
+        """Inside a program: the family's module with these weights, and with the adapters of the rows, if any."""
+        with self.precision(), active_rows(None if adapters is None else jnp.asarray(adapters.slot)):
             module = nnx.merge(self.graphdef, weights)
+            if adapters is not None:
+                wrap(module, adapters, self.config)
+            yield module
+
+    def apply(
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        adapters: RowAdapters | None = None,
+    ) -> jax.Array:
+        """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
+        with self.module(weights, adapters) as module:
             x_BTD, _ = module.decoder(self.enter(module, inputs), positions_BT, mask_BT)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _apply_with_taps(
-        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with collect() as taps:
-            out = self.apply(weights, inputs, mask_BT, positions_BT)
+            out = self.apply(weights, inputs, mask_BT, positions_BT, adapters)
         return out, taps
 
     def _prefill(
-        self, weights: Weights, inputs: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        return self._step(weights, inputs, positions_BT, key_mask_BS, cache)
+        return self._step(weights, inputs, positions_BT, key_mask_BS, cache, adapters)
 
-    def _decode(self, weights: Weights, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _decode(
+        self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
         key_mask_BS = cache.key_mask.at[:, cache.length].set(True)
-        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache)
+        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache, adapters)
 
     def _step(
-        self, weights: Weights, inputs: jax.Array, positions_BT: jax.Array, key_mask_BS: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        inputs: jax.Array,
+        positions_BT: jax.Array,
+        key_mask_BS: jax.Array,
+        cache: Cache,
+        adapters: RowAdapters | None,
     ) -> tuple[jax.Array, Cache]:
-        with self.precision():
-            module = nnx.merge(self.graphdef, weights)
+        with self.module(weights, adapters) as module:
             x_BTD, cache = module.decoder(self.enter(module, inputs), positions_BT, key_mask_BS, cache)
             return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self.placed(cache)
 

@@ -28,6 +28,11 @@ class Site:
     parameter: str
     is_head: bool = False
 
+    @property
+    def module(self) -> str:
+        """The layer that has the weight: a tied head's is the embedding."""
+        return self.parameter.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Sites:
@@ -35,6 +40,21 @@ class Sites:
 
     low_rank: dict[str, Site]
     whole: dict[str, tuple[int, ...]]
+    params: dict[str, ParamSpec]  # all parameters, as if nothing were quantised
+    tied: dict[str, str]  # tensor of a tied head -> the parameter it is
+
+    def layer(self, module: str) -> str:
+        """The layer that stands for a module: the embedding for a tied head."""
+        return self.tied.get(f"{module}.weight", f"{module}.weight").rpartition(".")[0]
+
+    def of_module(self, module: str) -> dict[str, str]:
+        """Parameters of a module that an adapter may replace: leaf -> name of the tensor."""
+        names = [name for name in self.whole if name.rpartition(".")[0] == module]
+        return {name.rpartition(".")[2]: name for name in names}
+
+    def parameter(self, tensor: str) -> ParamSpec:
+        """The parameter that a tensor stands for."""
+        return self.params[self.tied.get(tensor, tensor)]
 
 
 def sites_of(config: ModelConfig) -> Sites:
@@ -58,7 +78,8 @@ def sites_of(config: ModelConfig) -> Sites:
         path = tied.tensor.removesuffix(".weight")
         found[path] = Site(path, "linear", (tied.shape[0], tied.shape[1]), (), tied.same_as, is_head=True)
         whole[tied.tensor] = tied.shape
-    return Sites(found, whole)
+    tied = {one.tensor: one.same_as for one in specs.tied}
+    return Sites(found, whole, {spec.name: spec for spec in specs}, tied)
 
 
 def _unquantized(config: Any) -> ModelConfig:
