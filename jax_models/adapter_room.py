@@ -154,9 +154,8 @@ def wrap(model: Any, adapters: RowAdapters, config: ModelConfig) -> None:
     """Inside a program: put wrappers in the places of the layers that adapters change."""
     sites = sites_of(config)
     for module, copies in adapters.copies.items():
-        path = sites.layer(module)
-        methods = _EVERY
-        if sites.tied and path in (sites.layer(HEAD), module) and path == sites.layer(HEAD):
+        path, methods = sites.layer(module), _EVERY
+        if sites.tied and path == sites.layer(HEAD):  # a table with two sides
             methods = frozenset({"project"} if module == HEAD else {"__call__"})
         layer = module_at(model, path)
         _put(model, path, ModuleWithCopies(layer, _layers(unwrapped(layer), copies), copies.places, methods))

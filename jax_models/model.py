@@ -177,8 +177,8 @@ class Model(Adapted):
         """
         if cache.weights_id is not self.weights_id:
             raise ValueError(
-                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is at"
-                f" {self.version}). Run prefill again."
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
         if len(ids_B1) != cache.arrays.position.shape[0]:

@@ -127,7 +127,9 @@ def _refused(document: dict[str, Any]) -> list[str]:
     problems = []
     for name, value in document.items():
         if name not in _READ | _OF_TRAINING and value not in (None, False, "none") and value not in ({}, []):
-            problems.append(f"adapter_config.json: {name}={brief(value)} is not implemented. Train or merge without it.")
+            problems.append(
+                f"adapter_config.json: {name}={brief(value)} is not implemented. Train or merge without it."
+            )
     if (bias := document.get("bias", "none")) != "none":
         problems.append(f"adapter_config.json: bias={brief(bias)} is not implemented, expected 'none'")
     init = document.get("init_lora_weights", True)

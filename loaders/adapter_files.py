@@ -73,7 +73,11 @@ def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[
     except OSError as error:
         problems.append(f"{CONFIG} cannot be read: {error.strerror or error}. Is this a PEFT adapter?")
     if WEIGHTS not in present:
-        pickle = f" {PICKLE} is there, but it is a pickle, which can run any code and is never read." if PICKLE in present else ""
+        pickle = (
+            f" {PICKLE} is there, but it is a pickle, which can run any code and is never read."
+            if PICKLE in present
+            else ""
+        )
         problems.append(f"{WEIGHTS} is missing.{pickle} Save the adapter as safetensors.")
         return files, problems
     try:

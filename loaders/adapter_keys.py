@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PREFIX = "base_model.model."
-_LOW_RANK = re.compile(r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.(?:(?P<half>lora_[AB])\.weight|(?P<table>lora_embedding_[AB]))")
+_LOW_RANK = re.compile(
+    r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.(?:(?P<half>lora_[AB])\.weight|(?P<table>lora_embedding_[AB]))"
+)
 # where text models stand in transformers' classes; a multimodal one's adapters fit its text model and the other way
 _TEXT_PATHS = ("model.language_model", "model")
 

@@ -89,7 +89,7 @@ def _unquantized(config: Any) -> ModelConfig:
 def _site(spec: ParamSpec, rule: Rule) -> Site | None:
     """The site of a parameter; None where no low-rank update is possible."""
     if spec.axes[:1] == ("E",) and len(spec.axes) > 2:
-        return Site(spec.name, "experts", spec.shape[-2:], spec.shape[:-2], spec.name)
+        return Site(spec.name, "experts", (spec.shape[-2], spec.shape[-1]), spec.shape[:-2], spec.name)
     path, _, leaf = spec.name.rpartition(".")
     if leaf != "weight" or len(spec.shape) != 2 or rule.is_router:
         return None

@@ -128,7 +128,9 @@ class _Reading:
         self._unclaimed()
         if not self.problems and not low_rank and not whole:
             self.problems.append("it changes nothing: no tensor of it is an update")
-        arrays = {f"{path}.{half}": value for path, one in low_rank.items() for half, value in (("a", one.a), ("b", one.b))}
+        arrays = {
+            f"{path}.{half}": value for path, one in low_rank.items() for half, value in (("a", one.a), ("b", one.b))
+        }
         digests = {name: tensor_digest(array) for name, array in (arrays | whole).items()}
         digests |= {f"{path}.scaling": str(one.scaling) for path, one in low_rank.items()}
         return Adapter(str(self.files.source), low_rank, whole, left_out, root_digest(digests))
@@ -226,7 +228,9 @@ class _Reading:
         info = self.files.tensors[name]
         before = len(self.problems)
         if info.shape != shape:
-            trained = f"trained on {self.config.base_model_name_or_path!r}, " if self.config.base_model_name_or_path else ""
+            trained = (
+                f"trained on {self.config.base_model_name_or_path!r}, " if self.config.base_model_name_or_path else ""
+            )
             self.problems.append(
                 f"tensor {name!r} has shape {info.shape}, expected {shape} from {what} and the model's sizes."
                 f" The adapter was {trained}which may be another model."
@@ -280,10 +284,14 @@ class _Reading:
         experts = {key.place.path for key in self.keys.values() if key.half}
         modules += [self._spell(path) for path in experts]
         if isinstance(self.config.target_modules, tuple):
-            leaves = {"gate_proj", "up_proj", "down_proj"} if any(s.lead for s in self.sites.low_rank.values()) else set()
+            leaves = (
+                {"gate_proj", "up_proj", "down_proj"} if any(s.lead for s in self.sites.low_rank.values()) else set()
+            )
             for name in self.config.target_modules:
                 if name not in leaves and not any(one == name or one.endswith(f".{name}") for one in modules):
-                    self.problems.append(f"adapter_config.json: target_modules names {name!r}, which no module is called")
+                    self.problems.append(
+                        f"adapter_config.json: target_modules names {name!r}, which no module is called"
+                    )
         for name in self.config.modules_to_save:
             if not any(self.config.saves(self._spell(tensor)) and name in tensor for tensor in self.sites.whole):
                 self.problems.append(
@@ -342,7 +350,12 @@ def merge_problems(adapter: Adapter, config: ModelConfig) -> list[str]:
     if quantized:
         more = f" and {len(quantized) - 1} more" if len(quantized) > 1 else ""
         problems.append(f"{quantized[0]}{more} is quantised, and rounding it again would be another model")
-    tables = {f"{HEAD}.weight", HEAD, f"{config.text_paths[0]}.embed_tokens.weight", f"{config.text_paths[0]}.embed_tokens"}
+    tables = {
+        f"{HEAD}.weight",
+        HEAD,
+        f"{config.text_paths[0]}.embed_tokens.weight",
+        f"{config.text_paths[0]}.embed_tokens",
+    }
     if config.tie_word_embeddings and tables & {*adapter.low_rank, *adapter.whole}:
         problems.append("embedding and head are one table, and it adapts one side of it")
     return problems
@@ -355,5 +368,6 @@ def merged_weights(adapter: Adapter, read_base: ReadBase) -> Mapping[str, Callab
         for update in adapter.low_rank.values()
     }
     return changed | {
-        name: (lambda name=name, value=value: value.astype(read_base(name).dtype)) for name, value in adapter.whole.items()
+        name: (lambda name=name, value=value: value.astype(read_base(name).dtype))
+        for name, value in adapter.whole.items()
     }

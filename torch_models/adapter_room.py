@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -64,20 +64,19 @@ class Room:
     @classmethod
     def made(cls, model: Model, roster: Roster) -> Room:
         """Room as ``roster`` lays it out, filled, with wrappers that are not in the model yet."""
-        room, sites = cls(), sites_of(model.config)
-        layout, device = roster.layout, model.device
-        bases = {path: unwrapped(module) for path, module in model.named_modules(remove_duplicate=False)}
+        room, sites, layout = cls(), sites_of(model.config), roster.layout
+        layers = {path: unwrapped(module) for path, module in model.named_modules(remove_duplicate=False)}
         for path, rank in layout.ranks.items():
-            if path.removesuffix(".gate_up_proj").removesuffix(".down_proj") in bases or path in bases:
-                room.stacks[path] = _stacks(sites.low_rank[path], layout.slots, rank, device)
+            if (site := sites.low_rank[path]).module in layers:  # else another stage's
+                room.stacks[path] = _stacks(site, layout.slots, rank, model.device)
         for module, places in layout.places.items():
-            if module in bases:
-                leaves = {name.rpartition(".")[2]: name for name in sites.whole if name.rpartition(".")[0] == module}
-                layers = [_copied(model, bases[module], leaves, sites) for _ in range(places)]
-                table = torch.full((layout.slots + 1,), NONE, dtype=torch.int64, device=device)
-                room.copies[module] = Copies(layers, leaves, table)
+            if (layer := sites.layer(module)) in layers:
+                leaves = sites.of_module(module)
+                copies = [_copied(model, layers[layer], leaves, sites) for _ in range(places)]
+                table = torch.full((layout.slots + 1,), NONE, dtype=torch.int64, device=model.device)
+                room.copies[module] = Copies(copies, leaves, table)
         room.refill(Roster(layout=layout), roster)
-        wrappers = dict(room._wrappers(bases, is_tied=model.config.tie_word_embeddings))
+        wrappers = {id(layers[path]): wrapper for path, wrapper in room._wrappers(layers, sites).items()}
         for parent in model.modules():
             for leaf, child in parent._modules.items():
                 if child is not None and (wrapper := wrappers.get(id(unwrapped(child)))) is not None:
@@ -122,33 +121,27 @@ class Room:
             slots = [table.get(slot, NONE) for slot in range(len(copies.places) - 1)]
             _put(copies.places, torch.tensor([*slots, NONE]))
 
-    def _wrappers(self, bases: dict[str, nn.Module], *, is_tied: bool) -> Iterator[tuple[int, nn.Module]]:
-        """A wrapper for every layer that needs one, by the layer's identity."""
-        made: dict[int, nn.Module] = {}
+    def _wrappers(self, layers: Mapping[str, nn.Module], sites: Sites) -> dict[str, nn.Module]:
+        """Path of a layer -> what is to stand in its place."""
+        made: dict[str, nn.Module] = {}
         for module, copies in self.copies.items():
-            base = bases[module]
-            is_table = is_tied and isinstance(base, Embedding)
-            methods = frozenset({"project"} if module == HEAD else {"forward"}) if is_table else _EVERY
-            within = made.get(id(base), base)
-            made[id(base)] = ModuleWithCopies(within, copies.layers, copies.places, methods)
-        for path in self.stacks:
-            module = path if path in bases else path.rpartition(".")[0]
-            base = bases[module]
-            within = made.get(id(base), base)
-            if isinstance(base, Experts | NVFP4Experts):
-                gate_up, down = (self.stacks.get(f"{module}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
-                wrapper: nn.Module = ExpertsWithLoRA(base, gate_up, down)
-            elif isinstance(base, Embedding):
-                lookups = [one for one in self.stacks if one != HEAD and bases.get(one) is base]
-                lookup = self.stacks[lookups[0]] if lookups else None
-                if isinstance(within, VocabParallelEmbeddingWithLoRA):
-                    continue  # seen from its other side
-                head = self.stacks.get(HEAD) if is_tied else None
-                wrapper = VocabParallelEmbeddingWithLoRA(within, lookup, head)
-            else:
-                wrapper = LinearWithLoRA(within, self.stacks[path])
-            made[id(base)] = wrapper
-        yield from made.items()
+            path, methods = sites.layer(module), _EVERY
+            if sites.tied and path == sites.layer(HEAD):  # a table with two sides
+                methods = frozenset({"project"} if module == HEAD else {"forward"})
+            made[path] = ModuleWithCopies(made.get(path, layers[path]), copies.layers, copies.places, methods)
+        by_layer: dict[str, dict[str, Stacks]] = {}
+        for site, stacks in self.stacks.items():
+            by_layer.setdefault(sites.low_rank[site].module, {})[site] = stacks
+        return made | {path: _with_lora(made.get(path, layers[path]), path, found) for path, found in by_layer.items()}
+
+
+def _with_lora(layer: nn.Module, path: str, found: Mapping[str, Stacks]) -> nn.Module:
+    match unwrapped(layer):
+        case Experts() | NVFP4Experts():
+            return ExpertsWithLoRA(layer, found.get(f"{path}.gate_up_proj"), found.get(f"{path}.down_proj"))
+        case Embedding():
+            return VocabParallelEmbeddingWithLoRA(layer, found.get(path), found.get(HEAD))
+    return LinearWithLoRA(layer, found[path])
 
 
 def _stacks(site: Site, slots: int, rank: int, device: torch.device) -> Stacks:
@@ -187,12 +180,11 @@ def _copied(model: Model, base: Any, leaves: dict[str, str], sites: Sites) -> nn
     if is_quantized := isinstance(base, NVFP4Linear | FP8Linear):
         other: nn.Module = Linear(base.in_features, base.out_features, bias=base.has_bias)
     else:
-        other = type(base).__new__(type(base))
-        other.__dict__.update(base.__dict__)
+        other = copy.copy(base)  # its dictionaries of tensors are still the base's
     other.__dict__["_parameters"] = {}
     for leaf, name in leaves.items():
         dtype = model.dtype if is_quantized else base.get_parameter(leaf).dtype
         zeros = torch.zeros(sites.whole[name], dtype=dtype, device=model.device)
         setattr(other, leaf, nn.Parameter(zeros, requires_grad=False))
-    other.__dict__["_buffers"] = {leaf: buffer.clone() for leaf, buffer in base._buffers.items()}
+    other.__dict__["_buffers"] = {leaf: buffer.clone() for leaf, buffer in base.named_buffers(recurse=False)}
     return other

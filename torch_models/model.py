@@ -204,8 +204,8 @@ class Model(nn.Module, Adapted):
         """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
         if cache.stamp != self.weights_stamp():
             raise ValueError(
-                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is at"
-                f" {self.version}). Run prefill again."
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
         if len(ids_B1) != rows:

@@ -85,6 +85,10 @@ class ExpertUpdates:
     down: Stacks | None
     slot_B: jax.Array
 
+    def slots(self, order_A: jax.Array) -> jax.Array:
+        """Slot of each assignment: rows' assignments one after the other, then in this order."""
+        return jnp.repeat(self.slot_B, order_A.size // self.slot_B.size)[order_A]
+
     def first(
         self,
         y_AF: jax.Array,
@@ -95,13 +99,11 @@ class ExpertUpdates:
         """Gate and up, one after the other along the last axis."""
         if self.gate_up is None:
             return y_AF
-        parts = jnp.split(y_AF, 2, axis=-1)
-        stacks = [jax.tree.map(lambda x: x[:, :, part], (self.gate_up.a, self.gate_up.b)) for part in range(2)]
-        given = zip(parts, stacks, strict=True)
-        scaling = self.gate_up.scaling
-        return jnp.concatenate(
-            [_by_expert(y, x_AD, Stacks(*halves, scaling), by_group, slot_A) for y, halves in given], axis=-1
-        )
+        added_parts = []
+        for part, y_AM in enumerate(jnp.split(y_AF, 2, axis=-1)):
+            of_part = Stacks(self.gate_up.a[:, :, part], self.gate_up.b[:, :, part], self.gate_up.scaling)
+            added_parts.append(_by_expert(y_AM, x_AD, of_part, by_group, slot_A))
+        return jnp.concatenate(added_parts, axis=-1)
 
     def second(
         self,

@@ -135,15 +135,14 @@ def _chosen(
     size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
     rows_AD = x_BTD.reshape(-1, D)[order_A // X]
     gate_up_AF = by_expert_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), size_E)
+    by_group = partial(by_expert_group, sizes=size_E)
     if updates is not None:
-        slot_A = jnp.repeat(updates.slot_B, expert_A.size // len(updates.slot_B))[order_A]
-        by_group = partial(by_expert_group, sizes=size_E)
-        gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, slot_A)
+        gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
     hidden_AM = jax.nn.silu(gate_AM) * up_AM
     out_AD = by_expert_group(hidden_AM, down_EDM, size_E)
     if updates is not None:
-        out_AD = updates.second(out_AD, hidden_AM, by_group, slot_A)
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
     back_A = jnp.argsort(order_A)
     out_BTXD = out_AD[back_A].reshape(*experts_BTX.shape, D)

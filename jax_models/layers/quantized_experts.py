@@ -122,11 +122,11 @@ def _chosen(
         rows_AD = x_BTD.reshape(-1, D).repeat(X, axis=0)
         first_A2M = _halves(rows_AD, group_A, w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
         gate_up_A2M = first_A2M[order_A]
+    by_group = partial(by_expert_group, sizes=size_E)
     if updates is not None:
         plain_AD = x_BTD.reshape(-1, D)[order_A // X]
-        slot_A = jnp.repeat(updates.slot_B, expert_A.size // len(updates.slot_B))[order_A]
-        by_group = partial(by_expert_group, sizes=size_E)
-        gate_up_AF = updates.first(gate_up_A2M.reshape(-1, 2 * M), plain_AD, by_group, slot_A)
+        gate_up_AF = gate_up_A2M.reshape(-1, 2 * M)
+        gate_up_AF = updates.first(gate_up_AF, plain_AD, by_group, updates.slots(order_A))
         gate_up_A2M = gate_up_AF.reshape(-1, 2, M)
     gate_up_A2M = gate_up_A2M.astype(x_BTD.dtype)
     hidden_AM = inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
@@ -134,7 +134,7 @@ def _chosen(
         inner_AM = quantized_activations(hidden_AM, w2_input_scale_E[owner_A][:, None])
     out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
     if updates is not None:
-        out_AD = updates.second(out_AD, hidden_AM, by_group, slot_A)
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
     out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)

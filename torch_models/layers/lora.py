@@ -88,7 +88,11 @@ class ExpertUpdates:
         return torch.cat(self.parts(y_AF.chunk(2, dim=-1), x_AD, expert, token_A), dim=-1)
 
     def parts(
-        self, parts: Sequence[torch.Tensor], x_AD: torch.Tensor, expert: int | slice | torch.Tensor, token_A: torch.Tensor
+        self,
+        parts: Sequence[torch.Tensor],
+        x_AD: torch.Tensor,
+        expert: int | slice | torch.Tensor,
+        token_A: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Gate and up, each by itself: activations of tensors that lie otherwise in memory may differ in a bit."""
         if self.gate_up is None:

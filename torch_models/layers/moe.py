@@ -70,15 +70,13 @@ class Experts(nn.Module):
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
 
-    def _of_copies(
-        self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None
-    ) -> torch.Tensor:
+    def _of_copies(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
         experts_A, X = experts_UX.flatten(), experts_UX.shape[1]
         x_AD = x_UD.repeat_interleave(X, dim=0)
         gate_A2MD = self.gate_up_proj.index_select(0, experts_A).to(x_UD.dtype)
         gate_up_AF = torch.bmm(gate_A2MD.flatten(1, 2), x_AD[..., None])[..., 0]
+        token_A = torch.arange(len(experts_A), device=x_UD.device) // X
         if updates is not None:
-            token_A = torch.arange(len(experts_A), device=x_UD.device) // X
             gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
         gate_AM, up_AM = gate_up_AF.chunk(2, dim=1)
         hidden_AM = F.silu(gate_AM) * up_AM
