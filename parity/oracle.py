@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders import Checkpoint
+from loaders.adapters import Adapter
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
 from parity.oracles.run import Run, Saw
@@ -43,6 +44,7 @@ def oracle_forward(
     mtp: bool = False,
     shake: float = 0.0,
     saw: Saw | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
 
@@ -61,6 +63,7 @@ def oracle_forward(
         shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
             result moves says how much the checkpoint amplifies rounding.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
+        adapter: of every row.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -82,7 +85,7 @@ def oracle_forward(
     if saw is not None and not mask_BT.all():
         raise ValueError("inputs of layers were asked for, of rows with padding. Give each row without it.")
     replayed = checked_routing(config, routing or {}, mask_BT, mtp=mtp)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, adapter)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

@@ -113,12 +113,21 @@ def experts(
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.gate_proj", x)
                 fused.saw(f"{fused.prefix}{expert}.up_proj", x)
-            gate_up = x @ fused.stored("gate_up_proj", E, 2 * M, D)[expert].astype(np.float64).T
+            gate_up = x @ _expert(fused, expert, ("gate", "up"), "gate_up_proj", E, 2 * M, D).T
             inner = silu(gate_up[:, :M]) * gate_up[:, M:]
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.down_proj", inner)
-            y = inner @ fused.stored("down_proj", E, D, M)[expert].astype(np.float64).T
+            y = inner @ _expert(fused, expert, ("down",), "down_proj", E, D, M).T
         else:
             y = swiglu(read, f"mlp.experts.{expert}.", x, M)
         out_BTD[row, step] += weights_BTX[row, step, slot, None] * y  # a token names an expert once: no repeated index
     return out_BTD
+
+
+def _expert(read: Weights, expert: int, parts: tuple[str, ...], stack: str, *shape: int) -> np.ndarray:
+    """One expert's matrix out of a stack, with what an adapter adds to its parts, one above the other."""
+    base = read.stored(stack, *shape)[expert].astype(np.float64)
+    if read.adapted is None:
+        return base
+    deltas = [read.adapted.delta(f"{read.prefix}{expert}.{part}_proj") for part in parts]
+    return base + np.concatenate([delta for delta in deltas if delta is not None]) if deltas[0] is not None else base
