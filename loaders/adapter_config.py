@@ -56,15 +56,15 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     base_model_name_or_path: str = ""
 
-    def targets(self, module: str, *, is_head: bool = False) -> bool:
-        """Whether a linear layer or embedding gets a low-rank update; ``is_head``: it is the output embedding."""
+    def targets(self, module: str, *, is_table: bool = False) -> bool:
+        """Whether a linear layer or embedding gets a low-rank update; ``is_table``: it is an embedding, or the head."""
         if _is_named(self.exclude_modules, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == ALL_LINEAR:
-                return not is_head
+                return not is_table
             return re.fullmatch(self.target_modules, module) is not None
         if module in self.target_modules:
             return True

@@ -29,6 +29,11 @@ class Site:
     is_head: bool = False
 
     @property
+    def is_table(self) -> bool:
+        """Whether it is the embedding or the head, which ``all-linear`` does not name."""
+        return self.is_head or self.kind == "embedding"
+
+    @property
     def module(self) -> str:
         """The layer that has the weight: a tied head's is the embedding."""
         return self.parameter.rpartition(".")[0]

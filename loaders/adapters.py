@@ -144,7 +144,7 @@ class _Reading:
         if site.kind == "experts":
             return self._fused_experts(site) or self._single_experts(site)
         name = self._spell(site.path)
-        is_wanted = self.config.targets(name, is_head=site.is_head)
+        is_wanted = self.config.targets(name, is_table=site.is_table)
         is_wanted |= site.kind == "linear" and self.config.targets_parameter(f"{name}.weight")
         halves = self._halves(Nested(site.path), site.kind == "embedding", required=is_wanted)
         if halves is None or not is_wanted:

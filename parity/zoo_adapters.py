@@ -100,7 +100,7 @@ class _Drawing:
             name = self._spelled(site.path)
             if site.kind == "experts":
                 found |= self._experts(site, name) if self.config.targets_parameter(name) else {}
-            elif self.config.targets(name, is_head=site.is_head):
+            elif self.config.targets(name, is_table=site.is_table):
                 found |= self._low_rank(site, name)
         for tensor, shape in self.sites.whole.items():
             name = self._spelled(tensor)
