@@ -8,6 +8,7 @@ Values are widened to float32, exactly. Source: peft 0.21; checked against PEFT 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,11 @@ class Adapter:
     def rank(self) -> int:
         """The largest of its ranks; 0: it replaces tensors only."""
         return max((update.rank for update in self.low_rank.values()), default=0)
+
+    @functools.cached_property
+    def is_nothing(self) -> bool:
+        """Whether it changes no output: every update has a half of zeros, as adapters begin."""
+        return not self.whole and not any(one.a.any() and one.b.any() for one in self.low_rank.values())
 
 
 def open_adapter(uri: str | os.PathLike[str], config: ModelConfig, *, read_base: ReadBase | None = None) -> Adapter:

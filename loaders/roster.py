@@ -95,7 +95,7 @@ class Roster:
         if self.merged is not None:
             self._check_merged(adapter, names)
             return np.full(count, NONE, np.int32)
-        return np.array([NONE if name is None else self[name].slot for name in names], np.int32)
+        return np.array([NONE if name is None else self._slot(name) for name in names], np.int32)
 
     def places(self, module: str) -> dict[int, int]:
         """Slot -> place of every adapter that replaces tensors of a module."""
@@ -106,6 +106,10 @@ class Roster:
         """Raises ValueError while an adapter is merged."""
         if self.merged is not None:
             raise ValueError(f"adapter {self.merged!r} is merged: {what} would mix it in. Call unmerge_lora first.")
+
+    def _slot(self, name: str) -> int:
+        """Where a row of an adapter looks; one that changes nothing is none, so that the base's own program runs."""
+        return NONE if self[name].adapter.is_nothing else self[name].slot
 
     def _of_rows(self, adapter: AdapterOfRows, count: int) -> list[str | None]:
         if adapter is None:
