@@ -194,9 +194,7 @@ def draft_with_adapter(life: LiveModel) -> str:
     base = life.bench.drafted(life.model)
     adapted.do(lambda model: model.attach_lora(adapted.path(1)))
     with life.live.backend.scope():
-        plain, speculative = (
-            life.bench.tokens(life.model, draft) for draft in (None, life.model.draft)
-        )
+        plain, speculative = (life.bench.tokens(life.model, draft) for draft in (None, life.model.draft))
         cold = life.bench.load(life.bench.path("A")).attach_lora(adapted.path(1))
     found, expected = life.bench.drafted(life.model), life.bench.drafted(cold)
     assert base is not None
