@@ -152,8 +152,10 @@ class _Reading:
         name = self._spell(site.path)
         is_wanted = self.config.targets(name, is_table=site.is_table)
         is_wanted |= site.kind == "linear" and self.config.targets_parameter(f"{name}.weight")
-        halves = self._halves(Nested(site.path), site.kind == "embedding", required=is_wanted)
-        if halves is None or not is_wanted:
+        if not is_wanted:
+            return None
+        halves = self._halves(Nested(site.path), site.kind == "embedding")
+        if halves is None:
             return None
         out, inner = site.shape
         rank = self.config.rank(name)
@@ -168,7 +170,7 @@ class _Reading:
         if site.path not in named:
             return None
         level = len(named) - 1 - named.index(site.path)  # PEFT wraps in this order, so the last is the outermost
-        halves = self._halves(Nested(module, level), False, required=True)
+        halves = self._halves(Nested(module, level), False)
         if halves is None:
             return None
         name = self._spell(site.path)
@@ -201,7 +203,7 @@ class _Reading:
         out, inner = site.shape
         a, b = np.zeros((*site.lead, rank, inner), np.float32), np.zeros((*site.lead, out, rank), np.float32)
         for place, path in wanted.items():
-            halves = self._halves(Nested(path), False, required=True)
+            halves = self._halves(Nested(path), False)
             name = self._spell(path)
             r = self.config.rank(name)
             a_half = self._read(halves[0], (r, inner), "r") if halves else None
@@ -213,8 +215,8 @@ class _Reading:
     def _has(self, place: Nested) -> bool:
         return any(key.place == place and key.half for key in self.keys.values())
 
-    def _halves(self, place: Nested, is_embedding: bool, *, required: bool) -> tuple[str, str] | None:
-        """Names of A and B; None when one or both are not there."""
+    def _halves(self, place: Nested, is_embedding: bool) -> tuple[str, str] | None:
+        """Names of A and B of a target; None when one or both are not there."""
         halves = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
         found = {key.half: name for name, key in self.keys.items() if key.place == place and key.half in halves}
         if len(found) == 2:
@@ -224,7 +226,7 @@ class _Reading:
             (half, name), missing = next(iter(found.items())), next(iter(set(halves) - set(found)))
             self.taken.add(name)
             self.problems.append(f"{missing} of {place.path + nested!r} is missing, {half} is there. Save it whole.")
-        elif required:
+        else:
             self.problems.append(f"{halves[0]} and {halves[1]} of {place.path + nested!r}, a target, are missing")
         return None
 
