@@ -16,7 +16,8 @@ from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
 from jax_models.weights import flatten
-from loaders.adapters import ReadBase, merge_problems, merged_weights, open_adapter
+from loaders.adapters import ReadBase, open_adapter
+from loaders.merging import merge_problems, merged_weights
 from loaders.roster import Roster
 
 if TYPE_CHECKING:

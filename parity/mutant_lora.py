@@ -139,7 +139,7 @@ def _registered(init: Any, self: Any, base_layer: Any) -> None:
 
 
 def _subtracted(unmerge: Any, model: Any) -> Any:
-    from loaders.adapters import merged_weights
+    from loaders.merging import merged_weights
     from torch_models.storage import host_view, of_host
 
     low_rank = model.adapters[model.roster.merged].adapter.low_rank
@@ -159,26 +159,104 @@ def _life(name: str, source: str, plant: Callable[[], Any], says: str, subject: 
 
 
 LORA: list[Mutant] = [
-    _of("lora_over_rank", "parity 45", wrapped(_SCALING, _over_rank), "alpha / r where it is alpha / √r", backends=BOTH),
-    _of("lora_rank_pattern_ignored", "issue lora", wrapped(_SCALING, _without("rank_pattern")), "scaled by the rank of all"),
-    _of("lora_alpha_pattern_ignored", "issue lora", wrapped(_SCALING, _without("alpha_pattern")), "scaled by alpha of all"),
+    _of(
+        "lora_over_rank", "parity 45", wrapped(_SCALING, _over_rank), "alpha / r where it is alpha / √r", backends=BOTH
+    ),
+    _of(
+        "lora_rank_pattern_ignored",
+        "issue lora",
+        wrapped(_SCALING, _without("rank_pattern")),
+        "scaled by the rank of all",
+    ),
+    _of(
+        "lora_alpha_pattern_ignored",
+        "issue lora",
+        wrapped(_SCALING, _without("alpha_pattern")),
+        "scaled by alpha of all",
+    ),
     _of("lora_read_across", "parity 46", _edited(_each(_read_across)), "A read as [in, r]", backends=BOTH),
     _of("lora_misses_a_target", "parity 47", _edited(_one_less), "one projection is left out"),
     _of("lora_whole_ignored", "issue lora", _edited(_nothing_whole), "modules_to_save are left out"),
     _of("lora_experts_by_expert", "issue lora", _edited(_each(_by_expert)), "B of experts sorted by expert", MOE),
-    _of("lora_up_before_gate", "issue lora", wrapped("layers.lora:ExpertUpdates.parts", _up_before_gate), "updates of gate and up exchanged", MOE),
-    _of("lora_rows_rolled", "parity 50", wrapped(_ROWS, _rolled), "every row has its neighbour's adapter", backends=BOTH),
-    _of("lora_rows_alike", "parity 50", wrapped(_ROWS, _all_alike), "every row has the first one's adapter", backends=BOTH),
+    _of(
+        "lora_up_before_gate",
+        "issue lora",
+        wrapped("layers.lora:ExpertUpdates.parts", _up_before_gate),
+        "updates of gate and up exchanged",
+        MOE,
+    ),
+    _of(
+        "lora_rows_rolled", "parity 50", wrapped(_ROWS, _rolled), "every row has its neighbour's adapter", backends=BOTH
+    ),
+    _of(
+        "lora_rows_alike",
+        "parity 50",
+        wrapped(_ROWS, _all_alike),
+        "every row has the first one's adapter",
+        backends=BOTH,
+    ),
     _of("lora_base_row_adapted", "parity 50", wrapped(_ROWS, _base_is_first), "a row without adapter has the first"),
-    _of("lora_scaled_twice", "parity 48", wrapped(f"{_STACKS}.delta", _twice), "updates are scaled twice", backends=BOTH),
+    _of(
+        "lora_scaled_twice", "parity 48", wrapped(f"{_STACKS}.delta", _twice), "updates are scaled twice", backends=BOTH
+    ),
     _of("lora_unscaled", "parity 45", wrapped(f"{_STACKS}.delta", _unscaled), "updates are not scaled"),
-    _of("lora_lookup_in_head", "issue lora", wrapped(f"{_TABLE}.project", _lookup_in_head), "a tied head has the embedding's update", TIED),
-    _of("lora_head_in_lookup", "issue lora", wrapped(f"{_TABLE}.CALL", _head_in_lookup), "a tied embedding has the head's update", TIED),
-    _life("lora_replaced_stays", "issue lora", wrapped("adapter_room:Room.refill", _first_stays), "another adapter of the same name is not written"),
-    _life("lora_slot_not_cleared", "issue lora", wrapped("adapter_room:_fill", _slot_not_cleared), "a slot keeps what its next adapter does not have"),
-    _life("lora_cache_of_another", "law 7", wrapped("model:Model.decode", any_version), "keys of the adapter before are taken"),
-    _life("lora_old_base", "law 1", wrapped(f"{_LINEAR}.forward", _kept_weight), "a reload does not reach an adapted layer"),
-    _life("lora_base_layer_named", "law 9", wrapped("layers.lora:Wrapper.__init__", _registered), "names get base_layer in them", refusal=Exception),
-    _life("lora_merged_and_added", "parity 48", wrapped(_ROWS, _also_merged), "a merged adapter is added once more", backends=BOTH),
-    _life("lora_unmerged_by_subtraction", "parity 49", wrapped("adapters:unmerge_lora", _subtracted), "a merge is undone by arithmetic", HALF),
-]  # fmt: skip
+    _of(
+        "lora_lookup_in_head",
+        "issue lora",
+        wrapped(f"{_TABLE}.project", _lookup_in_head),
+        "a tied head has the embedding's update",
+        TIED,
+    ),
+    _of(
+        "lora_head_in_lookup",
+        "issue lora",
+        wrapped(f"{_TABLE}.CALL", _head_in_lookup),
+        "a tied embedding has the head's update",
+        TIED,
+    ),
+    _life(
+        "lora_replaced_stays",
+        "issue lora",
+        wrapped("adapter_room:Room.refill", _first_stays),
+        "another adapter of the same name is not written",
+    ),
+    _life(
+        "lora_slot_not_cleared",
+        "issue lora",
+        wrapped("adapter_room:_fill", _slot_not_cleared),
+        "a slot keeps what its next adapter does not have",
+    ),
+    _life(
+        "lora_cache_of_another",
+        "law 7",
+        wrapped("model:Model.decode", any_version),
+        "keys of the adapter before are taken",
+    ),
+    _life(
+        "lora_old_base",
+        "law 1",
+        wrapped(f"{_LINEAR}.forward", _kept_weight),
+        "a reload does not reach an adapted layer",
+    ),
+    _life(
+        "lora_base_layer_named",
+        "law 9",
+        wrapped("layers.lora:Wrapper.__init__", _registered),
+        "names get base_layer in them",
+        refusal=Exception,
+    ),
+    _life(
+        "lora_merged_and_added",
+        "parity 48",
+        wrapped(_ROWS, _also_merged),
+        "a merged adapter is added once more",
+        backends=BOTH,
+    ),
+    _life(
+        "lora_unmerged_by_subtraction",
+        "parity 49",
+        wrapped("adapters:unmerge_lora", _subtracted),
+        "a merge is undone by arithmetic",
+        HALF,
+    ),
+]

@@ -32,9 +32,11 @@ def adapter(bench: Bench, subject: Subject, kind: str) -> Path:
     def make() -> Path:
         path = bench.path(subject)
         has_experts = any(site.kind == "experts" for site in sites_of(open_checkpoint(path).config).low_rank.values())
-        everything = {"targets": (*(DENSE[:4] if has_experts else DENSE), *TABLES), "whole": ("norm",)}
-        chosen = {"small": {"targets": ("q_proj",)}, "layers": {"targets": DENSE[:4]}}.get(kind, everything | _OPTIONS)
-        experts = {"parameters": EXPERTS} if has_experts and kind in "ab" else {}
+        everything: dict[str, Any] = {"targets": (*(DENSE[:4] if has_experts else DENSE), *TABLES), "whole": ("norm",)}
+        chosen: dict[str, Any] = {"small": {"targets": ("q_proj",)}, "layers": {"targets": DENSE[:4]}}.get(
+            kind, everything | _OPTIONS
+        )
+        experts: dict[str, Any] = {"parameters": EXPERTS} if has_experts and kind in "ab" else {}
         return make_adapter(path, bench._new("adapter", kind), seed=ord(kind[0]), **chosen, **experts)
 
     return bench.once(("adapter", subject, kind), make)

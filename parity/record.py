@@ -183,7 +183,8 @@ def record(
 ) -> Trace:
     """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``.
 
-    ``adapter``: attach this one, before the reload. ``weight_only``: whatever the checkpoint says, inputs of quantised layers are not quantised.
+    ``adapter``: attach this one, before the reload. ``weight_only``: whatever the checkpoint says, inputs of quantised
+    layers are not quantised.
     """
     model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
     if adapter is not None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loaders.adapters import ReadBase, merge_problems, merged_weights, open_adapter
+from loaders.adapters import ReadBase, open_adapter
 from loaders.events import Event
+from loaders.merging import merge_problems, merged_weights
 from loaders.roster import NONE, AdapterOfRows, Roster
 from torch_models import weights as life
 from torch_models.adapter_room import Room

@@ -134,7 +134,7 @@ class Run:
         return x_BTD * (1 + self.shake * rng.standard_normal(x_BTD.shape))
 
     def head(self, x_BTD: np.ndarray) -> np.ndarray:
-        """Logits [B, T, V] by the head, which is the embedding in a tied model, without what an adapter adds to that."""
+        """Logits [B, T, V] by the head: in a tied model the embedding, without what an adapter adds to lookups."""
         logits_BTV = self._base_head(x_BTD)
         delta_VD = None if self.adapted is None else self.adapted.delta("lm_head")
         return logits_BTV if delta_VD is None else logits_BTV + x_BTD @ delta_VD.T

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from loaders import CheckpointError, open_checkpoint
 from loaders.adapter_config import read_adapter_config
 from loaders.adapter_sites import sites_of
-from loaders.adapters import merged, open_adapter
+from loaders.adapters import open_adapter
+from loaders.merging import merged
 from loaders.roster import NONE, Roster
 from parity.zoo import make_checkpoint
 from parity.zoo_adapters import ATTENTION, EXPERTS, TABLES, make_adapter

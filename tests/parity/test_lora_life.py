@@ -275,19 +275,21 @@ def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monke
     np.testing.assert_array_equal(np.asarray(model(**given)), logits)
 
 
-def test_what_cannot_be_meant_is_refused(made):
-    path, adapter, other = made("qwen3")
-    for side in BACKENDS:
-        model = load(side, path)
-        given = batch(path)
-        for act, told in (
-            (lambda: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
-            (lambda: model.detach_lora(), "no adapter is called 'default'"),
-            (lambda: model.merge_lora(), "no adapter is called 'default'"),
-            (lambda: model.unmerge_lora(), "no adapter is merged"),
-        ):
-            with pytest.raises(ValueError, match=told):
-                act()
+@pytest.mark.parametrize("side", BACKENDS)
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda model, given: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
+        (lambda model, given: model.detach_lora(), "no adapter is called 'default'"),
+        (lambda model, given: model.merge_lora(), "no adapter is called 'default'"),
+        (lambda model, given: model.unmerge_lora(), "no adapter is merged"),
+    ],
+    ids=["run", "detach", "merge", "unmerge"],
+)
+def test_what_cannot_be_meant_is_refused(made, side, act, told):
+    path, _, _ = made("qwen3")
+    with pytest.raises(ValueError, match=told):
+        act(load(side, path), batch(path))
 
 
 def test_the_command_records_and_generates_with_adapters(made, tmp_path, capsys):
