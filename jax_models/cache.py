@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_models.layers.gated_delta import keep_first
@@ -82,11 +83,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class VersionedCache:
-    """A cache and the weights version it was computed with; no other version may read it (law 7)."""
+    """A cache and the weights version it was computed with; no other version may read it (law 7).
+
+    ``slot``: int32 [B], of each row's adapter; it goes on with it.
+    """
 
     arrays: Cache
     version: int
     weights_id: object
+    slot: np.ndarray
 
     @property
     def capacity(self) -> int:

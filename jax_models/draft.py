@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from jax_models.adapter_room import RowAdapters
 from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.taps import collect
 from loaders.multimodal import check_inputs
+from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 
 if TYPE_CHECKING:
@@ -64,11 +66,12 @@ class Draft:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        given = (input_ids, attention_mask, position_ids)
-        logits, drafted_BTD, _ = self.with_taps(*given, hidden_states=hidden_states, **multimodal)
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
     def with_taps(
@@ -78,6 +81,7 @@ class Draft:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
@@ -90,8 +94,8 @@ class Draft:
         entry = checked.input_ids
         if not target.stage.is_first:
             entry, _ = target.checked(None, attention_mask, position_ids, hidden_states)
-        programs = self.source.programs.draft
-        return programs.forward(weights, entry, checked.input_ids, *target.arrays(checked))
+        given = (weights, entry, checked.input_ids, *target.arrays(checked))
+        return self.source.programs.draft.forward(*given, **target.of_rows(adapter, len(entry)))
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.
@@ -145,11 +149,11 @@ class DraftPrograms:
         mask_BT: jax.Array,
         position_ids: jax.Array,
         vision: VisionArrays | None = None,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1. And taps."""
         programs = self._programs
-        with programs.precision():
-            module = nnx.merge(programs.graphdef, weights)
+        with programs.module(weights, adapters) as module:
             x_BTD, seen = programs.enter_seeing(module, inputs, vision)
             hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT, seen=seen)
             # what is shown is shown to the draft too
@@ -161,47 +165,51 @@ class DraftPrograms:
             return module.head(drafted), drafted, taps
 
     def _prefill(
-        self, weights: Weights, ids_BT: jax.Array, mask_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        ids_BT: jax.Array,
+        mask_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """As of a model without draft; also the final hidden states, [B, T, D]."""
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        head, hidden_BTD, cache = self._run(weights, ids_BT, positions_BT, key_mask_BS, cache, keep_history=False)
-        return head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, self._programs.placed(cache)
+        given = (weights, adapters, ids_BT, positions_BT, key_mask_BS, cache)
+        with self._run(*given, keep_history=False) as (head, hidden_BTD, cache):
+            return head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, self._programs.placed(cache)
 
     def _verify(
-        self, weights: Weights, ids_BT: jax.Array, cache: Cache
+        self, weights: Weights, ids_BT: jax.Array, cache: Cache, adapters: RowAdapters | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, LayerCache], Cache]:
         """Logits [B, T, V] and hidden states after each of T tokens; how to undo some of them; and the cache."""
         slots_S, T = jnp.arange(cache.key_mask.shape[1]), ids_BT.shape[1]
         is_new_S = (slots_S >= cache.length) & (slots_S < cache.length + T)
         positions_BT = cache.position[:, None] + jnp.arange(T)
         key_mask_BS = cache.key_mask | is_new_S
-        head, hidden_BTD, cache = self._run(weights, ids_BT, positions_BT, key_mask_BS, cache, keep_history=True)
-        cache, history = cache.without_history()
-        return head(hidden_BTD), hidden_BTD, history, self._programs.placed(cache)
+        given = (weights, adapters, ids_BT, positions_BT, key_mask_BS, cache)
+        with self._run(*given, keep_history=True) as (head, hidden_BTD, cache):
+            cache, history = cache.without_history()
+            return head(hidden_BTD), hidden_BTD, history, self._programs.placed(cache)
 
+    @contextlib.contextmanager
     def _run(
         self,
         weights: Weights,
+        adapters: RowAdapters | None,
         ids_BT: jax.Array,
         positions_BT: jax.Array,
         key_mask_BS: jax.Array,
         cache: Cache,
         *,
         keep_history: bool,
-    ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array, Cache]:
-        """The model's head, its final hidden states [B, T, D], and the cache."""
+    ) -> Iterator[tuple[Callable[[jax.Array], jax.Array], jax.Array, Cache]]:
+        """The model's head, to be used inside, its final hidden states [B, T, D], and the cache."""
         programs = self._programs
-        with programs.precision():
-            module = nnx.merge(programs.graphdef, weights)
+        with programs.module(weights, adapters) as module:
             x_BTD = programs.enter(module, ids_BT)
             x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, keep_history=keep_history)
-
-        def head(x_BTD: jax.Array) -> jax.Array:
-            with programs.precision():
-                return module.head(x_BTD)
-
-        return head, x_BTD, cache
+            yield module.head, x_BTD, cache
 
     def _keep(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int, cache: Cache) -> Cache:
         """Of the ``tokens`` just verified, keep the first ``count_B`` of each row."""
@@ -215,6 +223,7 @@ class DraftPrograms:
         positions_BT: jax.Array,
         last_B: jax.Array,
         cache: Cache,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """The draft reads the tokens that came last, each with the hidden state before it.
 
@@ -225,14 +234,22 @@ class DraftPrograms:
             positions_BT: of ``next_ids_BT``.
             last_B: the last real one of each row.
             cache: after those slots.
+            adapters: of the target's rows.
         Returns:
             Its logits [B, V] and hidden state [B, 1, D] at ``last_B``, and the cache.
         """
         start = cache.length - next_ids_BT.shape[1]
-        return self._draft(weights, next_ids_BT, hidden_BTD, positions_BT, cache.key_mask, start, last_B, cache)
+        run = (positions_BT, cache.key_mask, start, last_B, cache)
+        return self._draft(weights, adapters, next_ids_BT, hidden_BTD, *run)
 
     def _step(
-        self, weights: Weights, ids_B: jax.Array, hidden_B1D: jax.Array, offset: jax.Array, cache: Cache
+        self,
+        weights: Weights,
+        ids_B: jax.Array,
+        hidden_B1D: jax.Array,
+        offset: jax.Array,
+        cache: Cache,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """One more guess, from the draft's own last state and token; ``offset``: guesses in the cache already."""
         slots_S = jnp.arange(cache.key_mask.shape[1])
@@ -241,11 +258,12 @@ class DraftPrograms:
         last_B = jnp.zeros_like(ids_B)
         key_mask_BS = cache.key_mask | is_guess_S
         ids_B1, start = ids_B[:, None], cache.length + offset
-        return self._draft(weights, ids_B1, hidden_B1D, positions_B1, key_mask_BS, start, last_B, cache)
+        return self._draft(weights, adapters, ids_B1, hidden_B1D, positions_B1, key_mask_BS, start, last_B, cache)
 
     def _draft(
         self,
         weights: Weights,
+        adapters: RowAdapters | None,
         ids_BT: jax.Array,
         hidden_BTD: jax.Array,
         positions_BT: jax.Array,
@@ -255,8 +273,7 @@ class DraftPrograms:
         cache: Cache,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         programs = self._programs
-        with programs.precision():
-            module = nnx.merge(programs.graphdef, weights)
+        with programs.module(weights, adapters) as module:
             step = self._steps(module, positions_BT, key_mask_BS, start, is_cached=True)
             drafted_BTD, kept = module.mtp(module.embed(ids_BT), hidden_BTD, step, cache.layers["mtp"])
             hidden_B1D = jnp.take_along_axis(drafted_BTD, last_B[:, None, None], axis=1)

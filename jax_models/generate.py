@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loaders.inputs import check_sampling
+from loaders.roster import AdapterOfRows
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -43,6 +44,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     ignore_eos: bool = False,
+    adapter: AdapterOfRows = None,
     **multimodal: Any,
 ) -> jax.Array:
     """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
@@ -57,6 +59,7 @@ def generate(
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
         seed: of the sampling; ignored at temperature 0.
         ignore_eos: go on after an end-of-sequence token.
+        adapter: of the rows, see ``Model``.
         multimodal: images and videos, as for the model itself.
     Returns:
         int32 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
@@ -68,7 +71,8 @@ def generate(
     ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (ends[0] if len(ends) else 0)
-    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **multimodal)
+    of_rows = {"adapter": adapter, **multimodal}
+    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
     key = jax.random.key(seed)
     has_ended_B = np.zeros(logits_BV.shape[0], bool)
     tokens: list[np.ndarray] = []

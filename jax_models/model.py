@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_models import weights as life
+from jax_models.adapted import Adapted
+from jax_models.adapter_room import Room, RowAdapters
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.frames import VisionArrays, framed, real_tokens, vision_arrays
@@ -26,12 +28,13 @@ from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
 from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport, specs_of
+from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model:
+class Model(Adapted):
     """One version of the weights of one pipeline stage, and how to run it.
 
     Attributes:
@@ -44,6 +47,9 @@ class Model:
         report: what that load did.
         events: everything published so far.
         quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
+        roster: which adapters there are.
+        room: their arrays.
+        unmerged: while one is merged, the arrays from before, by name.
     """
 
     config: ModelConfig
@@ -56,6 +62,9 @@ class Model:
     report: LoadReport
     events: tuple[Event, ...]
     quantize: str | None = None
+    roster: Roster = field(default_factory=Roster)
+    room: Room = field(default_factory=Room)
+    unmerged: dict[str, jax.Array] = field(default_factory=dict)
     weights_id: object = field(default_factory=object, repr=False)  # two models of one version may differ in weights
 
     @property
@@ -88,6 +97,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> jax.Array:
         """Run the stage.
@@ -98,6 +108,7 @@ class Model:
             position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
+            adapter: a name for all rows, or a name or None (the base alone) for each; None: what came last, if any.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
                 ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
                 ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
@@ -108,7 +119,8 @@ class Model:
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
         """
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        return self.programs.forward(self.weights, entry, *self.arrays(checked))
+        given = (self.weights, entry, *self.arrays(checked))
+        return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
     def with_taps(
         self,
@@ -117,11 +129,13 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        return self.programs.forward_with_taps(self.weights, entry, *self.arrays(checked))
+        given = (self.weights, entry, *self.arrays(checked))
+        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)))
 
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
         """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
@@ -163,15 +177,17 @@ class Model:
         position_ids: jax.Array | None = None,
         *,
         hidden_states: jax.Array | None = None,
+        adapters: RowAdapters | None = None,
         **multimodal: Any,
     ) -> jax.Array:
         """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing.
 
         But for images: they are matched to their placeholders, so that they and the tokens must be arrays with values.
+        ``adapters``: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
         """
         if multimodal:
             entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-            return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked))
+            return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -179,10 +195,18 @@ class Model:
         )
         if position_ids is None:
             position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32))
+        return self.programs.apply(
+            weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32), None, adapters
+        )
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 16,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
     ) -> tuple[jax.Array, VersionedCache]:
         """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
 
@@ -190,6 +214,7 @@ class Model:
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
             multimodal: as for the model itself.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
@@ -200,12 +225,12 @@ class Model:
         )
         checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
         rows, length = checked.input_ids.shape
+        slot_B = self.roster.rows(adapter, rows)
         cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
         mask_BT, positions, vision = self.arrays(checked)
-        logits_BV, cache = self.programs.prefill(
-            self.weights, checked.input_ids, mask_BT, positions, cache=cache, vision=vision
-        )
-        return logits_BV, VersionedCache(cache, self.version, self.weights_id)
+        given = (self.weights, checked.input_ids, mask_BT, positions)
+        logits_BV, cache = self.programs.prefill(*given, cache=cache, vision=vision, **self.of_slots(slot_B))
+        return logits_BV, VersionedCache(cache, self.version, self.weights_id, slot_B)
 
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
@@ -215,8 +240,8 @@ class Model:
         """
         if cache.weights_id is not self.weights_id:
             raise ValueError(
-                f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
-                f" {self.version}). Run prefill again."
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
         if len(ids_B1) != cache.arrays.position.shape[0]:
@@ -224,8 +249,8 @@ class Model:
         check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays)
-        return logits_BV, VersionedCache(arrays, self.version, self.weights_id)
+        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays, **self.of_slots(cache.slot))
+        return logits_BV, dataclasses.replace(cache, arrays=arrays)
 
     def generate(
         self,
@@ -240,14 +265,16 @@ class Model:
         ignore_eos: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> jax.Array:
         """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
 
         With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``jax_models.speculative``. What that was worth stands in ``draft.report``.
+        ``jax_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for the
+        model itself.
         """
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos, "adapter": adapter}
         prompt = (input_ids, attention_mask, max_new_tokens, temperature)
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
@@ -279,6 +306,7 @@ class Model:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """What the draft says of every token but the first; arguments as for the model itself.
@@ -289,7 +317,8 @@ class Model:
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        return self.draft(input_ids, attention_mask, position_ids, **given)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -297,6 +326,7 @@ class Model:
         Raises:
             ValueError: listing every leaf that differs.
         """
+        self.roster.check_unmerged("other weights")
         life.check_same_structure(self.weights, weights)
         return self.published(life.committed_like(self.weights, weights), "replace")
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_models.adapter_room import RowAdapters, wrap
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.draft import DraftPrograms
 from jax_models.frames import VisionArrays
 from jax_models.layers.install import install, install_cache
+from jax_models.layers.lora import active_rows
 from jax_models.layers.vision import Seen, Shown
 from jax_models.sharding import row_sharding
 from jax_models.taps import collect
@@ -77,6 +79,7 @@ class Programs:
 
         self.graphdef, state = nnx.split(nnx.eval_shape(build))
         self.abstract: Weights = nnx.to_pure_dict(state)
+        self.config = config
         self.stage = stage
         self.dtype = dtype
         self.mesh = mesh
@@ -102,6 +105,15 @@ class Programs:
         sizes = {"rows": rows, "capacity": capacity}
         return empty_cache(self.cache_entries(**sizes), **sizes, dtype=self.dtype, mesh=self.mesh, make=make)
 
+    @contextlib.contextmanager
+    def module(self, weights: Weights, adapters: RowAdapters | None) -> Iterator[Any]:
+        """Inside a program: the family's module with these weights, and with the adapters of the rows, if any."""
+        with self.precision(), active_rows(None if adapters is None else jnp.asarray(adapters.slot)):
+            module = nnx.merge(self.graphdef, weights)
+            if adapters is not None:
+                wrap(module, adapters, self.config)
+            yield module
+
     def apply(
         self,
         weights: Weights,
@@ -109,10 +121,10 @@ class Programs:
         mask_BT: jax.Array,
         positions_BT: jax.Array,
         vision: VisionArrays | None = None,
+        adapters: RowAdapters | None = None,
     ) -> jax.Array:
         """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
-        with self.precision():
-            module = nnx.merge(self.graphdef, weights)
+        with self.module(weights, adapters) as module:
             x_BTD, seen = self.enter_seeing(module, inputs, vision)
             x_BTD, _ = module.decoder(x_BTD, positions_BT, mask_BT, seen=seen)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
@@ -124,9 +136,10 @@ class Programs:
         mask_BT: jax.Array,
         positions_BT: jax.Array,
         vision: VisionArrays | None = None,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with collect() as taps:
-            out = self.apply(weights, inputs, mask_BT, positions_BT, vision)
+            out = self.apply(weights, inputs, mask_BT, positions_BT, vision, adapters)
         return out, taps
 
     def _see(self, weights: Weights, shown: Shown) -> tuple[jax.Array, ...]:
@@ -142,15 +155,18 @@ class Programs:
         positions_BT: jax.Array,
         cache: Cache,
         vision: VisionArrays | None = None,
+        adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        return self._step(weights, inputs, positions_BT, key_mask_BS, cache, vision)
+        return self._step(weights, inputs, positions_BT, key_mask_BS, cache, adapters, vision)
 
-    def _decode(self, weights: Weights, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _decode(
+        self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
         key_mask_BS = cache.key_mask.at[:, cache.length].set(True)
-        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache)
+        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache, adapters)
 
     def _step(
         self,
@@ -159,10 +175,10 @@ class Programs:
         positions_BT: jax.Array,
         key_mask_BS: jax.Array,
         cache: Cache,
+        adapters: RowAdapters | None,
         vision: VisionArrays | None = None,
     ) -> tuple[jax.Array, Cache]:
-        with self.precision():
-            module = nnx.merge(self.graphdef, weights)
+        with self.module(weights, adapters) as module:
             x_BTD, seen = self.enter_seeing(module, inputs, vision)
             x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, seen=seen)
             if vision is not None:  # an image takes fewer positions than tokens

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loaders.inputs import bucket, check_sampling, check_text
+from loaders.roster import AdapterOfRows
 from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def generate_with_draft(
     top_p: float | None = None,
     seed: int = 0,
     ignore_eos: bool = False,
+    adapter: AdapterOfRows = None,
 ) -> tuple[jax.Array, SpeculationReport]:
     """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
 
@@ -44,6 +46,7 @@ def generate_with_draft(
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
         seed: of the sampling.
         ignore_eos: go on after an end-of-sequence token.
+        adapter: of the rows, see ``Model``.
     Returns:
         int32 [B, N] as of ``generate``, and what the draft was worth.
     Raises:
@@ -82,7 +85,8 @@ def generate_with_draft(
     room = bucket(length + max_new_tokens + 3 * T)
     cache = programs.empty_cache(rows=B, capacity=room)
     prompt = (checked.input_ids, checked.attention_mask, checked.position_ids)
-    logits_BV, hidden_BTD, cache = programs.draft.prefill(weights, *prompt, cache=cache)
+    given = model.of_rows(adapter, B)
+    logits_BV, hidden_BTD, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
     rows = Rows(B, max_new_tokens, ends, filler)
     token_B, _ = choose(logits_BV)
     for row in range(B):
@@ -93,7 +97,7 @@ def generate_with_draft(
     filled, rounds, accepted = length, 0, 0
     while rows.is_active_B.any():
         logits_BV, state_B1D, cache = programs.draft.extend(
-            weights, next_ids_BT, hidden_BTD, next_positions_BT, last_B, cache=cache
+            weights, next_ids_BT, hidden_BTD, next_positions_BT, last_B, cache=cache, **given
         )
         if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
             cache = programs.draft.compact(cache=cache)
@@ -102,14 +106,14 @@ def generate_with_draft(
         for guess in range(draft_tokens):
             if guess:
                 logits_BV, state_B1D, cache = programs.draft.step(
-                    weights, drafted[-1], state_B1D, jnp.int32(guess - 1), cache=cache
+                    weights, drafted[-1], state_B1D, jnp.int32(guess - 1), cache=cache, **given
                 )
             guess_B, found_BV = choose(logits_BV)
             drafted.append(guess_B)
             drawn_from.append(found_BV)
         drafted_BK = np.stack(drafted, axis=1)
         fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
-        logits_BTV, hidden_BTD, history, cache = programs.draft.verify(weights, fed_BT, cache=cache)
+        logits_BTV, hidden_BTD, history, cache = programs.draft.verify(weights, fed_BT, cache=cache, **given)
         if temperature == 0:
             count_B, token_B = accept_greedy(drafted_BK, np.asarray(jnp.argmax(logits_BTV, axis=-1)))
         else:

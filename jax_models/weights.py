@@ -52,8 +52,10 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         embed: [V, D] in the stored dtype, JAX or NumPy (copied).
         head: likewise; in a tied model only the embedding itself or an equal array.
     Raises:
-        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised.
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
+            or an adapter is merged into the weights.
     """
+    model.roster.check_unmerged("a swap")
     specs = specs_of(model.config, model.stage)
     flat = flatten(model.weights)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
@@ -123,9 +125,11 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
         donate: give up the weights of ``model``, and of every model that shares them.
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        ValueError: an adapter is merged into the weights. Nothing was read.
         RuntimeError: with ``donate``, reading or placing failed the second time; ``model`` cannot run, but can be
             updated again.
     """
+    model.roster.check_unmerged("a reload")
     from jax_models.load import read_hosted, read_params  # the loader builds models
 
     checkpoint = open_to_load(uri, model.quantize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from loaders.errors import CheckpointError
-from loaders.sources import LocalDirectory
+from loaders.sources import Source
 
 # as transformers' tokenizers and processors name them
 NAMES = (
@@ -14,7 +14,7 @@ NAMES = (
 )
 
 
-def companions(source: LocalDirectory) -> dict[str, bytes]:
+def companions(source: Source) -> dict[str, bytes]:
     """Name -> bytes of those that are there.
 
     Raises:

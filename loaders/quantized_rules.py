@@ -82,9 +82,9 @@ def resolve(
     """What a recipe means for the modules of a model, and every problem with it.
 
     The tensors decide where documents are known to say too much. A module of the draft or of the vision tower that is
-    stored plain is plain: exporters leave ``mtp.*`` and ``visual.*`` alone and forget to say so. So are experts that are
-    stored plain and that compressed-tensors means by their class: those of transformers are no Linears. An FP8 cache
-    none of whose scales is there is cast: ModelOpt writes none then.
+    stored plain is plain: exporters leave ``mtp.*`` and ``visual.*`` alone and forget to say so. So are experts that
+    are stored plain and that compressed-tensors means by their class: those of transformers are no Linears. An FP8
+    cache none of whose scales is there is cast: ModelOpt writes none then.
 
     Args:
         recipe: the document.

@@ -24,6 +24,7 @@ from loaders.stage import Stage
 from parity.backends import NAMES, open_backend
 from parity.events import EventResult, Skipped
 from parity.faults import FAULTS, OPENING, Fault
+from parity.lifecycle_lora import ADAPTER_EVENTS
 from parity.lifecycle_serving import draft, nap, replay, speculate
 from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, has_draft, same_bits, some
 from parity.zoo import prompts
@@ -329,6 +330,7 @@ EVENTS: tuple[tuple[str, Event], ...] = (
     ("speculation", speculate),
     ("replay", replay),
     ("sleep and wake", nap),
+    *ADAPTER_EVENTS,
     *((f"broken reload: {name}", broken(fault)) for name, fault in FAULTS.items()),
     ("2 stages", stages(2)),
     ("3 stages", stages(3)),

@@ -21,7 +21,7 @@ from unittest.mock import patch
 from parity.mutant_bench import Bench, Detector, Subject, decode, forward
 from parity.mutant_detectors import axes, holes, mtp, speculative
 
-Kind = Literal["attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs"]
+Kind = Literal["attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
 
 # what XLA programs are made from

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders import Checkpoint
+from loaders.adapters import Adapter
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
 from parity.oracles.run import Run, Saw, Weights
@@ -44,6 +45,7 @@ def oracle_forward(
     mtp: bool = False,
     shake: float = 0.0,
     saw: Saw | None = None,
+    adapter: Adapter | None = None,
     **multimodal: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
@@ -64,6 +66,7 @@ def oracle_forward(
             result moves says how much the checkpoint amplifies rounding.
         multimodal: images and videos under their Hugging Face processor's names.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
+        adapter: of every row.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -91,7 +94,7 @@ def oracle_forward(
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
         positions = sight.positions if position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

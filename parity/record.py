@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
+from loaders.adapters import Adapter, open_adapter
 from loaders.digest import digests, root_digest
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL
@@ -109,7 +110,7 @@ def record_model(
         device=backend.device,
         versions=backend.versions(),
         # two runs of one checkpoint that differ in this computed different things
-        precision=backend.precision(dtype) | (rounded if is_quantized else {}),
+        precision=backend.precision(dtype) | _computed(model),
         weights={"digests": found, "root": root_digest(found)},
         events=[dataclasses.asdict(event) for event in model.events],
         checkpoint=str(model.checkpoint.source),
@@ -120,7 +121,12 @@ def record_model(
 
 
 def record_oracle(
-    checkpoint: Checkpoint, inputs: Mapping[str, Any], *, like: Trace | None = None, mtp: bool = False
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    *,
+    like: Trace | None = None,
+    mtp: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Trace:
     """What the float64 oracle says about ``inputs``.
 
@@ -129,11 +135,13 @@ def record_oracle(
         inputs: as for ``record_model``.
         like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
         mtp: also run the checkpoint's draft.
+        adapter: directory of one, for every row.
     """
+    opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
     replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
     routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
-    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp)
-    tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp)
+    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, adapter=opened)
+    tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp, adapter=opened)
     found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
     meta = make_meta(
         backend="oracle64",
@@ -146,7 +154,12 @@ def record_oracle(
 
 
 def amplification(
-    checkpoint: Checkpoint, inputs: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, mtp: bool = False
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    mtp: bool = False,
+    adapter: Adapter | None = None,
 ) -> dict[str, np.ndarray]:
     """How much larger a relative error of every layer has become in each tensor, by token: ``amplification.NAME``.
 
@@ -154,7 +167,7 @@ def amplification(
     ruler has to know. Measured by shaking the oracle, with its own experts replayed. Float32 [B, T].
     """
     routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
-    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE)
+    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE, adapter=adapter)
     found: dict[str, np.ndarray] = {}
     for name in activations(tensors):
         size = np.linalg.norm(tensors[name], axis=-1)
@@ -174,10 +187,12 @@ def record(
     ignore_eos: bool = False,
     mtp: bool = False,
     weight_only: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Trace:
     """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``.
 
-    ``weight_only``: whatever the checkpoint says, neither inputs of quantised layers nor keys and values are rounded.
+    ``adapter``: attach this one, before the reload. ``weight_only``: whatever the checkpoint says, neither inputs of
+    quantised layers nor keys and values are rounded.
 
     Raises:
         ValueError: ``weight_only`` for a checkpoint that is not quantised.
@@ -185,11 +200,22 @@ def record(
     if weight_only and open_checkpoint(uri).config.quantization is None:
         raise ValueError(f"--weight-only: {uri} is not quantised, so there is nothing to switch off. Leave it out.")
     model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
+    if adapter is not None:
+        with backend.scope():
+            model = model.attach_lora(adapter)
     if reload is not None:
         with backend.scope():
             model = model.update_weights_from_disk(reload)
     given = default_inputs(model.checkpoint) if inputs is None else inputs
     return record_model(model, backend, given, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, mtp=mtp)
+
+
+def _computed(model: Any) -> dict[str, Any]:
+    """What of a model besides its weights decides on what it computes."""
+    is_quantized = model.config.quantization is not None
+    adapters = {name: one.adapter.digest for name, one in model.adapters.items()}
+    rounded = {"quantized_inputs": model.quantizes_inputs, "rounded_cache": model.rounds_cache}
+    return (rounded if is_quantized else {}) | ({"adapters": adapters} if adapters else {})
 
 
 def _given(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ class Cache:
         layers: layer number as text -> what the layer keeps, by name; allocated once, written in place.
         key_mask: bool [B, S], slots that hold a real token.
         position: int64 [B], position of each row's next token.
+        adapter: int64 [B], slot of each row's adapter, -1 for none.
         slot: int64 [], the next slot to fill: what programs read.
         length: the same as a number: what the host reads.
         version: of the weights it was computed with, for people.
@@ -27,6 +28,7 @@ class Cache:
     layers: dict[str, LayerCache]
     key_mask: torch.Tensor
     position: torch.Tensor
+    adapter: torch.Tensor
     slot: torch.Tensor
     length: int
     version: int
@@ -40,7 +42,8 @@ class Cache:
     def first_rows(self, rows: int) -> Cache:
         """The same memory, as a cache of the first ``rows`` rows alone."""
         layers = {name: {key: part[:rows] for key, part in parts.items()} for name, parts in self.layers.items()}
-        return replace(self, layers=layers, key_mask=self.key_mask[:rows], position=self.position[:rows])
+        by_row = {name: getattr(self, name)[:rows] for name in ("key_mask", "position", "adapter")}
+        return replace(self, layers=layers, **by_row)
 
     def reset(self) -> None:
         """No token in it any more, and all of it zero: what a mask hides is still multiplied by 0, and 0 NaN is NaN."""
@@ -49,6 +52,7 @@ class Cache:
                 part.zero_()
         for tensor in (self.key_mask, self.position, self.slot):
             tensor.zero_()
+        self.adapter.fill_(-1)
         self.length = 0
 
     def advance(self, mask_BT: torch.Tensor) -> None:
@@ -104,5 +108,6 @@ def empty_cache(
     }
     key_mask = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
     position = torch.zeros(rows, dtype=torch.int64, device=device)
+    adapter = torch.full((rows,), -1, dtype=torch.int64, device=device)
     slot = torch.zeros((), dtype=torch.int64, device=device)
-    return Cache(layers, key_mask, position, slot, 0, version, stamp)
+    return Cache(layers, key_mask, position, adapter, slot, 0, version, stamp)

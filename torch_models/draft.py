@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from loaders.multimodal import check_inputs
+from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.host import on_host
@@ -62,11 +63,12 @@ class Draft:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]; see ``Model.mtp_forward``."""
-        given = (input_ids, attention_mask, position_ids)
-        logits, drafted_BTD, _ = self.with_taps(*given, hidden_states=hidden_states, **multimodal)
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
     def with_taps(
@@ -76,6 +78,7 @@ class Draft:
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
@@ -85,18 +88,20 @@ class Draft:
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
         shown = {name: on_host(value) for name, value in multimodal.items()}
         checked = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
-        ids_BT, seen = target.long(checked.input_ids), target.seen(checked)
-        x_BTD = embedded_BTD = target.entered(ids_BT, seen)
-        if not target.stage.is_first:
-            x_BTD, _ = target.checked(None, mask, positions, hidden_states)
+        ids_BT = target.long(checked.input_ids)
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
-        positions = target.long(checked.position_ids)
-        hidden_BTD = target.decoder(x_BTD, positions, mask_BT, seen=seen)
+        step_positions = target.long(checked.position_ids)
         is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
-        step = self._steps(positions[..., 1:], is_pair, 0, is_cached=False)
-        with collect() as taps:
-            drafted = self.source.mtp(embedded_BTD[:, 1:], hidden_BTD[:, :-1], step)
-        return target.head(drafted), drafted, taps
+        step = self._steps(step_positions[..., 1:], is_pair, 0, is_cached=False)
+        with target.running(adapter, ids_BT):
+            seen = target.seen(checked)
+            x_BTD = embedded_BTD = target.entered(ids_BT, seen)
+            if not target.stage.is_first:
+                x_BTD, _ = target.checked(None, mask, positions, hidden_states)
+            hidden_BTD = target.decoder(x_BTD, step_positions, mask_BT, seen=seen)
+            with collect() as taps:
+                drafted = self.source.mtp(embedded_BTD[:, 1:], hidden_BTD[:, :-1], step)
+            return target.head(drafted), drafted, taps
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

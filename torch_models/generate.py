@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders.inputs import check_sampling
+from loaders.roster import AdapterOfRows
 from torch_models.graphs import Batch
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def generate(
     seed: int = 0,
     ignore_eos: bool = False,
     graphs: bool = False,
+    adapter: AdapterOfRows = None,
     **multimodal: Any,
 ) -> torch.Tensor:
     """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
@@ -56,6 +58,7 @@ def generate(
         seed: of the sampling; ignored at temperature 0.
         ignore_eos: go on after an end-of-sequence token.
         graphs: decode by replaying captured graphs, kept for the next call; see ``torch_models.graphs``.
+        adapter: of the rows, see ``Model.forward``.
         multimodal: images and videos, as for the model itself.
     Returns:
         int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
@@ -69,7 +72,8 @@ def generate(
     pad = model.checkpoint.pad_token_id
     filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
     prefill = model.graphs.prefill if graphs else model.prefill
-    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **multimodal)
+    of_rows = {"adapter": adapter, **multimodal}
+    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
     generator = torch.Generator(model.device).manual_seed(seed)
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from loaders.inputs import bucket
+from loaders.roster import AdapterOfRows
+from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.census import Watch
 from torch_models.recording import Recording
@@ -199,17 +201,25 @@ class DecodeGraphs:
         return [self._ready(size, bucket(capacity)) for size in wanted]
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 16,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, Batch]:
         """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
         model = self._model
         prompt = model.checked_prompt(input_ids, attention_mask, multimodal)
         rows, length = prompt.input_ids.shape
+        slot_B = lora.slots_of(model, adapter, rows)
         (graph,) = self.capture(rows, length + max_new_tokens)
         graph.check(also_new=True)
         graph.takes += 1
         graph.cache.reset()
         graph.cache.version, graph.cache.stamp = model.version, model.weights_stamp()
+        graph.cache.adapter[:rows].copy_(slot_B)
         logits_BV = model.prefill_into(prompt, graph.cache.first_rows(rows))
         graph.cache.length = length
         return logits_BV, Batch(model, graph, rows)

@@ -16,11 +16,14 @@ from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
 from loaders.multimodal import check_inputs, check_shown, rope_index
 from loaders.plan import LoadReport
+from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from loaders.vision_grid import Patches
+from torch_models import adapters as lora
 from torch_models import sleep
 from torch_models import weights as life
+from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
 from torch_models.draft import Draft
 from torch_models.generate import generate
@@ -34,7 +37,7 @@ from torch_models.storage import parameters_of
 from torch_models.taps import collect
 
 
-class Model(nn.Module):
+class Model(nn.Module, Adapted):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
     A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``, and
@@ -66,7 +69,7 @@ class Model(nn.Module):
     config: Any  # loaders.spec.ModelConfig; the family's class narrows it
 
     def __init__(self, config: ModelConfig, stage: Stage, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = config
         self.stage = stage
         self.dtype = dtype
@@ -75,6 +78,7 @@ class Model(nn.Module):
         self.refusal: str | None = None
         self.kernels: dict[str, str] = {}
         self.quantizes_inputs, self.rounds_cache, self.quantize = False, False, None
+        Adapted.__init__(self)
         self._kept_graphs = KeptGraphs(self)
         self.asleep: sleep.HostCopy | None = None
 
@@ -121,6 +125,7 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> torch.Tensor:
         """Run the stage.
@@ -131,6 +136,7 @@ class Model(nn.Module):
             position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
                 over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
+            adapter: a name for all rows, or a name or None (the base alone) for each; None: what came last, if any.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
                 ``pixel_values_videos``, floats [patches, numbers of a patch]; ``image_grid_thw`` and
                 ``video_grid_thw``, integers [images, 3]; ``mm_token_type_ids`` [B, T], 1 and 2 where they stand, or
@@ -143,7 +149,8 @@ class Model(nn.Module):
         """
         self.check_runnable()
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        return self._run(entry, checked)
+        with self.running(adapter, entry):
+            return self._run(entry, checked)
 
     def with_taps(
         self,
@@ -152,11 +159,13 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
         with collect() as taps:
-            out = self(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
+            out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
 
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
@@ -194,7 +203,13 @@ class Model(nn.Module):
         return self.get_image_features(pixel_values_videos, video_grid_thw)
 
     def prefill(
-        self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 16, **multimodal: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 16,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
     ) -> tuple[torch.Tensor, Cache]:
         """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
 
@@ -202,13 +217,16 @@ class Model(nn.Module):
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
             multimodal: as for the model itself.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
         prompt = self.checked_prompt(input_ids, attention_mask, multimodal)
         rows, length = prompt.input_ids.shape
+        slot_B = lora.slots_of(self, adapter, rows)
         cache = self.empty_cache(rows, bucket(length + max_new_tokens))
+        cache.adapter.copy_(slot_B)
         return self.prefill_into(prompt, cache), cache
 
     def checked_prompt(
@@ -248,8 +266,8 @@ class Model(nn.Module):
         """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
         if cache.stamp != self.weights_stamp():
             raise ValueError(
-                f"the cache holds keys and values of other weights (version {cache.version}; the model is at"
-                f" {self.version}). Run prefill again."
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {self.version}). Run prefill again."
             )
         ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
         if len(ids_B1) != rows:
@@ -278,19 +296,21 @@ class Model(nn.Module):
         graphs: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> torch.Tensor:
         """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
 
         With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``torch_models.speculative``. What that was worth stands in ``draft.report``.
+        ``torch_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for
+        the model itself.
         """
         options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
         prompt = (input_ids, attention_mask, max_new_tokens, temperature)
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
-            return generate(self, *prompt, **options, graphs=graphs, **multimodal)
+            return generate(self, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
         if multimodal:
             raise ValueError(
                 f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
@@ -298,7 +318,8 @@ class Model(nn.Module):
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
+        with self.running(adapter, input_ids):
+            tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
         return tokens
 
     @property
@@ -319,6 +340,7 @@ class Model(nn.Module):
         position_ids: Any = None,
         *,
         hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the draft says of every token but the first; arguments as for the model itself.
@@ -329,7 +351,8 @@ class Model(nn.Module):
             Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
             and the token at t + 1.
         """
-        return self.draft(input_ids, attention_mask, position_ids, hidden_states=hidden_states, **multimodal)
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        return self.draft(input_ids, attention_mask, position_ids, **given)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
@@ -368,9 +391,10 @@ class Model(nn.Module):
     def weights_stamp(self) -> tuple[tuple[int, int], ...]:
         """Which tensors the parameters are and how often each was written: changes with every write, by whomever.
 
-        So a parameter that two models share makes the caches of both stale when either is updated.
+        So a parameter that two models share makes the caches of both stale when either is updated. Adapters count too.
         """
-        return tuple((id(param), param._version) for param in parameters_of(self))
+        written = tuple((id(param), param._version) for param in parameters_of(self))
+        return (*written, (id(self), self.adapter_changes))
 
     def check_runnable(self) -> None:
         """Raises RuntimeError while the model sleeps, or its weights are a mixture of two versions."""
@@ -399,8 +423,9 @@ class Model(nn.Module):
     def _step(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
     ) -> torch.Tensor:
-        x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
-        return self.head(x_BTD[:, -1:])[:, 0]
+        with lora.of_cache(self, cache):
+            x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
+            return self.head(x_BTD[:, -1:])[:, 0]
 
     def entered(self, ids_BT: torch.Tensor, seen: Seen | None) -> torch.Tensor:
         """Hidden states of the first stage's first layer, with what is seen in its places."""

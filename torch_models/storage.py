@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from loaders.dtypes import to_numpy
+from loaders.dtypes import from_numpy, to_numpy
 
 DTYPES = {
     "F32": torch.float32,
@@ -22,6 +22,12 @@ def host_view(tensor: torch.Tensor) -> np.ndarray:
     """The memory of a contiguous CPU tensor as NumPy sees it, bfloat16 included; writing to one writes to both."""
     flat = tensor.detach().view(-1).view(torch.uint8).numpy()
     return flat.view(to_numpy(NAMES[tensor.dtype])).reshape(tensor.shape)
+
+
+def of_host(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the CPU with the bits of an array, bfloat16 included; the memory is copied."""
+    flat = np.array(array, order="C").reshape(-1).view(np.uint8)
+    return torch.from_numpy(flat).view(DTYPES[from_numpy(array.dtype)]).view(array.shape)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

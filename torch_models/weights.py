@@ -55,11 +55,12 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         embed: [V, D] in the stored dtype, a tensor of any device, or NumPy.
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
-        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised.
-            Nothing was changed.
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
+            or an adapter is merged into the weights. Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
     model.check_runnable()
+    model.roster.check_unmerged("a swap")
     specs = specs_of(model.config, model.stage)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
@@ -141,9 +142,11 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        ValueError: an adapter is merged into the weights. Nothing was read.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
     check_awake(model)
+    model.roster.check_unmerged("a reload")
     from torch_models.load import read_params  # the loader builds models
 
     checkpoint = open_to_load(uri, model.quantize)
@@ -163,6 +166,15 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
     return model
+
+
+def write(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[str]) -> None:
+    """Write values over the live parameters ``names`` and verify them, without publishing.
+
+    Raises:
+        RuntimeError: it failed half-way; the model refuses to run.
+    """
+    _commit(model, values, names)
 
 
 @torch.inference_mode(False)

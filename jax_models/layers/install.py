@@ -35,7 +35,7 @@ def install(
     params = {spec.name: spec for spec in specs}
     for path, scheme in specs.schemes.items():
         owner, _, leaf = path.rpartition(".")
-        parent, cuts = _at(model, owner), Cuts(mesh)
+        parent, cuts = module_at(model, owner), Cuts(mesh)
         codes = params.get(f"{path}.{scheme.leaves['codes']}")
         if mesh is not None and codes is not None:
             cuts = Cuts(mesh, *param_spec(codes, dims, mesh))
@@ -53,7 +53,8 @@ def _quantized(path: str, plain: nnx.Module, scheme: Scheme, cuts: Cuts, quantiz
     raise ValueError(f"{path} is {scheme}, which is not implemented for {type(plain).__name__}")
 
 
-def _at(module: Any, path: str) -> Any:
+def module_at(module: Any, path: str) -> Any:
+    """The module at a checkpoint path."""
     for name in filter(None, path.split(".")):
         module = module[name] if isinstance(module, nnx.Dict) else getattr(module, name)
     return module
@@ -71,6 +72,6 @@ def install_cache(model: nnx.Module, specs: Specs, kv_cache: KVCache | None, *, 
     for spec in specs:
         path, _, leaf = spec.name.rpartition(".")
         if leaf in KV_LEAVES:
-            setattr(_at(model, path), leaf, nnx.Param(jnp.zeros(())))
+            setattr(module_at(model, path), leaf, nnx.Param(jnp.zeros(())))
         if honoured and kv_leaf(path) is not None and specs.rules[spec.sources[0].tensor].on == "layer":
-            _at(model, path.rpartition(".")[0]).rounds_cache = kv_cache
+            module_at(model, path.rpartition(".")[0]).rounds_cache = kv_cache

@@ -44,7 +44,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         self.weight = nnx.Param(jnp.zeros((num_embeddings, embedding_dim)))
-        self.num_embeddings = num_embeddings
+        self.num_embeddings = self.org_vocab_size = num_embeddings
         self.embedding_dim = embedding_dim
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import megablox
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from jax_models.sharding import expert_specs
+from jax_models.layers.lora import ExpertUpdates, Stacks
+from jax_models.sharding import ExpertSpecs, expert_specs
 from jax_models.taps import tap
 
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
@@ -50,15 +52,31 @@ class Experts(nnx.Module):
         self.down_proj = nnx.Param(jnp.zeros((num_experts, hidden_size, expert_size)))
         self.mesh = mesh
 
-    def __call__(self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array) -> jax.Array:
-        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        weights_BTX: jax.Array,
+        experts_BTX: jax.Array,
+        updates: ExpertUpdates | None = None,
+    ) -> jax.Array:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
+
+        ``updates``: what adapters add to both products, before they are rounded.
+        """
         gate_up, down = self.gate_up_proj[...].astype(x_BTD.dtype), self.down_proj[...].astype(x_BTD.dtype)
         if self.mesh is None:
-            return _chosen(x_BTD, weights_BTX, experts_BTX, gate_up, down, jnp.int32(0)).astype(x_BTD.dtype)
-        return self._sharded(x_BTD, weights_BTX, experts_BTX, gate_up, down)
+            given = (x_BTD, weights_BTX, experts_BTX, gate_up, down)
+            return _chosen(*given, jnp.int32(0), updates).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, weights_BTX, experts_BTX, gate_up, down, updates)
 
     def _sharded(
-        self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array, gate_up: jax.Array, down: jax.Array
+        self,
+        x_BTD: jax.Array,
+        weights_BTX: jax.Array,
+        experts_BTX: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        updates: ExpertUpdates | None,
     ) -> jax.Array:
         """Each device multiplies the experts, and the part of their width, that it holds; one sum joins them."""
         assert self.mesh is not None
@@ -66,15 +84,36 @@ class Experts(nnx.Module):
         specs = expert_specs(self.mesh, num_experts=E, width=M, rows=x_BTD.shape[0])
 
         def local(
-            x: jax.Array, weights: jax.Array, experts: jax.Array, gate_up: jax.Array, down: jax.Array
+            x: jax.Array,
+            weights: jax.Array,
+            experts: jax.Array,
+            gate_up: jax.Array,
+            down: jax.Array,
+            updates: ExpertUpdates | None,
         ) -> jax.Array:
             first = jax.lax.axis_index("expert") * len(gate_up) if specs.is_cut else jnp.int32(0)
-            out = _chosen(x, weights, experts, gate_up, down, first)
+            out = _chosen(x, weights, experts, gate_up, down, first, updates)
             return jax.lax.psum(out, specs.summed) if specs.summed else out
 
         shared = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
-        run = shared(local, in_specs=(specs.rows,) * 3 + (specs.gate_up, specs.down), out_specs=specs.rows)
-        return run(x_BTD, weights_BTX, experts_BTX, gate_up, down).astype(x_BTD.dtype)
+        in_specs = ((specs.rows,) * 3, (specs.gate_up, specs.down, update_specs(specs, updates)))
+        run = shared(local, in_specs=sum(in_specs, ()), out_specs=specs.rows)
+        return run(x_BTD, weights_BTX, experts_BTX, gate_up, down, updates).astype(x_BTD.dtype)
+
+
+def update_specs(specs: ExpertSpecs, updates: ExpertUpdates | None) -> Any:
+    """How the updates of experts are cut: as the stacks they are of."""
+    if updates is None:
+        return None
+    experts, _, inner, _ = specs.gate_up
+    whole = PartitionSpec()
+    gate_up = Stacks(PartitionSpec(None, experts), PartitionSpec(None, experts, None, inner), whole)  # pyright: ignore[reportArgumentType]
+    down = Stacks(PartitionSpec(None, experts, None, inner), PartitionSpec(None, experts), whole)  # pyright: ignore[reportArgumentType]
+    return ExpertUpdates(
+        None if updates.gate_up is None else gate_up,
+        None if updates.down is None else down,
+        specs.rows,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _chosen(
@@ -84,6 +123,7 @@ def _chosen(
     gate_up_E2MD: jax.Array,
     down_EDM: jax.Array,
     first: jax.Array,
+    updates: ExpertUpdates | None = None,
 ) -> jax.Array:
     """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D]."""
     E, _, M, D = gate_up_E2MD.shape
@@ -94,16 +134,22 @@ def _chosen(
     order_A = jnp.argsort(group_A, stable=True)
     size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
     rows_AD = x_BTD.reshape(-1, D)[order_A // X]
-    gate_up_AF = _by_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), size_E).astype(x_BTD.dtype)
-    gate_AM, up_AM = jnp.split(gate_up_AF, 2, axis=-1)
-    out_AD = _by_group(jax.nn.silu(gate_AM) * up_AM, down_EDM, size_E)
+    gate_up_AF = by_expert_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), size_E)
+    by_group = partial(by_expert_group, sizes=size_E)
+    if updates is not None:
+        gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A))
+    gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
+    hidden_AM = jax.nn.silu(gate_AM) * up_AM
+    out_AD = by_expert_group(hidden_AM, down_EDM, size_E)
+    if updates is not None:
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
     back_A = jnp.argsort(order_A)
     out_BTXD = out_AD[back_A].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
 
 
-def _by_group(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def by_expert_group(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     """rows [A, k] times weights [E, n, k] -> float32 [A, n]; rows behind the last group come out as anything.
 
     Decided when the program is lowered, by the platform it is lowered for.

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jax_models.kernels.activations import quantized_activations
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul
-from jax_models.layers.moe import Experts
+from jax_models.layers.lora import ExpertUpdates
+from jax_models.layers.moe import Experts, by_expert_group, update_specs
 from jax_models.layers.quantized import exact_weight, multiplier
 from jax_models.sharding import expert_specs
 from loaders.quantization import BLOCK, Scheme
@@ -42,30 +43,41 @@ class NVFP4Experts(nnx.Module):
         scale = self._scalars(stack, "global", as_stored=True)[..., None, None]
         return exact_weight(self.source(stack, "codes"), self.source(stack, "block"), scale, self.scheme)
 
-    def __call__(self, x_BTD: jax.Array, weights_BTX: jax.Array, experts_BTX: jax.Array) -> jax.Array:
-        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        weights_BTX: jax.Array,
+        experts_BTX: jax.Array,
+        updates: ExpertUpdates | None = None,
+    ) -> jax.Array:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
+
+        ``updates``: what adapters add to both products, before they are rounded.
+        """
         stacks = [self.source(stack, role) for stack in ("w13", "w2") for role in ("codes", "block")]
         scalars = [self._scalars(stack, "global") for stack in ("w13", "w2")]
         inputs = [self._scalars(stack, "input") for stack in ("w13", "w2")] if self.quantizes_inputs else []
         given = (x_BTD, weights_BTX, experts_BTX)
         if self.mesh is None:
-            return _chosen(*given, *stacks, *scalars, *inputs, first=jnp.int32(0)).astype(x_BTD.dtype)
+            out_BTD = _chosen(updates, *given, *stacks, *scalars, *inputs, first=jnp.int32(0))
+            return out_BTD.astype(x_BTD.dtype)
         E, _, M, _ = stacks[0].shape
         # a device's part of the width must be whole blocks of the second product's inputs
         specs = expert_specs(self.mesh, num_experts=E, width=M, rows=x_BTD.shape[0], whole=BLOCK)
 
-        def local(*args: jax.Array) -> jax.Array:
+        def local(updates: ExpertUpdates | None, *args: jax.Array) -> jax.Array:
             first = jax.lax.axis_index("expert") * len(args[3]) if specs.is_cut else jnp.int32(0)
-            out = _chosen(*args, first=first)
+            out = _chosen(updates, *args, first=first)
             return jax.lax.psum(out, specs.summed) if specs.summed else out
 
         by_stack = (specs.gate_up, specs.gate_up, specs.down, specs.down)
         of_experts = jax.sharding.PartitionSpec(specs.gate_up[0])
-        in_specs = ((specs.rows,) * 3, by_stack, (of_experts,) * (len(scalars) + len(inputs)))
+        by_update = (update_specs(specs, updates),)
+        in_specs = (by_update, (specs.rows,) * 3, by_stack, (of_experts,) * (len(scalars) + len(inputs)))
         run = partial(jax.shard_map, mesh=self.mesh, check_vma=False)(
             local, in_specs=sum(in_specs, ()), out_specs=specs.rows
         )
-        return run(*given, *stacks, *scalars, *inputs).astype(x_BTD.dtype)
+        return run(updates, *given, *stacks, *scalars, *inputs).astype(x_BTD.dtype)
 
     def _scalars(self, stack: str, role: str, *, as_stored: bool = False) -> jax.Array:
         """Global scales, [E, 2] or [E], as multipliers unless they are wanted as stored."""
@@ -75,6 +87,7 @@ class NVFP4Experts(nnx.Module):
 
 
 def _chosen(
+    updates: ExpertUpdates | None,
     x_BTD: jax.Array,
     weights_BTX: jax.Array,
     experts_BTX: jax.Array,
@@ -103,16 +116,25 @@ def _chosen(
         codes_EFJ, scale_EFQ = (x.reshape(E, 2 * M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
         rows_AD = x_BTD.reshape(-1, D)[order_A // X]
         gate_up_A2M = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E).reshape(-1, 2, M)
-        gate_up_A2M = (gate_up_A2M * g1_alphas_E2[owner_A][..., None]).astype(x_BTD.dtype)
+        gate_up_A2M = gate_up_A2M * g1_alphas_E2[owner_A][..., None]
     else:
         g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
         rows_AD = x_BTD.reshape(-1, D).repeat(X, axis=0)
         first_A2M = _halves(rows_AD, group_A, w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
-        gate_up_A2M = first_A2M[order_A].astype(x_BTD.dtype)
-    inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
+        gate_up_A2M = first_A2M[order_A]
+    by_group = partial(by_expert_group, sizes=size_E)
+    if updates is not None:
+        plain_AD = x_BTD.reshape(-1, D)[order_A // X]
+        gate_up_AF = gate_up_A2M.reshape(-1, 2 * M)
+        gate_up_AF = updates.first(gate_up_AF, plain_AD, by_group, updates.slots(order_A))
+        gate_up_A2M = gate_up_AF.reshape(-1, 2, M)
+    gate_up_A2M = gate_up_A2M.astype(x_BTD.dtype)
+    hidden_AM = inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
     if w2_input_scale_E is not None:
-        inner_AM = quantized_activations(inner_AM, w2_input_scale_E[owner_A][:, None])
+        inner_AM = quantized_activations(hidden_AM, w2_input_scale_E[owner_A][:, None])
     out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
+    if updates is not None:
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
     out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)

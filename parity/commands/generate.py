@@ -19,6 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="comma-separated token ids; repeat for a batch",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="[NAME=]DIR",
+        action="append",
+        default=[],
+        help="attach a PEFT adapter; repeat for several: the last one runs unless --row-adapter says otherwise",
+    )
+    parser.add_argument(
+        "--row-adapter",
+        metavar="NAME",
+        action="append",
+        help="adapter of one row, repeat for each --prompt-ids; 'none': the base alone",
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--top-k", metavar="K", type=int)
@@ -44,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     backend = open_backend(args.backend, args.device)
     model = backend.load(args.checkpoint, dtype=args.dtype, mtp=args.draft)
+    for given in args.adapter:
+        name, _, directory = given.rpartition("=")
+        with backend.scope():
+            model = model.attach_lora(directory, name or "default")
+    names = args.row_adapter and [None if name == "none" else name for name in args.row_adapter]
     draft = model.draft if args.draft else None
     speculation = {"draft": draft} if args.draft_tokens is None else {"draft": draft, "draft_tokens": args.draft_tokens}
     with backend.scope():
@@ -56,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             top_p=args.top_p,
             seed=args.seed,
             ignore_eos=args.ignore_eos,
+            adapter=names,
             **speculation,
         )
     for row in backend.to_numpy(tokens):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from parity.mutants import MutantResult
 
-KINDS = ("attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs")
+KINDS = ("attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

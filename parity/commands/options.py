@@ -21,6 +21,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help="also generate N tokens, greedily")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
     parser.add_argument("--mtp", action="store_true", help="also run the checkpoint's multi-token-prediction draft")
     parser.add_argument(
         "--weight-only",

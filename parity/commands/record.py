@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
         _refuse_backend_options(args)
         checkpoint = open_checkpoint(args.reload or args.checkpoint)
         like = Trace.load(args.like) if args.like else None
-        trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like, mtp=args.mtp)
+        trace = record_oracle(
+            checkpoint, inputs or default_inputs(checkpoint), like=like, mtp=args.mtp, adapter=args.adapter
+        )
     else:
         if args.like:
             raise ValueError("--like goes with --backend oracle")
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             ignore_eos=args.ignore_eos,
             mtp=args.mtp,
             weight_only=args.weight_only,
+            adapter=args.adapter,
         )
     trace.save(args.output)
     print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")

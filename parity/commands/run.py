@@ -28,11 +28,13 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(args.checkpoint)
     inputs = read_inputs(args.inputs) if args.inputs else default_inputs(checkpoint)
-    options = {name: getattr(args, name) for name in ("dtype", "max_new_tokens", "ignore_eos", "mtp", "weight_only")}
+    names = ("dtype", "max_new_tokens", "ignore_eos", "mtp", "weight_only", "adapter")
+    options = {name: getattr(args, name) for name in names}
     a = record(args.checkpoint, open_backend(args.a, args.device_a or args.device), inputs, **options)
     b = record(args.checkpoint, open_backend(args.b, args.device_b or args.device), inputs, **options)
     # each against its own expert choices: a flip between near-equal experts is not an error of arithmetic
-    oracle_a, oracle_b = (record_oracle(checkpoint, inputs, like=trace, mtp=args.mtp) for trace in (a, b))
+    common = {"mtp": args.mtp, "adapter": args.adapter}
+    oracle_a, oracle_b = (record_oracle(checkpoint, inputs, like=trace, **common) for trace in (a, b))
     comparison = compare(a, b, oracle_a, oracle_b=oracle_b)
     print(f"{comparison.verdict}: {comparison.summary}" if args.quiet else comparison.to_text())
     facts = {

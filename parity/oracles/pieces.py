@@ -116,14 +116,24 @@ def experts(
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.gate_proj", x)
                 fused.saw(f"{fused.prefix}{expert}.up_proj", x)
-            matrix = fused.stored("gate_up_proj", *shapes[0])[expert].astype(np.float64)
-            gate_up = x @ (matrix if is_turned else matrix.T)
+            gate_up = x @ _expert(fused, expert, ("gate", "up"), "gate_up_proj", shapes[0], is_turned).T
             inner = silu(gate_up[:, :M]) * gate_up[:, M:]
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.down_proj", inner)
-            matrix = fused.stored("down_proj", *shapes[1])[expert].astype(np.float64)
-            y = inner @ (matrix if is_turned else matrix.T)
+            y = inner @ _expert(fused, expert, ("down",), "down_proj", shapes[1], is_turned).T
         else:
             y = swiglu(read, f"mlp.experts.{expert}.", x, M)
         out_BTD[row, step] += weights_BTX[row, step, slot, None] * y  # a token names an expert once: no repeated index
     return out_BTD
+
+
+def _expert(
+    read: Weights, expert: int, parts: tuple[str, ...], stack: str, shape: tuple[int, ...], is_turned: bool
+) -> np.ndarray:
+    """One expert's matrix [out, in] out of a stack, with what an adapter adds to its parts, one above the other."""
+    base = read.stored(stack, *shape)[expert].astype(np.float64)
+    base = base.T if is_turned else base
+    if read.adapted is None:
+        return base
+    deltas = [read.adapted.delta(f"{read.prefix}{expert}.{part}_proj") for part in parts]
+    return base + np.concatenate([delta for delta in deltas if delta is not None]) if deltas[0] is not None else base

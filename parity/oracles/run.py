@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loaders import Checkpoint, CheckpointError
+from loaders import Checkpoint, CheckpointError, dtypes
+from loaders.adapters import Adapter
+from parity.oracles.adapted import Adapted
 from parity.oracles.quantized import widened
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Weights:
     checkpoint: Checkpoint
     prefix: str = ""
     saw: Saw | None = None
+    adapted: Adapted | None = None
 
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         """The tensor in float64, every value exact; errors as ``stored``."""
@@ -38,7 +41,12 @@ class Weights:
         """
         if self.saw is not None and x is not None:
             self.saw(self.prefix + name, x)
-        found = widened(self.checkpoint, self.prefix + name)
+        delta = None if self.adapted is None else self.adapted.delta(self.prefix + name)
+        base = self._matrix(name, rows, columns)
+        return base if delta is None else base + delta
+
+    def _matrix(self, name: str, rows: int, columns: int) -> np.ndarray:
+        found = None if self._whole(f"{name}.weight") is not None else widened(self.checkpoint, self.prefix + name)
         if found is None:
             return self(name + ".weight", rows, columns)
         if found.shape != (rows, columns):
@@ -47,13 +55,16 @@ class Weights:
         return found
 
     def stored(self, name: str, *shape: int) -> np.ndarray:
-        """The tensor as it is stored, ``shape`` being what config.json asks for.
+        """The tensor as it is stored, ``shape`` being what config.json asks for; an adapter's, where it brings one.
 
         Raises:
             CheckpointError: it is missing, has another shape, or a dtype whose values mean nothing without scales.
         """
+        whole = self._whole(name)
         name, source = self.prefix + name, self.checkpoint.source
         info = self.checkpoint.tensors.get(name)
+        if whole is not None:  # rounded to what it replaces
+            return whole.astype(dtypes.to_numpy(info.dtype)) if info and info.dtype in EXACT_IN_FLOAT64 else whole
         if info is None:
             raise CheckpointError(source, [f"tensor {name!r} is missing. Is config.json from the same checkpoint?"])
         if info.shape != shape:
@@ -75,7 +86,10 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names go on with ``prefix``."""
-        return Weights(self.checkpoint, self.prefix + prefix, self.saw)
+        return Weights(self.checkpoint, self.prefix + prefix, self.saw, self.adapted)
+
+    def _whole(self, name: str) -> np.ndarray | None:
+        return None if self.adapted is None else self.adapted.whole(self.prefix + name)
 
 
 @dataclass(frozen=True)
@@ -91,23 +105,34 @@ class Run:
     shake: float = 0.0
     saw: Saw | None = None
     sight: Sight | None = None  # what the prompt shows
+    adapter: Adapter | None = None
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
         """Every tensor, by its whole name."""
-        return Weights(self.checkpoint, saw=self.saw)
+        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted)
 
     @property
     def text(self) -> Weights:
         """The tensors of the text model, under whichever of its names they are stored."""
         spelled = (f"{path}." for path in self.config.text_paths)
         known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
-        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."), self.saw)
+        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."), self.saw, self.adapted)
+
+    @property
+    def adapted(self) -> Adapted | None:
+        """The adapter by the names of this checkpoint; None: there is none."""
+        if self.adapter is None:
+            return None
+        bare = replace(self, adapter=None).text
+        return Adapted(self.adapter, bare.prefix.removesuffix("."), self.config.text_paths[0])
 
     def embedding(self) -> np.ndarray:
-        """The embedding as it is stored, [V, D]."""
-        return self.text.stored("embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+        """The embedding that tokens are looked up in, [V, D]; as it is stored unless an adapter adds to it."""
+        table_VD = self.text.stored("embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+        delta_VD = None if self.adapted is None else self.adapted.delta(f"{self.text.prefix}embed_tokens")
+        return table_VD if delta_VD is None else table_VD.astype(np.float64) + delta_VD
 
     def embedded(self) -> np.ndarray:
         """What the first decoder layer takes, float64 [B, T, D]: embeddings, and what is shown in its places."""
@@ -127,12 +152,21 @@ class Run:
         return x_BTD * (1 + self.shake * rng.standard_normal(x_BTD.shape))
 
     def head(self, x_BTD: np.ndarray) -> np.ndarray:
-        """Logits [B, T, V] by the head, which is the embedding in a tied model."""
+        """Logits [B, T, V] by the head: in a tied model the embedding, without what an adapter adds to lookups."""
+        logits_BTV = self._base_head(x_BTD)
+        delta_VD = None if self.adapted is None else self.adapted.delta("lm_head")
+        return logits_BTV if delta_VD is None else logits_BTV + x_BTD @ delta_VD.T
+
+    def _base_head(self, x_BTD: np.ndarray) -> np.ndarray:
         sizes = self.config.vocab_size, self.config.hidden_size
+        is_whole = self.adapted is not None and self.adapted.whole("lm_head.weight") is not None
         is_tied = self.config.tie_word_embeddings
-        if not is_tied and (found_VD := widened(self.checkpoint, "lm_head")) is not None:
+        if not is_tied and not is_whole and (found_VD := widened(self.checkpoint, "lm_head")) is not None:
             return x_BTD @ found_VD.T
-        head_VD = self.embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
+        head_VD = replace(self, adapter=None).embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
+        if is_tied and is_whole:
+            assert self.adapted is not None
+            head_VD = np.asarray(self.adapted.whole("lm_head.weight")).astype(head_VD.dtype)
         parts = [head_VD[start : start + HEAD_ROWS] for start in range(0, len(head_VD), HEAD_ROWS)]
         return np.concatenate([x_BTD @ part.astype(np.float64).T for part in parts], axis=-1)
 

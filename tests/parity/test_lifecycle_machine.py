@@ -27,7 +27,7 @@ from parity.lifecycle import run_lifecycle
 from parity.live_model import HALVES, NEW_TOKENS, LawBroken, LiveModel
 
 ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
-NO_DRAFT = {"draft", "speculation"}
+NO_DRAFT = {"draft", "speculation", "draft under adapter"}
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # first calls compile; nothing here is slow by accident
 STEADY = settings(suppress_health_check=list(HealthCheck), max_examples=200 if IS_THOROUGH else 20)

@@ -51,7 +51,7 @@ class Embedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.weight = empty_param(num_embeddings, embedding_dim)
-        self.num_embeddings = num_embeddings
+        self.num_embeddings = self.org_vocab_size = num_embeddings
         self.embedding_dim = embedding_dim
 
     def forward(self, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

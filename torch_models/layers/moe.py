@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_models.layers.linear import empty_param
+from torch_models.layers.lora import ExpertUpdates
 from torch_models.taps import tap
 
 STEP_TOKENS = 8  # runs of so many tokens a row are steps of decoding, one token or a draft's few, not prompts
@@ -45,47 +46,73 @@ class Experts(nn.Module):
         self.gate_up_proj = empty_param(num_experts, 2, expert_size, hidden_size)
         self.down_proj = empty_param(num_experts, hidden_size, expert_size)
 
-    def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        weights_BTX: torch.Tensor,
+        experts_BTX: torch.Tensor,
+        updates: ExpertUpdates | None = None,
+    ) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
 
         Shapes alone decide how, so that a decode step can be captured: few assignments take copies of their experts'
         weights, other short runs go through every expert, and a prompt asks the host which experts were hit.
+        ``updates``: what adapters add to both products.
         """
         x_UD, experts_UX = x_BTD.flatten(0, 1), experts_BTX.flatten(0, 1)
         if experts_UX.numel() <= len(self.down_proj):
-            out_UXD = self._of_copies(x_UD, experts_UX)
+            out_UXD = self._of_copies(x_UD, experts_UX, updates)
         elif x_BTD.shape[1] <= STEP_TOKENS:
-            out_UXD = self._of_all(x_UD, experts_UX)
+            out_UXD = self._of_all(x_UD, experts_UX, updates)
         else:
-            out_UXD = self._of_hit(x_UD, experts_UX)
+            out_UXD = self._of_hit(x_UD, experts_UX, updates)
         # summed in a fixed order: an atomic add would not repeat on a GPU
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
 
-    def _of_copies(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
-        experts_A = experts_UX.flatten()
-        x_AD1 = x_UD[:, None].expand(*experts_UX.shape, -1).flatten(0, 1)[..., None]
+    def _of_copies(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
+        experts_A, X = experts_UX.flatten(), experts_UX.shape[1]
+        x_AD = x_UD.repeat_interleave(X, dim=0)
         gate_A2MD = self.gate_up_proj.index_select(0, experts_A).to(x_UD.dtype)
-        gate_AM1, up_AM1 = torch.bmm(gate_A2MD.flatten(1, 2), x_AD1).chunk(2, dim=1)
+        gate_up_AF = torch.bmm(gate_A2MD.flatten(1, 2), x_AD[..., None])[..., 0]
+        token_A = torch.arange(len(experts_A), device=x_UD.device) // X
+        if updates is not None:
+            gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
+        gate_AM, up_AM = gate_up_AF.chunk(2, dim=1)
+        hidden_AM = F.silu(gate_AM) * up_AM
         down_ADM = self.down_proj.index_select(0, experts_A).to(x_UD.dtype)
-        return torch.bmm(down_ADM, F.silu(gate_AM1) * up_AM1).view(*experts_UX.shape, -1)
+        out_AD = torch.bmm(down_ADM, hidden_AM[..., None])[..., 0]
+        if updates is not None:
+            out_AD = updates.second(out_AD, hidden_AM, experts_A, token_A)
+        return out_AD.view(*experts_UX.shape, -1)
 
-    def _of_all(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
+    def _of_all(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
         x_EUD = x_UD.expand(len(self.down_proj), -1, -1)
         gate_up_EFD = self.gate_up_proj.to(x_UD.dtype).flatten(1, 2)
-        gate_EUM, up_EUM = torch.bmm(x_EUD, gate_up_EFD.transpose(1, 2)).chunk(2, dim=2)
-        out_EUD = torch.bmm(F.silu(gate_EUM) * up_EUM, self.down_proj.to(x_UD.dtype).transpose(1, 2))
+        gate_up_EUF = torch.bmm(x_EUD, gate_up_EFD.transpose(1, 2))
         row_U1 = torch.arange(len(x_UD), device=x_UD.device)[:, None]
+        if updates is not None:
+            gate_up_EUF = updates.first(gate_up_EUF, x_EUD, slice(None), row_U1[:, 0])
+        gate_EUM, up_EUM = gate_up_EUF.chunk(2, dim=2)
+        hidden_EUM = F.silu(gate_EUM) * up_EUM
+        out_EUD = torch.bmm(hidden_EUM, self.down_proj.to(x_UD.dtype).transpose(1, 2))
+        if updates is not None:
+            out_EUD = updates.second(out_EUD, hidden_EUM, slice(None), row_U1[:, 0])
         return out_EUD[experts_UX, row_U1]  # picked, not weighted by zero: an expert nobody chose may be infinite
 
-    def _of_hit(self, x_UD: torch.Tensor, experts_UX: torch.Tensor) -> torch.Tensor:
+    def _of_hit(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
         out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
         for expert in experts_UX.unique().tolist():
             token_A, choice_A = (experts_UX == expert).nonzero(as_tuple=True)
             rows_AD = x_UD[token_A]
             gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_UD.dtype)) for part_MD in self.gate_up_proj[expert])
+            if updates is not None:
+                gate_AM, up_AM = updates.parts((gate_AM, up_AM), rows_AD, expert, token_A)
             hidden_AM = F.silu(gate_AM) * up_AM
-            out_UXD[token_A, choice_A] = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
+            out_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
+            out_UXD[token_A, choice_A] = (
+                out_AD if updates is None else updates.second(out_AD, hidden_AM, expert, token_A)
+            )
         return out_UXD
 
 

@@ -12,6 +12,7 @@ from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import quantized_activations
 from torch_models.layers.linear import empty_param
+from torch_models.layers.lora import ExpertUpdates
 from torch_models.layers.moe import STEP_TOKENS, Experts
 from torch_models.layers.quantized import as_loaded, exact_weight, multiplier
 
@@ -62,14 +63,30 @@ class NVFP4Experts(nn.Module):
         scale = self._scalars(stack, "global", as_stored=True)[..., None, None]
         return exact_weight(self.source(stack, "codes"), self.source(stack, "block"), scale, self.scheme)
 
-    def forward(self, x_BTD: torch.Tensor, weights_BTX: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the chosen experts, in float32, returned in the dtype of x."""
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        weights_BTX: torch.Tensor,
+        experts_BTX: torch.Tensor,
+        updates: ExpertUpdates | None = None,
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
+
+        ``updates``: what adapters add to both products, before they are rounded.
+        """
         self._derive_scalars()
         x_UD, experts_A = x_BTD.flatten(0, 1), experts_BTX.flatten()
         x_AD = x_UD.repeat_interleave(experts_BTX.shape[2], dim=0)
         ask_host = x_BTD.shape[1] > STEP_TOKENS  # a step of decoding can be captured
-        gate_AM, up_AM = self._first(x_AD, experts_A, ask_host=ask_host).to(x_BTD.dtype).chunk(2, dim=1)
-        out_AD = self._second(F.silu(gate_AM) * up_AM, experts_A, ask_host=ask_host)
+        gate_up_AF = self._first(x_AD, experts_A, ask_host=ask_host)
+        token_A = torch.arange(len(experts_A), device=x_BTD.device) // experts_BTX.shape[2]
+        if updates is not None:
+            gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
+        gate_AM, up_AM = gate_up_AF.to(x_BTD.dtype).chunk(2, dim=1)
+        hidden_AM = F.silu(gate_AM) * up_AM
+        out_AD = self._second(hidden_AM, experts_A, ask_host=ask_host)
+        if updates is not None:
+            out_AD = updates.second(out_AD, hidden_AM, experts_A, token_A)
         out_UXD = out_AD.to(x_BTD.dtype).view(*experts_BTX.flatten(0, 1).shape, -1)
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)

@@ -1,0 +1,97 @@
+"""Adapters of a model: attached, replaced, detached, merged. Pure: a model goes in, a new one comes out, or an error.
+
+All is checked before a new model is made; the old one serves on. Within a layout nothing is compiled, see
+``jax_models.adapter_room``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jax_models.adapter_room import Room, room_for
+from jax_models.weights import flatten
+from loaders.adapters import ReadBase, open_adapter
+from loaders.merging import merge_problems, merged_weights
+from loaders.roster import Roster
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+
+
+def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
+    """A model with one more adapter, or with another one in the place of that name.
+
+    Raises:
+        CheckpointError: the adapter does not fit; lists everything.
+        ValueError: an adapter is merged into the weights.
+    """
+    model.roster.check_unmerged("another adapter")
+    adapter = open_adapter(uri, model.config, read_base=_reader(model))
+    roster = model.roster.having(adapter, name, model.version + 1)
+    return _with(model, roster, "attach", f"{name}: {adapter.source}")
+
+
+def detach_lora(model: Model, name: str) -> Model:
+    """A model without an adapter; with the last one gone, its programs are the base's own again.
+
+    Raises:
+        ValueError: no adapter is called so, or one is merged into the weights.
+    """
+    model.roster.check_unmerged("taking one away")
+    return _with(model, model.roster.lacking(name), "detach", name)
+
+
+def merge_lora(model: Model, name: str) -> Model:
+    """A model with an adapter in its weights: float32 sums, rounded once to the dtype each is stored in.
+
+    The arrays from before are kept for ``unmerge_lora``. Until then that adapter alone runs, and nothing else changes
+    weights or adapters; ``export`` and ``digests`` are of the merged weights.
+
+    Raises:
+        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
+            that embedding and head share.
+    """
+    model.roster.check_unmerged("another one")
+    adapter, read = model.roster[name].adapter, _reader(model)
+    if problems := merge_problems(adapter, model.config):
+        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
+    flat = flatten(model.weights)
+    changes = {param: make for param, make in merged_weights(adapter, read).items() if param in flat}
+    originals = {param: flat[param] for param in changes}
+    flat |= {param: jax.device_put(make(), originals[param].sharding) for param, make in changes.items()}
+    merged = model.published(traverse_util.unflatten_dict(flat, sep="."), "merge", name)
+    return dataclasses.replace(merged, roster=dataclasses.replace(model.roster, merged=name), unmerged=originals)
+
+
+def unmerge_lora(model: Model) -> Model:
+    """A model with the very arrays from before the merge.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    if (name := model.roster.merged) is None:
+        raise ValueError("no adapter is merged: there is nothing to undo")
+    weights = traverse_util.unflatten_dict(flatten(model.weights) | model.unmerged, sep=".")
+    restored = model.published(weights, "unmerge", name)
+    return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})
+
+
+def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
+    flat = flatten(model.weights)
+    room = Room()
+    if roster.attached:
+        dtypes = {name: x.dtype for name, x in flat.items()}
+        like = next(iter(flat.values()))
+        room = room_for(roster, model.config, dtypes, np.dtype(model.dtype), model.mesh, like)
+    return dataclasses.replace(model.published(model.weights, kind, detail), roster=roster, room=room)
+
+
+def _reader(model: Model) -> ReadBase:
+    flat = flatten(model.weights)
+    return lambda name: np.asarray(flat[name])

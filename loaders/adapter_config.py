@@ -1,0 +1,219 @@
+"""adapter_config.json of a PEFT LoRA adapter, read strictly: what it asks for is done, or refused by name.
+
+Source: peft 0.21 ``LoraConfig``, ``check_target_module_exists``, ``get_pattern_key``; checked against PEFT itself in
+tests/loaders/test_adapters.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.errors import brief
+
+ALL_LINEAR = "all-linear"
+# how it was trained, or by what: nothing to compute
+_OF_TRAINING = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core"),
+        *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+    }
+)
+_READ = frozenset(
+    {
+        *("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform"),
+        *("lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters"),
+        *("use_rslora", "bias"),
+    }
+)
+# ways to begin that leave the base's weights as they are; others subtract from them
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_MOST_RANK = 1 << 16
+_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # the first number of a module path, not an expert's
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which modules an adapter changes, at which rank, and by how much. Fields are adapter_config.json keys.
+
+    Names are module paths as the adapter's own model spells them. A pattern is a regular expression that a path must
+    end with, after a dot.
+    """
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    base_model_name_or_path: str = ""
+
+    def targets(self, module: str, *, is_table: bool = False) -> bool:
+        """Whether a linear layer or embedding gets a low-rank update; ``is_table``: it is an embedding, or the head."""
+        if _is_named(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == ALL_LINEAR:
+                return not is_table
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        return _is_named(self.target_modules, module) and self._is_of_layers(module)
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether a parameter is named itself, as experts are."""
+        return _is_named(self.target_parameters, parameter)
+
+    def saves(self, tensor: str) -> bool:
+        """Whether a tensor is of a module that the adapter replaces whole."""
+        parts = tensor.split(".")
+        modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return any(module.endswith(name) for module in modules for name in self.modules_to_save)
+
+    def rank(self, module: str) -> int:
+        """Rank of a module's update."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """What a module's update is multiplied by: alpha / r, or alpha / √r."""
+        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _is_of_layers(self, module: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self.layers_pattern] or [_FIRST_LAYER]
+        found = next((match for pattern in patterns if (match := pattern.match(module))), None)
+        return found is not None and int(found[1]) in self.layers_to_transform
+
+
+def read_adapter_config(document: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:
+    """The configuration, or None and everything that is wrong with it or not implemented."""
+    if document.get("peft_type") != "LORA":
+        return None, [f"adapter_config.json: peft_type is {brief(document.get('peft_type'))}, expected 'LORA'"]
+    problems = _refused(document)
+    read = _Reader(document, problems)
+    fields: dict[str, Any] = {
+        "r": read.number("r", integer=True),
+        "lora_alpha": read.number("lora_alpha"),
+        "use_rslora": read.flag("use_rslora"),
+        "target_modules": read.names("target_modules", or_pattern=True),
+        "target_parameters": read.names("target_parameters"),
+        "exclude_modules": read.names("exclude_modules", or_pattern=True),
+        "modules_to_save": read.names("modules_to_save"),
+        "layers_pattern": read.names("layers_pattern", single=True),
+        "layers_to_transform": read.layers(),
+        "rank_pattern": read.patterns("rank_pattern", integer=True),
+        "alpha_pattern": read.patterns("alpha_pattern"),
+        "base_model_name_or_path": str(document.get("base_model_name_or_path") or ""),
+    }
+    if fields["layers_to_transform"] and isinstance(fields["target_modules"], str):
+        problems.append("adapter_config.json: layers_to_transform goes with a list of target_modules, not a pattern")
+    return (None, problems) if problems else (AdapterConfig(**fields), [])
+
+
+def _refused(document: dict[str, Any]) -> list[str]:
+    """Options that are on and not implemented, one sentence each. What is not known is refused unless it is off."""
+    problems = []
+    for name, value in document.items():
+        if name not in _READ | _OF_TRAINING and value not in (None, False, "none") and value not in ({}, []):
+            problems.append(
+                f"adapter_config.json: {name}={brief(value)} is not implemented. Train or merge without it."
+            )
+    if (bias := document.get("bias", "none")) != "none":
+        problems.append(f"adapter_config.json: bias={brief(bias)} is not implemented, expected 'none'")
+    init = document.get("init_lora_weights", True)
+    if init is not None and init not in _INITS:
+        what = "begins by changing the base's weights, which are not in the adapter"
+        problems.append(f"adapter_config.json: init_lora_weights={brief(init)} {what}. Convert it to plain LoRA.")
+    return problems
+
+
+class _Reader:
+    """Values of a document by kind; what is of another kind becomes a problem."""
+
+    def __init__(self, document: dict[str, Any], problems: list[str]) -> None:
+        self.document, self.problems = document, problems
+
+    def number(self, name: str, *, integer: bool = False) -> Any:
+        return self._number(name, self.document.get(name), integer=integer)
+
+    def flag(self, name: str) -> bool:
+        found = self.document.get(name)
+        if found is not None and type(found) is not bool:
+            self._expected(name, found, "true or false")
+        return bool(found)
+
+    def names(self, name: str, *, or_pattern: bool = False, single: bool = False) -> Any:
+        found = self.document.get(name)
+        if found is None:
+            return ()
+        if isinstance(found, str) and (or_pattern or single):
+            self._compiles(name, found)
+            return (found,) if single else found
+        if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
+            self._expected(name, found, "a list of names" + (" or a pattern" if or_pattern else ""))
+            return ()
+        if name in ("modules_to_save", "layers_pattern"):  # which PEFT puts into patterns as they stand
+            for one in found:
+                self._compiles(name, one)
+        return tuple(found)
+
+    def layers(self) -> tuple[int, ...]:
+        found = self.document.get("layers_to_transform")
+        found = [found] if type(found) is int else found
+        if found is None:
+            return ()
+        if not isinstance(found, list) or not all(type(one) is int and one >= 0 for one in found):
+            self._expected("layers_to_transform", found, "numbers of layers")
+            return ()
+        return tuple(found)
+
+    def patterns(self, name: str, *, integer: bool = False) -> dict[str, Any]:
+        found = self.document.get(name)
+        if not isinstance(found, dict | None):
+            self._expected(name, found, "an object of patterns and numbers")
+            return {}
+        for pattern in found or {}:
+            self._compiles(name, pattern)
+        return {
+            pattern: self._number(f"{name}[{brief(pattern)}]", value, integer=integer)
+            for pattern, value in (found or {}).items()
+        }
+
+    def _number(self, name: str, found: Any, *, integer: bool) -> Any:
+        is_rank = integer and type(found) is int and 1 <= found <= _MOST_RANK
+        is_alpha = not integer and type(found) in (int, float) and math.isfinite(found)
+        if not (is_rank or is_alpha):
+            self._expected(name, found, f"an integer from 1 to {_MOST_RANK}" if integer else "a finite number")
+        return found
+
+    def _compiles(self, name: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self._expected(name, pattern, f"a regular expression ({error})")
+
+    def _expected(self, name: str, found: Any, what: str) -> None:
+        self.problems.append(f"adapter_config.json: {name} is {brief(found)}, expected {what}")
+
+
+def _is_named(names: str | tuple[str, ...], path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that ``path`` ends with; patterns are read in the order of the document."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -1,0 +1,244 @@
+"""Adapters that are refused, each for all of its reasons at once; and how options of PEFT are read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loaders import CheckpointError, open_checkpoint
+from loaders.adapter_config import read_adapter_config
+from loaders.adapter_sites import sites_of
+from loaders.adapters import open_adapter
+from loaders.merging import merged
+from loaders.roster import NONE, Roster
+from parity.zoo import make_checkpoint
+from parity.zoo_adapters import ATTENTION, EXPERTS, TABLES, make_adapter
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("base") / "checkpoint", num_hidden_layers=2)
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    return make_adapter(base, tmp_path / "adapter", targets=(*ATTENTION, *TABLES))
+
+
+def edit(adapter, change=None, **document):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | document))
+    if change is not None:
+        tensors = dict(load_file(adapter / "adapter_model.safetensors"))
+        change(tensors)
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def problems(base, adapter):
+    checkpoint = open_checkpoint(base)
+    with pytest.raises(CheckpointError) as error:
+        open_adapter(adapter, checkpoint.config, read_base=checkpoint.read)
+    return error.value.problems
+
+
+def test_a_good_adapter_has_an_update_for_every_target(base, adapter):
+    opened = open_adapter(adapter, open_checkpoint(base).config)
+    layers = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ATTENTION]
+    assert set(opened.low_rank) == {"model.embed_tokens", "lm_head", *layers}
+    assert opened.low_rank["model.embed_tokens"].a.shape == (4, 211)
+    assert opened.low_rank["lm_head"].b.shape == (211, 4)
+    assert {one.scaling for one in opened.low_rank.values()} == {1.5}
+
+
+def test_everything_that_is_wrong_is_told_at_once(base, adapter):
+    q = PREFIX + "model.layers.0.self_attn.q_proj."
+
+    def spoil(tensors):
+        del tensors[q + "lora_A.weight"]  # a half
+        tensors[PREFIX + "model.layers.7.self_attn.q_proj.lora_A.weight"] = np.ones(
+            (4, 40), np.float32
+        )  # no such layer
+        k = PREFIX + "model.layers.0.self_attn.k_proj.lora_A.weight"
+        tensors[k] = np.ones((4, 44), np.float32)  # another model
+        v = PREFIX + "model.layers.0.self_attn.v_proj.lora_B.weight"
+        tensors[v] = tensors[v].astype(np.int32)
+        o = PREFIX + "model.layers.0.self_attn.o_proj.lora_A.weight"
+        tensors[o] = np.full_like(tensors[o], np.nan)
+        tensors["stranger"] = np.ones(1, np.float32)
+        tensors[PREFIX + "model.layers.0.mlp.up_proj.lora_A.weight"] = np.ones((4, 40), np.float32)  # not targeted
+        table = PREFIX + "model.embed_tokens.base_layer.weight"
+        tensors[table] = np.ones((211, 40), np.float32)  # another base
+
+    edit(adapter, spoil, base_model_name_or_path="someone/else")
+    found = "\n".join(problems(base, adapter))
+    for told in (
+        "lora_A of 'model.layers.0.self_attn.q_proj' is missing, lora_B is there",
+        "model.layers.7.self_attn.q_proj.lora_A.weight' is unexpected: the model has no such module",
+        "k_proj.lora_A.weight' has shape (4, 44), expected (4, 40)",
+        "someone/else",
+        "v_proj.lora_B.weight' is I32",
+        "o_proj.lora_A.weight' holds values that are not finite",
+        "'stranger' is unexpected",
+        "up_proj.lora_A.weight' is unexpected: adapter_config.json does not target it",
+        "base_layer.weight' differs from the model's 'model.embed_tokens.weight'",
+    ):
+        assert told in found
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"r": 5}, "has shape (4, 40), expected (5, 40) from r"),
+        ({"rank_pattern": {"q_proj": 2}}, "expected (2, 40) from r"),
+        ({"use_dora": True}, "use_dora=True is not implemented"),
+        ({"bias": "all"}, "bias='all' is not implemented"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, "begins by changing the base's weights"),
+        ({"a_new_option": 1}, "a_new_option=1 is not implemented"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+        ({"r": 0}, "r is 0, expected an integer from 1"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', expected a finite number"),
+        (
+            {"target_modules": [*ATTENTION, *TABLES, "w_proj"]},
+            "target_modules names 'w_proj', which no module is called",
+        ),
+        ({"target_modules": r"(q_proj"}, "expected a regular expression"),
+        ({"target_modules": [*ATTENTION, *TABLES, "up_proj"]}, "lora_A and lora_B of 'model.layers.0.mlp.up_proj'"),
+        ({"modules_to_save": ["norm"]}, "tensor 'model.norm.weight' is missing: modules_to_save"),
+        ({"modules_to_save": ["tower"]}, "modules_to_save names 'tower'"),
+        ({"rank_pattern": {"q_proj": "two"}}, "expected an integer"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_options_that_are_not_done_are_refused_by_name(base, adapter, document, told):
+    edit(adapter, **document)
+    assert any(told in problem for problem in problems(base, adapter)), problems(base, adapter)
+
+
+def test_a_pickle_is_never_read(base, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    (problem,) = problems(base, adapter)
+    assert "is a pickle, which can run any code and is never read" in problem
+
+
+def test_hostile_files_are_refused(base, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    (problem,) = problems(base, adapter)
+    assert "header claims" in problem
+    (adapter / "adapter_config.json").write_bytes(b'{"r": 1, "r": 2}')
+    assert any("more than once" in problem for problem in problems(base, adapter))
+
+
+def test_a_directory_that_is_not_there_is_refused(base, tmp_path):
+    assert "cannot be opened" in problems(base, tmp_path / "nothing")[0]
+
+
+def test_the_bases_table_beside_an_update_is_left_out_when_it_is_the_same(base, adapter):
+    name = PREFIX + "model.embed_tokens.base_layer.weight"
+    checkpoint = open_checkpoint(base)
+    edit(adapter, lambda tensors: tensors.update({name: checkpoint.read("model.embed_tokens.weight")}))
+    assert open_adapter(adapter, checkpoint.config, read_base=checkpoint.read).left_out == (name,)
+
+
+def test_a_text_models_adapter_may_be_spelled_as_the_wrappers(tmp_path):
+    options = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    path = make_checkpoint("qwen3_5-wrapped", tmp_path / "checkpoint", **options)
+    config = open_checkpoint(path).config
+    ours, theirs = (
+        open_adapter(make_adapter(path, tmp_path / name, targets=("q_proj", "embed_tokens"), text_path=name), config)
+        for name in ("model.language_model", "model")
+    )
+    assert ours.digest == theirs.digest
+    assert "model.language_model.embed_tokens" in ours.low_rank
+
+
+def test_experts_one_by_one_are_what_they_are_fused(tmp_path):
+    """As transformers 4 had them; A of gate and up are shared where they are fused, and here one each."""
+    path = make_checkpoint("qwen3-moe", tmp_path / "checkpoint", num_hidden_layers=1, mlp_only_layers=[])
+    config = open_checkpoint(path).config
+    fused = make_adapter(path, tmp_path / "fused", targets=("q_proj",), parameters=EXPERTS)
+    whole = open_adapter(fused, config)
+    single = tmp_path / "single"
+    single.mkdir()
+    document = json.loads((fused / "adapter_config.json").read_text())
+    document |= {"target_parameters": None, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    (single / "adapter_config.json").write_text(json.dumps(document))
+    tensors = {name: x for name, x in load_file(fused / "adapter_model.safetensors").items() if "q_proj" in name}
+    experts = "model.layers.0.mlp.experts"
+    for expert in range(5):
+        for part, name in enumerate(("gate_proj", "up_proj")):
+            update = whole.low_rank[f"{experts}.gate_up_proj"]
+            tensors[f"{PREFIX}{experts}.{expert}.{name}.lora_A.weight"] = update.a[expert, part].copy()
+            tensors[f"{PREFIX}{experts}.{expert}.{name}.lora_B.weight"] = update.b[expert, part].copy()
+        update = whole.low_rank[f"{experts}.down_proj"]
+        tensors[f"{PREFIX}{experts}.{expert}.down_proj.lora_A.weight"] = update.a[expert].copy()
+        tensors[f"{PREFIX}{experts}.{expert}.down_proj.lora_B.weight"] = update.b[expert].copy()
+    save_file(tensors, single / "adapter_model.safetensors")
+    found = open_adapter(single, config)
+    for path, update in whole.low_rank.items():
+        np.testing.assert_allclose(found.low_rank[path].delta(), update.delta(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_rounds_once(base, adapter):
+    update = open_adapter(adapter, open_checkpoint(base).config).low_rank["lm_head"]
+    weight = open_checkpoint(base).read("lm_head.weight")
+    delta = update.scaling * (update.b.astype(np.float64) @ update.a.astype(np.float64))
+    np.testing.assert_allclose(merged(weight, update), weight + delta, rtol=2e-6, atol=1e-6)
+    half = weight.astype(np.float16)
+    one_rounding = (half.astype(np.float32) + update.delta()).astype(np.float16)
+    np.testing.assert_array_equal(merged(half, update), one_rounding)
+
+
+def test_patterns_are_read_in_the_order_of_the_document_and_match_ends_of_paths():
+    document = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    patterns = {"rank_pattern": {"1.self_attn.q_proj": 2, "q_proj": 4}, "alpha_pattern": {"^model.layers.0.*": 1}}
+    config, found = read_adapter_config(document | patterns)
+    assert not found
+    ranks = [config.rank(f"model.layers.{layer}.self_attn.q_proj") for layer in (0, 1, 11)]
+    assert ranks == [4, 2, 4]  # layer 11 does not end with ".1.self_attn.q_proj"
+    assert config.scaling("model.layers.1.self_attn.q_proj") == 8.0
+    assert config.rank("model.layers.1.self_attn.k_proj") == 8
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, [1]), ([0], [0]), (None, [0, 1])])
+def test_layers_to_transform_choose_layers(layers, expected):
+    document = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    config, _ = read_adapter_config(document | {"layers_to_transform": layers})
+    assert [layer for layer in (0, 1) if config.targets(f"model.layers.{layer}.self_attn.q_proj")] == expected
+
+
+def test_every_linear_layer_embedding_and_head_is_a_site(base):
+    found = sites_of(open_checkpoint(base).config)
+    assert {site.path for site in found.low_rank.values() if site.is_table} == {"model.embed_tokens", "lm_head"}
+    assert len(found.low_rank) == 2 * 7 + 2
+
+
+def test_a_roster_gives_slots_keeps_room_and_says_whose_row_is_whose(base, tmp_path):
+    config = open_checkpoint(base).config
+    small, large = (
+        open_adapter(make_adapter(base, tmp_path / str(rank), rank=rank, targets=("q_proj",)), config)
+        for rank in (4, 20)
+    )
+    roster = Roster().having(small, "a", 2)
+    assert (roster.layout.slots, set(roster.layout.ranks.values())) == (1, {8})
+    assert roster.having(small, "a", 3).layout == roster.layout
+    roster = roster.having(large, "b", 3)
+    assert (roster.layout.slots, set(roster.layout.ranks.values())) == (2, {32})
+    assert roster.rows(["b", None, "a"], 3).tolist() == [1, NONE, 0]
+    assert roster.rows(None, 2).tolist() == [1, 1]
+    kept = roster.lacking("b")
+    assert kept.layout == roster.layout
+    assert kept.having(small, "c", 4)["c"].slot == 1
+    assert kept.lacking("a").layout == Roster().layout
+    with pytest.raises(ValueError, match="no adapter is called 'z'. Attached: 'a', 'b'"):
+        roster.rows("z", 1)
+    with pytest.raises(ValueError, match="adapter names 2 rows"):
+        roster.rows(["a", "b"], 3)

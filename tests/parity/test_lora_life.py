@@ -1,0 +1,308 @@
+"""What wrappers are, and what becomes of adapters in graphs, on meshes, over quantised weights and in the command."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import jax_models
+import torch_models
+from jax_models.layers.lora import Wrapper as JaxWrapper
+from loaders import CheckpointError, open_checkpoint
+from loaders.adapters import open_adapter
+from parity import cli
+from parity.backends import open_backend
+from parity.compare import compare
+from parity.oracle import oracle_forward
+from parity.record import record, record_oracle
+from parity.trace import Trace
+from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
+from parity.zoo_adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
+from torch_models.census import pointer_census
+from torch_models.layers.lora import Wrapper as TorchWrapper
+from torch_models.layers.lora import unwrapped
+
+BACKENDS = ("torch", "jax")
+OPTIONS = {
+    "qwen3": {"targets": (*DENSE, *TABLES), "whole": ("norm",)},
+    "qwen3-tied": {"targets": ("q_proj", "embed_tokens"), "whole": ("lm_head",)},
+    "qwen3-moe": {"targets": ATTENTION, "parameters": EXPERTS},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoint and two adapters of a zoo model, by name."""
+    root = tmp_path_factory.mktemp("lora-life")
+    found = {}
+
+    def of(zoo, **options):
+        key = (zoo, *sorted(options.items()))
+        if key not in found:
+            here = root / str(len(found))
+            path = make_checkpoint(zoo, here / "base", num_hidden_layers=2, **options)
+            adapters = [make_adapter(path, here / str(seed), seed=seed, **OPTIONS[zoo]) for seed in range(2)]
+            found[key] = path, *adapters
+        return found[key]
+
+    return of
+
+
+def load(side, path, **options):
+    return importlib.import_module(f"{side}_models").load(path, **options)
+
+
+def batch(path, **options):
+    return prompts(open_checkpoint(path).config, **({"rows": 3, "tokens": 16} | options))
+
+
+def public(thing):
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("zoo", OPTIONS)
+def test_a_wrapper_has_every_public_attribute_and_method_of_its_base_and_they_are_the_bases(made, zoo):
+    path, adapter, _ = made(zoo)
+    model = torch_models.load(path).attach_lora(adapter)
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, TorchWrapper)}
+    assert len({type(one) for one in wrappers.values()}) > 1
+    for name, wrapper in wrappers.items():
+        base, own = unwrapped(wrapper), {"forward", "project", "add_norm"}
+        assert public(base) <= {*public(wrapper), *public(base)}, name
+        for attribute in public(base):
+            ours, theirs = getattr(wrapper, attribute), getattr(base, attribute)
+            if (
+                inspect.ismethod(theirs)
+                and attribute not in own
+                and theirs.__func__.__module__.startswith("torch_models")
+            ):
+                assert ours.__func__ is theirs.__func__, (name, attribute)
+            elif not callable(theirs):
+                assert ours is theirs or ours == theirs, (name, attribute)
+        wrapper.given = object()
+        assert base.given is wrapper.given
+        del base.given
+        assert dict(wrapper.named_parameters()).keys() == dict(base.named_parameters()).keys()
+
+
+def test_an_embedding_with_an_adapter_is_an_embedding(made):
+    path, adapter, _ = made("qwen3")
+    model = torch_models.load(path).attach_lora(adapter)
+    embedding = model.model.embed_tokens
+    assert type(embedding).__name__ == "VocabParallelEmbeddingWithLoRA"
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.org_vocab_size) == (211, 40, 211)
+    assert embedding.weight is model.get_parameter("model.embed_tokens.weight")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = embedding.no_such_name
+
+
+def test_a_wrapper_in_jax_gives_what_its_base_has(made):
+    path, adapter, _ = made("qwen3")
+    model = jax_models.load(path).attach_lora(adapter)
+    seen = []
+
+    def module(weights, adapters):
+        with model.programs.module(weights, adapters) as found:
+            seen.append(found.model.embed_tokens)
+            for name in public(seen[0].base_layer):
+                getattr(seen[0], name)
+            return seen[0].weight[...]
+
+    import jax
+
+    jax.eval_shape(module, model.weights, model.of_rows(None, 1)["adapters"])
+    assert isinstance(seen[0], JaxWrapper)
+    assert (seen[0].num_embeddings, seen[0].embedding_dim, seen[0].org_vocab_size) == (211, 40, 211)
+
+
+@pytest.mark.parametrize("zoo", OPTIONS)
+def test_names_and_bits_of_the_base_are_the_same_under_adapters_and_after(made, zoo, tmp_path):
+    path, adapter, other = made(zoo)
+    model = torch_models.load(path)
+    given = batch(path)
+    names, digests, logits = list(dict(model.named_parameters())), model.digests(), model(**given)
+    state = list(model.state_dict())
+    addresses = {name: param.data_ptr() for name, param in model.named_parameters()}
+    model.attach_lora(adapter).attach_lora(other, "other")
+    assert (list(dict(model.named_parameters())), list(model.state_dict())) == (names, state)
+    assert {name: param.data_ptr() for name, param in model.named_parameters()} == addresses
+    assert model.digests() == digests
+    exported = open_checkpoint(model.export(tmp_path / "exported"))
+    assert {name: exported.read(name).tobytes() for name in exported.tensors} == {
+        name: open_checkpoint(path).read(name).tobytes() for name in exported.tensors
+    }
+    model.detach_lora("other").detach_lora()
+    assert not any(isinstance(module, TorchWrapper) for module in model.modules())
+    assert torch.equal(model(**given), logits)
+    assert {name for name in pointer_census(model) if "lora" in name} == set()
+
+
+def test_a_tied_head_is_the_embedding_under_adapters(made):
+    path, adapter, _ = made("qwen3-tied")
+    model = torch_models.load(path).attach_lora(adapter)
+    assert model.lm_head is model.model.embed_tokens
+    embed, head = model.get_embed_and_head()
+    assert embed is head
+    with pytest.raises(ValueError, match="embedding and head are one table"):
+        model.merge_lora()
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+def test_each_row_of_a_generated_batch_is_as_if_it_were_alone(made, side):
+    path, adapter, other = made("qwen3")
+    model = load(side, path).attach_lora(adapter, "a").attach_lora(other, "b")
+    given = batch(path, padding="left")
+    options = {"max_new_tokens": 6, "ignore_eos": True}
+    mixed = np.asarray(model.generate(**given, **options, adapter=["a", None, "b"]))
+    for row, name in enumerate(("a", [None] * 3, "b")):
+        assert mixed[row].tolist() == np.asarray(model.generate(**given, **options, adapter=name))[row].tolist()
+    assert len({tuple(row) for row in mixed.tolist()}) == 3
+
+
+def test_a_graph_survives_a_switch_and_is_captured_anew_for_more_room(made):
+    path, adapter, other = made("qwen3")
+    model = torch_models.load(path)
+    given, options = batch(path, padding="left"), {"max_new_tokens": 5, "ignore_eos": True}
+    model.generate(**given, **options, graphs=True)
+    model.attach_lora(adapter, "a").attach_lora(other, "b")
+    captured = model.graphs.num_captures
+    for rows in (["a", None, "b"], "a", "b", [None, "b", None]):
+        eager = model.generate(**given, **options, adapter=rows)
+        assert torch.equal(model.generate(**given, **options, adapter=rows, graphs=True), eager)
+    model.attach_lora(other, "a").detach_lora("b").attach_lora(adapter, "c")
+    for rows in ("a", "c"):
+        eager = model.generate(**given, **options, adapter=rows)
+        assert torch.equal(model.generate(**given, **options, adapter=rows, graphs=True), eager)
+    assert model.graphs.num_captures == captured + 1
+    _, batch_before = model.graphs.prefill(**given)
+    model.attach_lora(adapter, "a")
+    with pytest.raises(ValueError, match="adapters"):
+        batch_before.decode([1, 2, 3])
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+@pytest.mark.parametrize("kind", ["bf16", "nvfp4"])
+def test_over_bfloat16_and_nvfp4_weights_the_ruler_passes(made, side, kind, tmp_path):
+    quantization = ZooQuantization(activations=False, unify=False) if kind == "nvfp4" else None
+    options = {"quantization": quantization, **block_sizes("qwen3")} if quantization else {}
+    path, adapter, _ = made("qwen3", dtype="BF16", **options)
+    checkpoint, given = open_checkpoint(path), batch(path, tokens=32)
+    peer = "jax" if side == "torch" else "torch"
+    traces = [record(path, open_backend(name), given, dtype="bfloat16", adapter=adapter) for name in (side, peer)]
+    oracle = record_oracle(checkpoint, given, adapter=adapter)
+    found = compare(*traces, oracle)
+    assert found.verdict == "PASS", found.summary
+    plain = record(path, open_backend(side), given, dtype="bfloat16")
+    assert compare(plain, traces[1], oracle).verdict == "FAIL"
+
+
+def test_over_nvfp4_experts_both_backends_say_what_the_oracle_says(made):
+    quantization = ZooQuantization(activations=False, unify=False)
+    path, adapter, _ = made("qwen3-moe", quantization=quantization, **block_sizes("qwen3-moe"))
+    checkpoint, given = open_checkpoint(path), batch(path, padding=None)
+    expected = oracle_forward(checkpoint, **given, adapter=open_adapter(adapter, checkpoint.config))["logits"]
+    for side in BACKENDS:
+        found = np.asarray(load(side, path, dtype="float32").attach_lora(adapter)(**given))
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= 2e-5, side
+
+
+@pytest.mark.parametrize("zoo", ["qwen3", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
+def test_on_a_mesh_adapters_say_what_they_say_on_one_device(made, zoo):
+    import jax
+
+    path, adapter, other = made(zoo)
+    mesh = jax.make_mesh(
+        (1, 1, 3) if zoo == "qwen3" else (1, 1, 2),
+        ("data", "expert", "tensor"),
+        devices=jax.devices()[: 3 if zoo == "qwen3" else 2],
+    )
+    given, rows = batch(path), ["a", None, "b"]
+    found = []
+    for options in ({}, {"mesh": mesh}):
+        model = jax_models.load(path, **options).attach_lora(adapter, "a").attach_lora(other, "b")
+        found.append(np.asarray(model(**given, adapter=rows)))
+    real = given["attention_mask"] == 1
+    np.testing.assert_allclose(found[1][real], found[0][real], rtol=2e-4, atol=2e-4)
+    stacks = model.room.stacks
+    if zoo == "qwen3":
+        assert stacks["model.embed_tokens"].a.sharding.is_fully_replicated
+        assert stacks["model.embed_tokens"].b.sharding.is_fully_replicated
+        assert stacks["model.layers.0.self_attn.q_proj"].b.sharding.spec[1] == "tensor"
+
+
+def test_one_program_serves_every_adapter_of_a_layout(made):
+    path, adapter, other = made("qwen3")
+    model = jax_models.load(path).attach_lora(adapter, "a").attach_lora(other, "b")
+    given = batch(path)
+    model(**given)
+    before = model.programs.forward._cache_size()
+    for change in (
+        lambda model: model.attach_lora(other, "a"),
+        lambda model: model.detach_lora("b"),
+        lambda model: model.attach_lora(adapter, "c"),
+    ):
+        model = change(model)
+        for rows in (None, "a", ["a", None, "a"]):
+            model(**given, adapter=rows)
+    assert model.programs.forward._cache_size() == before
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monkeypatch):
+    path, adapter, other = made("qwen3")
+    model = load(side, path).attach_lora(adapter)
+    given = batch(path)
+    logits, version = np.asarray(model(**given)), model.version
+    with pytest.raises(CheckpointError):
+        model.attach_lora(tmp_path)
+    if side == "torch":
+        module = importlib.import_module("torch_models.adapter_room")
+        put, count = module._put, iter(range(1000))
+
+        def fails(*args):
+            if next(count) == 5:
+                raise RuntimeError("the device is gone")
+            put(*args)
+
+        monkeypatch.setattr(module, "_put", fails)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            model.attach_lora(other)
+    assert model.version == version
+    np.testing.assert_array_equal(np.asarray(model(**given)), logits)
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda model, given: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
+        (lambda model, given: model.detach_lora(), "no adapter is called 'default'"),
+        (lambda model, given: model.merge_lora(), "no adapter is called 'default'"),
+        (lambda model, given: model.unmerge_lora(), "no adapter is merged"),
+    ],
+    ids=["run", "detach", "merge", "unmerge"],
+)
+def test_what_cannot_be_meant_is_refused(made, side, act, told):
+    path, _, _ = made("qwen3")
+    with pytest.raises(ValueError, match=told):
+        act(load(side, path), batch(path))
+
+
+def test_the_command_records_and_generates_with_adapters(made, tmp_path, capsys):
+    path, adapter, other = made("qwen3")
+    assert cli.main(["record", str(path), "--backend", "torch", "--adapter", str(adapter), "-o", f"{tmp_path}/t"]) == 0
+    trace = Trace.load(tmp_path / "t")
+    assert [event["kind"] for event in trace.meta["events"]] == ["load", "attach"]
+    assert cli.main(["record", str(path), "--backend", "oracle", "--adapter", str(adapter), "-o", f"{tmp_path}/o"]) == 0
+    assert compare(trace, trace, Trace.load(tmp_path / "o")).verdict == "PASS"
+    capsys.readouterr()
+    ids = ["--prompt-ids", "3,14,15", "--prompt-ids", "3,14,15", "--prompt-ids", "3,14,15"]
+    adapters = ["--adapter", f"a={adapter}", "--adapter", f"b={other}"]
+    rows = ["--row-adapter", "a", "--row-adapter", "none", "--row-adapter", "b"]
+    assert cli.main(["generate", str(path), "--backend", "torch", *ids, *adapters, *rows]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(set(lines)) == 3

@@ -1,0 +1,190 @@
+"""The memory of adapters: stacks and copies of a layout, and the wrappers that read them. Filled in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from loaders.adapter_sites import HEAD, Site, Sites, sites_of
+from loaders.adapters import Adapter, LowRank
+from loaders.roster import NONE, Roster, padded
+from torch_models.layers.linear import Embedding, Linear
+from torch_models.layers.lora import (
+    ExpertsWithLoRA,
+    LinearWithLoRA,
+    ModuleWithCopies,
+    Stacks,
+    VocabParallelEmbeddingWithLoRA,
+    unwrapped,
+)
+from torch_models.layers.moe import Experts
+from torch_models.layers.quantized import FP8Linear, NVFP4Linear
+from torch_models.layers.quantized_experts import NVFP4Experts
+from torch_models.storage import of_host
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+_EVERY = frozenset({"forward", "project", "add_norm"})
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Layers that adapters bring whole, all like one of the model's, by place.
+
+    ``leaves``: parameter of the layer -> name of the tensor it is. ``places``: int64 [slots + 1], see the wrapper.
+    """
+
+    layers: list[nn.Module]
+    leaves: dict[str, str]
+    places: torch.Tensor
+
+
+@dataclass
+class Room:
+    """Memory for the adapters of one layout, and what stands in the model to use it.
+
+    Attributes:
+        stacks: by site.
+        copies: by module.
+        stands: parent, name there, the layer itself, and the wrapper in its place.
+    """
+
+    is_outside_census = True  # the wrappers hold all of it
+
+    stacks: dict[str, Stacks] = field(default_factory=dict)
+    copies: dict[str, Copies] = field(default_factory=dict)
+    stands: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
+
+    @classmethod
+    def made(cls, model: Model, roster: Roster) -> Room:
+        """Room as ``roster`` lays it out, filled, with wrappers that are not in the model yet."""
+        room, sites, layout = cls(), sites_of(model.config), roster.layout
+        layers = {path: unwrapped(module) for path, module in model.named_modules(remove_duplicate=False)}
+        for path, rank in layout.ranks.items():
+            if (site := sites.low_rank[path]).module in layers:  # else another stage's
+                room.stacks[path] = _stacks(site, layout.slots, rank, model.device)
+        for module, places in layout.places.items():
+            if (layer := sites.layer(module)) in layers:
+                leaves = sites.of_module(module)
+                copies = [_copied(model, layers[layer], leaves, sites) for _ in range(places)]
+                table = torch.full((layout.slots + 1,), NONE, dtype=torch.int64, device=model.device)
+                room.copies[module] = Copies(copies, leaves, table)
+        room.refill(Roster(layout=layout), roster)
+        wrappers = {id(layers[path]): wrapper for path, wrapper in room._wrappers(layers, sites).items()}
+        for parent in model.modules():
+            for leaf, child in parent._modules.items():
+                if child is not None and (wrapper := wrappers.get(id(unwrapped(child)))) is not None:
+                    room.stands.append((parent, leaf, unwrapped(child), wrapper))
+        return room
+
+    def install(self, model: Model) -> None:
+        """Put the wrappers in place."""
+        for parent, leaf, _, wrapper in self.stands:
+            parent._modules[leaf] = wrapper
+
+    def remove(self) -> None:
+        """Put the layers themselves back."""
+        for parent, leaf, base, _ in self.stands:
+            parent._modules[leaf] = base
+
+    def refill(self, old: Roster, new: Roster) -> None:
+        """Write what differs between two rosters of this layout; on any failure, what was there before again."""
+        try:
+            self._write(old, new)
+        except BaseException:
+            self._write(new, old)
+            raise
+
+    def _write(self, old: Roster, new: Roster) -> None:
+        before = {one.slot: one.adapter for one in old.attached}
+        after = {one.slot: one.adapter for one in new.attached}
+        for slot in before.keys() | after.keys():
+            if before.get(slot) is not after.get(slot):
+                for path, stacks in self.stacks.items():
+                    was, update = (_update(side.get(slot), path) for side in (before, after))
+                    if was is not None or update is not None:
+                        _fill(stacks, slot, update)
+        for module, copies in self.copies.items():
+            table, there = new.places(module), old.places(module)
+            for slot, place in table.items():
+                if there.get(slot) == place and before.get(slot) is after[slot]:
+                    continue
+                for leaf, name in copies.leaves.items():
+                    held = copies.layers[place].get_parameter(leaf)
+                    _put(held, of_host(after[slot].whole[name]).to(held.dtype))
+            slots = [table.get(slot, NONE) for slot in range(len(copies.places) - 1)]
+            _put(copies.places, torch.tensor([*slots, NONE]))
+
+    def _wrappers(self, layers: Mapping[str, nn.Module], sites: Sites) -> dict[str, nn.Module]:
+        """Path of a layer -> what is to stand in its place."""
+        made: dict[str, nn.Module] = {}
+        for module, copies in self.copies.items():
+            path, methods = sites.layer(module), _EVERY
+            if sites.tied and path == sites.layer(HEAD):  # a table with two sides
+                methods = frozenset({"project"} if module == HEAD else {"forward"})
+            made[path] = ModuleWithCopies(made.get(path, layers[path]), copies.layers, copies.places, methods)
+        by_layer: dict[str, dict[str, Stacks]] = {}
+        for site, stacks in self.stacks.items():
+            by_layer.setdefault(sites.low_rank[site].module, {})[site] = stacks
+        return made | {path: _with_lora(made.get(path, layers[path]), path, found) for path, found in by_layer.items()}
+
+
+def _with_lora(layer: nn.Module, path: str, found: Mapping[str, Stacks]) -> nn.Module:
+    match unwrapped(layer):
+        case Experts() | NVFP4Experts():
+            return ExpertsWithLoRA(layer, found.get(f"{path}.gate_up_proj"), found.get(f"{path}.down_proj"))
+        case Embedding():
+            return VocabParallelEmbeddingWithLoRA(layer, found.get(path), found.get(HEAD))
+    return LinearWithLoRA(layer, found[path])
+
+
+def _stacks(site: Site, slots: int, rank: int, device: torch.device) -> Stacks:
+    out, inner = site.shape
+    a = (inner, rank) if site.kind == "embedding" else (rank, inner)
+    shapes = ((slots, *site.lead, *a), (slots, *site.lead, out, rank), (slots,))
+    return Stacks(*(torch.zeros(shape, device=device) for shape in shapes))
+
+
+def _update(adapter: Adapter | None, path: str) -> LowRank | None:
+    return None if adapter is None else adapter.low_rank.get(path)
+
+
+def _fill(stacks: Stacks, slot: int, update: LowRank | None) -> None:
+    """An update into its slot; None: zeros."""
+    if update is None:
+        for part in (stacks.a, stacks.b, stacks.scaling):
+            part[slot].zero_()
+        return
+    rank = stacks.b.shape[-1]
+    a = padded(update.a, -2, rank)
+    _put(stacks.a[slot], of_host(a.swapaxes(-1, -2) if update.site.kind == "embedding" else a))
+    _put(stacks.b[slot], of_host(padded(update.b, -1, rank)))
+    _put(stacks.scaling[slot], torch.tensor(update.scaling, dtype=torch.float32))
+
+
+def _put(place: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy and compare. Raises RuntimeError when other bytes arrived."""
+    place.copy_(value)
+    if not torch.equal(place.cpu(), value):
+        raise RuntimeError("an adapter's tensor arrived with other bytes than were sent")
+
+
+def _copied(model: Model, base: Any, leaves: dict[str, str], sites: Sites) -> nn.Module:
+    """A layer like ``base`` with parameters of its own, in the dtypes of the base's; of a quantised one, plain."""
+    if is_quantized := isinstance(base, NVFP4Linear | FP8Linear):
+        other: nn.Module = Linear(base.in_features, base.out_features, bias=base.has_bias)
+    else:
+        other = copy.copy(base)  # its dictionaries of tensors are still the base's
+    other.__dict__["_parameters"] = {}
+    for leaf, name in leaves.items():
+        dtype = model.dtype if is_quantized else base.get_parameter(leaf).dtype
+        zeros = torch.zeros(sites.whole[name], dtype=dtype, device=model.device)
+        setattr(other, leaf, nn.Parameter(zeros, requires_grad=False))
+    other.__dict__["_buffers"] = {leaf: buffer.clone() for leaf, buffer in base.named_buffers(recurse=False)}
+    return other

@@ -1,0 +1,136 @@
+"""Adapters of a live model: attached, replaced and detached without moving a tensor while there is room for them.
+
+A change that finds room writes into stacks that stay where they are, so captured graphs go on. One that needs more room
+builds other stacks, puts other wrappers in place and drops the graphs. All is checked before anything changes.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from loaders.adapters import ReadBase, open_adapter
+from loaders.events import Event
+from loaders.merging import merge_problems, merged_weights
+from loaders.roster import NONE, AdapterOfRows, Roster
+from torch_models import weights as life
+from torch_models.adapter_room import Room
+from torch_models.layers.lora import active_rows
+from torch_models.storage import host_view, of_host
+
+if TYPE_CHECKING:
+    from torch_models.cache import Cache
+    from torch_models.model import Model
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
+    """Attach an adapter, or put another one in the place of that name.
+
+    Raises:
+        CheckpointError: the adapter does not fit; lists everything. Nothing was changed.
+        ValueError: an adapter is merged into the weights.
+        RuntimeError: the model must not run.
+    """
+    model.check_runnable()
+    model.roster.check_unmerged("another adapter")
+    adapter = open_adapter(uri, model.config, read_base=_reader(model))
+    _become(model, model.roster.having(adapter, name, model.version + 1))
+    model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}"))
+    return model
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def detach_lora(model: Model, name: str) -> Model:
+    """Take an adapter away; with the last one all layers are the base's own again.
+
+    Raises:
+        ValueError: no adapter is called so, or one is merged into the weights.
+        RuntimeError: the model must not run.
+    """
+    model.check_runnable()
+    model.roster.check_unmerged("taking one away")
+    _become(model, model.roster.lacking(name))
+    model.publish(Event("detach", model.version + 1, name))
+    return model
+
+
+def merge_lora(model: Model, name: str) -> Model:
+    """Write an adapter into the base's weights: float32 sums, rounded once to the dtype each is stored in.
+
+    The weights from before are kept on the host for ``unmerge_lora``. Until then that adapter alone runs, and nothing
+    else changes weights or adapters; ``export`` and ``digests`` are of the merged weights.
+
+    Raises:
+        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
+            that embedding and head share. Nothing was changed.
+        RuntimeError: the model must not run, or writing failed half-way.
+    """
+    model.check_runnable()
+    model.roster.check_unmerged("another one")
+    adapter, read = model.roster[name].adapter, _reader(model)
+    if problems := merge_problems(adapter, model.config):
+        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
+    held = life.parameters(model)
+    changes = {param: make for param, make in merged_weights(adapter, read).items() if param in held}
+    originals = {param: life.stored(model, param).cpu().clone() for param in changes}
+    life.write(model, ((param, of_host(make())) for param, make in changes.items()), list(changes))
+    model.unmerged, model.roster = originals, replace(model.roster, merged=name)
+    model.publish(Event("merge", model.version + 1, name))
+    return model
+
+
+def unmerge_lora(model: Model) -> Model:
+    """Bring the base's weights back as they were, bit for bit: they are written again, not computed.
+
+    Raises:
+        ValueError: nothing is merged.
+        RuntimeError: the model must not run, or writing failed half-way.
+    """
+    model.check_runnable()
+    if (name := model.roster.merged) is None:
+        raise ValueError("no adapter is merged: there is nothing to undo")
+    life.write(model, model.unmerged.items(), list(model.unmerged))
+    model.unmerged, model.roster = {}, replace(model.roster, merged=None)
+    model.publish(Event("unmerge", model.version + 1, name))
+    return model
+
+
+def slots_of(model: Model, adapter: AdapterOfRows, rows: int) -> torch.Tensor:
+    """Slot of each row's adapter, int64 [B], -1 for none; see ``loaders.roster.Roster.rows``."""
+    return torch.from_numpy(model.roster.rows(adapter, rows)).to(model.device, torch.int64)
+
+
+def running(model: Model, adapter: AdapterOfRows, rows: int) -> AbstractContextManager[None]:
+    """Inside, each row runs with its adapter. A batch of rows without any is run by the base alone."""
+    slot_B = model.roster.rows(adapter, rows)
+    return nullcontext() if (slot_B == NONE).all() else active_rows(slots_of(model, adapter, rows))
+
+
+def of_cache(model: Model, cache: Cache) -> AbstractContextManager[None]:
+    """Likewise for the rows of a cache, by what stands on the device: a graph is captured of it."""
+    return active_rows(cache.adapter) if model.roster.attached else nullcontext()
+
+
+def _become(model: Model, roster: Roster) -> None:
+    """Have the adapters of ``roster``, or on any failure those from before."""
+    if roster.layout == model.roster.layout:
+        model.room.refill(model.roster, roster)
+    else:
+        room = Room.made(model, roster)
+        model.room.remove()
+        room.install(model)
+        model.room = room
+        model.graphs.drop(reason="the room for adapters is another one")
+    model.roster = roster
+    model.adapter_changes += 1
+
+
+def _reader(model: Model) -> ReadBase:
+    return lambda name: host_view(life.stored(model, name).cpu())
