@@ -25,6 +25,9 @@ ONLY_JAX: dict[str, str] = {
         f"draft.py: {line}": "torch has no compiled programs; the draft runs as it stands"
         for line in ("DraftPrograms", "DraftPrograms.__init__()")
     },
+    "layers/install.py: module_at()": "torch's modules have get_submodule",
+    "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",
+    "layers/moe.py: update_specs()": "a mesh is JAX's alone",
     "layers/products.py": "a mesh is JAX's alone; torch calls its kernels straight",
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
@@ -32,6 +35,11 @@ ONLY_TORCH: dict[str, str] = {
     **{
         f"draft.py: Draft.{name}()": "JAX's are compiled, in DraftPrograms"
         for name in ("bound", "empty_cache", "extend", "step")
+    },
+    "layers/lora.py: ExpertUpdates.parts()": "one expert's gate and up are two tensors; JAX multiplies them as one",
+    **{
+        f"layers/lora.py: {name}": "what a module holds besides its submodules, and whether the census sees it"
+        for name in ("Held", "Copy")
     },
     "layers/norm.py: GemmaRMSNorm.derive()": "JAX computes what is derived inside every program",
     "layers/quantized.py: NVFP4Linear.derive()": "JAX computes what is derived inside every program",
