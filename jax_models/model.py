@@ -19,14 +19,14 @@ from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
-from jax_models.frames import VisionArrays, framed, real_tokens, vision_arrays
 from jax_models.generate import generate
 from jax_models.programs import Programs, Weights
+from jax_models.seeing import Seeing
 from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
-from loaders.multimodal import check_inputs, check_shown, rope_index
+from loaders.multimodal import check_inputs
 from loaders.plan import LoadReport, specs_of
 from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig
@@ -34,7 +34,7 @@ from loaders.stage import Stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model(Adapted):
+class Model(Adapted, Seeing):
     """One version of the weights of one pipeline stage, and how to run it.
 
     Attributes:
@@ -136,38 +136,6 @@ class Model(Adapted):
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
         given = (self.weights, entry, *self.arrays(checked))
         return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)))
-
-    def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
-        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
-
-        Args:
-            pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
-            image_grid_thw: integers [images, 3].
-        Raises:
-            ValueError: they do not fit, or this model holds no tower.
-        """
-        config = self.config.vision
-        if config is None or not self.stage.has_tower:
-            raise ValueError("this model holds no vision tower")
-        shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
-        real_U = real_tokens(config, shown)
-        return tuple(tokens[real_U] for tokens in self.programs.see(self.weights, shown))
-
-    def get_rope_index(
-        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
-
-        What later stages of a pipeline are to be given as ``position_ids``.
-
-        Raises:
-            ValueError: nothing is shown, or it does not fit.
-        """
-        return rope_index(self.config, input_ids, attention_mask, given=multimodal)
-
-    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
-        """As ``get_image_features``: a video's frames are images."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw)
 
     def apply(
         self,
@@ -387,14 +355,6 @@ class Model(Adapted):
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
-
-    def arrays(self, checked: ModelInputs) -> tuple[Any, Any, VisionArrays | None]:
-        """Mask, positions and what is shown, as programs take them."""
-        vision = None
-        if checked.vision is not None:
-            assert self.config.vision is not None
-            vision = vision_arrays(self.config.vision, checked.vision)
-        return checked.attention_mask, checked.position_ids, vision
 
     def _needs_whole_model(self, what: str) -> None:
         if self.stage.count > 1:

@@ -14,12 +14,11 @@ from torch import nn
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, bucket, check_text
-from loaders.multimodal import check_inputs, check_shown, rope_index
+from loaders.multimodal import check_inputs
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
-from loaders.vision_grid import Patches
 from torch_models import adapters as lora
 from torch_models import sleep
 from torch_models import weights as life
@@ -31,13 +30,14 @@ from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
-from torch_models.layers.vision import Seen, Shown
+from torch_models.layers.vision import Seen
+from torch_models.seeing import Seeing
 from torch_models.speculative import generate_with_draft
 from torch_models.storage import parameters_of
 from torch_models.taps import collect
 
 
-class Model(nn.Module, Adapted):
+class Model(nn.Module, Adapted, Seeing):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
     A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``, and
@@ -167,40 +167,6 @@ class Model(nn.Module, Adapted):
         with collect() as taps:
             out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
-
-    def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
-        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
-
-        Args:
-            pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
-            image_grid_thw: integers [images, 3].
-        Raises:
-            ValueError: they do not fit, or this model holds no tower.
-            RuntimeError: an update failed half-way; load good weights first.
-        """
-        self.check_runnable()
-        config = self.config.vision
-        if config is None or not self.stage.has_tower:
-            raise ValueError("this model holds no vision tower")
-        patches = check_shown(config, on_host(pixel_values), on_host(image_grid_thw))
-        return self.visual(self._shown(patches), self.dtype)
-
-    def get_rope_index(
-        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
-
-        What later stages of a pipeline are to be given as ``position_ids``.
-
-        Raises:
-            ValueError: nothing is shown, or it does not fit.
-        """
-        given = {name: on_host(value) for name, value in multimodal.items()}
-        return rope_index(self.config, on_host(input_ids), on_host(attention_mask), given=given)
-
-    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[torch.Tensor, ...]:
-        """As ``get_image_features``: a video's frames are images."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw)
 
     def prefill(
         self,
@@ -426,21 +392,6 @@ class Model(nn.Module, Adapted):
         with lora.of_cache(self, cache):
             x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
             return self.head(x_BTD[:, -1:])[:, 0]
-
-    def entered(self, ids_BT: torch.Tensor, seen: Seen | None) -> torch.Tensor:
-        """Hidden states of the first stage's first layer, with what is seen in its places."""
-        return self.embed(ids_BT) if seen is None else self.embed(ids_BT, seen)
-
-    def seen(self, checked: ModelInputs) -> Seen | None:
-        """What the vision tower makes of a batch; None: nothing is shown."""
-        if checked.vision is None:
-            return None
-        tokens_UD, *levels = self.visual(self._shown(checked.vision.patches), self.dtype)
-        return Seen(tokens_UD, tuple(levels), self.long(checked.vision.slot_BT))
-
-    def _shown(self, patches: Patches) -> Shown:
-        pixels_AX, share_A4 = (torch.from_numpy(x).to(self.device) for x in (patches.pixels_AX, patches.share_A4))
-        return Shown(pixels_AX, self.long(patches.place_A2), self.long(patches.tap_A4), share_A4, patches.frames)
 
     def long(self, array: np.ndarray) -> torch.Tensor:
         """Integers where the model is, int64."""

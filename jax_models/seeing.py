@@ -1,0 +1,65 @@
+"""What a model offers of images and videos: the tower's tokens, and positions of a prompt that shows something."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import numpy as np
+
+from jax_models.frames import VisionArrays, framed, real_tokens, vision_arrays
+from loaders.inputs import ModelInputs
+from loaders.multimodal import check_shown, rope_index
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+
+
+class Seeing:
+    """The eyes of a model: base of ``jax_models.model.Model``."""
+
+    def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
+        """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
+
+        Args:
+            pixel_values: floats [patches, numbers of a patch], as the Hugging Face processor has them.
+            image_grid_thw: integers [images, 3].
+        Raises:
+            ValueError: they do not fit, or this model holds no tower.
+        """
+        model = self._model
+        config = model.config.vision
+        if config is None or not model.stage.has_tower:
+            raise ValueError("this model holds no vision tower")
+        shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
+        real_U = real_tokens(config, shown)
+        return tuple(tokens[real_U] for tokens in model.programs.see(model.weights, shown))
+
+    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
+        """As ``get_image_features``: a video's frames are images."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw)
+
+    def get_rope_index(
+        self, input_ids: Any, attention_mask: Any = None, **multimodal: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of a prompt that shows something, int32 [3, B, T], and where rows go on, less their length [B].
+
+        What later stages of a pipeline are to be given as ``position_ids``.
+
+        Raises:
+            ValueError: nothing is shown, or it does not fit.
+        """
+        return rope_index(self._model.config, input_ids, attention_mask, given=multimodal)
+
+    def arrays(self, checked: ModelInputs) -> tuple[Any, Any, VisionArrays | None]:
+        """Mask, positions and what is shown, as programs take them."""
+        vision = None
+        if checked.vision is not None:
+            config = self._model.config.vision
+            assert config is not None
+            vision = vision_arrays(config, checked.vision)
+        return checked.attention_mask, checked.position_ids, vision
+
+    @property
+    def _model(self) -> Model:
+        return cast("Model", self)
