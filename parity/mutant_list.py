@@ -15,10 +15,11 @@ from parity.mutant_loading import LOADING
 from parity.mutant_lora import LORA
 from parity.mutant_moe import MOE_AND_HEAD
 from parity.mutant_nvfp4 import NVFP4
+from parity.mutant_vision import VISION_MUTANTS
 
 _LISTS = (
     *(ATTENTION, MOE_AND_HEAD, LOADING, EXPERT_MUTANTS, LIFE),
-    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4, DERIVED, LORA),
+    *(DELTA_MUTANTS, HYBRID_MUTANTS, GEMMA_MUTANTS, DRAFT_MUTANTS, GRAPH_MUTANTS, NVFP4, DERIVED, LORA, VISION_MUTANTS),
 )
 MUTANTS = {mutant.name: mutant for mutants in _LISTS for mutant in mutants}
 assert len(MUTANTS) == sum(map(len, _LISTS)), "two mutants share a name"

@@ -21,11 +21,11 @@ from unittest.mock import patch
 from parity.mutant_bench import Bench, Detector, Subject, decode, forward
 from parity.mutant_detectors import axes, holes, mtp, speculative
 
-Kind = Literal["attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora"]
+Kind = Literal["attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora", "vision"]
 Make = Callable[[Any, str], Any]  # (original, backend) -> what stands in its place
 
 # what XLA programs are made from
-_FAMILIES = ("qwen3", "qwen3_5", "gemma3")
+_FAMILIES = ("qwen3", "qwen3_5", "qwen3_vl", "gemma3")
 TRACED = (
     *("layers.", "programs:", "draft:", "cache:", "loaders.stage:"),
     *(f"{family}:" for family in _FAMILIES),

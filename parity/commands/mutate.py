@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from parity.mutants import MutantResult
 
-KINDS = ("attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora")
+KINDS = ("attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "draft", "graphs", "lora", "vision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
