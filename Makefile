@@ -55,7 +55,7 @@ $(VENV)/.set-up-torch: $(NEEDS)
 $(VENV)/.set-up-demo: EXTRAS := jax,torch
 $(VENV)/.set-up-test: EXTRAS := jax,torch,test
 $(VENV)/.set-up-test-slow: EXTRAS := jax,torch,test,tpu-compiler
-$(VENV)/.set-up-check: EXTRAS := jax,torch,calibrate,check
+$(VENV)/.set-up-check: EXTRAS := jax,torch,calibrate,processor,check
 $(VENV)/.set-up-demo $(VENV)/.set-up-test $(VENV)/.set-up-test-slow $(VENV)/.set-up-check: $(VENV)/.set-up-torch
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -1,9 +1,10 @@
-"""``tandem generate``: continue a prompt of token ids. Text needs a tokenizer, which is the user's own."""
+"""``tandem generate``: continue a prompt of token ids; or of text and images, by what the checkpoint has for them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from parity.commands.options import add_backend
 
@@ -12,12 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
     parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
     add_backend(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument(
+        "--prompt-ids", metavar="IDS", action="append", help="comma-separated token ids; repeat for a batch"
+    )
+    prompt.add_argument("--prompt", metavar="TEXT", help="text, which the checkpoint's tokenizer reads; prints text")
     parser.add_argument(
-        "--prompt-ids",
-        metavar="IDS",
-        action="append",
-        required=True,
-        help="comma-separated token ids; repeat for a batch",
+        "--image", metavar="FILE", action="append", default=[], help="with --prompt: an image to see; may be repeated"
     )
     parser.add_argument(
         "--adapter",
@@ -45,16 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import numpy as np
-
     from parity.backends import open_backend
 
     if args.draft_tokens is not None and not args.draft:
         raise ValueError("--draft-tokens goes with --draft")
-    rows = [[int(token) for token in row.split(",")] for row in args.prompt_ids]
-    longest = max(map(len, rows))
-    ids = np.array([[0] * (longest - len(row)) + row for row in rows])
-    mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    if args.image and args.prompt is None:
+        raise ValueError("--image goes with --prompt")
+    prompt = None if args.prompt is None else _read(args)
+    inputs = _rows(args.prompt_ids) if prompt is None else prompt.inputs
     backend = open_backend(args.backend, args.device)
     model = backend.load(args.checkpoint, dtype=args.dtype, mtp=args.draft)
     for given in args.adapter:
@@ -66,19 +66,18 @@ def run(args: argparse.Namespace) -> int:
     speculation = {"draft": draft} if args.draft_tokens is None else {"draft": draft, "draft_tokens": args.draft_tokens}
     with backend.scope():
         tokens = model.generate(
-            ids,
-            mask,
-            args.max_new_tokens,
-            args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed,
             ignore_eos=args.ignore_eos,
             adapter=names,
+            **inputs,
             **speculation,
         )
     for row in backend.to_numpy(tokens):
-        print(",".join(map(str, row)))
+        print(",".join(map(str, row)) if prompt is None else prompt.decode(row))
     if draft is not None:  # beside the tokens, which another program may read
         report = draft.report
         print(
@@ -87,3 +86,21 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _read(args: argparse.Namespace) -> Any:
+    from loaders import open_checkpoint
+    from parity.prompting import read_prompt
+
+    return read_prompt(args.checkpoint, open_checkpoint(args.checkpoint).config, args.prompt, args.image)
+
+
+def _rows(prompt_ids: list[str]) -> dict[str, Any]:
+    """Rows of token ids, padded on the left."""
+    import numpy as np
+
+    rows = [[int(token) for token in row.split(",")] for row in prompt_ids]
+    longest = max(map(len, rows))
+    ids = np.array([[0] * (longest - len(row)) + row for row in rows])
+    mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
