@@ -160,18 +160,18 @@ def other_architecture(draft: Draft) -> None:
 # Seen when the bytes are read.
 
 
-def _half(checkpoint: Checkpoint) -> tuple[int, TensorInfo]:
-    """How many tensors a load has been given half-way, and the next one; a wrapper's others are not streamed."""
+def _half(checkpoint: Checkpoint) -> tuple[str, TensorInfo]:
+    """The tensor that stands half-way; a load may stream all of them at once or in lots. A wrapper's others are not."""
     wanted = _specs(checkpoint).tensors()
-    streamed = [info for name, info in checkpoint.tensors.items() if name in wanted]
-    return len(streamed) // 2, streamed[len(streamed) // 2]
+    streamed = [(name, info) for name, info in checkpoint.tensors.items() if name in wanted]
+    return streamed[len(streamed) // 2]
 
 
 def unreadable_half_way(draft: Draft) -> None:
     def fail(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
         half, _ = _half(checkpoint)
-        for number, item in enumerate(delivered):
-            if number == half:
+        for item in delivered:
+            if item[0] == half:
                 raise CheckpointError(checkpoint.source, ["injected: the disk went away"])
             yield item
 
@@ -193,9 +193,9 @@ def truncated_after_opening(draft: Draft) -> None:
 def delivered_twice(draft: Draft) -> None:
     def repeat(checkpoint: Checkpoint, delivered: Delivered) -> Delivered:
         half, _ = _half(checkpoint)
-        for number, item in enumerate(delivered):
+        for item in delivered:
             yield item
-            if number == half:
+            if item[0] == half:
                 yield item
 
     draft.deliveries.append(repeat)
