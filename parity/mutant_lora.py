@@ -146,7 +146,7 @@ def _subtracted(unmerge: Any, model: Any) -> Any:
     taken = {path: dataclasses.replace(one, scaling=-one.scaling) for path, one in low_rank.items()}
     less = dataclasses.replace(model.adapters[model.roster.merged].adapter, low_rank=taken)
     makers = merged_weights(less, lambda name: host_view(model.get_parameter(name)))
-    model.unmerged = {name: of_host(make()) for name, make in makers.items()}
+    model.room.unmerged = {name: of_host(make()) for name, make in makers.items()}
     return unmerge(model)
 
 

@@ -27,6 +27,7 @@ ONLY_JAX: dict[str, str] = {
     },
     "layers/install.py: module_at()": "torch's modules have get_submodule",
     "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",
+    "layers/moe.py: by_expert_group()": "torch's kernels of experts are chosen with the layer",
     "layers/moe.py: update_specs()": "a mesh is JAX's alone",
     "layers/products.py": "a mesh is JAX's alone; torch calls its kernels straight",
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
@@ -36,6 +37,7 @@ ONLY_TORCH: dict[str, str] = {
         f"draft.py: Draft.{name}()": "JAX's are compiled, in DraftPrograms"
         for name in ("bound", "empty_cache", "extend", "step")
     },
+    "layers/lora.py: Wrapper.base_layer()": "held where nn.Module does not register it",
     "layers/lora.py: ExpertUpdates.parts()": "one expert's gate and up are two tensors; JAX multiplies them as one",
     **{
         f"layers/lora.py: {name}": "what a module holds besides its submodules, and whether the census sees it"

@@ -6,8 +6,6 @@ import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from loaders.roster import AdapterOfRows, Attached, Roster
 from torch_models import adapters
 from torch_models.adapter_room import Room
@@ -22,13 +20,11 @@ class Adapted:
     Attributes:
         roster: which adapters there are.
         room: the memory they lie in.
-        unmerged: while one is merged, the weights from before, by name, on the host.
         adapter_changes: how often they changed; part of what caches are kept by.
     """
 
     def __init__(self) -> None:
         self.roster, self.room = Roster(), Room()
-        self.unmerged: dict[str, torch.Tensor] = {}
         self.adapter_changes = 0
 
     @property

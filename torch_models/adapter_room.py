@@ -53,13 +53,15 @@ class Room:
         stacks: by site.
         copies: by module.
         stands: parent, name there, the layer itself, and the wrapper in its place.
+        unmerged: while an adapter is merged, the weights from before, by name, on the host.
     """
 
-    is_outside_census = True  # the wrappers hold all of it
+    is_outside_census = True  # the wrappers hold all that runs
 
     stacks: dict[str, Stacks] = field(default_factory=dict)
     copies: dict[str, Copies] = field(default_factory=dict)
     stands: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
+    unmerged: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def made(cls, model: Model, roster: Roster) -> Room:

@@ -81,7 +81,7 @@ def merge_lora(model: Model, name: str) -> Model:
     changes = {param: make for param, make in merged_weights(adapter, read).items() if param in held}
     originals = {param: life.stored(model, param).cpu().clone() for param in changes}
     life.write(model, ((param, of_host(make())) for param, make in changes.items()), list(changes))
-    model.unmerged, model.roster = originals, replace(model.roster, merged=name)
+    model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
     model.publish(Event("merge", model.version + 1, name))
     return model
 
@@ -96,8 +96,8 @@ def unmerge_lora(model: Model) -> Model:
     model.check_runnable()
     if (name := model.roster.merged) is None:
         raise ValueError("no adapter is merged: there is nothing to undo")
-    life.write(model, model.unmerged.items(), list(model.unmerged))
-    model.unmerged, model.roster = {}, replace(model.roster, merged=None)
+    life.write(model, model.room.unmerged.items(), list(model.room.unmerged))
+    model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
     model.publish(Event("unmerge", model.version + 1, name))
     return model
 

@@ -25,8 +25,8 @@ HostCopy = list[tuple[torch.UntypedStorage, torch.Tensor]]  # a storage, and its
 def sleep(model: Model) -> Model:
     """Free the storage of every parameter and buffer, with a copy on the host. Twice is once.
 
-    All graphs are dropped, and every cache computed before is refused by ``decode`` from now on. Until ``wake`` the
-    model refuses to run, to change and to be exported.
+    Adapters stay where they are: they are small. All graphs are dropped, and every cache computed before is refused by
+    ``decode`` from now on. Until ``wake`` the model refuses to run, to change and to be exported.
 
     Raises:
         RuntimeError: an update failed half-way; a mixture of two versions is not kept.

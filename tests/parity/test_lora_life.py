@@ -178,6 +178,10 @@ def test_a_graph_survives_a_switch_and_is_captured_anew_for_more_room(made):
         eager = model.generate(**given, **options, adapter=rows)
         assert torch.equal(model.generate(**given, **options, adapter=rows, graphs=True), eager)
     assert model.graphs.num_captures == captured + 1
+    model.attach_lora(make_adapter(path, path.parent / "layers", targets=ATTENTION), "c").merge_lora("c")
+    assert torch.equal(model.generate(**given, **options, graphs=True), model.generate(**given, **options))
+    model.unmerge_lora()
+    assert model.graphs.num_captures == captured + 1
     _, batch_before = model.graphs.prefill(**given)
     model.attach_lora(adapter, "a")
     with pytest.raises(ValueError, match="adapters"):
