@@ -117,15 +117,19 @@ def test_a_file_truncated_while_it_is_streamed_is_one_error_that_names_it(direct
 
 def test_an_abandoned_iterator_is_done_at_once_and_leaves_nothing(checkpoint: Checkpoint) -> None:
     list(checkpoint.stream())  # what the library opens once for good
-    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()  # others of this process may end
     for _ in range(5):
         stream = checkpoint.stream()
         next(stream)
         started = time.monotonic()
         del stream
         gc.collect()
-        assert time.monotonic() - started < 3
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
+        assert time.monotonic() - started < 20  # its own deadline, of a silent server, is 30
+    left = time.monotonic() + 10
+    while (len(os.listdir("/proc/self/fd")) > files or threading.active_count() > threads) and time.monotonic() < left:
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert threading.active_count() <= threads
 
 
 def test_streams_in_several_threads_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:
