@@ -138,7 +138,7 @@ def test_a_draft_that_does_not_fit_is_refused_with_every_reason(package, pair, t
     path = make_checkpoint("qwen3_5", tmp_path / "other", **TWO_LAYERS, hidden_act="silu", rms_norm_eps=1e-5)
     with pytest.raises(ValueError, match="configs differ.*; the draft computes in.*Nothing was bound"):
         model.draft.bind(package.load(path, dtype="bfloat16"))
-    with pytest.raises(ValueError, match=r"stage Stage\(index=0, count=1, mtp=True\), the target"):
+    with pytest.raises(ValueError, match=r"stage Stage\(index=0, count=1, mtp=True, vision=True\), the target"):
         model.draft.bind(package.load(pair[0], stage=(1, 2)))
     with pytest.raises(ValueError, match="holds no draft: load it with mtp=True"):
         _ = package.load(pair[0]).draft
