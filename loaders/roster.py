@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import numpy as np
 
@@ -42,8 +41,8 @@ class Layout:
     """
 
     slots: int = 0
-    ranks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    places: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _grown(layout: Layout, attached: tuple[Attached, ...]) -> Layout:
         count = sum(module in modules_replaced(one.adapter) for one in attached)
         places[module] = max(places.get(module, 0), _bucket(count, 1))
     slots = max(layout.slots, _bucket(1 + max(one.slot for one in attached), 1))
-    return Layout(slots, MappingProxyType(ranks), MappingProxyType(places))
+    return Layout(slots, ranks, places)
 
 
 def _bucket(count: int, smallest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 
@@ -139,6 +140,20 @@ def test_names_and_bits_of_the_base_are_the_same_under_adapters_and_after(made, 
     assert not any(isinstance(module, TorchWrapper) for module in model.modules())
     assert torch.equal(model(**given), logits)
     assert {name for name in pointer_census(model) if "lora" in name} == set()
+
+
+@pytest.mark.parametrize("zoo", OPTIONS)
+def test_a_copy_of_a_model_has_adapters_of_its_own(made, zoo):
+    path, adapter, other = made(zoo)
+    model, given = torch_models.load(path).attach_lora(adapter), batch(path)
+    expected = model(**given)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**given), expected)
+    twin.attach_lora(other)
+    assert not torch.equal(twin(**given), expected)
+    assert torch.equal(model(**given), expected)
+    assert torch.equal(twin.detach_lora()(**given), torch_models.load(path)(**given))
+    assert torch.equal(model(**given), expected)
 
 
 def test_a_tied_head_is_the_embedding_under_adapters(made):

@@ -7,6 +7,7 @@ adapter, an update of zeros) the base's output stays as it is, bit for bit.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -137,6 +138,14 @@ class Wrapper(nn.Module):
     def base_layer(self) -> Any:
         """What this stands for."""
         return self._held.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
+        """A wrapper of a copy of the base; they have one dictionary too."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        Wrapper.__init__(other, copy.deepcopy(self.base_layer, memo))
+        for name in type(self).__slots__:
+            object.__setattr__(other, name, copy.deepcopy(getattr(self, name), memo))
+        return other
 
     def __getattr__(self, name: str) -> Any:
         for holder in ("_parameters", "_buffers", "_modules"):
