@@ -56,13 +56,10 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
         into: as for ``Checkpoint.stream``.
     """
     checkpoint = plan.checkpoint
-    parts = [
-        Part(
-            {source.tensor for source in spec.sources}, {checkpoint.group_of(source.tensor) for source in spec.sources}
-        )
-        for spec in plan.specs
-    ]
-    parts += [Part({name}, {name}) for name in plan.verified]
+    parts = [Part({name}, {name}) for name in plan.verified]
+    for spec in plan.specs:
+        if names := {source.tensor for source in spec.sources} & plan.targets.keys():
+            parts.append(Part(names, {checkpoint.group_of(name) for name in names}))
     for names in lots_of(parts, checkpoint.tensors):
         yield from checkpoint.stream(names=names, into=into)
 

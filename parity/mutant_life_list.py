@@ -138,7 +138,7 @@ class _Frozen:
 
 def any_version(decode: Any, self: Any, token_ids: Any, cache: Any) -> Any:
     if hasattr(cache, "arrays"):  # the frozen one of JAX
-        return decode(self, token_ids, type(cache)(cache.arrays, self.version, self.weights_id))
+        return decode(self, token_ids, dataclasses.replace(cache, version=self.version, weights_id=self.weights_id))
     cache.stamp = self.weights_stamp()
     return decode(self, token_ids, cache)
 
