@@ -157,11 +157,11 @@ class DraftPrograms:
             x_BTD, seen = programs.enter_seeing(module, inputs, vision)
             hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT, seen=seen)
             # what is shown is shown to the draft too
-            embedded_BTD = module.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
+            next_embeds = module.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
             is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
             step = self._steps(module, position_ids[..., 1:], is_pair, 0, is_cached=False)
             with collect() as taps:
-                drafted, _ = module.mtp(embedded_BTD, hidden_BTD[:, :-1], step)
+                drafted, _ = module.mtp(next_embeds, hidden_BTD[:, :-1], step)
             return module.head(drafted), drafted, taps
 
     def _prefill(

@@ -97,12 +97,12 @@ class Draft:
             seen = target.seen(checked)
             x_BTD = target.entered(ids_BT, seen)
             # what is shown is shown to the draft too
-            embedded_BTD = target.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
+            next_embeds = target.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
             if not target.stage.is_first:
                 x_BTD, _ = target.checked(None, mask, positions, hidden_states)
             hidden_BTD = target.decoder(x_BTD, step_positions, mask_BT, seen=seen)
             with collect() as taps:
-                drafted = self.source.mtp(embedded_BTD, hidden_BTD[:, :-1], step)
+                drafted = self.source.mtp(next_embeds, hidden_BTD[:, :-1], step)
             return target.head(drafted), drafted, taps
 
     def bind(self, target: Model) -> Draft:

@@ -306,7 +306,12 @@ HYBRID_SABOTAGE = [
     ("qwen3_5", "torch_models.sleep.wake", forgets_to_restore, lambda life: life.nap()),
     ("qwen3_5", "torch_models.speculative.accept_greedy", accepts_everything, lambda life: life.speculate()),
     ("qwen3_5", "torch_models.recording.Recording.replay", replays_nothing, lambda life: life.replay()),
-    ("qwen3_5-wrapped", "torch_models.weights.export_checkpoint", exports_without_the_tower, lambda life: life.export()),
+    (
+        "qwen3_5-wrapped",
+        "torch_models.weights.export_checkpoint",
+        exports_without_the_tower,
+        lambda life: life.export(),
+    ),
 ]
 SABOTAGE = [
     ("torch", "torch_models.weights._commit", skips_a_parameter),

@@ -442,7 +442,7 @@ def test_inputs_that_would_wrap_or_broadcast_are_refused(dense: Run, inputs: dic
 
 def test_positions_count_real_tokens_from_zero(dense: Run) -> None:
     mask_BT = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
-    _, _, positions_BT = checked_inputs(dense.checkpoint.config, np.zeros((4, 5), int), mask_BT, None)
+    _, _, positions_BT = checked_inputs(dense.checkpoint.config, np.zeros((4, 5), int), mask_BT, None, {})
     assert positions_BT.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
 
 
