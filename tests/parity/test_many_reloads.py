@@ -59,10 +59,11 @@ def test_every_reload_of_many_is_a_cold_load(backend, zoo, count, benches):
     assert model.digests() == cold["BA"[(count + warm_up - 1) % 2]].digests
     if live.captures:
         assert model.graphs.num_captures == 1
-    # a checkpoint kept at each reload would be count times as much
+    # A checkpoint kept at each reload would be count times as much. Up to 24 MiB is an allocator's: short runs are told
+    # apart by the count of arrays, long ones by this too.
     grown = process.memory_info().rss - resident
     print(f"{backend}: {count} reloads grew the process by {grown / MIB:.1f} MiB")
-    assert grown <= max(8 * MIB, 0.02 * count * bench.checkpoints["A"].num_bytes)
+    assert grown <= max(24 * MIB, 0.02 * count * bench.checkpoints["A"].num_bytes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
