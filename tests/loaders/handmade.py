@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 # the smallest config.json that is complete
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -63,3 +65,8 @@ def write(directory: Path, files: dict[str, Any]) -> Path:
 
 def indexed(files: dict[str, bytes], weight_map: dict[str, str]) -> dict[str, Any]:
     return {**files, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
+
+
+def open_files() -> list[str]:
+    """Of checkpoints, by this process: sockets of other tests' servers come and go."""
+    return sorted(file.path for file in psutil.Process().open_files() if file.path.endswith(".safetensors"))

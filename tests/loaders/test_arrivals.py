@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from handmade import CONFIG, entry, safetensors, write
+from handmade import CONFIG, entry, open_files, safetensors, write
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
@@ -149,7 +149,7 @@ def test_an_abandoned_a_failed_and_an_unstarted_iterator_leave_nothing_open(
             self.calls.append("closed")
 
     monkeypatch.setattr(LocalDirectory, "session", lambda self: Watched())
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     checkpoint.stream()
     stream = checkpoint.stream()
     next(stream)
@@ -159,7 +159,7 @@ def test_an_abandoned_a_failed_and_an_unstarted_iterator_leave_nothing_open(
         list(checkpoint.stream(into=lambda name: np.empty(3)))
     gc.collect()
     assert sessions == [["closed"]] * 3  # one that was not started has none
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_bools_are_made_such(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from handmade import CONFIG
+from handmade import CONFIG, open_files
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
@@ -44,10 +44,6 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 FILE_ORDER = ["a", "c", "g", "d", "f", "e", "b"]  # file by file, float32 before bfloat16
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def reader_threads() -> list[str]:
