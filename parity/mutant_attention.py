@@ -98,10 +98,10 @@ def _head_major(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, 
 def _later(original: Any, np_: Any, self: Any, *args: Any) -> Any:
     """One more position for a decoded token, and only there."""
     if np_.__name__ == "torch":
-        ids_BT, positions_BT, cache = args
-        return original(self, ids_BT, positions_BT + (1 if ids_BT.shape[1] == 1 else 0), cache)
-    given, inputs, cache = args
-    logits, cache = original(self, given, inputs, dataclasses.replace(cache, position=cache.position + 1))
+        ids_BT, positions_BT, *rest = args
+        return original(self, ids_BT, positions_BT + (1 if ids_BT.shape[1] == 1 else 0), *rest)
+    given, inputs, cache, *rest = args
+    logits, cache = original(self, given, inputs, dataclasses.replace(cache, position=cache.position + 1), *rest)
     return logits, dataclasses.replace(cache, position=cache.position - 1)
 
 
