@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from jax_models.adapter_room import RowAdapters
 from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
+from jax_models.layers.vision import Seen
 from jax_models.taps import collect
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
@@ -169,15 +168,21 @@ class DraftPrograms:
         weights: Weights,
         ids_BT: jax.Array,
         mask_BT: jax.Array,
-        positions_BT: jax.Array,
+        position_ids: jax.Array,
+        vision: VisionArrays | None,
         cache: Cache,
         adapters: RowAdapters | None = None,
-    ) -> tuple[jax.Array, jax.Array, Cache]:
-        """As of a model without draft; also the final hidden states, [B, T, D]."""
+    ) -> tuple[jax.Array, jax.Array, Seen | None, Cache]:
+        """As of a model without draft; also the final hidden states, [B, T, D], and what ``extend`` is to see."""
+        programs = self._programs
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        given = (weights, adapters, ids_BT, positions_BT, key_mask_BS, cache)
-        with self._run(*given, keep_history=False) as (head, hidden_BTD, cache):
-            return head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, self._programs.placed(cache)
+        with programs.module(weights, adapters) as module:
+            x_BTD, seen = programs.enter_seeing(module, ids_BT, vision)
+            hidden_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, seen=seen)
+            if vision is not None:  # an image takes fewer positions than tokens
+                cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
+            ahead = None if seen is None else seen.ahead()
+            return module.head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, ahead, programs.placed(cache)
 
     def _verify(
         self, weights: Weights, ids_BT: jax.Array, cache: Cache, adapters: RowAdapters | None = None
@@ -187,29 +192,12 @@ class DraftPrograms:
         is_new_S = (slots_S >= cache.length) & (slots_S < cache.length + T)
         positions_BT = cache.position[:, None] + jnp.arange(T)
         key_mask_BS = cache.key_mask | is_new_S
-        given = (weights, adapters, ids_BT, positions_BT, key_mask_BS, cache)
-        with self._run(*given, keep_history=True) as (head, hidden_BTD, cache):
-            cache, history = cache.without_history()
-            return head(hidden_BTD), hidden_BTD, history, self._programs.placed(cache)
-
-    @contextlib.contextmanager
-    def _run(
-        self,
-        weights: Weights,
-        adapters: RowAdapters | None,
-        ids_BT: jax.Array,
-        positions_BT: jax.Array,
-        key_mask_BS: jax.Array,
-        cache: Cache,
-        *,
-        keep_history: bool,
-    ) -> Iterator[tuple[Callable[[jax.Array], jax.Array], jax.Array, Cache]]:
-        """The model's head, to be used inside, its final hidden states [B, T, D], and the cache."""
         programs = self._programs
         with programs.module(weights, adapters) as module:
             x_BTD = programs.enter(module, ids_BT)
-            x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, keep_history=keep_history)
-            yield module.head, x_BTD, cache
+            hidden_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, keep_history=True)
+            cache, history = cache.without_history()
+            return module.head(hidden_BTD), hidden_BTD, history, programs.placed(cache)
 
     def _keep(self, history: dict[str, LayerCache], count_B: jax.Array, tokens: int, cache: Cache) -> Cache:
         """Of the ``tokens`` just verified, keep the first ``count_B`` of each row."""
@@ -222,6 +210,7 @@ class DraftPrograms:
         hidden_BTD: jax.Array,
         positions_BT: jax.Array,
         last_B: jax.Array,
+        seen: Seen | None,
         cache: Cache,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache]:
@@ -231,8 +220,9 @@ class DraftPrograms:
             weights: of target and draft.
             next_ids_BT: the token after each of the last T slots.
             hidden_BTD: the target's final hidden states of those slots.
-            positions_BT: of ``next_ids_BT``.
+            positions_BT: of ``next_ids_BT``; [3, B, T] of a prompt that shows something.
             last_B: the last real one of each row.
+            seen: what the vision tower made of images among ``next_ids_BT``.
             cache: after those slots.
             adapters: of the target's rows.
         Returns:
@@ -240,7 +230,7 @@ class DraftPrograms:
         """
         start = cache.length - next_ids_BT.shape[1]
         run = (positions_BT, cache.key_mask, start, last_B, cache)
-        return self._draft(weights, adapters, next_ids_BT, hidden_BTD, *run)
+        return self._draft(weights, adapters, next_ids_BT, hidden_BTD, *run, seen)
 
     def _step(
         self,
@@ -271,11 +261,13 @@ class DraftPrograms:
         start: jax.Array,
         last_B: jax.Array,
         cache: Cache,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         programs = self._programs
         with programs.module(weights, adapters) as module:
             step = self._steps(module, positions_BT, key_mask_BS, start, is_cached=True)
-            drafted_BTD, kept = module.mtp(module.embed(ids_BT), hidden_BTD, step, cache.layers["mtp"])
+            embeds_BTD = module.embed(ids_BT) if seen is None else module.embed(ids_BT, seen)
+            drafted_BTD, kept = module.mtp(embeds_BTD, hidden_BTD, step, cache.layers["mtp"])
             hidden_B1D = jnp.take_along_axis(drafted_BTD, last_B[:, None, None], axis=1)
             cache = dataclasses.replace(cache, layers={**cache.layers, "mtp": kept})
             return module.head(hidden_B1D)[:, 0], hidden_B1D, programs.placed(cache)

@@ -17,15 +17,12 @@ from jax.sharding import Mesh
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
-from jax_models.cache import VersionedCache
-from jax_models.draft import Draft
-from jax_models.generate import generate
+from jax_models.decoding import Decoding
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
-from jax_models.speculative import generate_with_draft
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.inputs import ModelInputs, check_text
 from loaders.multimodal import check_inputs
 from loaders.plan import LoadReport, specs_of
 from loaders.roster import AdapterOfRows, Roster
@@ -34,7 +31,7 @@ from loaders.stage import Stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model(Adapted, Seeing):
+class Model(Decoding, Adapted, Seeing):
     """One version of the weights of one pipeline stage, and how to run it.
 
     Attributes:
@@ -167,127 +164,6 @@ class Model(Adapted, Seeing):
             weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32), None, adapters
         )
 
-    def prefill(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        *,
-        max_new_tokens: int = 16,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> tuple[jax.Array, VersionedCache]:
-        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
-
-        Args:
-            input_ids: integers [B, T].
-            attention_mask: [B, T], padding on either side.
-            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
-            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
-            multimodal: as for the model itself.
-        Raises:
-            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
-        """
-        self._needs_whole_model("prefill")
-        checked = check_inputs(
-            self.config, input_ids, attention_mask, given=multimodal, has_tower=self.stage.has_tower, is_prompt=True
-        )
-        checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
-        rows, length = checked.input_ids.shape
-        slot_B = self.roster.rows(adapter, rows)
-        cache = self.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        mask_BT, positions, vision = self.arrays(checked)
-        given = (self.weights, checked.input_ids, mask_BT, positions)
-        logits_BV, cache = self.programs.prefill(*given, cache=cache, vision=vision, **self.of_slots(slot_B))
-        return logits_BV, VersionedCache(cache, self.version, self.weights_id, slot_B)
-
-    def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
-        """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
-
-        Raises:
-            ValueError: the cache was computed with other weights, is full, or has other rows.
-        """
-        if cache.weights_id is not self.weights_id:
-            raise ValueError(
-                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
-                f" at {self.version}). Run prefill again."
-            )
-        ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
-        if len(ids_B1) != cache.arrays.position.shape[0]:
-            raise ValueError(f"{len(ids_B1)} tokens for a cache of {cache.arrays.position.shape[0]} rows")
-        check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
-        if int(cache.arrays.length) >= cache.capacity:
-            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        logits_BV, arrays = self.programs.decode(self.weights, ids_B1, cache=cache.arrays, **self.of_slots(cache.slot))
-        return logits_BV, dataclasses.replace(cache, arrays=arrays)
-
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        max_new_tokens: int = 16,
-        temperature: float = 0.0,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        ignore_eos: bool = False,
-        draft: Draft | None = None,
-        draft_tokens: int | None = None,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> jax.Array:
-        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
-
-        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``jax_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for the
-        model itself.
-        """
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos, "adapter": adapter}
-        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
-        if draft is None and draft_tokens is not None:
-            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
-        if draft is None:
-            return generate(self, *prompt, **options, **multimodal)
-        if multimodal:
-            raise ValueError(
-                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
-            )
-        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
-        return tokens
-
-    @property
-    def draft(self) -> Draft:
-        """The checkpoint's multi-token prediction, bound to this model.
-
-        Raises:
-            ValueError: the model was loaded without it, or this stage does not hold it.
-        """
-        if not self.stage.has_draft:
-            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
-        return Draft(self, self)
-
-    def mtp_forward(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        *,
-        hidden_states: Any = None,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> tuple[jax.Array, jax.Array]:
-        """What the draft says of every token but the first; arguments as for the model itself.
-
-        A last stage of several takes ``hidden_states`` beside ``input_ids``.
-
-        Returns:
-            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
-            and the token at t + 1.
-        """
-        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
-        return self.draft(input_ids, attention_mask, position_ids, **given)
-
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
 
@@ -355,7 +231,3 @@ class Model(Adapted, Seeing):
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
-
-    def _needs_whole_model(self, what: str) -> None:
-        if self.stage.count > 1:
-            raise ValueError(f"{what} needs the whole model; this is stage {self.stage.index} of {self.stage.count}")

@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loaders.inputs import bucket, check_sampling, check_text
+from loaders.inputs import bucket, check_sampling
 from loaders.roster import AdapterOfRows
-from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
+from loaders.speculation import (
+    Rows,
+    SpeculationReport,
+    accept_greedy,
+    accept_sampled,
+    distribution,
+    draw,
+    positions_ahead,
+    positions_beyond,
+)
 
 if TYPE_CHECKING:
     from jax_models.draft import Draft
@@ -31,6 +40,7 @@ def generate_with_draft(
     seed: int = 0,
     ignore_eos: bool = False,
     adapter: AdapterOfRows = None,
+    **multimodal: Any,
 ) -> tuple[jax.Array, SpeculationReport]:
     """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
 
@@ -47,6 +57,7 @@ def generate_with_draft(
         seed: of the sampling.
         ignore_eos: go on after an end-of-sequence token.
         adapter: of the rows, see ``Model``.
+        multimodal: images and videos, as for the model itself; the draft sees them too.
     Returns:
         int32 [B, N] as of ``generate``, and what the draft was worth.
     Raises:
@@ -60,8 +71,6 @@ def generate_with_draft(
             f"the draft is bound to another model or version, this model is at version {model.version}."
             " Use model.draft, or draft.bind(model)."
         )
-    if model.stage.count > 1:
-        raise ValueError(f"generate needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
     programs, weights = draft.source.programs, draft.weights
     rng = np.random.default_rng(seed)
     ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
@@ -78,27 +87,27 @@ def generate_with_draft(
         found_BV = probabilities(logits_BV)
         return draw(found_BV, rng).astype(np.int32), found_BV
 
-    checked = check_text(input_ids, attention_mask, None, vocab_size=model.config.vocab_size).left_aligned()
-    checked = checked.padded_to(bucket(checked.input_ids.shape[1]))
+    checked = model.checked_prompt(input_ids, attention_mask, multimodal)
     B, length = checked.input_ids.shape
     T = draft_tokens + 1
     room = bucket(length + max_new_tokens + 3 * T)
     cache = programs.empty_cache(rows=B, capacity=room)
-    prompt = (checked.input_ids, checked.attention_mask, checked.position_ids)
+    prompt = (checked.input_ids, *model.arrays(checked))
     given = model.of_rows(adapter, B)
-    logits_BV, hidden_BTD, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
+    logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
     rows = Rows(B, max_new_tokens, ends, filler)
     token_B, _ = choose(logits_BV)
     for row in range(B):
         rows.add(row, [int(token_B[row])])
     next_ids_BT = np.concatenate([checked.input_ids[:, 1:], token_B[:, None]], axis=1)
-    next_positions_BT = checked.position_ids + 1
-    last_B, position_B = np.full(B, length - 1, np.int32), checked.attention_mask.sum(1).astype(np.int32)
+    next_positions = positions_ahead(checked)
+    last_B, position_B = np.full(B, length - 1, np.int32), positions_beyond(checked)
     filled, rounds, accepted = length, 0, 0
     while rows.is_active_B.any():
         logits_BV, state_B1D, cache = programs.draft.extend(
-            weights, next_ids_BT, hidden_BTD, next_positions_BT, last_B, cache=cache, **given
+            weights, next_ids_BT, hidden_BTD, next_positions, last_B, seen_next, cache=cache, **given
         )
+        seen_next = None  # of the prompt alone
         if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
             cache = programs.draft.compact(cache=cache)
             filled = int(cache.length)
@@ -127,7 +136,7 @@ def generate_with_draft(
         cache = programs.draft.keep(history, kept_B, T, cache=cache)
         steps_T = np.arange(T)
         next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
-        next_positions_BT = (position_B[:, None] + steps_T + 1).astype(np.int32)
+        next_positions = (position_B[:, None] + steps_T + 1).astype(np.int32)
         last_B, position_B = count_B, position_B + kept_B
         filled += T
     report = SpeculationReport(rounds, rounds * draft_tokens, accepted)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loaders.inputs import ModelInputs
+
 
 @dataclass(frozen=True)
 class SpeculationReport:
@@ -22,6 +24,23 @@ class SpeculationReport:
     def acceptance_length(self) -> float:
         """Tokens gained by one verification of one row: those accepted, and the target's own."""
         return 1 + self.accepted / self.rounds if self.rounds else 0.0
+
+
+def positions_ahead(prompt: ModelInputs) -> np.ndarray:
+    """Position of the token after each, int32 as the prompt's own: the last one's is where the row goes on.
+
+    Args:
+        prompt: every row's real tokens at its end.
+    """
+    next_B = positions_beyond(prompt)
+    next_1 = np.broadcast_to(next_B[:, None], (*prompt.position_ids.shape[:-1], 1))
+    return np.concatenate([prompt.position_ids[..., 1:], next_1], axis=-1)
+
+
+def positions_beyond(prompt: ModelInputs) -> np.ndarray:
+    """Where each row goes on, int32 [B]: at the number of its tokens, or off it where something is shown."""
+    count_B = prompt.attention_mask.sum(1, dtype=np.int32)
+    return count_B if prompt.vision is None else count_B + prompt.vision.delta_B
 
 
 def accept_greedy(drafted_BK: np.ndarray, best_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
+from torch_models.layers.vision import Seen
 from torch_models.taps import collect
 
 if TYPE_CHECKING:
@@ -148,20 +149,22 @@ class Draft:
         positions_BT: torch.Tensor,
         last_B: torch.Tensor,
         cache: Cache,
+        seen: Seen | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The draft reads the tokens that came last, each with the hidden state before it.
 
         Args:
             next_ids_BT: the token after each of the last T slots.
             hidden_BTD: the target's final hidden states of those slots.
-            positions_BT: of ``next_ids_BT``.
+            positions_BT: of ``next_ids_BT``; [3, B, T] of a prompt that shows something.
             last_B: the last real one of each row.
             cache: after those slots; its entry of the draft is written in place.
+            seen: what the vision tower made of images among ``next_ids_BT``.
         Returns:
             Its logits [B, V] and hidden state [B, 1, D] at ``last_B``.
         """
         start = cache.slot - next_ids_BT.shape[1]
-        return self._draft(next_ids_BT, hidden_BTD, positions_BT, cache.key_mask, start, last_B, cache)
+        return self._draft(next_ids_BT, hidden_BTD, positions_BT, cache.key_mask, start, last_B, cache, seen)
 
     def step(
         self, ids_B: torch.Tensor, hidden_B1D: torch.Tensor, offset: int, cache: Cache
@@ -183,10 +186,11 @@ class Draft:
         start: torch.Tensor,
         last_B: torch.Tensor,
         cache: Cache,
+        seen: Seen | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         target = self.bound
         step = self._steps(positions_BT, key_mask_BS, start, is_cached=True)
-        drafted_BTD = self.source.mtp(target.embed(ids_BT), hidden_BTD, step, cache.layers["mtp"])
+        drafted_BTD = self.source.mtp(target.entered(ids_BT, seen), hidden_BTD, step, cache.layers["mtp"])
         hidden_B1D = drafted_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
         return target.head(hidden_B1D)[:, 0], hidden_B1D
 

@@ -13,31 +13,27 @@ from torch import nn
 
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.inputs import ModelInputs, check_text
 from loaders.multimodal import check_inputs
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
-from torch_models import adapters as lora
 from torch_models import sleep
 from torch_models import weights as life
 from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
-from torch_models.draft import Draft
-from torch_models.generate import generate
+from torch_models.decoding import Decoding
 from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
-from torch_models.layers.vision import Seen
 from torch_models.seeing import Seeing
-from torch_models.speculative import generate_with_draft
 from torch_models.storage import parameters_of
 from torch_models.taps import collect
 
 
-class Model(nn.Module, Adapted, Seeing):
+class Model(nn.Module, Decoding, Adapted, Seeing):
     """One pipeline stage whose weights change while it lives; every change is made in place.
 
     A family's class adds ``decoder`` (embedding, layers, norm), ``embed``, ``head`` and ``cache_entries``, and
@@ -168,158 +164,6 @@ class Model(nn.Module, Adapted, Seeing):
             out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
 
-    def prefill(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        *,
-        max_new_tokens: int = 16,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> tuple[torch.Tensor, Cache]:
-        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
-
-        Args:
-            input_ids: integers [B, T].
-            attention_mask: [B, T], padding on either side.
-            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
-            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
-            multimodal: as for the model itself.
-        Raises:
-            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
-        """
-        prompt = self.checked_prompt(input_ids, attention_mask, multimodal)
-        rows, length = prompt.input_ids.shape
-        slot_B = lora.slots_of(self, adapter, rows)
-        cache = self.empty_cache(rows, bucket(length + max_new_tokens))
-        cache.adapter.copy_(slot_B)
-        return self.prefill_into(prompt, cache), cache
-
-    def checked_prompt(
-        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
-    ) -> ModelInputs:
-        """What ``prefill`` was given, checked, every row's real tokens at its end.
-
-        Raises:
-            ValueError: bad inputs, a row without tokens, or a pipeline stage.
-            RuntimeError: the model must not run.
-        """
-        self.check_runnable()
-        self.check_whole()
-        prompt = (self.config, on_host(input_ids), on_host(attention_mask))
-        given = {name: on_host(value) for name, value in (multimodal or {}).items()}
-        return check_inputs(*prompt, given=given, has_tower=self.stage.has_tower, is_prompt=True)
-
-    def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
-        """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
-        cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
-        seen = self.seen(prompt)
-        logits_BV = self._step(self.long(prompt.input_ids), self.long(prompt.position_ids), cache, seen)
-        if prompt.vision is not None:  # an image takes fewer positions than tokens
-            cache.position += self.long(prompt.vision.delta_B)
-        return logits_BV
-
-    def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """Append one token a row: logits, float32 [B, V], and the cache, written in place.
-
-        Raises:
-            ValueError: the cache was computed with other weights, is full, or has other rows.
-        """
-        self.check_runnable()
-        return self.decode_step(self.next_ids(token_ids, cache, rows=len(cache.position)), cache), cache
-
-    def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
-        """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
-        if cache.stamp != self.weights_stamp():
-            raise ValueError(
-                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
-                f" at {self.version}). Run prefill again."
-            )
-        ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
-        if len(ids_B1) != rows:
-            raise ValueError(f"{len(ids_B1)} tokens for a cache of {rows} rows")
-        check_text(ids_B1, None, None, vocab_size=self.config.vocab_size)
-        if cache.length >= cache.capacity:
-            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        return self.long(ids_B1)
-
-    def decode_step(self, ids_B1: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """One token a row, unchecked: logits, float32 [B, V]. What graphs capture: all it reads is on the device."""
-        cache.key_mask.index_fill_(1, cache.slot[None], True)
-        return self._step(ids_B1, cache.position[:, None].clone(), cache)
-
-    def generate(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        max_new_tokens: int = 16,
-        temperature: float = 0.0,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        ignore_eos: bool = False,
-        graphs: bool = False,
-        draft: Draft | None = None,
-        draft_tokens: int | None = None,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> torch.Tensor:
-        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
-
-        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``torch_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for
-        the model itself.
-        """
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
-        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
-        if draft is None and draft_tokens is not None:
-            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
-        if draft is None:
-            return generate(self, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
-        if multimodal:
-            raise ValueError(
-                f"{', '.join(multimodal)} and a draft do not go together: it reads text. Leave the draft out."
-            )
-        if graphs:
-            raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
-        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        with self.running(adapter, input_ids):
-            tokens, draft.report = generate_with_draft(self, *prompt, draft=draft, **guesses, **options)
-        return tokens
-
-    @property
-    def draft(self) -> Draft:
-        """The checkpoint's multi-token prediction, bound to this model.
-
-        Raises:
-            ValueError: the model was loaded without it, or this stage does not hold it.
-        """
-        if not self.stage.has_draft:
-            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
-        return Draft(self, self)
-
-    def mtp_forward(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        *,
-        hidden_states: Any = None,
-        adapter: AdapterOfRows = None,
-        **multimodal: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the draft says of every token but the first; arguments as for the model itself.
-
-        A last stage of several takes ``hidden_states`` beside ``input_ids``.
-
-        Returns:
-            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
-            and the token at t + 1.
-        """
-        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
-        return self.draft(input_ids, attention_mask, position_ids, **given)
-
     def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
         return life.get_embed_and_head(self)
@@ -374,24 +218,12 @@ class Model(nn.Module, Adapted, Seeing):
                 f"the model refuses to run: {self.refusal}. Call update_weights_from_disk with good weights."
             )
 
-    def check_whole(self) -> None:
-        """Raises ValueError on a pipeline stage."""
-        if self.stage.count > 1:
-            raise ValueError(f"prefill needs the whole model; this is stage {self.stage.index} of {self.stage.count}")
-
     def _run(self, entry: torch.Tensor, checked: ModelInputs) -> torch.Tensor:
         mask_BT = torch.from_numpy(checked.attention_mask).to(self.device)
         seen = self.seen(checked)
         x_BTD = self.entered(entry, seen) if self.stage.is_first else entry.to(self.dtype)
         x_BTD = self.decoder(x_BTD, self.long(checked.position_ids), mask_BT, seen=seen)
         return self.head(x_BTD) if self.stage.is_last else x_BTD
-
-    def _step(
-        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
-    ) -> torch.Tensor:
-        with lora.of_cache(self, cache):
-            x_BTD = self.decoder(self.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
-            return self.head(x_BTD[:, -1:])[:, 0]
 
     def long(self, array: np.ndarray) -> torch.Tensor:
         """Integers where the model is, int64."""

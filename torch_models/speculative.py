@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.inputs import bucket, check_sampling, check_text
-from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
-from torch_models.host import on_host
+from loaders.inputs import bucket, check_sampling
+from loaders.speculation import (
+    Rows,
+    SpeculationReport,
+    accept_greedy,
+    accept_sampled,
+    distribution,
+    draw,
+    positions_ahead,
+    positions_beyond,
+)
 
 if TYPE_CHECKING:
     from torch_models.draft import Draft
@@ -29,6 +37,7 @@ def generate_with_draft(
     top_p: float | None = None,
     seed: int = 0,
     ignore_eos: bool = False,
+    **multimodal: Any,
 ) -> tuple[torch.Tensor, SpeculationReport]:
     """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
 
@@ -44,6 +53,7 @@ def generate_with_draft(
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
         seed: of the sampling.
         ignore_eos: go on after an end-of-sequence token.
+        multimodal: images and videos, as for the model itself; the draft sees them too.
     Returns:
         int64 [B, N] as of ``generate``, and what the draft was worth.
     Raises:
@@ -57,8 +67,6 @@ def generate_with_draft(
             f"the draft is bound to another model or version, this model is at version {model.version}."
             " Use model.draft, or draft.bind(model)."
         )
-    if model.stage.count > 1:
-        raise ValueError(f"generate needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
     rng = np.random.default_rng(seed)
     ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
     pad = model.checkpoint.pad_token_id
@@ -74,29 +82,30 @@ def generate_with_draft(
         found_BV = probabilities(logits_BV)
         return draw(found_BV, rng), found_BV
 
-    given = on_host(input_ids), on_host(attention_mask)
-    checked = check_text(*given, None, vocab_size=model.config.vocab_size).left_aligned()
+    checked = model.checked_prompt(input_ids, attention_mask, multimodal)
     B, length = checked.input_ids.shape
     T = draft_tokens + 1
     room = bucket(length + max_new_tokens + 3 * T)
     cache = draft.empty_cache(B, room)
     cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
-    hidden_BTD = model.decoder(
-        model.embed(model.long(checked.input_ids)), model.long(checked.position_ids), cache.key_mask, cache
-    )
+    seen = model.seen(checked)
+    prompt = (model.entered(model.long(checked.input_ids), seen), model.long(checked.position_ids))
+    hidden_BTD = model.decoder(*prompt, cache.key_mask, cache, seen=seen)
+    cache.position.copy_(model.long(positions_beyond(checked)))
     logits_BV = model.head(hidden_BTD[:, -1:])[:, 0]
     rows = Rows(B, max_new_tokens, ends, filler)
     token_B, _ = choose(logits_BV)
     for row in range(B):
         rows.add(row, [int(token_B[row])])
     next_ids_BT = np.concatenate([checked.input_ids[:, 1:], token_B[:, None]], axis=1)
-    next_positions_BT = checked.position_ids + 1
-    last_B, position_B = np.full(B, length - 1), checked.attention_mask.sum(1)
+    next_positions, seen_next = positions_ahead(checked), None if seen is None else seen.ahead()
+    last_B, position_B = np.full(B, length - 1), positions_beyond(checked)
     filled, rounds, accepted = length, 0, 0
     while rows.is_active_B.any():
         logits_BV, state_B1D = draft.extend(
-            model.long(next_ids_BT), hidden_BTD, model.long(next_positions_BT), model.long(last_B), cache
+            model.long(next_ids_BT), hidden_BTD, model.long(next_positions), model.long(last_B), cache, seen_next
         )
+        seen_next = None  # of the prompt alone
         if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
             cache.compact()
             filled = cache.length
@@ -127,7 +136,7 @@ def generate_with_draft(
         cache.keep(model.long(kept_B), T)
         steps_T = np.arange(T)
         next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
-        next_positions_BT = position_B[:, None] + steps_T + 1
+        next_positions = position_B[:, None] + steps_T + 1
         last_B, position_B = count_B, position_B + kept_B
         filled += T
     report = SpeculationReport(rounds, rounds * draft_tokens, accepted)

@@ -5,6 +5,7 @@ Source: transformers ``Qwen3VLVisionModel``, ``Qwen3_5VisionModel``. Letters bey
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -175,6 +176,7 @@ def vision_rotation(place_IP2: jax.Array, head_dim: int, theta: float) -> tuple[
     return jnp.cos(angles_IPR), jnp.sin(angles_IPR)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Seen:
     """What the tower made of a batch, and where in it that belongs.
@@ -192,6 +194,10 @@ class Seen:
     def placed(self, x_BTD: jax.Array) -> jax.Array:
         """Embeddings with the tokens in their places."""
         return jnp.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_UD, x_BTD), x_BTD)
+
+    def ahead(self) -> Seen:
+        """For a row of every position's next token: one place earlier, and no token of the tower at the end."""
+        return dataclasses.replace(self, slot_BT=jnp.pad(self.slot_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1))
 
     def deepened(self, x_BTD: jax.Array, layer: int) -> jax.Array:
         """The residual stream after decoder layer ``layer``, with that level added where something is shown."""

@@ -53,8 +53,8 @@ def plant(monkeypatch, model, tokens_BN, wrong=wrong):
         programs = model.programs.draft
         extend, step = programs.extend, programs.step
 
-        def extend_jax(weights, next_ids_BT, hidden_BTD, positions_BT, last_B, cache):
-            found, *rest = extend(weights, next_ids_BT, hidden_BTD, positions_BT, last_B, cache=cache)
+        def extend_jax(weights, next_ids_BT, hidden_BTD, positions_BT, last_B, seen, cache):
+            found, *rest = extend(weights, next_ids_BT, hidden_BTD, positions_BT, last_B, seen, cache=cache)
             return said(found, positions_BT[at, last_B]), *rest
 
         def step_jax(weights, ids_B, hidden_B1D, offset, cache):
@@ -70,8 +70,8 @@ def plant(monkeypatch, model, tokens_BN, wrong=wrong):
     kind = torch_models.draft.Draft
     extend, step = kind.extend, kind.step
 
-    def extend_torch(self, next_ids_BT, hidden_BTD, positions_BT, last_B, cache):
-        found, state = extend(self, next_ids_BT, hidden_BTD, positions_BT, last_B, cache)
+    def extend_torch(self, next_ids_BT, hidden_BTD, positions_BT, last_B, cache, seen):
+        found, state = extend(self, next_ids_BT, hidden_BTD, positions_BT, last_B, cache, seen)
         return torch.from_numpy(said(found, positions_BT[at, last_B])), state
 
     def step_torch(self, ids_B, hidden_B1D, offset, cache):

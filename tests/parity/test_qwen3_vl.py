@@ -20,8 +20,10 @@ from vision_cases import CASES, reference, write
 import jax_models
 import loaders
 import torch_models
+from loaders.inputs import left_aligned
 from parity.oracle import oracle_forward
 from parity.zoo import make_checkpoint
+from parity.zoo_draft import make_drafting_checkpoint
 from parity.zoo_pictures import pictures
 
 BAR = 2e-5
@@ -229,5 +231,29 @@ def test_a_draft_sees_what_its_model_sees(tmp_path, side):
     mask = batch["attention_mask"][:, 1:].astype(bool)
     assert relative_error(numpy(logits)[mask], expected["mtp.logits"][mask]) <= BAR
     assert relative_error(numpy(hidden)[mask], expected["mtp.hidden_state"][mask]) <= BAR
-    with pytest.raises(ValueError, match="do not go together"):
-        model.generate(batch["input_ids"], batch["attention_mask"], 2, draft=model.draft, **without_text(batch))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_drafted_tokens_are_those_without_a_draft_after_pictures(tmp_path, side, monkeypatch):
+    path = make_drafting_checkpoint("qwen3_5-wrapped", tmp_path / "a", quiet=0.08)
+    model, batch = SIDES[side].load(path, mtp=True), pictures_of(path)
+    prompt = (batch["input_ids"], batch["attention_mask"])
+    draft, owner, first = model.draft, model.programs.draft if side == "jax" else torch_models.draft.Draft, []
+    extend = owner.extend
+
+    def spy(*args, **kwargs):
+        found = extend(*args, **kwargs)
+        first.append(numpy(found[0]).copy())
+        return found
+
+    monkeypatch.setattr(owner, "extend", spy)
+    plain = np.asarray(model.generate(*prompt, 12, ignore_eos=True, **without_text(batch)), np.int64)
+    found = model.generate(*prompt, 12, ignore_eos=True, draft=draft, draft_tokens=2, **without_text(batch))
+    np.testing.assert_array_equal(numpy(found), plain)
+    assert 0 < draft.report.accepted < draft.report.drafted
+    # what it first said: of every row and its first new token, which the oracle judges above
+    ids, mask = (left_aligned(array, prompt[1]) for array in prompt)
+    longer = {"input_ids": np.c_[ids, plain[:, 0]], "attention_mask": np.pad(mask, ((0, 0), (0, 1)), constant_values=1)}
+    shown = {name: value for name, value in without_text(batch).items() if name != "mm_token_type_ids"}
+    logits, _ = model.mtp_forward(**longer, **shown)
+    assert relative_error(first[0], numpy(logits)[:, -1]) <= BAR

@@ -5,6 +5,7 @@ Source: transformers ``Qwen3VLVisionModel``, ``Qwen3_5VisionModel``. Letters bey
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +195,10 @@ class Seen:
     def placed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Embeddings with the tokens in their places."""
         return torch.where(self.slot_BT[..., None] >= 0, self._at(self.tokens_UD, x_BTD), x_BTD)
+
+    def ahead(self) -> Seen:
+        """For a row of every position's next token: one place earlier, and no token of the tower at the end."""
+        return dataclasses.replace(self, slot_BT=F.pad(self.slot_BT[:, 1:], (0, 1), value=-1))
 
     def deepened(self, x_BTD: torch.Tensor, layer: int) -> torch.Tensor:
         """The residual stream after decoder layer ``layer``, with that level added where something is shown."""

@@ -1,0 +1,169 @@
+"""What a model offers token by token: prefill and decode with a cache, generation, and the draft."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import numpy as np
+
+from jax_models.cache import VersionedCache
+from jax_models.draft import Draft
+from jax_models.generate import generate
+from jax_models.speculative import generate_with_draft
+from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.multimodal import check_inputs
+from loaders.roster import AdapterOfRows
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+
+
+class Decoding:
+    """Continuing prompts: base of ``jax_models.model.Model``."""
+
+    def prefill(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 16,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> tuple[jax.Array, VersionedCache]:
+        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
+
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
+            multimodal: as for the model itself.
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
+        """
+        model = self._model
+        checked = model.checked_prompt(input_ids, attention_mask, multimodal)
+        rows, length = checked.input_ids.shape
+        slot_B = model.roster.rows(adapter, rows)
+        cache = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        mask_BT, positions, vision = model.arrays(checked)
+        given = (model.weights, checked.input_ids, mask_BT, positions)
+        logits_BV, cache = model.programs.prefill(*given, cache=cache, vision=vision, **model.of_slots(slot_B))
+        return logits_BV, VersionedCache(cache, model.version, model.weights_id, slot_B)
+
+    def checked_prompt(
+        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
+    ) -> ModelInputs:
+        """What ``prefill`` was given, checked, every row's real tokens at its end, as long as programs are made for.
+
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage.
+        """
+        model = self._model
+        model.check_whole()
+        prompt, given = (model.config, input_ids, attention_mask), multimodal or {}
+        checked = check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
+        return checked.padded_to(bucket(checked.input_ids.shape[1]))
+
+    def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
+        """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
+
+        Raises:
+            ValueError: the cache was computed with other weights, is full, or has other rows.
+        """
+        model = self._model
+        if cache.weights_id is not model.weights_id:
+            raise ValueError(
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {model.version}). Run prefill again."
+            )
+        ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
+        if len(ids_B1) != cache.arrays.position.shape[0]:
+            raise ValueError(f"{len(ids_B1)} tokens for a cache of {cache.arrays.position.shape[0]} rows")
+        check_text(ids_B1, None, None, vocab_size=model.config.vocab_size)
+        if int(cache.arrays.length) >= cache.capacity:
+            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
+        logits_BV, arrays = model.programs.decode(
+            model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
+        )
+        return logits_BV, dataclasses.replace(cache, arrays=arrays)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        draft: Draft | None = None,
+        draft_tokens: int | None = None,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> jax.Array:
+        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
+
+        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
+        ``jax_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for the
+        model itself.
+        """
+        model = self._model
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos, "adapter": adapter}
+        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
+        if draft is None and draft_tokens is not None:
+            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+        if draft is None:
+            return generate(model, *prompt, **options, **multimodal)
+        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
+        tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
+        return tokens
+
+    @property
+    def draft(self) -> Draft:
+        """The checkpoint's multi-token prediction, bound to this model.
+
+        Raises:
+            ValueError: the model was loaded without it, or this stage does not hold it.
+        """
+        model = self._model
+        if not model.stage.has_draft:
+            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
+        return Draft(model, model)
+
+    def mtp_forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the draft says of every token but the first; arguments as for the model itself.
+
+        A last stage of several takes ``hidden_states`` beside ``input_ids``.
+
+        Returns:
+            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
+            and the token at t + 1.
+        """
+        model = self._model
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        return model.draft(input_ids, attention_mask, position_ids, **given)
+
+    def check_whole(self) -> None:
+        """Raises ValueError on a pipeline stage."""
+        model = self._model
+        if model.stage.count > 1:
+            raise ValueError(f"prefill needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+
+    @property
+    def _model(self) -> Model:
+        return cast("Model", self)

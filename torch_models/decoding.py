@@ -1,0 +1,201 @@
+"""What a model offers token by token: prefill and decode with a cache, generation, and the draft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.multimodal import check_inputs
+from loaders.roster import AdapterOfRows
+from torch_models import adapters as lora
+from torch_models.cache import Cache
+from torch_models.draft import Draft
+from torch_models.generate import generate
+from torch_models.host import on_host
+from torch_models.layers.vision import Seen
+from torch_models.speculative import generate_with_draft
+
+if TYPE_CHECKING:
+    from torch_models.model import Model
+
+
+class Decoding:
+    """Continuing prompts: base of ``torch_models.model.Model``."""
+
+    def prefill(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 16,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, Cache]:
+        """Start a ragged batch: logits, float32 [B, V], of each row's next token, and the cache to go on from.
+
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
+            adapter: of the rows, as for the model itself; ``decode`` goes on with it.
+            multimodal: as for the model itself.
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
+        """
+        model = self._model
+        prompt = model.checked_prompt(input_ids, attention_mask, multimodal)
+        rows, length = prompt.input_ids.shape
+        slot_B = lora.slots_of(model, adapter, rows)
+        cache = model.empty_cache(rows, bucket(length + max_new_tokens))
+        cache.adapter.copy_(slot_B)
+        return model.prefill_into(prompt, cache), cache
+
+    def checked_prompt(
+        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
+    ) -> ModelInputs:
+        """What ``prefill`` was given, checked, every row's real tokens at its end.
+
+        Raises:
+            ValueError: bad inputs, a row without tokens, or a pipeline stage.
+            RuntimeError: the model must not run.
+        """
+        model = self._model
+        model.check_runnable()
+        model.check_whole()
+        prompt = (model.config, on_host(input_ids), on_host(attention_mask))
+        given = {name: on_host(value) for name, value in (multimodal or {}).items()}
+        return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
+
+    def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
+        """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
+        model = self._model
+        cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
+        seen = model.seen(prompt)
+        logits_BV = self._step(model.long(prompt.input_ids), model.long(prompt.position_ids), cache, seen)
+        if prompt.vision is not None:  # an image takes fewer positions than tokens
+            cache.position += model.long(prompt.vision.delta_B)
+        return logits_BV
+
+    def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        """Append one token a row: logits, float32 [B, V], and the cache, written in place.
+
+        Raises:
+            ValueError: the cache was computed with other weights, is full, or has other rows.
+        """
+        model = self._model
+        model.check_runnable()
+        return model.decode_step(model.next_ids(token_ids, cache, rows=len(cache.position)), cache), cache
+
+    def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
+        """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
+        model = self._model
+        if cache.stamp != model.weights_stamp():
+            raise ValueError(
+                f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
+                f" at {model.version}). Run prefill again."
+            )
+        ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
+        if len(ids_B1) != rows:
+            raise ValueError(f"{len(ids_B1)} tokens for a cache of {rows} rows")
+        check_text(ids_B1, None, None, vocab_size=model.config.vocab_size)
+        if cache.length >= cache.capacity:
+            raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
+        return model.long(ids_B1)
+
+    def decode_step(self, ids_B1: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """One token a row, unchecked: logits, float32 [B, V]. What graphs capture: all it reads is on the device."""
+        cache.key_mask.index_fill_(1, cache.slot[None], True)
+        return self._step(ids_B1, cache.position[:, None].clone(), cache)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        graphs: bool = False,
+        draft: Draft | None = None,
+        draft_tokens: int | None = None,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> torch.Tensor:
+        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
+
+        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
+        ``torch_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for
+        the model itself.
+        """
+        model = self._model
+        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
+        if draft is None and draft_tokens is not None:
+            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+        if draft is None:
+            return generate(model, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
+        if graphs:
+            raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
+        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
+        with model.running(adapter, input_ids):
+            tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
+        return tokens
+
+    @property
+    def draft(self) -> Draft:
+        """The checkpoint's multi-token prediction, bound to this model.
+
+        Raises:
+            ValueError: the model was loaded without it, or this stage does not hold it.
+        """
+        model = self._model
+        if not model.stage.has_draft:
+            raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
+        return Draft(model, model)
+
+    def mtp_forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        hidden_states: Any = None,
+        adapter: AdapterOfRows = None,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the draft says of every token but the first; arguments as for the model itself.
+
+        A last stage of several takes ``hidden_states`` beside ``input_ids``.
+
+        Returns:
+            Logits, float32 [B, T-1, V], and hidden states [B, T-1, D]: row t from the model's final hidden state at t
+            and the token at t + 1.
+        """
+        model = self._model
+        given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
+        return model.draft(input_ids, attention_mask, position_ids, **given)
+
+    def check_whole(self) -> None:
+        """Raises ValueError on a pipeline stage."""
+        model = self._model
+        if model.stage.count > 1:
+            raise ValueError(f"prefill needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+
+    def _step(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
+    ) -> torch.Tensor:
+        model = self._model
+        with lora.of_cache(model, cache):
+            x_BTD = model.decoder(model.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
+            return model.head(x_BTD[:, -1:])[:, 0]
+
+    @property
+    def _model(self) -> Model:
+        return cast("Model", self)
