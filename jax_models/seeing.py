@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import numpy as np
 
-from jax_models.frames import VisionArrays, framed, real_tokens, vision_arrays
+from jax_models.frames import VisionArrays, framed, vision_arrays
 from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
 
@@ -31,9 +31,8 @@ class Seeing:
         config = model.config.vision
         if config is None or not model.stage.has_tower:
             raise ValueError("this model holds no vision tower")
-        shown = framed(config, check_shown(config, pixel_values, image_grid_thw))
-        real_U = real_tokens(config, shown)
-        return tuple(tokens[real_U] for tokens in model.programs.see(model.weights, shown))
+        shown, token_U = framed(config, check_shown(config, pixel_values, image_grid_thw))
+        return tuple(tokens[token_U] for tokens in model.programs.see(model.weights, shown))
 
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
         """As ``get_image_features``: a video's frames are images."""

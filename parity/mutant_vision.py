@@ -113,13 +113,18 @@ def _tokens(change: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]) -> Callab
 
 def _all_frames_one(original: Any, backend: str) -> Any:
     def call(self: Any, x: Any, cos: Any, sin: Any, frames: Any) -> Any:
-        return original(self, x, cos, sin, (sum(frames),))
+        return original(self, x, cos, sin, (sum(frames),) if backend == "torch" else xp("jax").minimum(frames, 0))
 
     return call
 
 
 def _sees_padding(original: Any, backend: str) -> Any:
-    return lambda self, x, cos, sin, is_real: original(self, x, cos, sin, is_real | True)
+    def call(self: Any, x: Any, cos: Any, sin: Any, frames: Any) -> Any:
+        np_ = xp("jax")
+        last = np_.maximum(frames, np_.roll(frames, 4, axis=1))  # padding behind a frame is of that frame
+        return original(self, x, cos, sin, np_.where(frames < 0, last, frames))
+
+    return call
 
 
 def _taps(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Callable[[], list[Patch]]:
@@ -222,6 +227,7 @@ VISION_MUTANTS: list[Mutant] = [
         "frames_see_each_other",
         lambda: [Patch("layers.vision:VisionAttention.CALL", _all_frames_one)],
         "patches attend beyond their frame",
+        backends=BOTH,
     ),
     _of(
         "padding_seen_by_patches",

@@ -19,25 +19,28 @@ from jax_models.layers.norm import LayerNorm
 from jax_models.layers.rotary import rotate
 from loaders.vision import VisionConfig
 
+NO_FRAME = -1
+MOST_SCORES = 1 << 26  # held at once: 256 MiB in float32
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shown:
-    """Patches frame by frame, every frame padded to one length, so that batches of images share programs.
+    """Patches in rows of one length, a frame's own always side by side; see ``jax_models.frames``.
 
     Attributes:
         pixels_IPX: float32, the numbers of each patch.
         place_IP2: int32, row and column of each in its image.
         tap_IP4: int32, the four entries of the learned position grid around each.
         share_IP4: float32, what each of the four counts.
-        is_real_IP: bool, False for padding.
+        frame_IP: int32, which frame each is of: patches see those of their own. ``NO_FRAME`` for padding.
     """
 
     pixels_IPX: jax.Array
     place_IP2: jax.Array
     tap_IP4: jax.Array
     share_IP4: jax.Array
-    is_real_IP: jax.Array
+    frame_IP: jax.Array
 
 
 class PatchProjection(nnx.Module):
@@ -73,11 +76,11 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True)
         self.num_heads = config.num_heads
 
-    def __call__(self, x_IPC: jax.Array, cos_IPR: jax.Array, sin_IPR: jax.Array, is_real_IP: jax.Array) -> jax.Array:
+    def __call__(self, x_IPC: jax.Array, cos_IPR: jax.Array, sin_IPR: jax.Array, frame_IP: jax.Array) -> jax.Array:
         qkv = self.qkv(x_IPC).reshape(*x_IPC.shape[:2], 3, self.num_heads, -1)
         q_IPNH, k_IPNH, v_IPNH = (qkv[:, :, part] for part in range(3))
         q_IPNH, k_IPNH = rotate(q_IPNH, cos_IPR, sin_IPR), rotate(k_IPNH, cos_IPR, sin_IPR)
-        out_IPNH = jax.nn.dot_product_attention(q_IPNH, k_IPNH, v_IPNH, mask=is_real_IP[:, None, None, :])
+        out_IPNH = frame_attention(q_IPNH, k_IPNH, v_IPNH, frame_IP)
         return self.proj(out_IPNH.reshape(x_IPC.shape))
 
 
@@ -101,8 +104,8 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def __call__(self, x_IPC: jax.Array, cos_IPR: jax.Array, sin_IPR: jax.Array, is_real_IP: jax.Array) -> jax.Array:
-        x_IPC = x_IPC + self.attn(self.norm1(x_IPC), cos_IPR, sin_IPR, is_real_IP)
+    def __call__(self, x_IPC: jax.Array, cos_IPR: jax.Array, sin_IPR: jax.Array, frame_IP: jax.Array) -> jax.Array:
+        x_IPC = x_IPC + self.attn(self.norm1(x_IPC), cos_IPR, sin_IPR, frame_IP)
         return x_IPC + self.mlp(self.norm2(x_IPC))
 
 
@@ -158,12 +161,41 @@ class VisionTower(nnx.Module):
         cos_IPR, sin_IPR = vision_rotation(shown.place_IP2, self.config.head_dim, self.config.rope_theta)
         levels: list[jax.Array] = []  # in the order of blocks, whatever the order of their mergers
         for block in range(self.config.depth):
-            x_IPC = self.blocks[str(block)](x_IPC, cos_IPR, sin_IPR, shown.is_real_IP)
+            x_IPC = self.blocks[str(block)](x_IPC, cos_IPR, sin_IPR, shown.frame_IP)
             if block in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(block)
                 levels.append(self.deepstack_merger_list[str(level)](x_IPC))
         found = [self.merger(x_IPC), *levels]
         return tuple(tokens.reshape(-1, tokens.shape[-1]) for tokens in found)
+
+
+def frame_attention(
+    q_IPNH: jax.Array, k_IPNH: jax.Array, v_IPNH: jax.Array, frame_IP: jax.Array, *, most_scores: int = MOST_SCORES
+) -> jax.Array:
+    """Attention of each patch to those of its own frame, [I, P, N, H], with at most so many scores in memory at once.
+
+    What a large picture costs would else be the square of its patches: a head's scores of 16384 patches are 1 GiB.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, frame_q: jax.Array, frame: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=frame_q[:, None, :, None] == frame[:, None, None, :])
+
+    rows, P, N, _ = q_IPNH.shape
+    if rows * N * P * P <= most_scores:
+        return attend(q_IPNH, k_IPNH, v_IPNH, frame_IP, frame_IP)
+    parts = 1  # a row is a power of two long, or three halves of one
+    while N * (P // parts) * P > most_scores and P % (2 * parts) == 0:
+        parts *= 2
+    size = P // parts
+
+    @jax.checkpoint
+    def part(which: jax.Array) -> jax.Array:
+        row, start = which // parts, which % parts * size
+        q, frame_q = (jax.lax.dynamic_slice_in_dim(array[row], start, size) for array in (q_IPNH, frame_IP))
+        return attend(q[None], k_IPNH[row][None], v_IPNH[row][None], frame_q[None], frame_IP[row][None])[0]
+
+    at_once = max(1, most_scores // (N * size * P))
+    return jax.lax.map(part, jnp.arange(rows * parts), batch_size=at_once).reshape(q_IPNH.shape)
 
 
 def vision_rotation(place_IP2: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
