@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -45,7 +44,7 @@ class Decoding:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
         model = self._model
-        checked = model.checked_prompt(input_ids, attention_mask, multimodal)
+        checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
         rows, length = checked.input_ids.shape
         slot_B = model.roster.rows(adapter, rows)
         cache = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
@@ -54,9 +53,7 @@ class Decoding:
         logits_BV, cache = model.programs.prefill(*given, cache=cache, vision=vision, **model.of_slots(slot_B))
         return logits_BV, VersionedCache(cache, model.version, model.weights_id, slot_B)
 
-    def checked_prompt(
-        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
-    ) -> ModelInputs:
+    def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end, as long as programs are made for.
 
         Raises:
@@ -64,7 +61,7 @@ class Decoding:
         """
         model = self._model
         model.check_whole()
-        prompt, given = (model.config, input_ids, attention_mask), multimodal or {}
+        prompt, given = (model.config, input_ids, attention_mask), multimodal
         checked = check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
         return checked.padded_to(bucket(checked.input_ids.shape[1]))
 

@@ -27,11 +27,8 @@ from parity.faults import FAULTS, OPENING, Fault
 from parity.lifecycle_lora import ADAPTER_EVENTS
 from parity.lifecycle_serving import draft, nap, replay, speculate
 from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, has_draft, same_bits, some
-from parity.zoo import prompts
 
 LIVE = {"jax": "parity.live_jax", "torch": "parity.live_torch"}
-PROMPT_ROWS, PROMPT_TOKENS = 2, 12
-
 
 Event = Callable[[LiveModel], str]  # does it, checks it, says what was checked
 
@@ -63,8 +60,7 @@ def run_lifecycle(
     for name in backends:
         live = import_module(LIVE[name]).live(open_backend(name, device))
         with tempfile.TemporaryDirectory(prefix=f"lifecycle-{name}-", dir=scratch) as directory:
-            ids = prompts(pair["A"].config, rows=PROMPT_ROWS, tokens=PROMPT_TOKENS, padding=None)["input_ids"]
-            results += _run(Bench(live, pair, ids, Path(directory)), name)
+            results += _run(Bench(live, pair, Path(directory)), name)
     return results
 
 
@@ -221,8 +217,8 @@ def stale_cache(life: LiveModel) -> str:
     """What was computed with old weights is refused by new ones; what was not, goes on."""
     for change in (lambda: life.swap("B"), lambda: life.reload("A"), lambda: life.reload("A")):
         with life.live.backend.scope():
-            _, cache = life.model.prefill(life.bench.prompt, max_new_tokens=NEW_TOKENS)
-            tokens = np.zeros(len(life.bench.prompt), np.int64)
+            _, cache = life.model.prefill(**life.bench.prompt, max_new_tokens=NEW_TOKENS)
+            tokens = np.zeros(life.bench.rows, np.int64)
             _, cache = life.model.decode(tokens, cache)
             change()
             try:
@@ -238,9 +234,9 @@ def stale_cache(life: LiveModel) -> str:
 def kept_cache(life: LiveModel) -> str:
     """A refused reload publishes nothing, so a cache from before it is still good."""
     with life.live.backend.scope():
-        _, cache = life.model.prefill(life.bench.prompt, max_new_tokens=NEW_TOKENS)
+        _, cache = life.model.prefill(**life.bench.prompt, max_new_tokens=NEW_TOKENS)
         life.broken_reload("B", OPENING[0])
-        life.model.decode(np.zeros(len(life.bench.prompt), np.int64), cache)
+        life.model.decode(np.zeros(life.bench.rows, np.int64), cache)
     life.check()
     return "good after a refused reload"
 
@@ -261,6 +257,9 @@ def stages(count: int) -> Event:
     def event(life: LiveModel) -> str:
         if count > life.model.config.num_hidden_layers:
             raise Skipped(f"{life.model.config.num_hidden_layers} layers cannot be {count} stages")
+        first = Stage(0, count).layers(life.model.config.num_hidden_layers)
+        if life.bench.shows and len(life.model.config.vision.deepstack_visual_indexes) > len(first):
+            raise Skipped(f"the first of {count} stages has {len(first)} layers, fewer than deepstack levels")
         models = [life.bench.load(life.bench.path("A"), (index, count)) for index in range(count)]
         _check_stages(life, models, "A")
         models = [model.update_weights_from_disk(life.bench.path("B")) for model in models]
@@ -281,9 +280,11 @@ def _check_stages(life: LiveModel, models: list[Any], letter: str) -> None:
     twice = int(life.model.config.tie_word_embeddings or life.bench.has_draft)
     expect(sum(map(len, parts)) == len(union) + twice, "two stages hold the same tensors")
     with life.live.backend.scope():
-        x = models[0](life.bench.prompt)
+        x, positions = models[0](**life.bench.prompt), None
+        if life.bench.shows:
+            positions, _ = models[0].get_rope_index(**life.bench.prompt)
         for model in models[1:]:
-            x = model(hidden_states=x)
+            x = model(hidden_states=x, position_ids=positions)
     logits, tolerance = life.live.backend.to_numpy(x), life.live.stage_tolerance(models[0])
     if tolerance == 0:
         expect(same_bits(logits, whole.logits), "chained stages differ from the whole model")

@@ -28,7 +28,7 @@ class _Adapted:
 
     def __init__(self, life: LiveModel) -> None:
         self.life, self.bench = life, life.bench
-        self.rows = len(self.bench.prompt)
+        self.rows = self.bench.rows
 
     def path(self, seed: int, *, is_zero: bool = False, tables: bool = True) -> Path:
         """An adapter for this model: linear layers, experts, embedding and head; all of one layout."""
@@ -61,7 +61,7 @@ class _Adapted:
 
     def logits(self, adapter: Any = None) -> np.ndarray:
         with self.life.live.backend.scope():
-            return self.life.live.backend.to_numpy(self.life.model(self.bench.prompt, adapter=adapter))
+            return self.life.live.backend.to_numpy(self.life.model(**self.bench.prompt, adapter=adapter))
 
     def cold(self, *changes: Change) -> np.ndarray:
         """Logits of a model that was loaded cold and then changed."""
@@ -87,7 +87,7 @@ def attach(life: LiveModel) -> str:
     adapted = _Adapted(life)
     base, weights = adapted.logits(), life.model.digests()
     with life.live.backend.scope():
-        _, cache = life.model.prefill(life.bench.prompt)
+        _, cache = life.model.prefill(**life.bench.prompt)
     adapted.do(lambda model: model.attach_lora(adapted.path(1, is_zero=True)))
     adapted.equals(base, "an adapter whose B is zero")
     _refused(life, cache)
@@ -137,7 +137,7 @@ def stale_adapter_cache(life: LiveModel) -> str:
     )
     for change in changes:
         with life.live.backend.scope():
-            _, cache = life.model.prefill(life.bench.prompt)
+            _, cache = life.model.prefill(**life.bench.prompt)
         adapted.do(change)
         _refused(life, cache)
     adapted.clear()
@@ -241,7 +241,7 @@ def _distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _refused(life: LiveModel, cache: Any) -> None:
-    tokens = np.zeros(len(life.bench.prompt), np.int64)
+    tokens = np.zeros(life.bench.rows, np.int64)
     with life.live.backend.scope():
         _raises(lambda: life.model.decode(tokens, cache), "adapters", "a cache of other adapters was taken")
 

@@ -16,7 +16,7 @@ def draft(life: LiveModel) -> str:
         before = life.bench.drafted(life.model)
         change()
         with life.live.backend.scope():
-            now = life.live.backend.to_numpy(held(life.bench.prompt)[0])
+            now = life.live.backend.to_numpy(held(**life.bench.prompt)[0])
         expected = before if life.live.keeps_old else life.bench.drafted(life.model)
         assert expected is not None
         expect(same_bits(now, expected), "a draft from before a change is of neither model")
@@ -61,10 +61,10 @@ def replay(life: LiveModel) -> str:
 
 def _batch_refused(life: LiveModel) -> None:
     """A batch that began before a reload cannot go on after it."""
-    _, batch = life.model.graphs.prefill(life.bench.prompt)
+    _, batch = life.model.graphs.prefill(**life.bench.prompt)
     life.reload("A")
     try:
-        batch.decode(np.zeros(len(life.bench.prompt), np.int64))
+        batch.decode(np.zeros(life.bench.rows, np.int64))
     except ValueError as error:
         expect("version" in str(error), f"the error does not speak of versions: {error}")
     else:

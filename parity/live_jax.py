@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,16 @@ class JaxLive:
 
         return model.replace(weights=jax.tree.map(poisoned, model.weights))
 
-    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+    def stepped(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Logits of a prompt and of the steps after it, each from its best token."""
-        logits, cache = model.prefill(prompt, max_new_tokens=STEPS)
+        logits, cache = model.prefill(**prompt, max_new_tokens=STEPS)
         found = [np.asarray(logits)]
         for _ in range(STEPS):
             logits, cache = model.decode(found[-1].argmax(-1), cache)
             found.append(np.asarray(logits))
         return found
 
-    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+    def replayed(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The same programs, which no update of weights compiles again."""
         return self.stepped(model, prompt)
 

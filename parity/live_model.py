@@ -23,8 +23,11 @@ from loaders.stage import Stage
 from loaders.writer import write_checkpoint
 from parity.backends import Backend
 from parity.faults import Fault, broken_checkpoint
+from parity.zoo import prompts
+from parity.zoo_pictures import pictures
 
 NEW_TOKENS = 4
+PROMPT_ROWS, PROMPT_TOKENS, PICTURE_TOKENS = 2, 12, 44
 STEPS = 3  # decoded to compare logits
 POISON = "NaN"  # where a tensor comes from that came from no checkpoint
 HALVES = ("embed", "head")
@@ -55,8 +58,8 @@ class LiveBackend(Protocol):
     def compiled(self, model: Any) -> dict[str, int]: ...
     def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]: ...
     def poison(self, model: Any) -> Any: ...
-    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]: ...
-    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]: ...
+    def stepped(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]: ...
+    def replayed(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]: ...
     def stage_tolerance(self, model: Any) -> float: ...
 
 
@@ -75,14 +78,15 @@ class Witness:
 
 
 class Bench:
-    """Checkpoints by letter, a fixed prompt, and the witness of every state asked for so far, on one backend."""
+    """Checkpoints by letter, a prompt, and the witness of every state asked for so far, on one backend.
 
-    def __init__(
-        self, live: LiveBackend, checkpoints: Mapping[str, Checkpoint], prompt: np.ndarray, scratch: Path
-    ) -> None:
+    Attributes:
+        prompt: what is run again and again; models that see are shown something.
+    """
+
+    def __init__(self, live: LiveBackend, checkpoints: Mapping[str, Checkpoint], scratch: Path) -> None:
         self.live = live
         self.checkpoints = dict(checkpoints)
-        self.prompt = prompt
         self.scratch = scratch
         self.has_draft = all(map(has_draft, checkpoints.values()))
         stage = Stage(mtp=self.has_draft)
@@ -90,8 +94,19 @@ class Bench:
         self.specs: Specs = next(iter(plans.values())).specs
         self.tensors = {letter: tuple(plan.tensors) for letter, plan in plans.items()}
         self.left_out = {letter: plan.left_out for letter, plan in plans.items()}
+        config = self.checkpoints["A"].config
+        self.shows = config.vision is not None
+        self.prompt: dict[str, np.ndarray] = (
+            pictures(config, tokens=PICTURE_TOKENS, padding=None)
+            if self.shows
+            else prompts(config, rows=PROMPT_ROWS, tokens=PROMPT_TOKENS, padding=None)
+        )
         self._same_as = {tied.tensor: tied.same_as for tied in self.specs.tied}
         self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompt["input_ids"])
 
     @property
     def halves(self) -> tuple[str, ...]:
@@ -106,20 +121,20 @@ class Bench:
 
     def logits(self, model: Any) -> np.ndarray:
         with self.live.backend.scope():
-            return self.live.backend.to_numpy(model(self.prompt))
+            return self.live.backend.to_numpy(model(**self.prompt))
 
     def drafted(self, model: Any) -> np.ndarray | None:
         """Logits of the model's draft, None without one."""
         if not self.has_draft:
             return None
         with self.live.backend.scope():
-            return self.live.backend.to_numpy(model.mtp_forward(self.prompt)[0])
+            return self.live.backend.to_numpy(model.mtp_forward(**self.prompt)[0])
 
     def tokens(self, model: Any, draft: Any = None) -> np.ndarray:
         with self.live.backend.scope():
             options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
             options |= {} if draft is None else {"draft": draft, "draft_tokens": 2}
-            return self.live.backend.to_numpy(model.generate(self.prompt, **options))
+            return self.live.backend.to_numpy(model.generate(**self.prompt, **options))
 
     def tensors_of_half(self, half: str, letter: str) -> list[str]:
         """Checkpoint tensors that a swap of one half changes; both of them where a tied head is shipped."""
@@ -287,7 +302,7 @@ class LiveModel:
         """Sleep, in which nothing runs, and wake with the same weights, wherever they are now."""
         self.model.sleep().sleep()
         try:
-            self.model(self.bench.prompt)
+            self.model(**self.bench.prompt)
         except RuntimeError as error:
             expect("wake" in str(error), f"the error does not say what to do: {error}")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +47,22 @@ class TorchLive:
             param.view(-1).view(torch.uint8).fill_(255)
         return model
 
-    def stepped(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+    def stepped(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Logits of a prompt and of the steps after it, each from its best token, on the rows a graph would have."""
-        rows, length = prompt.shape
+        checked = model.checked_prompt(**prompt)
+        rows, length = checked.input_ids.shape
         all_rows = row_bucket(rows)
         cache = model.empty_cache(all_rows, bucket(length + STEPS))
-        found = [model.prefill_into(model.checked_prompt(prompt), cache.first_rows(rows)).cpu().numpy().copy()]
+        found = [model.prefill_into(checked, cache.first_rows(rows)).cpu().numpy().copy()]
         cache.length = length
         for _ in range(STEPS):
             token_B = np.pad(found[-1].argmax(-1), (0, all_rows - rows))
             found.append(model.decode(token_B, cache)[0][:rows].cpu().numpy().copy())
         return found
 
-    def replayed(self, model: Any, prompt: np.ndarray) -> list[np.ndarray]:
+    def replayed(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Likewise by replaying a graph, which is captured when first asked for."""
-        logits_BV, batch = model.graphs.prefill(prompt, max_new_tokens=STEPS)
+        logits_BV, batch = model.graphs.prefill(**prompt, max_new_tokens=STEPS)
         found = [logits_BV.cpu().numpy().copy()]
         for _ in range(STEPS):
             found.append(batch.decode(found[-1].argmax(-1)).cpu().numpy().copy())

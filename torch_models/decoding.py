@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -47,16 +46,14 @@ class Decoding:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
         model = self._model
-        prompt = model.checked_prompt(input_ids, attention_mask, multimodal)
+        prompt = model.checked_prompt(input_ids, attention_mask, **multimodal)
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
         return model.prefill_into(prompt, cache), cache
 
-    def checked_prompt(
-        self, input_ids: Any, attention_mask: Any = None, multimodal: Mapping[str, Any] | None = None
-    ) -> ModelInputs:
+    def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end.
 
         Raises:
@@ -67,7 +64,7 @@ class Decoding:
         model.check_runnable()
         model.check_whole()
         prompt = (model.config, on_host(input_ids), on_host(attention_mask))
-        given = {name: on_host(value) for name, value in (multimodal or {}).items()}
+        given = {name: on_host(value) for name, value in multimodal.items()}
         return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
 
     def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:

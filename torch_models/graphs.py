@@ -211,7 +211,7 @@ class DecodeGraphs:
     ) -> tuple[torch.Tensor, Batch]:
         """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
         model = self._model
-        prompt = model.checked_prompt(input_ids, attention_mask, multimodal)
+        prompt = model.checked_prompt(input_ids, attention_mask, **multimodal)
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
         (graph,) = self.capture(rows, length + max_new_tokens)

@@ -82,7 +82,7 @@ def generate_with_draft(
         found_BV = probabilities(logits_BV)
         return draw(found_BV, rng), found_BV
 
-    checked = model.checked_prompt(input_ids, attention_mask, multimodal)
+    checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
     B, length = checked.input_ids.shape
     T = draft_tokens + 1
     room = bucket(length + max_new_tokens + 3 * T)

@@ -155,6 +155,7 @@ def test_every_device_holds_its_slice_of_the_checkpoint_bit_for_bit(name, sizes,
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_unless("expert2-tensor2-qwen3-moe", "data2-tensor4-qwen3")
 def test_digests_and_export_do_not_know_of_the_mesh(name, mesh, checkpoints, single, tmp_path):
     model = jax_models.load(checkpoints(name), mesh=mesh)
     assert model.digests() == single(name)[0].digests()
@@ -162,11 +163,13 @@ def test_digests_and_export_do_not_know_of_the_mesh(name, mesh, checkpoints, sin
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_unless("expert2-tensor2-qwen3-moe", "data2-tensor4-qwen3")
 def test_logits_and_tokens_are_those_of_one_device(name, mesh, checkpoints, single):
     check_answers(jax_models.load(checkpoints(name), mesh=mesh), *single(name)[1:])
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_unless("expert4-tensor2-qwen3")
 def test_so_they_are_where_the_mesh_does_not_divide_the_sizes(name, wide_mesh, checkpoints, single):
     check_answers(jax_models.load(checkpoints(name, "odd"), mesh=wide_mesh), *single(name, "odd")[1:])
 
@@ -178,6 +181,7 @@ def check_answers(model, inputs, logits, tokens):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_unless("expert4-tensor2-qwen3-moe")
 def test_swap_and_reload_compile_nothing_and_leave_shardings_as_they_were(name, wide_mesh, checkpoints, tmp_path):
     path_a, path_b = checkpoints(name), checkpoints(name, seed=1)
     model = jax_models.load(path_a, mesh=wide_mesh)
@@ -347,6 +351,7 @@ def test_abstract_weights_and_cache_are_the_real_ones_without_their_bytes(name, 
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_unless("qwen3")
 def test_abstract_models_compile(name, checkpoints):
     config, mesh = open_checkpoint(checkpoints(name)).config, mesh_of("expert2-tensor2")
     weights, cache = abstract_weights(config, mesh, "float32"), abstract_cache(config, 2, 16, "float32", mesh)

@@ -8,7 +8,7 @@ from loaders import open_checkpoint
 from parity.backends import open_backend
 from parity.lifecycle import LIVE
 from parity.live_model import Bench
-from parity.zoo import make_checkpoint, prompts
+from parity.zoo import make_checkpoint
 from parity.zoo_quantized import ZooQuantization, block_sizes
 
 BACKENDS = ("jax", "torch")
@@ -51,9 +51,8 @@ class Benches:
     def bench(self, backend, zoo):
         if (backend, zoo) not in self._benches:
             pair = {letter: open_checkpoint(path) for letter, path in self.pair(zoo).items()}
-            prompt = prompts(pair["A"].config, rows=2, tokens=12, padding=None)["input_ids"]
             live = import_module(LIVE[backend]).live(open_backend(backend, "cpu"))
             scratch = self.root / f"scratch-{backend}-{zoo}"
             scratch.mkdir()
-            self._benches[backend, zoo] = Bench(live, pair, prompt, scratch)
+            self._benches[backend, zoo] = Bench(live, pair, scratch)
         return self._benches[backend, zoo]

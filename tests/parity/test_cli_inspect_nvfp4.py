@@ -54,6 +54,7 @@ def abstract(directory, document, beside=None):
 
 
 @pytest.mark.parametrize("attention", [(), ("*self_attn*",)], ids=["all linears", "experts only"])
+@pytest.mark.slow_unless("all linears")
 def test_aliasing_saves_15_gib_per_rank_at_the_sizes_of_the_seed(attention, tmp_path, capsys):
     found = inspected(capsys, abstract(tmp_path / "k", KIMI, nvfp4(*attention)), "--expert", 4)
     (stage,) = found["stages"]

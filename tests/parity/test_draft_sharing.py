@@ -48,6 +48,7 @@ def buffers(model):
     return {name: leaf.unsafe_buffer_pointer() for name, leaf in jax_models.weights.flatten(model.weights).items()}
 
 
+@pytest.mark.slow_unless("torch-*", "jax-qwen3_5")
 def test_after_a_reload_the_draft_is_that_of_a_cold_load_bit_for_bit(package, pair):
     model, cold = package.load(pair[0], mtp=True), package.load(pair[1], mtp=True)
     before = said(model)
@@ -110,6 +111,7 @@ def test_a_draft_holds_no_buffer_of_its_own_but_mtp(package, pair):
         assert buffers(after) == moved
 
 
+@pytest.mark.slow_unless("torch-*", "jax-qwen3_5-tied")
 def test_a_draft_bound_to_another_model_reads_that_ones_embedding_and_head(package, pair):
     model, other = package.load(pair[0], mtp=True), package.load(pair[1])
     draft = model.draft.bind(other)
@@ -151,6 +153,7 @@ def test_a_draft_that_does_not_fit_is_refused_with_every_reason(package, pair, t
         model.generate(IDS, draft_tokens=2)
 
 
+@pytest.mark.slow_unless("torch-*", "jax-qwen3_5")
 def test_the_draft_of_an_old_version_is_refused_by_the_new_one_in_jax_and_lives_on_in_torch(package, pair):
     model = package.load(pair[0], mtp=True)
     draft = model.draft
@@ -167,6 +170,7 @@ def test_the_draft_of_an_old_version_is_refused_by_the_new_one_in_jax_and_lives_
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow_unless("torch-*", "jax-qwen3_5-2")
 def test_a_last_stage_keeps_a_declared_copy_of_the_embedding_that_every_update_refreshes(
     package, name, count, tmp_path
 ):
@@ -231,6 +235,7 @@ def test_a_redundant_head_of_a_tied_checkpoint_is_verified_never_written(package
     assert model.version == 1
 
 
+@pytest.mark.slow_unless("qwen3_5")
 def test_generating_with_a_draft_after_a_reload_compiles_nothing(pair):
     live = JaxLive(None)
     model = jax_models.load(pair[0], mtp=True)

@@ -97,6 +97,7 @@ def test_a_checkpoint_with_faults_cannot_be_loaded_as_a_new_model_either(life):
     ("backend", "zoo"),
     [(backend, zoo) for backend in BACKENDS for zoo in OTHERS if (backend, zoo) != ("jax", "qwen3_5")],  # as wrapped
 )
+@pytest.mark.slow_unless("torch-*", "jax-gemma3")
 def test_every_family_refuses_every_fault_alone_and_with_all_of_its_kind(backend, zoo, benches):
     life = LiveModel(benches.bench(backend, zoo), "A")
     for fault in FAULTS.values():
@@ -173,6 +174,7 @@ def dropped_destinations(checkpoint, delivered):
         yield name, copy
 
 
+@pytest.mark.slow_unless("*-qwen3")
 def test_twenty_times_there_and_back_is_where_it_was(life):
     digests, logits = life.model.digests(), life.bench.logits(life.model)
     process = psutil.Process()
@@ -229,11 +231,11 @@ def test_torch_refuses_to_run_a_mixture_until_a_good_load(event, benches, monkey
     assert life.model.version == 1
     for call in (life.model, life.model.prefill, life.model.generate):
         with pytest.raises(RuntimeError, match="refuses to run"):
-            call(life.bench.prompt)
+            call(life.bench.prompt["input_ids"])
     with pytest.raises(ValueError, match="problem"):
         life.model.update_weights_from_disk(life.bench.scratch)  # a bad load does not end it
     with pytest.raises(RuntimeError, match="refuses to run"):
-        life.model(life.bench.prompt)
+        life.model(**life.bench.prompt)
     life.reload("A")
     life.generate()
 

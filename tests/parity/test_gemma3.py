@@ -288,6 +288,7 @@ def greedy(directory: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("backend", MODELS)
 @pytest.mark.parametrize("name", [name for name in CASES if "final" not in name])
+@pytest.mark.slow_unless("*-torch", "tied-jax")
 def test_greedy_tokens_of_a_ragged_batch_are_transformers_rows_alone(
     name: str, backend: str, checkpoint_of: Build
 ) -> None:

@@ -121,7 +121,7 @@ class LifeOfAModel(RuleBasedStateMachine):
         """One step on from a good cache, which JAX then has used up."""
         (cache, version), self.cache = self.cache, None
         assert version == self.life.version
-        self.life.model.decode(np.zeros(len(self.bench.prompt), np.int64), cache)
+        self.life.model.decode(np.zeros(self.bench.rows, np.int64), cache)
         self.life.check()
 
     @invariant()
@@ -131,10 +131,10 @@ class LifeOfAModel(RuleBasedStateMachine):
             return
         if self.cache is not None and self.cache[1] != self.life.version:
             with pytest.raises(ValueError, match="version .*prefill"):
-                self.life.model.decode(np.zeros(len(self.bench.prompt), np.int64), self.cache[0])
+                self.life.model.decode(np.zeros(self.bench.rows, np.int64), self.cache[0])
             self.cache = None
         if self.cache is None:
-            _, cache = self.life.model.prefill(self.bench.prompt, max_new_tokens=NEW_TOKENS)
+            _, cache = self.life.model.prefill(**self.bench.prompt, max_new_tokens=NEW_TOKENS)
             self.cache = cache, self.life.version
 
     def teardown(self):
@@ -176,14 +176,16 @@ def test_a_draft_that_shares_its_target_s_embedding_and_head_still_does_after_an
         assert (draft.lm_head.weight is target.lm_head.weight) == ("head" in halves)
 
 
-@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize("zoo", [*ZOO, "qwen3_vl"])
+@pytest.mark.slow_unless("qwen3_5", "qwen3-tied")
 def test_every_event_passes_on_both_backends(zoo, benches, tmp_path):
     results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], scratch=tmp_path)
     skipped = {result.event for result in results if result.verdict == "skip" and result.backend == "torch"}
     assert [result for result in results if result.verdict == "fail"] == [], render_text(results)
     is_tied = zoo in ("qwen3-tied", "gemma3")
     no_draft = set() if zoo == "qwen3_5" else NO_DRAFT
-    assert skipped == {"3 stages"} | no_draft | (set() if is_tied else {"tied embed and head"})
+    too_short = {"2 stages", "3 stages"} if zoo == "qwen3_vl" else {"3 stages"}  # for deepstack levels
+    assert skipped == too_short | no_draft | (set() if is_tied else {"tied embed and head"})
     assert {r.event for r in results if r.verdict == "skip" and r.backend == "jax"} == skipped | {"sleep and wake"}
     assert {result.backend for result in results} == set(BACKENDS)
     roots = {name: {r.event: r.root for r in results if r.backend == name and r.root} for name in BACKENDS}
@@ -192,8 +194,9 @@ def test_every_event_passes_on_both_backends(zoo, benches, tmp_path):
 
 
 @pytest.mark.parametrize("zoo", ["qwen3_5-wrapped", "qwen3_5-moe"])
+@pytest.mark.slow_unless("qwen3_5-wrapped")
 def test_every_event_passes_on_wrapped_and_sparse_hybrids(zoo, benches, tmp_path):
-    """In torch alone, which compiles nothing; the vision tower is loaded, reloaded and exported with the rest."""
+    """In torch alone, which compiles nothing; prompts of the wrapped show images and videos."""
     results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], backends=["torch"], scratch=tmp_path)
     assert [result for result in results if result.verdict == "fail"] == [], render_text(results)
     assert {r.event for r in results if r.verdict == "skip"} == {"3 stages", "tied embed and head"}

@@ -269,6 +269,7 @@ def test_a_quantised_head_is_not_swapped_without_its_scales(backend, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["tensor", "expert"])
+@pytest.mark.slow_unless("expert")
 def test_on_a_mesh_quantised_weights_compute_the_same(how, written):
     """Codes are cut between blocks; experts and their scales go together."""
     import jax

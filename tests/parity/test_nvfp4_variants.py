@@ -61,6 +61,7 @@ def on_disk(path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "spelling"), [("qwen3", "modelopt"), ("qwen3-moe", "compressed-tensors")])
+@pytest.mark.slow_unless("*-torch", "qwen3-modelopt-jax")
 def test_scales_of_either_rank_are_the_same_and_are_exported_as_they_came(backend, name, spelling, tmp_path):
     """compressed-tensors' own ModelOptNvfp4Converter writes [], other writers of ModelOpt's names [1]."""
     how = ZooQuantization(spelling=spelling, kv_cache=spelling == "modelopt")
@@ -115,6 +116,7 @@ def test_a_scale_that_is_none_is_refused_and_the_old_weights_serve_on(backend, s
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow_unless("torch-*", "jax-qwen3")
 def test_a_cache_that_casts_computes_what_scales_of_one_do(backend, name, tmp_path):
     """ModelOpt's recipes end in ``kv_fp8_cast``: its largest magnitude is 448, the scale 1, and no tensor says so."""
 

@@ -103,6 +103,7 @@ def greedy(directory: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.slow_unless("*-torch", "moe interval 3 one by one tied-jax")
 def test_greedy_tokens_of_a_ragged_batch_are_transformers_rows_alone(
     name: str, backend: str, checkpoint_of: Build
 ) -> None:
@@ -124,6 +125,7 @@ def layers_of(cache: Any) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.slow_unless("*-torch", "moe-jax")
 def test_decoding_step_by_step_is_prefill(name: str, backend: str, checkpoint_of: Build) -> None:
     directory, ids_BT = checkpoint_of(name), inputs_of("plain", rows=2, tokens=70)["input_ids"]
     want = reference(directory, {"input_ids": ids_BT})["logits"]

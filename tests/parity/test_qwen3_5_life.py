@@ -199,6 +199,7 @@ def test_a_reload_with_other_layers_or_dtypes_changes_nothing(
 
 @BACKENDS
 @pytest.mark.parametrize("name", ["interval 2 yarn", "moe interval 3 one by one tied"])
+@pytest.mark.slow_unless("*-torch", "interval 2 yarn-jax")
 def test_stages_chained_are_the_whole_model(name: str, backend: str, checkpoint_of: Build, tmp_path: Path) -> None:
     directory, inputs = checkpoint_of(name), inputs_of("left", rows=2, tokens=70)
     want = as_numpy(MODELS[backend].load(directory, dtype="float32")(**inputs))
@@ -236,6 +237,7 @@ def compilations() -> Iterator[list[str]]:
     ("name", "sizes"),
     [("even moe", (2, 1, 4)), ("even moe", (1, 4, 2)), ("dense", (1, 2, 2))],
 )
+@pytest.mark.slow_unless("even moe-sizes1")
 def test_a_mesh_is_the_same_model(name: str, sizes: tuple[int, ...], checkpoint_of: Build) -> None:
     if len(jax.devices()) < 8:
         pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")

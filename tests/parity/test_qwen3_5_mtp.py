@@ -63,6 +63,7 @@ def test_the_drafts_experts_are_one_by_one_where_the_case_says_so(checkpoint_of:
 
 @pytest.mark.parametrize("backend", MODELS)
 @pytest.mark.parametrize("kind", ["left", "right"])
+@pytest.mark.slow_unless("*-torch", "left-jax")
 def test_a_row_of_a_padded_batch_drafts_as_if_alone(kind: str, backend: str, checkpoint_of: Build) -> None:
     model, inputs = drafting(backend, checkpoint_of("dense")), inputs_of(kind, rows=2, tokens=70)
     logits, _ = model.mtp_forward(**inputs)
@@ -74,6 +75,7 @@ def test_a_row_of_a_padded_batch_drafts_as_if_alone(kind: str, backend: str, che
 
 @pytest.mark.parametrize("backend", MODELS)
 @pytest.mark.parametrize("name", ["dense", "wrapped tied"])
+@pytest.mark.slow_unless("*-torch", "wrapped tied-jax")
 def test_the_last_stage_drafts_as_the_whole_model(name: str, backend: str, checkpoint_of: Build) -> None:
     directory, inputs = checkpoint_of(name), inputs_of("left", rows=2, tokens=70)
     whole = drafting(backend, directory)

@@ -60,6 +60,7 @@ def accepted_counts(monkeypatch, package):
 
 
 @pytest.mark.parametrize(("K", "side"), [(1, "left"), (2, "right"), (3, "left"), (4, "left"), (5, "right")])
+@pytest.mark.slow_unless("torch-*", "jax-3-left")
 def test_greedy_tokens_are_those_without_a_draft_whatever_it_gets_right(model, plain, package, K, side, monkeypatch):
     plant(monkeypatch, model, plain)
     counts = accepted_counts(monkeypatch, package)
@@ -75,6 +76,7 @@ def test_greedy_tokens_are_those_without_a_draft_whatever_it_gets_right(model, p
 
 
 @pytest.mark.parametrize("name", MODELS[1:])
+@pytest.mark.slow_unless("torch-*", "jax-qwen3_5-tied")
 def test_greedy_tokens_are_those_without_a_draft_in_every_family(package, name, tmp_path, monkeypatch):
     model = load(package, tmp_path / "a", name)
     plain = np.asarray(model.generate(*batch("right"), 28, ignore_eos=True))
@@ -104,6 +106,7 @@ def test_a_row_ends_at_its_end_token_also_inside_an_accepted_run(model, plain, i
 
 
 @pytest.mark.parametrize("is_early", [True, False])
+@pytest.mark.slow_unless("torch-*", "jax-True")
 def test_a_long_generation_is_compacted_again_and_again(model, plain, package, is_early, monkeypatch):
     """Where row 1, whose draft is always right, ends early, it must not fill the cache while the others go on."""
     plant(monkeypatch, model, plain)
@@ -120,6 +123,7 @@ def test_a_long_generation_is_compacted_again_and_again(model, plain, package, i
     assert len(compactions) >= 3
 
 
+@pytest.mark.slow_unless("torch")
 def test_bfloat16_tokens_differ_only_where_two_are_nearly_as_good(package, tmp_path):
     """One run over K + 1 tokens rounds otherwise than K + 1 runs; float32 states then differ, and rarely a bfloat16."""
     model = load(package, tmp_path / "a", "qwen3_5-tied", dtype="bfloat16")

@@ -49,6 +49,7 @@ def excess(model, options, seed=0):
 
 
 @pytest.mark.parametrize("options", [(1.0, None, None), (1.6, None, 7), (1.2, 0.8, None)])
+@pytest.mark.slow_unless("torch-*", "jax-options1")
 def test_pairs_of_sampled_tokens_have_the_targets_distribution(model, options):
     deviation, report = excess(model, options)
     assert 1.2 < report.acceptance_length < 2.8  # some are taken, some not
