@@ -288,7 +288,7 @@ DELTA_MUTANTS: list[Mutant] = [
     ),
     _of(
         "stale_state_taken",
-        wrapped("model:Model.decode", any_version),
+        wrapped("decoding:Decoding.decode", any_version),
         "the state of old weights is taken",
         detector=life,
         backends=BOTH,

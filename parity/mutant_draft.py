@@ -152,7 +152,7 @@ def _keep(change: Callable[[Any, Any, Any, int], dict[str, Any]]) -> Callable[[]
 
 
 def _not_written(extend: Any, self: Any, next_ids: Any, *rest: Any) -> Any:
-    cache = rest[-1]
+    _, _, _, cache, _ = rest
     if next_ids.shape[1] > 8:  # the prompt
         return extend(self, next_ids, *rest)
     before = {name: part.clone() for name, part in cache.layers["mtp"].items()}
@@ -162,8 +162,8 @@ def _not_written(extend: Any, self: Any, next_ids: Any, *rest: Any) -> Any:
     return found
 
 
-def _last_but_one(extend: Any, self: Any, ids: Any, hidden: Any, positions: Any, last: Any, cache: Any) -> Any:
-    return extend(self, ids, hidden, positions, (last - 1).clamp(min=0), cache)
+def _last_but_one(extend: Any, self: Any, ids: Any, hidden: Any, positions: Any, last: Any, *rest: Any) -> Any:
+    return extend(self, ids, hidden, positions, (last - 1).clamp(min=0), *rest)
 
 
 def _values_stay(compact: Any, self: Any) -> None:

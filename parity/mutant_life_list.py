@@ -258,7 +258,7 @@ LIFE: list[Mutant] = [
     _of(
         "stale_cache_taken",
         "parity 19",
-        wrapped("model:Model.decode", any_version),
+        wrapped("decoding:Decoding.decode", any_version),
         "keys and values of the old weights are taken",
         backends=BOTH,
     ),

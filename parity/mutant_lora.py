@@ -229,7 +229,7 @@ LORA: list[Mutant] = [
     _life(
         "lora_cache_of_another",
         "law 7",
-        wrapped("model:Model.decode", any_version),
+        wrapped("decoding:Decoding.decode", any_version),
         "keys of the adapter before are taken",
     ),
     _life(

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from vision_cases import CASES, reference, write
 import jax_models
 import loaders
 import torch_models
+from jax_models.sharding import MESH_AXES
 from loaders.inputs import left_aligned
 from parity.oracle import oracle_forward
 from parity.zoo import make_checkpoint
@@ -149,6 +151,21 @@ def test_stages_of_a_pipeline_see_as_the_whole_does(load, seeing, side):
     assert relative_error(numpy(logits)[mask], numpy(load(side, "vl")(**batch))[mask]) <= BAR
     with pytest.raises(ValueError, match="only the first stage sees"):
         last(hidden_states=hidden, **without_text(batch))
+
+
+@pytest.mark.parametrize("name", ["vl moe", "hybrid"])
+@pytest.mark.slow_unless("vl moe")
+def test_on_a_mesh_pictures_are_seen_as_on_one_device(load, seeing, said, name):
+    batch, expected = batch_of(seeing(name), "right"), said(name, "right")
+    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, devices=jax.devices()[:8])
+    model = jax_models.load(seeing(name), dtype="float32", mesh=mesh)
+    mask = batch["attention_mask"].astype(bool)
+    assert relative_error(numpy(model(**batch))[mask], expected["logits"][mask]) <= BAR
+    prompt = (batch["input_ids"], batch["attention_mask"], 4)
+    tokens = [found.generate(*prompt, ignore_eos=True, **without_text(batch)) for found in (model, load("jax", name))]
+    np.testing.assert_array_equal(*map(np.asarray, tokens))
+    again = model.update_weights_from_disk(seeing(name))
+    np.testing.assert_array_equal(np.asarray(again(**batch)), np.asarray(model(**batch)))
 
 
 @pytest.mark.parametrize("side", SIDES)
