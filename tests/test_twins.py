@@ -29,6 +29,7 @@ ONLY_JAX: dict[str, str] = {
     "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",
     "layers/moe.py: by_expert_group()": "torch's kernels of experts are chosen with the layer",
     "layers/moe.py: update_specs()": "a mesh is JAX's alone",
+    "layers/vision.py: frame_attention()": "frames share rows, for few sizes of programs; torch attends frame by frame",
     "layers/products.py": "a mesh is JAX's alone; torch calls its kernels straight",
     "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
