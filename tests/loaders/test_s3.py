@@ -81,6 +81,7 @@ def test_only_what_is_asked_for_is_streamed(uri: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.slow_unless("jax")
 def test_models_load_reload_and_export_from_it(backend: str, uri: str, directory: Path, tmp_path: Path) -> None:
     models = importlib.import_module(f"{backend}_models")
     model = models.load(uri, mtp=True)

@@ -32,7 +32,7 @@ def num_arrays(backend):
 
 @pytest.mark.parametrize(("zoo", "count"), [("qwen3_5", 40), LONG, ("qwen3_5-moe nvfp4", 20), QUANTIZED])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.slow_unless("*-qwen3_5-40", "torch-qwen3_5-moe nvfp4-20")
+@pytest.mark.slow_unless("*-qwen3_5-40")
 def test_every_reload_of_many_is_a_cold_load(backend, zoo, count, benches):
     """A, B, A, ...: between reloads the prompt is prefilled and decoded, in torch by a graph captured once."""
     bench = benches.bench(backend, zoo)

@@ -170,6 +170,7 @@ def codes_of(backend, x, scale):
 
 @pytest.mark.parametrize("writer", ["modelopt w4a4", "compressed-tensors w4a4"])
 @pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.slow_unless("torch-*", "jax-modelopt w4a4")
 def test_with_quantised_inputs_every_layer_computes_the_product_of_codes(backend, writer, exports):
     """One linear layer at a time, as whole networks are chaotic: a code that flips moves everything behind it."""
     checkpoint = open_checkpoint(exports("qwen3", writer))
@@ -195,6 +196,7 @@ def test_with_quantised_inputs_every_layer_computes_the_product_of_codes(backend
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_5_moe"])
+@pytest.mark.slow_unless("qwen3")
 def test_with_quantised_inputs_both_backends_agree_until_a_code_flips(kind, exports):
     """Not gated on in general; in float32 on one machine the first layers see the same codes."""
     path = exports(kind, "modelopt w4a4")

@@ -76,6 +76,7 @@ def logits(model, inputs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("zoo", ["qwen3-moe nvfp4", pytest.param("qwen3_5-moe nvfp4", marks=SLOW)])
+@pytest.mark.slow_unless("*-torch")
 def test_every_law_holds_through_every_event(zoo, backend, benches, tmp_path):
     pair = benches.pair(zoo)
     results = run_lifecycle(pair["A"], pair["B"], backends=[backend], scratch=tmp_path)

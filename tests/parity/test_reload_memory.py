@@ -56,12 +56,14 @@ def growth(backend, paths, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow_unless("torch")
 def test_a_reload_holds_the_largest_layer_at_most(backend, as_written, tmp_path):
     for path in (as_written, in_three_files(as_written, tmp_path / "three")):
         assert 0 < growth(backend, [as_written, path]) <= largest_layer(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow_unless("torch")
 def test_so_does_one_that_quantises_while_it_reads(backend, as_written, tmp_path):
     """The matrices of one group, as they come, are part of it."""
     path = make_checkpoint("qwen3-moe", tmp_path / "plain", dtype="BF16", **SIZES)

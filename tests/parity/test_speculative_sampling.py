@@ -65,6 +65,7 @@ def test_the_test_would_see_a_rule_that_always_accepts(model, package, monkeypat
     assert excess(model, (1.0, None, None))[0] > 20
 
 
+@pytest.mark.slow_unless("torch")
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(model):
     def sample(seed):
         return np.asarray(
@@ -75,6 +76,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(model):
     assert (sample(0) != sample(1)).any()
 
 
+@pytest.mark.slow_unless("torch")
 def test_a_choice_of_one_is_greedy(model):
     want = np.asarray(model.generate(BATCH[:1], None, 3, ignore_eos=True))
     for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):

@@ -161,6 +161,7 @@ def test_the_state_of_linear_attention_neither_stays_nor_goes_at_once(
         *("qwen3_5", "qwen3_5-moe", "gemma3", "gemma3-capped"),
     ],
 )
+@pytest.mark.slow_unless("qwen3", "qwen3_5-moe", "gemma3-capped")
 def test_one_percent_of_any_tensor_moves_the_logits(
     zoo: Callable[..., Checkpoint], theirs: Callable[..., Any], name: str
 ) -> None:
