@@ -26,6 +26,7 @@ for _name, _value in {
     "MKL_NUM_THREADS": "1",
     "JAX_PLATFORMS": "cpu",  # also where there is a GPU, so that meshes of 8 are to be had everywhere
     "JAX_NUM_CPU_DEVICES": "8",
+    "NPROC": "16",  # threads of XLA: with fewer than devices, collectives of 8 wait for each other for ever
     "JAX_COMPILATION_CACHE_DIR": str(CHECKOUT / ".jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
