@@ -23,7 +23,7 @@ from jax_models.seeing import Seeing
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text
-from loaders.multimodal import check_inputs
+from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport, specs_of
 from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig
@@ -102,8 +102,8 @@ class Model(Decoding, Adapted, Seeing):
         Args:
             input_ids: integers [B, T], on the first stage.
             attention_mask: [B, T], 1 = real, padding on either side; None: all real.
-            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
-                over each row's real tokens.
+            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes (or [4, B, T], text
+                first, as transformers has them); None: counted over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
             adapter: a name for all rows, or a name or None (the base alone) for each; None: what came last, if any.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
@@ -150,7 +150,7 @@ class Model(Decoding, Adapted, Seeing):
         But for images: they are matched to their placeholders, so that they and the tokens must be arrays with values.
         ``adapters``: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
         """
-        if multimodal:
+        if any(value is not None for value in multimodal.values()):
             entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
             return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
         entry = input_ids if self.stage.is_first else hidden_states
@@ -160,9 +160,9 @@ class Model(Decoding, Adapted, Seeing):
         )
         if position_ids is None:
             position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        return self.programs.apply(
-            weights, jnp.asarray(entry), mask_BT, jnp.asarray(position_ids, jnp.int32), None, adapters
-        )
+        positions = jnp.asarray(position_ids, jnp.int32)
+        positions = positions[-3:] if positions.ndim == 3 else positions  # of four axes the first is text's
+        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, positions, None, adapters)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -222,12 +222,12 @@ class Model(Decoding, Adapted, Seeing):
             return checked.input_ids, checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
-        if multimodal:
-            raise ValueError(f"{', '.join(multimodal)} given, but only the first stage sees. Give its hidden_states.")
         x_BTD = jnp.asarray(hidden_states, self.dtype)
         if self.mesh is None:  # from a stage on another device
             x_BTD = jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
+        if shown := shown_of(multimodal or {}, tokens.shape):
+            raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())

@@ -71,6 +71,8 @@ ROPE_KEYS = {
     },
 }
 PARTIAL_KEYS = frozenset({"partial_rotary_factor", "mrope_section", "mrope_interleaved"})
+# Stands in for rotary parameters that could not be read, so that what is wrong with them is said once.
+UNREAD_ROPE = RopeParameters(rope_type="default", rope_theta=1e4, mrope_section=(1, 1, 1), mrope_interleaved=True)
 
 
 def config_from_json(
@@ -149,13 +151,37 @@ def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
     return problems
 
 
-def rope_document(document: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    """The rotary parameters with a family's defaults; one document, whichever way they were spelled."""
-    nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
-    given = nested if nested is not None else scaling if scaling is not None else {}
-    if not isinstance(given, dict) or (nested is not None and scaling is not None and nested != scaling):
-        return nested  # reported by ``read_rope``
-    return defaults | given
+def with_rope_defaults(document: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with a family's rotary defaults under ``rope_parameters``, whichever way it spells the rest.
+
+    What ``read_rope`` will refuse is left as it is.
+    """
+    given, problems = _one_rope(document)
+    if problems:
+        return document
+    return document | {"rope_parameters": defaults | given, "rope_scaling": None}
+
+
+def _one_rope(document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What ``rope_parameters`` or ``rope_scaling`` says, without nulls; a problem where they say two things."""
+    said: dict[str, dict[str, Any]] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = document.get(name)
+        if given is not None and not isinstance(given, dict):
+            return {}, [f"config.json: {name} is {brief(given)}, expected an object"]
+        if plain := {key: value for key, value in (given or {}).items() if value is not None}:
+            said[name] = plain
+    nested, scaling = said.get("rope_parameters", {}), said.get("rope_scaling", {})
+    if nested and scaling and _named(nested, scaling) != _named(scaling, nested):
+        both = " and ".join(f"{name} {brief(document[name])}" for name in said)
+        return {}, [f"config.json: {both} disagree. Remove one."]
+    return scaling | nested, []
+
+
+def _named(rope: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters to be held against ``other``: ``type`` by its newer name, and a theta that one leaves out."""
+    plain = {"rope_theta": other.get("rope_theta")} | {key: value for key, value in rope.items() if key != "type"}
+    return plain | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
 def read_rope(
@@ -165,15 +191,10 @@ def read_rope(
 
     ``more_keys``: of ``PARTIAL_KEYS``, those that the family implements.
     """
-    nested, scaling = document.get("rope_parameters"), document.get("rope_scaling")
     theta, longest = document.get("rope_theta"), document.get("max_position_embeddings")
-    if nested is not None and scaling is not None and nested != scaling:
-        both = f"rope_parameters {brief(nested)} and rope_scaling {brief(scaling)}"
-        return None, [f"config.json: {both} disagree. Remove one."]
-    given = nested if nested is not None else scaling if scaling is not None else {}
-    if not isinstance(given, dict):
-        return None, [f"config.json: rope_parameters is {brief(given)}, expected an object"]
-    rope = {key: value for key, value in given.items() if value is not None}
+    rope, problems = _one_rope(document)
+    if problems:
+        return None, problems
     problems = [
         f"config.json: rope_theta is {brief(theta)} beside {brief(rope[key])} in rope_parameters. Remove one."
         for key in ("rope_theta",)

@@ -71,7 +71,7 @@ def check_text(
         attention_mask: [B, T] of 0 and 1 (1 = real, padding on either side); None: all real.
         position_ids: integers [B, T], not negative; None: counted over the real tokens of each row.
         vocab_size: of the model.
-        is_multi_axis: [3, B, T] is allowed too.
+        is_multi_axis: [3, B, T] is allowed too, and [4, B, T], whose first row, of text alone, is left out.
     Raises:
         ValueError: listing everything that is wrong.
     """
@@ -88,7 +88,7 @@ def check_text(
         mask = np.ones(ids.shape, bool)
     mask = mask.astype(bool)
     positions = positions_of(mask) if position_ids is None else np.asarray(position_ids)
-    shapes = [ids.shape, (3, *ids.shape)] if is_multi_axis else [ids.shape]
+    shapes = [ids.shape, (3, *ids.shape), (4, *ids.shape)] if is_multi_axis else [ids.shape]
     if positions.shape not in shapes or positions.dtype.kind not in "iu" or not _fit(positions):
         problems.append(
             f"position_ids is {positions.dtype} {positions.shape}, expected int32 values >= 0 of the shape of input_ids"
@@ -96,7 +96,8 @@ def check_text(
         )
     if problems:
         raise ValueError("; ".join(problems))
-    return ModelInputs(ids.astype(np.int32), mask, positions.astype(np.int32))
+    axes = positions[-3:] if positions.ndim == 3 else positions
+    return ModelInputs(ids.astype(np.int32), mask, axes.astype(np.int32))
 
 
 def _fit(positions: np.ndarray) -> bool:

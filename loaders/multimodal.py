@@ -18,6 +18,7 @@ from loaders.vision import VisionConfig
 from loaders.vision_grid import Grid, Patches, patches_of
 
 NAMES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
+TYPES = "mm_token_type_ids"
 TEXT, IMAGE, VIDEO = 0, 1, 2  # of mm_token_type_ids
 WORDS = {IMAGE: "image", VIDEO: "video"}
 KINDS = {IMAGE: ("pixel_values", "image_grid_thw"), VIDEO: ("pixel_values_videos", "video_grid_thw")}
@@ -45,10 +46,29 @@ class VisionInputs:
         return dataclasses.replace(self, slot_BT=slot_BT, position_ids=positions)
 
 
+def shown_of(given: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """What of images and videos is really given beside tokens of ``shape``: of a processor's text, nothing.
+
+    None is nothing, and so are types that call every token text where there is nothing else.
+
+    Raises:
+        TypeError: an input by a name that is none of ``NAMES``.
+    """
+    if unknown := sorted(set(given) - set(NAMES)):
+        raise TypeError(f"unexpected inputs {unknown}, expected some of {', '.join(NAMES)}")
+    shown = {name: value for name, value in given.items() if value is not None}
+    if set(shown) == {TYPES}:
+        types = np.asarray(shown[TYPES])
+        if types.shape == shape and types.dtype.kind in "iu" and not types.any():
+            return {}
+    return shown
+
+
 def placeholders(config: VisionConfig, ids_BT: np.ndarray, types: Any) -> tuple[np.ndarray, list[str]]:
     """Which tokens stand for images and videos, as ``mm_token_type_ids`` says, int64 [B, T]; and what is wrong.
 
-    Without it the config's two tokens say so. With it a placeholder may be any number, also one beyond the vocabulary.
+    Without it the config's two tokens say so. With it a placeholder may be any number, also one beyond the vocabulary,
+    and the config's tokens may be text: a model can generate them.
     """
     by_token_BT = np.where(ids_BT == config.image_token_id, IMAGE, TEXT)
     by_token_BT = np.where(ids_BT == config.video_token_id, VIDEO, by_token_BT)
@@ -58,7 +78,7 @@ def placeholders(config: VisionConfig, ids_BT: np.ndarray, types: Any) -> tuple[
     if types_BT.shape != ids_BT.shape or types_BT.dtype.kind not in "iu" or not np.isin(types_BT, (0, 1, 2)).all():
         found = f"mm_token_type_ids is {types_BT.dtype} {types_BT.shape}"
         return by_token_BT, [f"{found}, expected 0 (text), 1 (image) or 2 (video) of shape {ids_BT.shape}"]
-    wrong = (by_token_BT != TEXT) & (types_BT != by_token_BT)
+    wrong = (by_token_BT != TEXT) & (types_BT != TEXT) & (types_BT != by_token_BT)
     if wrong.any():
         row, step = np.argwhere(wrong)[0]
         where = f"row {row}, token {step} is {ids_BT[row, step]}"
@@ -85,7 +105,8 @@ def check_inputs(
         config: of the model.
         input_ids: integers [B, T], in the vocabulary but for placeholders.
         attention_mask: [B, T] of 0 and 1 (1 = real, padding on either side); None: all real.
-        position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted.
+        position_ids: integers [B, T], or [3, B, T] or [4, B, T] where the rotary embedding has several axes; None:
+            counted.
         given: by the names of ``NAMES``, NumPy or None.
         has_tower: whether the model holds the vision tower; False: it was loaded without.
         is_prompt: move every row's real tokens to its end.
@@ -93,11 +114,9 @@ def check_inputs(
         TypeError: an input by a name that is none of ``NAMES``.
         ValueError: listing everything that is wrong.
     """
-    if unknown := sorted(set(given) - set(NAMES)):
-        raise TypeError(f"unexpected inputs {unknown}, expected some of {', '.join(NAMES)}")
-    shown = {name: value for name, value in given.items() if value is not None}
     limits = {"vocab_size": config.vocab_size, "is_multi_axis": config.is_multi_axis}
     ids = np.asarray(input_ids)
+    shown = shown_of(given, ids.shape)
     if not shown or ids.ndim != 2 or ids.dtype.kind not in "iu":
         checked = check_text(input_ids, attention_mask, position_ids, **limits)
         return checked.left_aligned() if is_prompt else checked
@@ -106,7 +125,7 @@ def check_inputs(
             "was loaded without its vision tower" if config.vision is not None else f"({config.architecture}) has none"
         )
         raise ValueError(f"{', '.join(shown)} given, but the model {why}")
-    types_BT, problems = placeholders(config.vision, ids, shown.get("mm_token_type_ids"))
+    types_BT, problems = placeholders(config.vision, ids, shown.get(TYPES))
     # a placeholder's own embedding is never used: any number will do, the lookup must only be legal
     legal = np.where(types_BT != TEXT, np.clip(ids, 0, config.vocab_size - 1), ids)
     checked = check_text(legal, attention_mask, position_ids, **limits)
@@ -152,7 +171,7 @@ def _seen(
         if held != needed:
             made = f"{grid_name} makes {needed} tokens of {[grid.size for grid in grids[kind]]}"
             problems.append(f"input_ids holds {held} {WORDS[kind]} placeholders, but {made}")
-    if problems or not pixels:
+    if problems or not (grids[IMAGE] or grids[VIDEO]):
         return None, problems
     slot_BT = np.full(types_BT.shape, -1, np.int32)
     start = 0
@@ -172,8 +191,8 @@ def check_shown(config: VisionConfig, pixel_values: Any, grid_thw: Any) -> Patch
         ValueError: listing everything that is wrong.
     """
     found, problems = _checked(config, "pixel_values", pixel_values, "grid_thw", grid_thw)
-    if found is None:
-        raise ValueError("; ".join(problems))
+    if found is None or not found[1]:
+        raise ValueError("; ".join(problems) or "grid_thw holds no image, expected at least one")
     return patches_of(config, *found)
 
 
@@ -184,7 +203,10 @@ def _checked(
     if values is None or grid is None:
         both = (pixel_name, grid_name) if values is None else (grid_name, pixel_name)
         return None, [f"{both[0]} is missing beside {both[1]}. The processor gives both."]
-    pixels_AX, grid_thw = np.asarray(values), np.asarray(grid)
+    try:
+        pixels_AX, grid_thw = np.asarray(values), np.asarray(grid)
+    except TypeError as error:  # another framework's bfloat16
+        return None, [f"{pixel_name} is {type(values).__name__}, which NumPy cannot read: {error}. Give float32."]
     problems = []
     if grid_thw.ndim != 2 or grid_thw.shape[1:] != (3,) or grid_thw.dtype.kind not in "iu" or (grid_thw < 1).any():
         return None, [f"{grid_name} is {grid_thw.dtype} {grid_thw.shape}, expected integers of 1 and more, [images, 3]"]

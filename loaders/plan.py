@@ -211,7 +211,8 @@ def _tower_problems(
     if config.vision is None or not stage.vision:
         return frozenset(), []
     problems = []
-    levels, first = len(config.vision.deepstack_visual_indexes), Stage(0, stage.count).layers(config.num_hidden_layers)
+    first = Stage(0, stage.count).layers(config.num_hidden_layers)
+    levels = min(config.vision.num_levels, config.num_hidden_layers)
     if levels > len(first):
         problems.append(
             f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many"

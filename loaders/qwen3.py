@@ -18,7 +18,7 @@ from loaders.checks import (
     positive_problems,
     size_problems,
 )
-from loaders.config import RopeParameters, read_fields, read_rope
+from loaders.config import UNREAD_ROPE, RopeParameters, read_fields, read_rope
 from loaders.errors import brief
 from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
@@ -146,7 +146,7 @@ def read_text(
     rope, problems = read_rope(document, rope_keys)
     spelled = {key: value for key, value in document.items() if key not in ("rope_theta", "rope_scaling")}
     spelled["architecture"] = architecture
-    spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
+    spelled["rope_parameters"] = UNREAD_ROPE if rope is None else rope
     if isinstance(document.get("eos_token_id"), int):
         spelled["eos_token_id"] = [document["eos_token_id"]]
     if document.get("num_key_value_heads") is None:

@@ -19,7 +19,15 @@ from loaders.checks import (
     positive_problems,
     size_problems,
 )
-from loaders.config import PARTIAL_KEYS, RopeParameters, read_fields, read_rope, refused_keys, rope_document
+from loaders.config import (
+    PARTIAL_KEYS,
+    UNREAD_ROPE,
+    RopeParameters,
+    read_fields,
+    read_rope,
+    refused_keys,
+    with_rope_defaults,
+)
 from loaders.errors import brief
 from loaders.expert_rules import expert_rules
 from loaders.quantization import Quantization
@@ -29,6 +37,7 @@ from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 FULL, LINEAR = "full_attention", "linear_attention"
 DEFAULT_INTERVAL, DEFAULT_PARTIAL = 4, 0.25
 DEFAULT_SECTION = [11, 11, 10]
+DEFAULT_IMAGE, DEFAULT_VIDEO = 248056, 248057
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Keys whose one implemented value is what the published models have.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -170,7 +179,7 @@ class Qwen3_5Config:
         if self.mtp_num_hidden_layers < 0:
             found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
         if self.vision is not None:
-            found += self.vision.problems(self.hidden_size, self.num_hidden_layers)
+            found += self.vision.problems(self.hidden_size)
         return found + positive_problems(rms_norm_eps=self.rms_norm_eps) + layer_type_problems(self, FULL, LINEAR)
 
 
@@ -209,12 +218,12 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
         text = document.get("text_config")
         if not isinstance(text, dict):
             return None, [f"config.json: text_config is {brief(text)}, expected an object"]
-        vision, more = read_vision(document)
+        vision, more = read_vision(document, image_token_id=DEFAULT_IMAGE, video_token_id=DEFAULT_VIDEO)
         problems += more + refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
         outer = {key: document[key] for key in ("eos_token_id", "pad_token_id") if document.get(key) is not None}
-        # what holds for the whole model is said outside, where there is a choice
+        # the whole model is tied or not; what the text model says of itself is not read
         tied = document.get("tie_word_embeddings")
-        text = {**text, **outer, **({} if tied is None else {"tie_word_embeddings": tied})}
+        text = {**text, **outer, "tie_word_embeddings": False if tied is None else tied}
     spelled = {key: value for key, value in text.items() if key not in ("rope_theta", "rope_scaling")}
     for key, known in FIXED.items():
         if key in spelled and (value := spelled.pop(key)) is not None and value not in known:
@@ -226,13 +235,13 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
         "mrope_section": DEFAULT_SECTION,
         "mrope_interleaved": True,
     }
-    rope, more = read_rope(text | {"rope_parameters": rope_document(text, defaults)}, PARTIAL_KEYS)
+    rope, more = read_rope(with_rope_defaults(text, defaults), PARTIAL_KEYS)
     problems += more
     if partial is not None and rope is not None and rope.partial_rotary_factor != partial:
         both = f"partial_rotary_factor={brief(partial)} and {rope.partial_rotary_factor} in rope_parameters"
         problems.append(f"config.json: {both} disagree. Remove one.")
     spelled |= {"architecture": architecture, "vision": vision}
-    spelled["rope_parameters"] = rope if rope is not None else RopeParameters(rope_type="default", rope_theta=1e4)
+    spelled["rope_parameters"] = UNREAD_ROPE if rope is None else rope
     if isinstance(spelled.get("eos_token_id"), int):
         spelled["eos_token_id"] = [spelled["eos_token_id"]]
     if spelled.get("head_dim") is None:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders import qwen3
-from loaders.config import PARTIAL_KEYS, refused_keys, rope_document
+from loaders.config import PARTIAL_KEYS, refused_keys, with_rope_defaults
 from loaders.errors import brief
 from loaders.expert_rules import expert_rules
-from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig, read_text
+from loaders.qwen3 import FULL, Qwen3Config, Qwen3MoeConfig, read_text
 from loaders.spec import Dim, Rule
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 
 DEFAULT_SECTION, DEFAULT_LEVELS = [24, 20, 20], [8, 16, 24]
+DEFAULT_IMAGE, DEFAULT_VIDEO = 151655, 151656
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +69,8 @@ def _wrapper_problems(config: Qwen3VLConfig | Qwen3VLMoeConfig) -> list[str]:
         found.append("config.json: rope option 'partial_rotary_factor' is not implemented for Qwen3-VL")
     if config.rope_parameters.is_dynamic:
         found.append("config.json: rope_type 'dynamic' is not implemented for Qwen3-VL")
-    if config.vision is None:
-        found.append("config.json: vision_config is missing. A text model alone is Qwen3ForCausalLM.")
-    else:
-        found += config.vision.problems(config.hidden_size, config.num_hidden_layers)
+    if config.vision is not None:
+        found += config.vision.problems(config.hidden_size)
     return found
 
 
@@ -80,14 +79,22 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Any, 
     text = document.get("text_config")
     if not isinstance(text, dict):
         return None, [f"config.json: text_config is {brief(text)}, expected an object"]
-    vision, problems = read_vision(document, deepstack_visual_indexes=DEFAULT_LEVELS)
+    tokens = {"image_token_id": DEFAULT_IMAGE, "video_token_id": DEFAULT_VIDEO}
+    vision, problems = read_vision(document, levels=DEFAULT_LEVELS, **tokens)
+    if vision is None and not problems:
+        problems.append("config.json: vision_config is missing. A text model alone is Qwen3ForCausalLM.")
     problems += refused_keys(document, set(WRAPPER_KEYS) | {"eos_token_id", "pad_token_id"})
     outer = {key: document[key] for key in ("eos_token_id", "pad_token_id") if document.get(key) is not None}
     # the whole model is tied or not; what the text model says of itself is not read
     tied = document.get("tie_word_embeddings")
     text = {**text, **outer, "tie_word_embeddings": False if tied is None else tied}
-    rope = rope_document(text, {"mrope_section": DEFAULT_SECTION, "mrope_interleaved": True})
-    text |= {"vision": vision, "rope_parameters": rope}
+    text = with_rope_defaults(text, {"mrope_section": DEFAULT_SECTION, "mrope_interleaved": True})
+    kinds = text.pop("layer_types", None)
+    if isinstance(kinds, list) and set(map(str, kinds)) - {FULL}:
+        problems.append(f"config.json: layer_types {brief(kinds)} is not implemented, expected only {FULL}")
+        kinds = None
+    # whatever a file says of a window, these models never slide
+    text |= {"vision": vision, "layer_types": kinds, "use_sliding_window": False, "max_window_layers": 0}
     is_moe = "Moe" in architecture
     if is_moe:
         if text.setdefault("norm_topk_prob", True) is not True:

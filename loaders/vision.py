@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loaders.checks import MOST_LAYERS, multiple_problems, only_problems
+from loaders.checks import MOST_LAYERS, multiple_problems
 from loaders.config import read_fields
 from loaders.errors import brief
 from loaders.spec import Dim, Rule
 
-ACTIVATION = "gelu_pytorch_tanh"
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 # keys of the wrapper around text and vision
 WRAPPER_KEYS = frozenset(
     """text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id
@@ -33,7 +33,7 @@ class VisionConfig:
     video_token_id: int
     depth: int = 27
     hidden_size: int = 1152  # C
-    hidden_act: str = ACTIVATION
+    hidden_act: str = "gelu_pytorch_tanh"
     intermediate_size: int = 4304
     num_heads: int = 16
     in_channels: int = 3
@@ -41,8 +41,9 @@ class VisionConfig:
     spatial_merge_size: int = 2  # so many patches by so many become one token
     temporal_patch_size: int = 2  # frames of a patch
     out_hidden_size: int = 3584  # the text model's hidden_size
-    num_position_embeddings: int = 2304  # of a square grid
-    deepstack_visual_indexes: tuple[int, ...] = ()  # blocks whose output is also added after the first decoder layers
+    num_position_embeddings: int = 2304  # the first so many of them make a square grid
+    # blocks whose output is also added after the first decoder layers; numbers of no block have their weights, unused
+    deepstack_visual_indexes: tuple[int, ...] = ()
     rope_theta: float = 10000.0
 
     @property
@@ -53,6 +54,11 @@ class VisionConfig:
     def grid_side(self) -> int:
         """Rows, and columns, of the learned position embedding."""
         return math.isqrt(self.num_position_embeddings)
+
+    @property
+    def num_levels(self) -> int:
+        """Deepstack levels that the tower's blocks make: those of ``deepstack_visual_indexes`` that are blocks."""
+        return len(set(self.deepstack_visual_indexes) & set(range(self.depth)))
 
     @property
     def patch_numbers(self) -> int:
@@ -79,7 +85,7 @@ class VisionConfig:
             "VP": Dim(self.patch_size, f"{own}patch_size"),
         }
 
-    def problems(self, text_size: int, num_hidden_layers: int) -> list[str]:
+    def problems(self, text_size: int) -> list[str]:
         """What this configuration asks for and cannot have beside that text model, one sentence each."""
         own = "config.json: vision_config: "
         found = [
@@ -94,29 +100,34 @@ class VisionConfig:
         found += [
             problem.replace("config.json: ", own)
             for problem in multiple_problems(hidden_size=self.hidden_size, num_heads=self.num_heads)
-            + only_problems("hidden_act", self.hidden_act, ACTIVATION)
         ]
+        if self.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            found.append(f"{own}hidden_act {brief(self.hidden_act)} is not implemented. Known: {known}")
         if self.head_dim % 4:
             found.append(f"{own}a head has {self.head_dim} dimensions; two axes of rotary pairs need a multiple of 4")
-        if self.grid_side**2 != self.num_position_embeddings:
-            found.append(f"{own}num_position_embeddings={self.num_position_embeddings} is no square")
         if self.out_hidden_size != text_size:
             sizes = f"out_hidden_size is {self.out_hidden_size}, expected {text_size}"
             found.append(f"{own}{sizes} as the text model's hidden_size")
-        levels = self.deepstack_visual_indexes
-        if len(set(levels)) != len(levels) or any(not 0 <= level < self.depth for level in levels):
-            found.append(f"{own}deepstack_visual_indexes {list(levels)} are not different blocks of {self.depth}")
-        if len(levels) > num_hidden_layers:
-            found.append(f"{own}{len(levels)} deepstack levels for {num_hidden_layers} decoder layers")
+        if len(self.deepstack_visual_indexes) > MOST_LAYERS:
+            levels = f"{len(self.deepstack_visual_indexes)} entries, expected at most {MOST_LAYERS}"
+            found.append(f"{own}deepstack_visual_indexes has {levels}")
         if self.image_token_id == self.video_token_id:
             found.append(f"config.json: image_token_id and video_token_id are both {self.image_token_id}")
         return found
 
 
-def read_vision(document: dict[str, Any], **defaults: Any) -> tuple[VisionConfig | None, list[str]]:
+def read_vision(
+    document: dict[str, Any], *, levels: list[int] | None = None, **tokens: int
+) -> tuple[VisionConfig | None, list[str]]:
     """The tower that a wrapper's config.json describes, None where it has none, and every problem.
 
-    ``language_model_only`` says that the checkpoint holds the text model alone. ``defaults``: of the family.
+    ``language_model_only`` says that the checkpoint holds the text model alone.
+
+    Args:
+        document: config.json.
+        levels: the family's ``deepstack_visual_indexes``; None: it has none, whatever the file says.
+        tokens: the family's ``image_token_id`` and ``video_token_id``.
     """
     given = document.get("vision_config")
     if given is None or document.get("language_model_only"):
@@ -125,14 +136,16 @@ def read_vision(document: dict[str, Any], **defaults: Any) -> tuple[VisionConfig
         return None, [f"config.json: vision_config is {brief(given)}, expected an object"]
     rope = given.get("rope_parameters")
     plain = {key: value for key, value in given.items() if key != "rope_parameters"}
-    tokens = {key: document[key] for key in ("image_token_id", "video_token_id") if key in document}
+    if plain.get("deepstack_visual_indexes") is None or levels is None:
+        plain["deepstack_visual_indexes"] = levels or []
+    tokens |= {key: document[key] for key in tokens if document.get(key) is not None}
     problems = []
     if rope is not None:
         theta = rope.get("rope_theta") if isinstance(rope, dict) else None
         if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or set(rope) > _AXIAL:
             problems.append(f"rope_parameters {brief(rope)} is not implemented, expected rope_type 'axial'")
         plain |= {} if theta is None else {"rope_theta": theta}
-    config, more = read_fields(VisionConfig, defaults | plain | tokens)
+    config, more = read_fields(VisionConfig, plain | tokens)
     problems += [problem.removeprefix("config.json: ") for problem in more]
     return (None if problems else config), [f"config.json: vision_config: {problem}" for problem in problems]
 

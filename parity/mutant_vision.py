@@ -222,7 +222,7 @@ VISION_MUTANTS: list[Mutant] = [
         _rotation(lambda cos, sin: (cos, -sin)),
         "turned the other way: between two patches nothing changes sides but the sign",
     ),
-    _of("merger_gelu_tanh", framework("layers.vision", "F", _untanh), "the merger's GELU by its tanh form"),
+    _of("merger_gelu_tanh", framework("layers.mlp", "F", _untanh), "the merger's GELU by its tanh form"),
     _of(
         "frames_see_each_other",
         lambda: [Patch("layers.vision:VisionAttention.CALL", _all_frames_one)],

@@ -56,8 +56,8 @@ def oracle_forward(
         checkpoint: of any architecture of ``loaders.families``.
         input_ids: integers [B, T].
         attention_mask: [B, T], 1 = real, padding on either side. None: all real.
-        position_ids: integers [B, T], or [3, B, T] where the family turns by time, height and width. None: real tokens
-            counted from 0 in each row.
+        position_ids: integers [B, T], or [3, B, T] where the family turns by time, height and width (or [4, B, T], text
+            first). None: real tokens counted from 0 in each row.
         routing: experts to use instead of choosing, named as in the result; layers left out choose. So a low-precision
             run that flips near-ties is compared under its own choices. Values at padding are ignored.
         mtp: run the multi-token-prediction draft too. Its row t is made of the final hidden state at t and the token at
@@ -83,6 +83,9 @@ def oracle_forward(
     if mtp and config.num_mtp_layers != 1:
         raise ValueError(f"a draft was asked for, but {config.architecture} has {config.num_mtp_layers} layers of it")
     shown = {name: np.asarray(value) for name, value in multimodal.items() if value is not None}
+    types = shown.get("mm_token_type_ids")
+    if len(shown) == 1 and types is not None and types.shape == np.shape(input_ids) and not types.any():
+        shown = {}  # a processor's text
     ids_BT, mask_BT, positions = checked_inputs(config, input_ids, attention_mask, position_ids, shown)
     if mtp and ids_BT.shape[1] < 2:
         raise ValueError("a draft was asked for, but its first row needs two tokens")
@@ -92,7 +95,7 @@ def oracle_forward(
     sight = None
     if shown and config.vision is not None:
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
-        positions = sight.positions if position_ids is None else positions
+        positions = sight.positions if sight is not None and position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
     run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"

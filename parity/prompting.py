@@ -5,9 +5,11 @@ Both are the checkpoint's own, read by transformers: the optional extra ``proces
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,11 @@ class Prompt:
 
     inputs: dict[str, np.ndarray]
     tokenizer: Any
+
+    @property
+    def is_templated(self) -> bool:
+        """Whether the checkpoint has a chat template; without one the text stands as it is."""
+        return self.tokenizer.chat_template is not None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, without those that only mark."""
@@ -40,7 +47,8 @@ def read_prompt(
         images: files that Pillow reads.
     Raises:
         DeviceNotFound: the extra ``processor`` is not installed.
-        ValueError: images for a model that sees none, or a tokenizer that does not know their placeholder.
+        ValueError: images for a model that sees none, a tokenizer that does not know their placeholder, or another
+            number of placeholders in the prompt than images.
         OSError: a file is not there, or is no image.
     """
     tokenizer, open_images = _libraries(directory)
@@ -53,6 +61,11 @@ def read_prompt(
     token_ids = tokenizer(_spelled(tokenizer, config, text, pad, len(images)), add_special_tokens=False)["input_ids"]
     if not images or tower is None:
         return Prompt({"input_ids": np.array([token_ids], np.int64)}, tokenizer)
+    if (held := token_ids.count(tower.image_token_id)) != len(images):
+        why = "the chat template leaves images out" if held < len(images) else f"leave {pad!r} out of the text"
+        raise ValueError(
+            f"the prompt holds {held} image placeholders {pad!r}, expected {len(images)}, one of each image: {why}"
+        )
     shown = open_images(images)
     counts = iter(shown["image_grid_thw"].prod(axis=1) // tower.merged)
     grown = [
@@ -76,7 +89,7 @@ def _spelled(tokenizer: Any, config: ModelConfig, text: str, pad: str | None, co
 def _libraries(directory: str | os.PathLike[str]) -> tuple[Any, Any]:
     """The checkpoint's tokenizer, and what opens image files."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
         from transformers import AutoImageProcessor, AutoTokenizer
     except ModuleNotFoundError as error:
         raise DeviceNotFound(
@@ -88,8 +101,24 @@ def _libraries(directory: str | os.PathLike[str]) -> tuple[Any, Any]:
         pictures = []
         for file in files:
             with Image.open(file) as picture:
-                pictures.append(picture.convert("RGB"))
+                pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))  # as a camera was held
         found = processor(images=pictures, return_tensors="np")
         return {name: np.asarray(found[name]) for name in ("pixel_values", "image_grid_thw")}
 
-    return AutoTokenizer.from_pretrained(directory), open_images
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _older_template(Path(directory) / "chat_template.json")
+    return tokenizer, open_images
+
+
+def _older_template(file: Path) -> Any:
+    """The chat template of a file of its own, where processors used to keep it; None: there is none."""
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is no JSON object with a chat_template: {error!r}") from error
+    if not isinstance(template, str):
+        raise ValueError(f"{file}: chat_template is {type(template).__name__}, expected a string")
+    return template

@@ -15,7 +15,7 @@ from loaders.adapters import Adapter, open_adapter
 from loaders.digest import digests, root_digest
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL
-from loaders.multimodal import check_inputs
+from loaders.multimodal import TYPES, check_inputs, placeholders, shown_of
 from loaders.plan import plan_load
 from loaders.stage import Stage
 from parity.backends import Backend
@@ -229,7 +229,7 @@ def _generated(
 ) -> dict[str, np.ndarray]:
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
+    shown = shown_of({name: inputs[name] for name in MULTIMODAL if name in inputs}, ids.shape)
     tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos, **shown)).astype(
         np.int64
     )
@@ -237,9 +237,10 @@ def _generated(
     later = np.ones_like(tokens[:, :-1])
     grown = np.concatenate([prompt.input_ids, tokens[:, :-1]], axis=1)
     seen = np.concatenate([prompt.attention_mask, later.astype(bool)], axis=1)
-    if "mm_token_type_ids" in shown:
-        types = left_aligned(shown["mm_token_type_ids"], np.ones(ids.shape, bool) if mask is None else np.asarray(mask))
-        shown |= {"mm_token_type_ids": np.concatenate([types, 0 * later], axis=1)}
+    if shown:  # what is generated is text, also where it is a placeholder's number
+        types, _ = placeholders(model.config.vision, ids, shown.get(TYPES))
+        types = left_aligned(types, np.ones(ids.shape, bool) if mask is None else np.asarray(mask))
+        shown |= {TYPES: np.concatenate([types, 0 * later], axis=1)}
     steps = backend.to_numpy(model(grown, seen, **shown))[:, prompt.input_ids.shape[1] - 1 :]
     best = np.sort(steps, axis=-1)
     return {"generated_ids": tokens, "generated_margins": best[..., -1] - best[..., -2]}

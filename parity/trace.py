@@ -155,9 +155,10 @@ def input_hash(input_ids: Any, attention_mask: Any = None, position_ids: Any = N
     digest = hashlib.sha256()
     for name in sorted(name for name, value in given.items() if value is not None):
         array = np.asarray(given[name])
-        if array.dtype.kind not in "iubf":
+        is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        if array.dtype.kind not in "iub" and not is_float:
             raise ValueError(f"input {name!r} has dtype {array.dtype}, expected integers or floats.")
-        wide = array.astype("<f8" if array.dtype.kind == "f" else "<i8")
+        wide = array.astype("<f8" if is_float else "<i8")
         digest.update(f"{name}\0{wide.dtype.str}{list(wide.shape)}\0".encode())
         digest.update(wide.tobytes())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from torch import nn
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text
-from loaders.multimodal import check_inputs
+from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
@@ -129,8 +129,8 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         Args:
             input_ids: integers [B, T], on the first stage.
             attention_mask: [B, T], 1 = real, padding on either side; None: all real.
-            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes; None: counted
-                over each row's real tokens.
+            position_ids: integers [B, T], or [3, B, T] where the rotary embedding has several axes (or [4, B, T], text
+                first, as transformers has them); None: counted over each row's real tokens.
             hidden_states: [B, T, D] from the stage before, on later stages.
             adapter: a name for all rows, or a name or None (the base alone) for each; None: what came last, if any.
             multimodal: images and videos under their Hugging Face processor's names: ``pixel_values`` and
@@ -243,19 +243,19 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
     ) -> tuple[torch.Tensor, ModelInputs]:
         """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
         mask, positions = on_host(attention_mask), on_host(position_ids)
+        given = {name: on_host(value) for name, value in (multimodal or {}).items()}
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            given = {name: on_host(value) for name, value in (multimodal or {}).items()}
             prompt = (self.config, on_host(input_ids), mask, positions)
             checked = check_inputs(*prompt, given=given, has_tower=self.stage.has_tower)
             return self.long(checked.input_ids), checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
-        if multimodal:
-            raise ValueError(f"{', '.join(multimodal)} given, but only the first stage sees. Give its hidden_states.")
         x_BTD = torch.as_tensor(hidden_states).to(self.device, self.dtype)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
+        if shown := shown_of(given, tokens.shape):
+            raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
         return x_BTD, check_text(tokens, mask, positions, **self.limits())

@@ -11,9 +11,18 @@ from flax import nnx
 from jax_models.layers.linear import Linear
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU, in float32, rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU by its tanh approximation, in float32, rounded once."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+# by their names in config.json
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 class MLP(nnx.Module):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jax_models.layers.linear import Embedding, Linear
-from jax_models.layers.mlp import gelu_tanh
+from jax_models.layers.mlp import ACTIVATIONS, gelu
 from jax_models.layers.norm import LayerNorm
 from jax_models.layers.rotary import rotate
 from loaders.vision import VisionConfig
@@ -85,14 +85,15 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMLP(nnx.Module):
-    """linear_fc2(gelu(linear_fc1(x))), with the tanh approximation."""
+    """linear_fc2(activation(linear_fc1(x)))."""
 
     def __init__(self, config: VisionConfig) -> None:
         self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x_IPC: jax.Array) -> jax.Array:
-        return self.linear_fc2(gelu_tanh(self.linear_fc1(x_IPC)))
+        return self.linear_fc2(self.activation(self.linear_fc1(x_IPC)))
 
 
 class VisionBlock(nnx.Module):
@@ -129,8 +130,7 @@ class PatchMerger(nnx.Module):
         x_IUM = x_IPC.reshape(len(x_IPC), -1, self.merged)
         if self.norms_merged:
             x_IUM = self.norm(x_IUM)
-        inner_IUM = self.linear_fc1(x_IUM)
-        return self.linear_fc2(jax.nn.gelu(inner_IUM.astype(jnp.float32), approximate=False).astype(inner_IUM.dtype))
+        return self.linear_fc2(gelu(self.linear_fc1(x_IUM)))
 
 
 class VisionTower(nnx.Module):

@@ -92,7 +92,10 @@ def _read(args: argparse.Namespace) -> Any:
     from loaders import open_checkpoint
     from parity.prompting import read_prompt
 
-    return read_prompt(args.checkpoint, open_checkpoint(args.checkpoint).config, args.prompt, args.image)
+    prompt = read_prompt(args.checkpoint, open_checkpoint(args.checkpoint).config, args.prompt, args.image)
+    if not prompt.is_templated:
+        print(f"{args.checkpoint} has no chat template: the prompt is taken as it stands", file=sys.stderr)
+    return prompt
 
 
 def _rows(prompt_ids: list[str]) -> dict[str, Any]:

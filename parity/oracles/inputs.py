@@ -19,7 +19,8 @@ def checked_inputs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids and positions as integers and the mask as bool, all [B, T]; positions also [3, B, T] where they may.
 
-    Where something is shown, the number of a placeholder means nothing.
+    Positions may be [4, B, T] there: the first row is of text alone and turns nothing. Where something is shown, the
+    number of a placeholder means nothing.
 
     Raises:
         ValueError: not integers [B, T], an id outside the vocabulary, or a mask that holds something but 0 and 1.
@@ -38,8 +39,11 @@ def checked_inputs(
     if position_ids is None:
         positions = np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
     else:
-        axes = (3,) if config.is_multi_axis and np.ndim(position_ids) == 3 else ()
+        axes = ()
+        if config.is_multi_axis and np.ndim(position_ids) == 3:
+            axes = (4,) if len(position_ids) == 4 else (3,)
         positions = _integers("position_ids", position_ids, (*axes, *ids_BT.shape))
+        positions = positions[1:] if axes == (4,) else positions
     return ids_BT, mask_BT.astype(np.bool_), positions
 
 

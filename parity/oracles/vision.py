@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from loaders.vision import VisionConfig
-from parity.oracles.pieces import gelu_tanh, softmax
+from parity.oracles.pieces import gelu, gelu_tanh, relu, silu, softmax
 from parity.oracles.run import Weights
 
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "relu": relu, "silu": silu}
 LAYER_NORM_EPS = 1e-6  # whatever the config says
 KINDS = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))  # and its token type
 
@@ -51,8 +52,8 @@ class Sight:
 
 def look(
     config: VisionConfig, read: Weights, ids_BT: np.ndarray, mask_BT: np.ndarray, shown: Mapping[str, np.ndarray]
-) -> Sight:
-    """Run the tower on everything shown and find its places.
+) -> Sight | None:
+    """Run the tower on everything shown and find its places; None: nothing is shown.
 
     Raises:
         ValueError: placeholders and pictures do not fit.
@@ -74,6 +75,8 @@ def look(
         if len(places) != needed:
             raise ValueError(f"{len(places)} placeholders of type {kind}, but {grid_name} {grids[kind]} needs {needed}")
         where.append(places)
+    if not found:
+        return None
     tokens, *levels = (np.concatenate(parts) for parts in zip(*found, strict=True))
     positions = _positions(types_BT, mask_BT, grids, config.spatial_merge_size)
     return Sight(np.concatenate(where).T, tokens, tuple(levels), positions)
@@ -104,12 +107,12 @@ def _tower(config: VisionConfig, read: Weights, x_PX: np.ndarray, grid: tuple[in
     for block in range(config.depth):
         own = read.under(f"blocks.{block}.")
         x_PC = x_PC + _attention(config, own, _norm(own, "norm1", x_PC), angles_PR, frames=time)
-        inner = gelu_tanh(_biased(own, "mlp.linear_fc1", _norm(own, "norm2", x_PC), config.intermediate_size))
-        x_PC = x_PC + _biased(own, "mlp.linear_fc2", inner, size)
-        for level, taken in enumerate(config.deepstack_visual_indexes):
-            if taken == block:
-                merged = x_PC.reshape(-1, merge * merge * size)
-                levels.append(_merge(config, read.under(f"deepstack_merger_list.{level}."), merged, normed=False))
+        inner = _biased(own, "mlp.linear_fc1", _norm(own, "norm2", x_PC), config.intermediate_size)
+        x_PC = x_PC + _biased(own, "mlp.linear_fc2", ACTIVATIONS[config.hidden_act](inner), size)
+        if block in config.deepstack_visual_indexes:  # those of no block are not used
+            level = config.deepstack_visual_indexes.index(block)
+            merged = x_PC.reshape(-1, merge * merge * size)
+            levels.append(_merge(config, read.under(f"deepstack_merger_list.{level}."), merged, normed=False))
     merged = _norm(read, "merger.norm", x_PC).reshape(-1, merge * merge * size)
     return [_merge(config, read.under("merger."), merged, normed=True), *levels]
 
@@ -119,7 +122,8 @@ def _learned(
 ) -> np.ndarray:
     """The learned grid stretched corner to corner over the image, bilinearly."""
     side = math.isqrt(config.num_position_embeddings)
-    grid = read("pos_embed.weight", config.num_position_embeddings, config.hidden_size).reshape(side, side, -1)
+    grid = read("pos_embed.weight", config.num_position_embeddings, config.hidden_size)
+    grid = grid[: side**2].reshape(side, side, -1)
     out = 0.0
     y, x = rows * (side - 1) / max(height - 1, 1), columns * (side - 1) / max(width - 1, 1)
     for down in (0, 1):
@@ -150,8 +154,7 @@ def _turned(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
 def _merge(config: VisionConfig, read: Weights, x_UM: np.ndarray, *, normed: bool) -> np.ndarray:
     x_UM = x_UM if normed else _norm(read, "norm", x_UM)
     inner = _biased(read, "linear_fc1", x_UM, x_UM.shape[1])
-    erf = np.vectorize(math.erf, otypes=[np.float64])
-    return _biased(read, "linear_fc2", inner * 0.5 * (1 + erf(inner / math.sqrt(2))), config.out_hidden_size)
+    return _biased(read, "linear_fc2", gelu(inner), config.out_hidden_size)
 
 
 def _norm(read: Weights, name: str, x: np.ndarray) -> np.ndarray:

@@ -108,10 +108,28 @@ def test_a_placeholder_may_be_any_number_where_the_types_say_so():
     assert checked.vision.slot_BT.tolist() == [[-1, 0, 1, -1]]
 
 
+def test_a_placeholders_number_is_text_where_the_types_say_so():
+    given, ids = one_image([VIDEO, IMAGE, IMAGE, IMAGE], mm_token_type_ids=np.array([[0, 1, 1, 0]]))
+    checked = check_inputs(CONFIG, ids, None, given=given)
+    assert checked.input_ids.tolist() == [[VIDEO, IMAGE, IMAGE, IMAGE]]
+    assert checked.vision.slot_BT.tolist() == [[-1, 0, 1, -1]]
+    assert checked.position_ids[:, 0].tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
+
+
 def test_positions_that_are_given_are_taken():
     given, ids = one_image([5, IMAGE, IMAGE, 6])
     positions = np.arange(12).reshape(3, 1, 4)
     assert check_inputs(CONFIG, ids, None, positions, given=given).position_ids.tolist() == positions.tolist()
+
+
+def test_of_four_rows_of_positions_the_first_is_of_text_and_left_out():
+    given, ids = one_image([5, IMAGE, IMAGE, 6])
+    positions = np.arange(16).reshape(4, 1, 4)
+    for shown in (given, {}):
+        checked = check_inputs(CONFIG, ids, None, positions, given=shown)
+        assert checked.position_ids.tolist() == positions[1:].tolist()
+    with pytest.raises(ValueError, match="position_ids is int64"):
+        check_inputs(CONFIG, ids, None, np.zeros((5, 1, 4), int), given=given)
 
 
 def test_patches_lie_token_by_token_as_in_transformers():
@@ -175,6 +193,50 @@ def test_types_of_text_alone_are_text():
     checked = check_inputs(CONFIG, [[5, 6]], None, given={"mm_token_type_ids": [[0, 0]]})
     assert checked.vision is None
     assert checked.position_ids.tolist() == [[0, 1]]
+
+
+TEXT_ALONE = {"mm_token_type_ids": np.zeros((1, 2), int), "pixel_values": None, "image_grid_thw": None}
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, vision=None)])
+@pytest.mark.parametrize("has_tower", [True, False])
+@pytest.mark.parametrize("is_prompt", [True, False])
+def test_a_processors_text_shows_nothing_to_any_model(config, has_tower, is_prompt):
+    options = {"has_tower": has_tower, "is_prompt": is_prompt}
+    checked = check_inputs(config, [[5, IMAGE]], None, given=TEXT_ALONE, **options)
+    assert checked.vision is None
+    assert checked.input_ids.tolist() == [[5, IMAGE]]
+
+
+def test_types_that_are_no_types_of_these_tokens_are_not_passed_over():
+    text = dataclasses.replace(CONFIG, vision=None)
+    for types in ([[0, 0, 0]], [[0.0, 0.0]], [[0, 1]]):
+        with pytest.raises(ValueError, match="has none"):
+            check_inputs(text, [[5, 6]], None, given={"mm_token_type_ids": types})
+        with pytest.raises(ValueError, match="mm_token_type_ids is|1 image placeholders"):
+            check_inputs(CONFIG, [[5, 6]], None, given={"mm_token_type_ids": types})
+
+
+NO_IMAGES = {"pixel_values": pixels(), "image_grid_thw": np.zeros((0, 3), int)}
+
+
+def test_no_images_at_all_show_nothing():
+    checked = check_inputs(CONFIG, [[5, 6]], None, given=NO_IMAGES)
+    assert checked.vision is None
+    given, ids = one_image([5, VIDEO, VIDEO])
+    videos = {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
+    assert check_inputs(CONFIG, ids, None, given=NO_IMAGES | videos).vision.slot_BT.tolist() == [[-1, 0, 1]]
+    with pytest.raises(ValueError, match="1 image placeholders, but image_grid_thw makes 0"):
+        check_inputs(CONFIG, [[5, IMAGE]], None, given=NO_IMAGES)
+    with pytest.raises(ValueError, match="grid_thw holds no image"):
+        check_shown(TOWER, *NO_IMAGES.values())
+
+
+def test_pixels_that_numpy_cannot_read_are_named():
+    given, ids = one_image([5, IMAGE, IMAGE, 6])
+    given["pixel_values"] = torch.from_numpy(given["pixel_values"]).bfloat16()
+    with pytest.raises(ValueError, match="pixel_values is Tensor, which NumPy cannot read.*Give float32"):
+        check_inputs(CONFIG, ids, None, given=given)
 
 
 def test_a_model_that_sees_nothing_says_so():

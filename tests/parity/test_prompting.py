@@ -107,6 +107,55 @@ def test_a_file_that_is_no_image_is_an_error(checkpoint, tmp_path):
         read_prompt(checkpoint, open_checkpoint(checkpoint).config, "what", [tmp_path / "cat.png"])
 
 
+def test_an_image_is_turned_as_the_camera_was_held(checkpoint, picture, tmp_path):
+    config, exif = open_checkpoint(checkpoint).config, Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    image = Image.open(picture)
+    image.save(tmp_path / "held.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    held, turned = (read_prompt(checkpoint, config, "what", [tmp_path / name]) for name in ("held.png", "turned.png"))
+    assert held.inputs["image_grid_thw"].tolist() == [[1, 10, 6]]
+    for name, value in turned.inputs.items():
+        np.testing.assert_array_equal(held.inputs[name], value)
+
+
+def test_a_prompt_that_holds_placeholders_of_its_own_is_refused_with_both_numbers(checkpoint, picture, capsys):
+    command = ["generate", str(checkpoint), "--prompt", "what <image> <image>", "--image", str(picture)]
+    assert cli.main(command) == 2
+    assert "holds 3 image placeholders '<image>', expected 1, one of each image" in capsys.readouterr().err
+
+
+def test_a_template_that_leaves_images_out_is_refused(picture, tmp_path):
+    other = with_processor(make_checkpoint("qwen3_vl", tmp_path / "a"), template="ask {{ messages[0].role }}")
+    with pytest.raises(ValueError, match="holds 0 image placeholders '<image>', expected 1.*template leaves"):
+        read_prompt(other, open_checkpoint(other).config, "what", [picture])
+
+
+def test_a_template_in_the_file_of_processors_is_used_where_the_tokenizer_has_none(checkpoint, picture, tmp_path):
+    config = open_checkpoint(checkpoint).config
+    other = with_processor(make_checkpoint("qwen3_vl", tmp_path / "a"), template=None)
+    file = other / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": TEMPLATE}))
+    expected, found = (read_prompt(path, config, "what", [picture]) for path in (checkpoint, other))
+    assert found.inputs["input_ids"].tolist() == expected.inputs["input_ids"].tolist()
+    (other / "chat_template.jinja").write_text("what")  # the newer file wins
+    assert read_prompt(other, config, "what").inputs["input_ids"].tolist() == [[52]]
+    (other / "chat_template.jinja").unlink()
+    for wrong in ("{", "[]", "{}", '{"chat_template": 1}'):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match=r"chat_template\.json"):
+            read_prompt(other, config, "what")
+
+
+def test_the_command_says_where_there_is_no_template(checkpoint, tmp_path, capsys):
+    plain = with_processor(make_checkpoint("qwen3", tmp_path / "a"), template=None)
+    options = ["--prompt", "what", "--backend", "torch", "--max-new-tokens", "1"]
+    assert cli.main(["generate", str(plain), *options]) == 0
+    assert "has no chat template: the prompt is taken as it stands" in capsys.readouterr().err
+    assert cli.main(["generate", str(checkpoint), *options]) == 0
+    assert "template" not in capsys.readouterr().err
+
+
 def test_the_options_that_do_not_go_together_are_refused(checkpoint, picture, capsys):
     assert cli.main(["generate", str(checkpoint), "--prompt-ids", "1", "--image", str(picture)]) == 2
     assert "--image goes with --prompt" in capsys.readouterr().err

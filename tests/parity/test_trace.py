@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from synthetic_traces import B, T, make_backend, make_oracle
 
+from loaders.dtypes import to_numpy
 from parity.trace import Trace, input_hash, make_meta
 
 
@@ -141,6 +142,13 @@ def test_the_input_hash_does_not_depend_on_the_integer_type_or_on_a_mask_of_ones
     expected = input_hash(ids)
     assert input_hash(ids.astype(np.int32), np.ones((2, 3), bool)) == expected
     assert input_hash(np.asfortranarray(ids), position_ids=None, pixel_values=None) == expected
+
+
+def test_the_input_hash_does_not_depend_on_the_type_of_floats():
+    ids, pixels = np.arange(6).reshape(2, 3), np.float32([[0.5, -3.0]])
+    expected = input_hash(ids, pixel_values=pixels)
+    for dtype in (np.float16, np.float64, to_numpy("BF16")):
+        assert input_hash(ids, pixel_values=pixels.astype(dtype)) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,18 @@ from torch.nn import functional as F
 from torch_models.layers.linear import Linear
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU, in float32, rounded once."""
+    return F.gelu(x)  # float32 inside
+
+
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU by its tanh approximation, in float32, rounded once."""
     return F.gelu(x, approximate="tanh")  # float32 inside
+
+
+# by their names in config.json
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "relu": F.relu, "silu": F.silu}
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from loaders.vision import VisionConfig
 from torch_models.layers.linear import Embedding, Linear, empty_param
-from torch_models.layers.mlp import gelu_tanh
+from torch_models.layers.mlp import ACTIVATIONS, gelu
 from torch_models.layers.norm import LayerNorm
 from torch_models.layers.rotary import rotate
 
@@ -82,15 +82,16 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """linear_fc2(gelu(linear_fc1(x))), with the tanh approximation."""
+    """linear_fc2(activation(linear_fc1(x)))."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_AC: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(gelu_tanh(self.linear_fc1(x_AC)))
+        return self.linear_fc2(self.activation(self.linear_fc1(x_AC)))
 
 
 class VisionBlock(nn.Module):
@@ -131,7 +132,7 @@ class PatchMerger(nn.Module):
         x_UM = x_AC.reshape(-1, self.merged)
         if self.norms_merged:
             x_UM = self.norm(x_UM)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x_UM)))
+        return self.linear_fc2(gelu(self.linear_fc1(x_UM)))
 
 
 class VisionTower(nn.Module):
