@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loaders.adapter_sites import HEAD, Site, Sites, sites_of
-from loaders.adapters import Adapter, LowRank
+from loaders.adapter_updates import Adapter, LowRank
 from loaders.roster import NONE, Roster, padded
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.lora import (

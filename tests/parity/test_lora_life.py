@@ -253,21 +253,44 @@ def test_on_a_mesh_adapters_say_what_they_say_on_one_device(made, zoo):
         assert stacks["model.layers.0.self_attn.q_proj"].b.sharding.spec[1] == "tensor"
 
 
-def test_one_program_serves_every_adapter_of_a_layout(made):
-    path, adapter, other = made("qwen3")
-    model = jax_models.load(path).attach_lora(adapter, "a").attach_lora(other, "b")
-    given = batch(path)
+def of_one_layout(path, directory):
+    """Four adapters of the same targets, with ranks of one bucket, by name."""
+    ranks = {"a": 4, "b": 7, "c": 1, "d": 8}
+    made = {name: directory / name for name in ranks}
+    for seed, (name, rank) in enumerate(ranks.items()):
+        make_adapter(path, made[name], seed=seed, rank=rank, targets=("q_proj", "down_proj", *TABLES))
+    return made
+
+
+def test_one_program_serves_four_adapters_of_a_layout_from_the_first_on(made, tmp_path):
+    path, _, _ = made("qwen3")
+    model, given = jax_models.load(path), batch(path)
     model(**given)
     before = model.programs.forward._cache_size()
+    adapters = of_one_layout(path, tmp_path)
+    for name, adapter in adapters.items():
+        model = model.attach_lora(adapter, name)
+        model(**given)
     for change in (
-        lambda model: model.attach_lora(other, "a"),
-        lambda model: model.detach_lora("b"),
-        lambda model: model.attach_lora(adapter, "c"),
+        lambda model: model.attach_lora(adapters["b"], "a"),
+        lambda model: model.detach_lora("b").detach_lora("c"),
+        lambda model: model.attach_lora(adapters["c"], "e"),
     ):
         model = change(model)
-        for rows in (None, "a", ["a", None, "a"]):
+        for rows in (None, "a", ["a", None, "d"]):
             model(**given, adapter=rows)
-    assert model.programs.forward._cache_size() == before
+    assert model.programs.forward._cache_size() == before + 1
+
+
+def test_a_graph_goes_on_when_more_adapters_of_its_layout_come(made, tmp_path):
+    path, _, _ = made("qwen3")
+    model, given, captured = torch_models.load(path), batch(path, padding="left"), set()
+    for name, adapter in of_one_layout(path, tmp_path).items():
+        model.attach_lora(adapter, name)
+        options = {"max_new_tokens": 4, "ignore_eos": True}
+        assert torch.equal(model.generate(**given, **options, graphs=True), model.generate(**given, **options))
+        captured.add(model.graphs.num_captures)
+    assert captured == {1}
 
 
 @pytest.mark.parametrize("side", BACKENDS)
@@ -299,11 +322,15 @@ def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monke
     ("act", "told"),
     [
         (lambda model, given: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
+        (lambda model, given: model(**given, adapter=5), "adapter has 5, expected a name, or for each row a name or"),
+        (lambda model, given: model(**given, adapter=[None, b"a", None]), "adapter has b'a', expected a name"),
+        (lambda model, given: model.attach_lora("nowhere", ""), "name is '', expected the adapter's name"),
+        (lambda model, given: model.attach_lora("nowhere", None), "name is None, expected the adapter's name"),
         (lambda model, given: model.detach_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.merge_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.unmerge_lora(), "no adapter is merged"),
     ],
-    ids=["run", "detach", "merge", "unmerge"],
+    ids=["run", "number", "bytes", "empty", "nameless", "detach", "merge", "unmerge"],
 )
 def test_what_cannot_be_meant_is_refused(made, side, act, told):
     path, _, _ = made("qwen3")
