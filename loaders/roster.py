@@ -4,7 +4,8 @@ Room comes in buckets, so that adapters can come, go and change places without a
 the rank of every module's update 8, 16, 32, ...; of copies of a module that adapters replace whole, which are as large
 as it is, 1, 2, 4, ... So four adapters of one layout share JAX's programs and torch's graphs, from the first on. A
 fifth, one of more targets or of a larger bucket of ranks, and a second one that replaces a module, compile and capture
-anew: attach the one that asks for most first. Room is given back when the last one goes.
+anew: attach the one that asks for most first. An empty slot costs its zeros and their product in every run. Room is
+given back when the last adapter goes.
 """
 
 from __future__ import annotations

@@ -122,6 +122,18 @@ def test_patterns_see_a_targeted_parameter_by_its_own_name(made, tmp_path):
     assert [opened[path].scaling for path in v] == [0.5, 0.5]
 
 
+def test_a_router_is_targeted_by_its_name_or_its_weights(made, tmp_path):
+    """A linear layer to transformers 4, where all-linear has it; a parameter to transformers 5."""
+    base = made("qwen3-moe")
+    named = make_adapter(base, tmp_path / "named", targets=("q_proj", "gate"))
+    weight = make_adapter(base, tmp_path / "weight", targets=("q_proj",), parameters=("gate.weight",))
+    one, other = (open_adapter(adapter, open_checkpoint(base).config) for adapter in (named, weight))
+    assert one.digest == other.digest
+    assert {path for path in one.low_rank if "gate" in path} == {f"model.layers.{layer}.mlp.gate" for layer in (0, 1)}
+    linear = open_adapter(make_adapter(base, tmp_path / "linear", targets="all-linear"), open_checkpoint(base).config)
+    assert not [path for path in linear.low_rank if "gate" in path]
+
+
 @pytest.mark.parametrize("name", ["norm.weight", "experts.gate_up_proj", "foo.bar", "proj.weight"])
 def test_a_parameter_that_nothing_is_called_is_refused(made, tmp_path, name):
     base = made("qwen3")

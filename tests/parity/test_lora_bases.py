@@ -76,6 +76,21 @@ def test_an_adapter_of_the_unquantised_model_attaches_over_a_quantised_head(made
     assert left_out == tuple(f"base_model.model.{name}.base_layer.weight" for name in ("lm_head", "model.embed_tokens"))
 
 
+@pytest.mark.parametrize("side", BACKENDS)
+def test_a_router_is_merged_and_unmerged_as_other_layers_are(made, tmp_path, side):
+    path = made("qwen3-moe")
+    adapter = make_adapter(path, tmp_path / "adapter", targets=("gate",))
+    model, given = load(side, path), batch(path)
+    real, base = given["attention_mask"] == 1, np.asarray(model(**given))
+    model = model.attach_lora(adapter)
+    adapted = np.asarray(model(**given))
+    assert np.abs(adapted - base)[real].max() > 0.1
+    model = model.merge_lora()
+    np.testing.assert_allclose(np.asarray(model(**given))[real], adapted[real], rtol=2e-4, atol=2e-4)
+    model = model.unmerge_lora().detach_lora()
+    np.testing.assert_array_equal(np.asarray(model(**given)), base)
+
+
 class Fails(dict):
     """Weights whose last ones cannot be read, once."""
 
