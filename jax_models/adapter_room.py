@@ -21,12 +21,13 @@ from jax_models.layers.lora import (
     ExpertsWithLoRA,
     LinearWithLoRA,
     ModuleWithCopies,
+    RouterWithLoRA,
     Stacks,
     VocabParallelEmbeddingWithLoRA,
     Wrapper,
     unwrapped,
 )
-from jax_models.layers.moe import Experts
+from jax_models.layers.moe import Experts, TopKRouter
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from jax_models.sharding import param_spec
@@ -34,7 +35,7 @@ from loaders.adapter_sites import HEAD, Site, Sites, sites_of
 from loaders.roster import NONE, Roster, padded
 from loaders.spec import ModelConfig
 
-_EVERY = frozenset({"__call__", "project", "add_norm"})
+_EVERY = frozenset({"__call__", "project", "add_norm", "logits"})
 Place = Callable[[np.ndarray, PartitionSpec], jax.Array]
 
 
@@ -159,7 +160,10 @@ def wrap(model: Any, adapters: RowAdapters, config: ModelConfig) -> None:
             methods = frozenset({"project"} if module == HEAD else {"__call__"})
         layer = module_at(model, path)
         _put(model, path, ModuleWithCopies(layer, _layers(unwrapped(layer), copies), copies.places, methods))
-    by_layer: dict[str, dict[str, Stacks]] = {}
+    whole = {sites.layer(module) for module in adapters.copies}
+    by_layer: dict[str, dict[str, Stacks]] = {
+        path: {} for path in whole if isinstance(unwrapped(module_at(model, path)), Embedding)
+    }
     for site, stacks in adapters.stacks.items():
         by_layer.setdefault(sites.low_rank[site].module, {})[site] = stacks
     for path, found in by_layer.items():
@@ -172,6 +176,8 @@ def _with_lora(layer: Any, path: str, found: Mapping[str, Stacks]) -> Wrapper:
             return ExpertsWithLoRA(layer, found.get(f"{path}.gate_up_proj"), found.get(f"{path}.down_proj"))
         case Embedding():
             return VocabParallelEmbeddingWithLoRA(layer, found.get(path), found.get(HEAD))
+        case TopKRouter():
+            return RouterWithLoRA(layer, found[path])
     return LinearWithLoRA(layer, found[path])
 
 

@@ -16,9 +16,10 @@ from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
 from jax_models.weights import flatten
-from loaders.adapters import ReadBase, open_adapter
+from loaders.adapter_reading import ReadBase
+from loaders.adapters import open_adapter
 from loaders.merging import merge_problems, merged_weights
-from loaders.roster import Roster
+from loaders.roster import Roster, check_name
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     """A model with one more adapter, or with another one in the place of that name.
 
+    Where PEFT wrote the base's embedding or head beside an adapted one, it must be the one that serves now. So after a
+    reload to other weights such an adapter is refused; saved without it (``save_embedding_layers=False``) it is not.
+
     Raises:
         CheckpointError: the adapter does not fit; lists everything.
-        ValueError: an adapter is merged into the weights.
+        ValueError: an adapter is merged into the weights, or the name is no name.
     """
+    check_name(name)
     model.roster.check_unmerged("another adapter")
     adapter = open_adapter(uri, model.config, read_base=_reader(model))
     roster = model.roster.having(adapter, name, model.version + 1)
@@ -58,11 +63,12 @@ def merge_lora(model: Model, name: str) -> Model:
             that embedding and head share.
     """
     model.roster.check_unmerged("another one")
-    adapter, read = model.roster[name].adapter, _reader(model)
+    adapter = model.roster[name].adapter
     if problems := merge_problems(adapter, model.config):
         raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     flat = flatten(model.weights)
-    changes = {param: make for param, make in merged_weights(adapter, read).items() if param in flat}
+    made = merged_weights(adapter, lambda param: np.asarray(flat[param]))
+    changes = {param: make for param, make in made.items() if param in flat}
     originals = {param: flat[param] for param in changes}
     flat |= {param: jax.device_put(make(), originals[param].sharding) for param, make in changes.items()}
     merged = model.published(traverse_util.unflatten_dict(flat, sep="."), "merge", name)
@@ -94,4 +100,4 @@ def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
 
 def _reader(model: Model) -> ReadBase:
     flat = flatten(model.weights)
-    return lambda name: np.asarray(flat[name])
+    return lambda name: np.asarray(flat[name]) if name in flat else None

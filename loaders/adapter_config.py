@@ -15,11 +15,13 @@ from typing import Any
 from loaders.errors import brief
 
 ALL_LINEAR = "all-linear"
-# how it was trained, or by what: nothing to compute
+_DEFAULT = 8  # PEFT's, of r and of lora_alpha
+# how it was trained, or by what: nothing to compute. fan_in_fan_out is of layers that store [in, out], which no model
+# here has: PEFT switches it off for others
 _OF_TRAINING = frozenset(
     {
-        *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core"),
-        *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+        *("auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode", "lora_dropout"),
+        *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
     }
 )
 _READ = frozenset(
@@ -31,8 +33,9 @@ _READ = frozenset(
 )
 # ways to begin that leave the base's weights as they are; others subtract from them
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-_MOST_RANK = 1 << 16
-_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # the first number of a module path, not an expert's
+_MOST_RANK, _MOST_ALPHA = 1 << 16, 3.4e38  # a scaling is alpha by a rank or its root: float32 has to hold it
+_LAYER = "number_of_the_layer"  # a group of its own name: what it is put behind may have groups too
+_FIRST_LAYER = re.compile(rf".*?\.[^.]*\.(?P<{_LAYER}>\d+)\.")  # the first number of a module path, not an expert's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,56 +59,66 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     base_model_name_or_path: str = ""
 
-    def targets(self, module: str, *, is_table: bool = False) -> bool:
-        """Whether a linear layer or embedding gets a low-rank update; ``is_table``: it is an embedding, or the head."""
+    def target(self, module: str, *, is_plain: bool = True) -> str | None:
+        """The name by which a module is targeted, its own or its weight's, as patterns see it; None: it is not.
+
+        ``is_plain``: it is a linear layer, and neither head nor router.
+        """
+        if self.targets(module, is_plain=is_plain):
+            return module
+        return f"{module}.weight" if self.targets_parameter(f"{module}.weight") else None
+
+    def targets(self, module: str, *, is_plain: bool = True) -> bool:
+        """Whether a module gets a low-rank update by ``target_modules``; ``is_plain``: see ``target``."""
         if _is_named(self.exclude_modules, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == ALL_LINEAR:
-                return not is_table
+                return is_plain
             return re.fullmatch(self.target_modules, module) is not None
         if module in self.target_modules:
             return True
         return _is_named(self.target_modules, module) and self._is_of_layers(module)
 
     def targets_parameter(self, parameter: str) -> bool:
-        """Whether a parameter is named itself, as experts are."""
+        """Whether a parameter is named itself, as experts are, and a router may be."""
         return _is_named(self.target_parameters, parameter)
 
     def saves(self, tensor: str) -> bool:
         """Whether a tensor is of a module that the adapter replaces whole."""
-        parts = tensor.split(".")
-        modules = [".".join(parts[:end]) for end in range(1, len(parts))]
-        return any(module.endswith(name) for module in modules for name in self.modules_to_save)
+        return any(is_in_module(tensor, name) for name in self.modules_to_save)
 
-    def rank(self, module: str) -> int:
-        """Rank of a module's update."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+    def rank(self, target: str) -> int:
+        """Rank of the update of what is targeted by a name."""
+        return _by_pattern(self.rank_pattern, target, self.r)
 
-    def scaling(self, module: str) -> float:
-        """What a module's update is multiplied by: alpha / r, or alpha / √r."""
-        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+    def scaling(self, target: str) -> float:
+        """What that update is multiplied by: alpha / r, or alpha / √r."""
+        rank, alpha = self.rank(target), _by_pattern(self.alpha_pattern, target, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def _is_of_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self.layers_pattern] or [_FIRST_LAYER]
-        found = next((match for pattern in patterns if (match := pattern.match(module))), None)
-        return found is not None and int(found[1]) in self.layers_to_transform
+        named = [re.compile(rf"(?:^|.*?\.){name}\.(?P<{_LAYER}>\d+)\.") for name in self.layers_pattern]
+        found = next((match for pattern in named or [_FIRST_LAYER] if (match := pattern.match(module))), None)
+        return found is not None and int(found[_LAYER]) in self.layers_to_transform
 
 
 def read_adapter_config(document: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:
-    """The configuration, or None and everything that is wrong with it or not implemented."""
+    """The configuration, and everything that is wrong with it or not implemented.
+
+    None only where something cannot be read: with options that are not implemented the rest can still be checked.
+    """
     if document.get("peft_type") != "LORA":
         return None, [f"adapter_config.json: peft_type is {brief(document.get('peft_type'))}, expected 'LORA'"]
-    problems = _refused(document)
+    problems: list[str] = []
     read = _Reader(document, problems)
     fields: dict[str, Any] = {
-        "r": read.number("r", integer=True),
-        "lora_alpha": read.number("lora_alpha"),
+        "r": read.number("r", integer=True, default=_DEFAULT),
+        "lora_alpha": read.number("lora_alpha", default=_DEFAULT),
         "use_rslora": read.flag("use_rslora"),
         "target_modules": read.names("target_modules", or_pattern=True),
         "target_parameters": read.names("target_parameters"),
@@ -119,7 +132,7 @@ def read_adapter_config(document: dict[str, Any]) -> tuple[AdapterConfig | None,
     }
     if fields["layers_to_transform"] and isinstance(fields["target_modules"], str):
         problems.append("adapter_config.json: layers_to_transform goes with a list of target_modules, not a pattern")
-    return (None, problems) if problems else (AdapterConfig(**fields), [])
+    return None if problems else AdapterConfig(**fields), problems + _refused(document)
 
 
 def _refused(document: dict[str, Any]) -> list[str]:
@@ -145,8 +158,8 @@ class _Reader:
     def __init__(self, document: dict[str, Any], problems: list[str]) -> None:
         self.document, self.problems = document, problems
 
-    def number(self, name: str, *, integer: bool = False) -> Any:
-        return self._number(name, self.document.get(name), integer=integer)
+    def number(self, name: str, *, default: float, integer: bool = False) -> Any:
+        return self._number(name, self.document.get(name, default), integer=integer)
 
     def flag(self, name: str) -> bool:
         found = self.document.get(name)
@@ -193,9 +206,10 @@ class _Reader:
 
     def _number(self, name: str, found: Any, *, integer: bool) -> Any:
         is_rank = integer and type(found) is int and 1 <= found <= _MOST_RANK
-        is_alpha = not integer and type(found) in (int, float) and math.isfinite(found)
+        is_alpha = not integer and type(found) in (int, float) and abs(found) <= _MOST_ALPHA
         if not (is_rank or is_alpha):
-            self._expected(name, found, f"an integer from 1 to {_MOST_RANK}" if integer else "a finite number")
+            expected = f"an integer from 1 to {_MOST_RANK}" if integer else "a finite number that float32 holds"
+            self._expected(name, found, expected)
         return found
 
     def _compiles(self, name: str, pattern: str) -> None:
@@ -208,10 +222,21 @@ class _Reader:
         self.problems.append(f"adapter_config.json: {name} is {brief(found)}, expected {what}")
 
 
+def is_in_module(tensor: str, name: str) -> bool:
+    """Whether a tensor is of a module whose path ends with ``name``, or of one below it."""
+    parts = tensor.split(".")
+    return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts)))
+
+
+def is_called(path: str, name: str) -> bool:
+    """Whether ``name`` is a path or its end, after a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
 def _is_named(names: str | tuple[str, ...], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
+    return any(is_called(path, name) for name in names)
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

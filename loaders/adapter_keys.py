@@ -37,6 +37,15 @@ class Key:
     spelled: str
 
 
+def module_in(name: str, path: str) -> str | None:
+    """The module a tensor is of, if it stands under ``path``, also where that is spelled without ``model.``."""
+    name = name.removeprefix(_PREFIX)
+    if not any(name.startswith(f"{one}.") for one in (path, path.removeprefix("model."))):
+        return None
+    module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+    return module.removesuffix(".base_layer")
+
+
 def parse_key(name: str, text_paths: Sequence[str]) -> Key | None:
     """The meaning of a name; None: it has none. ``text_paths``: of the model, ours first."""
     if not name.startswith(_PREFIX):

@@ -1,8 +1,9 @@
-"""Where a model can be adapted: its linear layers, embedding, head and experts, from the family's table."""
+"""Where a model can be adapted: its linear layers, embedding, head, routers and experts, from the family's table."""
 
 from __future__ import annotations
 
 import dataclasses
+import os.path
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,16 +23,16 @@ class Site:
     """
 
     path: str
-    kind: Literal["linear", "embedding", "experts"]
+    kind: Literal["linear", "router", "embedding", "experts"]
     shape: tuple[int, int]
     lead: tuple[int, ...]
     parameter: str
     is_head: bool = False
 
     @property
-    def is_table(self) -> bool:
-        """Whether it is the embedding or the head, which ``all-linear`` does not name."""
-        return self.is_head or self.kind == "embedding"
+    def is_plain(self) -> bool:
+        """Whether ``all-linear`` names it: not an embedding, a head or a router."""
+        return self.kind == "linear" and not self.is_head
 
     @property
     def module(self) -> str:
@@ -47,6 +48,7 @@ class Sites:
     whole: dict[str, tuple[int, ...]]
     params: dict[str, ParamSpec]  # all parameters, as if nothing were quantised
     tied: dict[str, str]  # tensor of a tied head -> the parameter it is
+    tower: str  # path of the vision tower, which cannot be adapted; empty: there is none
 
     def layer(self, module: str) -> str:
         """The layer that stands for a module: the embedding for a tied head."""
@@ -67,8 +69,11 @@ def sites_of(config: ModelConfig) -> Sites:
     specs = specs_of(_unquantized(config), Stage())
     found: dict[str, Site] = {}
     whole: dict[str, tuple[int, ...]] = {}
+    visual: list[str] = []
     for spec in specs:
         rule = specs.rules[spec.sources[0].tensor]
+        if rule.is_visual:
+            visual.append(spec.name)
         if rule.on not in ("layer", "embedding", "head", "last"):
             continue
         if site := _site(spec, rule):
@@ -84,7 +89,8 @@ def sites_of(config: ModelConfig) -> Sites:
         found[path] = Site(path, "linear", (tied.shape[0], tied.shape[1]), (), tied.same_as, is_head=True)
         whole[tied.tensor] = tied.shape
     tied = {one.tensor: one.same_as for one in specs.tied}
-    return Sites(found, whole, {spec.name: spec for spec in specs}, tied)
+    tower = os.path.commonprefix(visual).rpartition(".")[0]
+    return Sites(found, whole, {spec.name: spec for spec in specs}, tied, tower)
 
 
 def _unquantized(config: Any) -> ModelConfig:
@@ -96,8 +102,10 @@ def _site(spec: ParamSpec, rule: Rule) -> Site | None:
     if spec.axes[:1] == ("E",) and len(spec.axes) > 2:
         return Site(spec.name, "experts", (spec.shape[-2], spec.shape[-1]), spec.shape[:-2], spec.name)
     path, _, leaf = spec.name.rpartition(".")
-    if leaf != "weight" or len(spec.shape) != 2 or rule.is_router:
+    if leaf != "weight" or len(spec.shape) != 2:
         return None
+    if rule.is_router:
+        return Site(path, "router", (spec.shape[0], spec.shape[1]), (), spec.name)
     if rule.on == "embedding":
         return Site(path, "embedding", (spec.shape[1], spec.shape[0]), (), spec.name)  # [D, V]: B is [D, r], A [r, V]
     return Site(path, "linear", (spec.shape[0], spec.shape[1]), (), spec.name, is_head=rule.on == "head")

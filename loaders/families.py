@@ -35,5 +35,21 @@ class Family(Protocol):
     def config_from_json(self, architecture: str, document: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]: ...
 
 
+def publishes_transposed(model_type: str) -> bool | None:
+    """Whether a family is published with fused experts, inputs first; None: not with fused ones.
+
+    Args:
+        model_type: of config.json, or of its text_config.
+    Raises:
+        ValueError: no family has it.
+    """
+    plain = model_type.removesuffix("_text").replace("_", "")
+    known = [one for one in FAMILIES if one.lower().replace("_", "").startswith(f"{plain}for")]
+    if not known:
+        raise ValueError(f"model_type is {model_type!r}, expected that of {', '.join(FAMILIES)}")
+    forms = (rule.form for rule in family_module(known[0]).RULES if rule.is_fused)
+    return next((form == "fused transposed" for form in forms), None)
+
+
 def family_module(architecture: str) -> Family:
     return importlib.import_module(f"loaders.{FAMILIES[architecture]}")  # pyright: ignore[reportReturnType]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from loaders.adapter_sites import HEAD
-from loaders.adapters import Adapter, LowRank, ReadBase
+from loaders.adapter_updates import Adapter, LowRank
 from loaders.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
+Read = Callable[[str], np.ndarray]  # a parameter as it is stored, by name
 _ROWS = 8192  # merged at once
 
 
@@ -60,7 +61,7 @@ def merge_problems(adapter: Adapter, config: ModelConfig) -> list[str]:
     return problems
 
 
-def merged_weights(adapter: Adapter, read_base: ReadBase) -> Mapping[str, Callable[[], np.ndarray]]:
+def merged_weights(adapter: Adapter, read_base: Read) -> Mapping[str, Callable[[], np.ndarray]]:
     """Every parameter that merging changes, by name, and how to compute it."""
     changed = {
         update.site.parameter: (lambda update=update: merged(read_base(update.site.parameter), update))

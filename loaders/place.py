@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from loaders.families import publishes_transposed
 from loaders.memory import bits
 from loaders.spec import ParamSpec, Source
 
@@ -28,6 +29,7 @@ def weight_loader(
     shard_id: int | None = None,
     expert_id: int | None = None,
     experts: range | None = None,
+    num_experts: int | None = None,
     return_success: bool = False,
 ) -> bool | None:
     """Write one checkpoint tensor into its place in a host parameter.
@@ -40,15 +42,19 @@ def weight_loader(
         shard_id: place on the axis of shards.
         expert_id: place on the axis of experts, as the checkpoint numbers them.
         experts: those that ``param`` holds, of a rank that holds not all; None: all of them.
+        num_experts: of all ranks together; None: nobody says, and any expert may be another rank's.
         return_success: say whether anything was written: False for an expert of another rank.
     Returns:
         None, or with ``return_success`` whether ``param`` holds the expert.
     Raises:
-        ValueError: shape or dtype differ from the place's, an id has no place, or the expert is another rank's and
-            nobody asked to be told.
+        ValueError: shape or dtype differ from the place's, an id has no place, no rank has such an expert, or the
+            expert is another rank's and nobody asked to be told.
     """
     if expert_id is not None and experts is not None:
         _check_held(param, experts)
+        if expert_id < 0 or (num_experts is not None and expert_id >= num_experts):
+            most = "" if num_experts is None else f" to {num_experts - 1}"
+            raise ValueError(f"expert {expert_id} is no rank's, expected an id from 0{most}")
         if expert_id not in experts:
             if return_success:
                 return False
@@ -72,6 +78,7 @@ def load_fused_expert_weights(
     *,
     num_shards: int = 1,
     is_transposed: bool | None = None,
+    model_type: str | None = None,
     experts: range | None = None,
     return_success: bool = False,
 ) -> bool | None:
@@ -83,16 +90,19 @@ def load_fused_expert_weights(
             does; shard 0 (gate) first.
         num_shards: parts of each expert's outputs.
         is_transposed: which of the two; None: the shape says.
+        model_type: of config.json; where the shape fits both ways, it is as that family is published.
         experts: those that ``param`` holds, of a rank that holds not all; None: all of them.
         return_success: say whether anything was written: False where ``experts`` has none of them.
     Raises:
         ValueError: another number of experts, parts of another shape or dtype, or a shape that fits both ways and
-            nobody said which.
+            nobody said which; or ``model_type`` is none that is known.
     """
     if experts is not None:
         _check_held(param, experts)
     held = range(len(param)) if experts is None else experts
-    is_transposed = _turned(param, loaded_weight, num_shards, is_transposed, held, is_whole=experts is None)
+    published = None if model_type is None else publishes_transposed(model_type)
+    ways = (is_transposed, published)
+    is_transposed = _turned(param, loaded_weight, num_shards, ways, held, is_whole=experts is None)
     for expert_id in held:
         expert = loaded_weight[expert_id].T if is_transposed else loaded_weight[expert_id]
         for shard_id, part in enumerate(np.split(expert, num_shards)):
@@ -102,9 +112,19 @@ def load_fused_expert_weights(
 
 
 def _turned(
-    param: np.ndarray, loaded: np.ndarray, num_shards: int, asked: bool | None, held: range, *, is_whole: bool
+    param: np.ndarray,
+    loaded: np.ndarray,
+    num_shards: int,
+    said: tuple[bool | None, bool | None],
+    held: range,
+    *,
+    is_whole: bool,
 ) -> bool:
-    """Which way round a fused tensor is. Raises ValueError when it is neither, not as asked, or nobody can say."""
+    """Which way round a fused tensor is. Raises ValueError when it is neither, not as asked, or nobody can say.
+
+    ``said``: what was asked, and what decides where both ways fit.
+    """
+    asked, published = said
     rows, columns = num_shards * param.shape[-2], param.shape[-1]
     ways = {False: (rows, columns), True: (columns, rows)}
     fitting = [way for way, shape in ways.items() if asked in (None, way) and loaded.shape[1:] == shape]
@@ -116,9 +136,9 @@ def _turned(
             f"fused weight is {loaded.dtype} {loaded.shape}, expected {param.dtype} {expected} for {_spelled(held)} of"
             f" a parameter of shape {param.shape} in {num_shards} parts"
         )
-    if len(fitting) > 1:
+    if len(fitting) > 1 and published is None:
         raise ValueError(f"fused weight is {loaded.shape}, which fits both ways. Say is_transposed.")
-    return fitting[0]
+    return bool(published) if len(fitting) > 1 else fitting[0]
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,21 +1,26 @@
 """Which adapters a model has, in which slot each, and how much room there is: one bookkeeping for both backends.
 
-Room comes in buckets, so that adapters can come, go and change places without another shape: of slots 1, 2, 4, ...; of
-the rank of every module's update 8, 16, 32, ... It grows when an adapter does not fit, and is given back when the last
-one goes.
+Room comes in buckets, so that adapters can come, go and change places without another shape: of slots 4, 8, 16, ...; of
+the rank of every module's update 8, 16, 32, ...; of copies of a module that adapters replace whole, which are as large
+as it is, 1, 2, 4, ... So four adapters of one layout share JAX's programs and torch's graphs, from the first on. A
+fifth, one of more targets or of a larger bucket of ranks, and a second one that replaces a module, compile and capture
+anew: attach the one that asks for most first. An empty slot costs its zeros and their product in every run. Room is
+given back when the last adapter goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from loaders.adapters import Adapter
+from loaders.adapter_updates import Adapter
+from loaders.errors import brief
 
 NONE = -1  # the slot of a row without adapter
-SMALLEST_RANK = 8
+SMALLEST_RANK, FEWEST_SLOTS = 8, 4
 
 AdapterOfRows = str | Sequence[str | None] | None
 
@@ -115,9 +120,13 @@ class Roster:
             return [self.attached[-1].name if self.attached else None] * count
         if isinstance(adapter, str):
             return [self[adapter].name] * count
-        if len(adapter) != count:
-            raise ValueError(f"adapter names {len(adapter)} rows, expected one name or None for each of {count}")
-        return [None if name is None else self[name].name for name in adapter]
+        is_by_row = isinstance(adapter, Sequence | np.ndarray) and not isinstance(adapter, bytes)
+        names: list[Any] = list(adapter) if is_by_row else [adapter]
+        if wrong := [name for name in names if not isinstance(name, str | None)]:
+            raise ValueError(f"adapter has {brief(wrong[0])}, expected a name, or for each row a name or None")
+        if len(names) != count:
+            raise ValueError(f"adapter names {len(names)} rows, expected one name or None for each of {count}")
+        return [None if name is None else self[name].name for name in names]
 
     def _check_merged(self, adapter: AdapterOfRows, names: list[str | None]) -> None:
         if adapter is not None and any(name != self.merged for name in names):
@@ -125,6 +134,12 @@ class Roster:
 
     def _names(self) -> str:
         return ", ".join(repr(one.name) for one in self.attached) or "none"
+
+
+def check_name(name: object) -> None:
+    """Raises ValueError for what cannot be an adapter's name."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name is {brief(name)}, expected the adapter's name, a string that is not empty")
 
 
 def modules_replaced(adapter: Adapter) -> frozenset[str]:
@@ -148,7 +163,7 @@ def _grown(layout: Layout, attached: tuple[Attached, ...]) -> Layout:
     for module in {module for one in attached for module in modules_replaced(one.adapter)}:
         count = sum(module in modules_replaced(one.adapter) for one in attached)
         places[module] = max(places.get(module, 0), _bucket(count, 1))
-    slots = max(layout.slots, _bucket(1 + max(one.slot for one in attached), 1))
+    slots = max(layout.slots, _bucket(1 + max(one.slot for one in attached), FEWEST_SLOTS))
     return Layout(slots, ranks, places)
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders import Checkpoint
-from loaders.adapters import Adapter
+from loaders.adapter_updates import Adapter
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
 from parity.oracles.run import Run, Saw, Weights

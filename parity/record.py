@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.adapters import Adapter, open_adapter
+from loaders.adapter_updates import Adapter
+from loaders.adapters import open_adapter
 from loaders.digest import digests, root_digest
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL

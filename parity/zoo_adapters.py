@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def make_adapter(
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
     is_zero: bool = False,
+    base_layer: bool = False,
     text_path: str | None = None,
 ) -> Path:
     """Write an adapter for ``checkpoint`` to ``directory``.
@@ -59,9 +60,11 @@ def make_adapter(
         alpha_pattern: likewise.
         use_rslora: likewise.
         is_zero: every B is zero: an adapter that has not learned anything.
+        base_layer: with the base's own table beside every update of embedding or head, as PEFT saves them.
         text_path: path of the text model in its names; None: as in the checkpoint's config.
     """
-    config = open_checkpoint(checkpoint).config
+    opened = open_checkpoint(checkpoint)
+    config = opened.config
     document: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -78,9 +81,11 @@ def make_adapter(
         "modules_to_save": list(whole) or None,
     }
     read, problems = read_adapter_config(document)
-    assert read is not None, problems
+    assert not problems, problems
+    assert read is not None
     ours = config.text_paths[0]
-    drawn = _Drawing(read, sites_of(config), seed, is_zero, (ours, text_path or ours)).tensors()
+    drawing = _Drawing(read, sites_of(config), seed, is_zero, (ours, text_path or ours))
+    drawn = drawing.tensors() | (drawing.tables(opened.read) if base_layer else {})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(document, indent=2))
@@ -100,8 +105,8 @@ class _Drawing:
             name = self._spelled(site.path)
             if site.kind == "experts":
                 found |= self._experts(site, name) if self.config.targets_parameter(name) else {}
-            elif self.config.targets(name, is_table=site.is_table):
-                found |= self._low_rank(site, name)
+            elif (target := self.config.target(name, is_plain=site.is_plain)) is not None:
+                found |= self._low_rank(site, name, target)
         for tensor, shape in self.sites.whole.items():
             name = self._spelled(tensor)
             if self.config.saves(name):
@@ -110,9 +115,22 @@ class _Drawing:
                 found[_PREFIX + name] = (centre + size * self._draw(name, shape)).astype(np.float32)
         return found
 
-    def _low_rank(self, site: Site, name: str) -> dict[str, np.ndarray]:
-        rank, (out, inner) = self.config.rank(name), site.shape
-        is_table = site.kind == "embedding"
+    def tables(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+        """Tables that have an update, as they are in the base."""
+        adapted = [site for site in self.sites.low_rank.values() if site.kind == "embedding" or site.is_head]
+        names = {self._spelled(site.path): site.parameter for site in adapted}
+        return {
+            f"{_PREFIX}{name}.base_layer.weight": read(parameter)
+            for name, parameter in names.items()
+            if self.config.targets(name, is_plain=False)
+        }
+
+    def _low_rank(self, site: Site, name: str, target: str) -> dict[str, np.ndarray]:
+        """``target``: by which of its names the module is, see ``loaders.adapter_config``."""
+        rank, (out, inner) = self.config.rank(target), site.shape
+        is_table = site.kind == "embedding" and target == name
+        if site.kind == "embedding" and not is_table:
+            out, inner = inner, out
         halves = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
         a = self._draw(f"{name}.A", (rank, inner)) / (1.0 if is_table else np.sqrt(inner))
         b = self._draw(f"{name}.B", (out, rank)) * (_SIZE / np.sqrt(rank)) * (not self.is_zero)

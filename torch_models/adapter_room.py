@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from loaders.adapter_sites import HEAD, Site, Sites, sites_of
-from loaders.adapters import Adapter, LowRank
+from loaders.adapter_updates import Adapter, LowRank
 from loaders.roster import NONE, Roster, padded
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.lora import (
     ExpertsWithLoRA,
     LinearWithLoRA,
     ModuleWithCopies,
+    RouterWithLoRA,
     Stacks,
     VocabParallelEmbeddingWithLoRA,
     unwrapped,
 )
-from torch_models.layers.moe import Experts
+from torch_models.layers.moe import Experts, TopKRouter
 from torch_models.layers.quantized import FP8Linear, NVFP4Linear
 from torch_models.layers.quantized_experts import NVFP4Experts
 from torch_models.storage import of_host
@@ -30,7 +31,7 @@ from torch_models.storage import of_host
 if TYPE_CHECKING:
     from torch_models.model import Model
 
-_EVERY = frozenset({"forward", "project", "add_norm"})
+_EVERY = frozenset({"forward", "project", "add_norm", "logits"})
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Room:
             if sites.tied and path == sites.layer(HEAD):  # a table with two sides
                 methods = frozenset({"project"} if module == HEAD else {"forward"})
             made[path] = ModuleWithCopies(made.get(path, layers[path]), copies.layers, copies.places, methods)
-        by_layer: dict[str, dict[str, Stacks]] = {}
+        by_layer: dict[str, dict[str, Stacks]] = {path: {} for path in made if isinstance(layers[path], Embedding)}
         for site, stacks in self.stacks.items():
             by_layer.setdefault(sites.low_rank[site].module, {})[site] = stacks
         return made | {path: _with_lora(made.get(path, layers[path]), path, found) for path, found in by_layer.items()}
@@ -143,6 +144,8 @@ def _with_lora(layer: nn.Module, path: str, found: Mapping[str, Stacks]) -> nn.M
             return ExpertsWithLoRA(layer, found.get(f"{path}.gate_up_proj"), found.get(f"{path}.down_proj"))
         case Embedding():
             return VocabParallelEmbeddingWithLoRA(layer, found.get(path), found.get(HEAD))
+        case TopKRouter():
+            return RouterWithLoRA(layer, found[path])
     return LinearWithLoRA(layer, found[path])
 
 

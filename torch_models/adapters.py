@@ -11,15 +11,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from loaders.adapters import ReadBase, open_adapter
+from loaders.adapter_reading import ReadBase
+from loaders.adapters import open_adapter
 from loaders.events import Event
 from loaders.merging import merge_problems, merged_weights
-from loaders.roster import NONE, AdapterOfRows, Roster
+from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
 from torch_models.adapter_room import Room
 from torch_models.layers.lora import active_rows
+from torch_models.sleep import check_awake
 from torch_models.storage import host_view, of_host
 
 if TYPE_CHECKING:
@@ -32,12 +35,16 @@ if TYPE_CHECKING:
 def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     """Attach an adapter, or put another one in the place of that name.
 
+    Where PEFT wrote the base's embedding or head beside an adapted one, it must be the one that serves now. So after a
+    reload to other weights such an adapter is refused; saved without it (``save_embedding_layers=False``) it is not.
+
     Raises:
         CheckpointError: the adapter does not fit; lists everything. Nothing was changed.
-        ValueError: an adapter is merged into the weights.
+        ValueError: an adapter is merged into the weights, or the name is no name.
         RuntimeError: the model must not run.
     """
     model.check_runnable()
+    check_name(name)
     model.roster.check_unmerged("another adapter")
     adapter = open_adapter(uri, model.config, read_base=_reader(model))
     _become(model, model.roster.having(adapter, name, model.version + 1))
@@ -74,11 +81,11 @@ def merge_lora(model: Model, name: str) -> Model:
     """
     model.check_runnable()
     model.roster.check_unmerged("another one")
-    adapter, read = model.roster[name].adapter, _reader(model)
+    adapter = model.roster[name].adapter
     if problems := merge_problems(adapter, model.config):
         raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
-    held = life.parameters(model)
-    changes = {param: make for param, make in merged_weights(adapter, read).items() if param in held}
+    held, made = life.parameters(model), merged_weights(adapter, lambda param: _read(model, param))
+    changes = {param: make for param, make in made.items() if param in held}
     originals = {param: life.stored(model, param).cpu().clone() for param in changes}
     life.write(model, ((param, of_host(make())) for param, make in changes.items()), list(changes))
     model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
@@ -89,11 +96,13 @@ def merge_lora(model: Model, name: str) -> Model:
 def unmerge_lora(model: Model) -> Model:
     """Bring the base's weights back as they were, bit for bit: they are written again, not computed.
 
+    What failed half-way may be called again: all that was merged is written.
+
     Raises:
         ValueError: nothing is merged.
-        RuntimeError: the model must not run, or writing failed half-way.
+        RuntimeError: the model sleeps, or writing failed half-way.
     """
-    model.check_runnable()
+    check_awake(model)
     if (name := model.roster.merged) is None:
         raise ValueError("no adapter is merged: there is nothing to undo")
     life.write(model, model.room.unmerged.items(), list(model.room.unmerged))
@@ -133,4 +142,9 @@ def _become(model: Model, roster: Roster) -> None:
 
 
 def _reader(model: Model) -> ReadBase:
-    return lambda name: host_view(life.stored(model, name).cpu())
+    held = life.parameters(model)
+    return lambda name: _read(model, name) if name in held else None
+
+
+def _read(model: Model, name: str) -> np.ndarray:
+    return host_view(life.stored(model, name).cpu())

@@ -214,8 +214,9 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
     def check_refusal(self) -> None:
         """Raises RuntimeError while the weights are a mixture of two versions."""
         if self.refusal is not None:
+            again = "unmerge_lora again, or " if self.roster.merged is not None else ""
             raise RuntimeError(
-                f"the model refuses to run: {self.refusal}. Call update_weights_from_disk with good weights."
+                f"the model refuses to run: {self.refusal}. Call {again}update_weights_from_disk with good weights."
             )
 
     def _run(self, entry: torch.Tensor, checked: ModelInputs) -> torch.Tensor:

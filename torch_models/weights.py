@@ -6,6 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     it can be; only then it is read again and written over the live parameters, each as it is complete, so that memory
     holds one of them twice at most. What was written is compared by digest at the end, and published. A failure before
     the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse to run
-    until a good load. A model that was loaded with ``quantize`` quantises again.
+    until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was loaded
+    with ``quantize`` quantises again.
 
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
@@ -146,7 +148,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
     check_awake(model)
-    model.roster.check_unmerged("a reload")
+    if model.refusal is None:
+        model.roster.check_unmerged("a reload")
     from torch_models.load import read_params  # the loader builds models
 
     checkpoint = open_to_load(uri, model.quantize)
@@ -156,6 +159,8 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     deque(read_params(plan, trial, staged=True), maxlen=0)  # a loop would keep one while it reads the next
     report = trial.finish()
     filling = Filling(plan)
+    # only under a refusal is one merged here: what was there before it goes, for from now on it would be a mixture
+    model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
     try:
         _commit(model, read_params(plan, filling, staged=True), [spec.name for spec in plan.specs])
         filling.finish()

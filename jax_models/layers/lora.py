@@ -10,6 +10,7 @@ of them, and what they hold is an argument of the program.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -130,22 +131,36 @@ def _by_expert(
 
 
 class Wrapper:
-    """A layer in another's place. Whatever is not here is its own: attributes, parameters, methods.
+    """A layer in another's place. Whatever one holds or is given, both are: attributes, parameters, methods.
 
-    ``base_layer`` is the layer itself.
+    ``base_layer`` is the layer itself. ``dir`` and ``hasattr`` see what it has, and what is here.
     """
+
+    __slots__ = ("base_layer",)
 
     def __init__(self, base_layer: Any) -> None:
         self.base_layer = base_layer
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.base_layer)})
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_layer":  # not set yet, while one is copied
             raise AttributeError(name)
         return getattr(self.base_layer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = any(name in getattr(kind, "__slots__", ()) for kind in type(self).__mro__)
+        if is_own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.base_layer, name, value)
+
 
 class LinearWithLoRA(Wrapper):
     """A linear layer, plain or quantised, or a head."""
+
+    __slots__ = ("lora",)
 
     def __init__(self, base_layer: Any, lora: Stacks) -> None:
         super().__init__(base_layer)
@@ -166,7 +181,12 @@ class LinearWithLoRA(Wrapper):
 
 
 class VocabParallelEmbeddingWithLoRA(Wrapper):
-    """An embedding. Where it is the head too, an update of either is of that side alone, as in PEFT."""
+    """An embedding. Where it is the head too, an update of either is of that side alone, as in PEFT.
+
+    ``lookup`` and ``head`` are None where that side has no update, as of a table that adapters bring whole.
+    """
+
+    __slots__ = ("head", "lookup")
 
     def __init__(self, base_layer: Any, lookup: Stacks | None, head: Stacks | None) -> None:
         super().__init__(base_layer)
@@ -175,10 +195,10 @@ class VocabParallelEmbeddingWithLoRA(Wrapper):
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows of the table; a placeholder's id is clamped for the base, and seen as it is by the adapters."""
+        y_BTD = self.base_layer(jnp.clip(ids_BT, 0, self.num_embeddings - 1), dtype)
         slot_B, lookup = _rows.get(), self.lookup
         if slot_B is None or lookup is None:
-            return self.base_layer(ids_BT, dtype)
-        y_BTD = self.base_layer(jnp.clip(ids_BT, 0, self.num_embeddings - 1), dtype)
+            return y_BTD
         return added(y_BTD, [lookup.looked_up(ids_BT, slot) for slot in range(len(lookup.a))], slot_B)
 
     def project(self, x: jax.Array) -> jax.Array:
@@ -189,8 +209,31 @@ class VocabParallelEmbeddingWithLoRA(Wrapper):
         return added(y, [head.delta(x, slot) for slot in range(len(head.a))], slot_B)
 
 
+class RouterWithLoRA(Wrapper):
+    """A router. What is added to its scores changes which experts are chosen."""
+
+    __slots__ = ("lora",)
+
+    def __init__(self, base_layer: Any, lora: Stacks) -> None:
+        super().__init__(base_layer)
+        self.lora = lora
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As the base's: weights, float32 [B, T, X], and experts, int32 [B, T, X]."""
+        return self.choose(self.logits(x_BTD))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """A score for every expert, float32 [B, T, E]."""
+        logits_BTE, slot_B = self.base_layer.logits(x_BTD), _rows.get()
+        if slot_B is None:
+            return logits_BTE
+        return added(logits_BTE, [self.lora.delta(x_BTD, slot) for slot in range(len(self.lora.a))], slot_B)
+
+
 class ExpertsWithLoRA(Wrapper):
     """All experts of a layer, plain or quantised."""
+
+    __slots__ = ("down", "gate_up")
 
     def __init__(self, base_layer: Any, gate_up: Stacks | None, down: Stacks | None) -> None:
         super().__init__(base_layer)
@@ -212,8 +255,10 @@ class ModuleWithCopies(Wrapper):
     Attributes:
         copies: layers like the base, each with tensors of its own, by place.
         places: int32 [slots + 1], which of them a slot has, -1 for none; the last is of rows without adapter.
-        methods: what a copy stands for; a tied table's is that of the lookup, or of the head, alone.
+        methods: what a copy stands for, of those the base has; a tied table's is the lookup, or the head, alone.
     """
+
+    __slots__ = ("copies", "methods", "places")
 
     def __init__(self, base_layer: Any, copies: Sequence[Any], places: jax.Array, methods: frozenset[str]) -> None:
         super().__init__(base_layer)
@@ -224,13 +269,9 @@ class ModuleWithCopies(Wrapper):
     def __call__(self, *args: Any) -> Any:
         return self._chosen("__call__", *args)
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """x Wᵀ, float32: what a head is asked for."""
-        return self._chosen("project", x)
-
-    def add_norm(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The norm of x + residual, and that sum."""
-        return self._chosen("add_norm", x, residual)
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(self._chosen, name) if name in self.methods else found
 
     def _chosen(self, method: str, *args: Any) -> Any:
         out, slot_B = getattr(self.base_layer, method)(*args), _rows.get()

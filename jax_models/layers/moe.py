@@ -35,8 +35,15 @@ class TopKRouter(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, float32 [B, T, X], and experts, int32 [B, T, X], by falling weight."""
+        return self.choose(self.logits(x_BTD))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """A score for every expert, float32 [B, T, E]."""
         weight_ED = self.weight[...].astype(x_BTD.dtype)
-        logits_BTE = jnp.einsum("btd,ed->bte", x_BTD, weight_ED, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,ed->bte", x_BTD, weight_ED, preferred_element_type=jnp.float32)
+
+    def choose(self, logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The experts of the best scores, and their weights."""
         weights_BTX, experts_BTX = jax.lax.top_k(jax.nn.softmax(logits_BTE, axis=-1), self.top_k)
         if self.norm_topk_prob:
             weights_BTX = weights_BTX / jnp.sum(weights_BTX, axis=-1, keepdims=True)

@@ -56,6 +56,37 @@ def test_a_square_tensor_is_written_as_it_is_said_to_be(is_transposed: bool) -> 
     np.testing.assert_array_equal(param.reshape(stored.shape), expected)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "is_transposed"),
+    [("qwen3_vl_moe", True), ("qwen3_vl_moe_text", True), ("qwen3_5_moe", False), ("qwen3_5_moe_text", False)],
+)
+def test_a_square_tensor_is_as_its_family_is_published(model_type: str, is_transposed: bool) -> None:
+    stored = numbered(E, 2 * M, 2 * M)
+    param = np.zeros((E, 2, M, 2 * M), stored.dtype)
+    load_fused_expert_weights(param, stored, num_shards=2, model_type=model_type)
+    expected = stored.transpose(0, 2, 1) if is_transposed else stored
+    np.testing.assert_array_equal(param.reshape(stored.shape), expected)
+    load_fused_expert_weights(param, stored, num_shards=2, model_type=model_type, is_transposed=not is_transposed)
+    np.testing.assert_array_equal(param.reshape(stored.shape), expected.transpose(0, 2, 1))  # what is said goes first
+
+
+def test_a_family_without_fused_experts_or_one_nobody_knows_breaks_no_tie() -> None:
+    param, stored = np.zeros((E, 2, M, 2 * M)), np.zeros((E, 2 * M, 2 * M))
+    with pytest.raises(ValueError, match="fits both ways. Say is_transposed"):
+        load_fused_expert_weights(param, stored, num_shards=2, model_type="qwen3_moe")
+    with pytest.raises(ValueError, match="model_type is 'mixtral', expected that of Qwen3ForCausalLM"):
+        load_fused_expert_weights(param, stored, num_shards=2, model_type="mixtral")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_shape_that_fits_one_way_is_read_that_way_whatever_the_family(model_type: str) -> None:
+    stored = numbered(E, 2 * M, D)
+    for given in (stored, np.ascontiguousarray(stored.transpose(0, 2, 1))):
+        param = np.zeros((E, 2, M, D), stored.dtype)
+        load_fused_expert_weights(param, given, num_shards=2, model_type=model_type)
+        np.testing.assert_array_equal(param.reshape(stored.shape), stored)
+
+
 def test_what_already_lies_in_its_place_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(array: np.ndarray) -> np.ndarray:
         raise AssertionError("it was copied")
@@ -131,6 +162,18 @@ def test_a_rank_takes_its_own_experts_and_says_so() -> None:
     np.testing.assert_array_equal(param, whole[2:4])
     with pytest.raises(ValueError, match="expert 4 is not among experts 2 to 3"):
         weight_loader(param, whole[4, 0], shard_id=0, expert_id=4, experts=held)
+
+
+@pytest.mark.parametrize("return_success", [False, True])
+@pytest.mark.parametrize("expert", [-1, 5, 1 << 40])
+def test_an_expert_that_no_rank_has_is_refused_and_not_skipped(expert: int, return_success: bool) -> None:
+    param = np.zeros((2, 2, M, D))
+    options = {"experts": range(2, 4), "num_experts": 5, "return_success": return_success}
+    with pytest.raises(ValueError, match=f"expert {expert} is no rank's, expected an id from 0 to 4"):
+        weight_loader(param, np.ones((M, D)), shard_id=0, expert_id=expert, **options)
+    with pytest.raises(ValueError, match="expert -1 is no rank's"):
+        weight_loader(param, np.ones((M, D)), shard_id=0, expert_id=-1, experts=range(2, 4), return_success=True)
+    assert not param.any()
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

@@ -19,6 +19,8 @@ HYBRID = TWO | {"layer_types": ["linear_attention", "full_attention"]}
 SHAPES = {"qwen3_5": HYBRID, "qwen3_5-moe": HYBRID, "qwen3_5-wrapped": HYBRID}
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 RANKS = {"rank_pattern": {"layers.1.self_attn.q_proj": 7, "k_proj": 2}, "alpha_pattern": {r".*\.0\..*v_proj": 2}}
+WEIGHTS = ("embed_tokens.weight", "lm_head.weight", "up_proj.weight")  # as target_parameters name them
+OF_WEIGHTS = {"rank_pattern": {"embed_tokens.weight": 3, "up_proj": 7}, "alpha_pattern": {"0.mlp.up_proj.weight": 2}}
 # name -> zoo model and what its adapter is
 CASES = {
     "linears": ("qwen3", {}),
@@ -33,7 +35,9 @@ CASES = {
     "whole norms": ("qwen3", {"targets": ("up_proj", "lm_head"), "whole": ("norm",)}),
     "whole tied embedding": ("qwen3-tied", {"targets": ("lm_head",), "whole": ("embed_tokens",)}),
     "whole tied head": ("qwen3-tied", {"targets": ("embed_tokens",), "whole": ("lm_head",)}),
-    "experts": ("qwen3-moe", {"targets": (*ATTENTION, "lm_head"), "parameters": EXPERTS}),
+    "tables by their weights": ("qwen3-tied", {"targets": ("q_proj",), "parameters": WEIGHTS, **OF_WEIGHTS}),
+    "experts": ("qwen3-moe", {"targets": (*ATTENTION, "lm_head"), "parameters": (*EXPERTS, "mlp.gate.weight")}),
+    "router by name": ("qwen3-moe", {"targets": (*ATTENTION, "gate"), "use_rslora": True}),
     "down of experts": ("qwen3-moe", {"targets": ATTENTION, "parameters": EXPERTS[1:], "use_rslora": True}),
     "delta net": ("qwen3_5", {"targets": (*DENSE, *DELTA, *TABLES)}),
     "all linear": ("qwen3_5", {"targets": "all-linear"}),

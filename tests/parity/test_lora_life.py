@@ -1,10 +1,9 @@
-"""What wrappers are, and what becomes of adapters in graphs, on meshes, over quantised weights and in the command."""
+"""What becomes of adapters in copies, graphs, on meshes, over quantised weights and in the command."""
 
 from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 import jax_models
 import torch_models
-from jax_models.layers.lora import Wrapper as JaxWrapper
 from loaders import CheckpointError, open_checkpoint
 from loaders.adapters import open_adapter
 from parity import cli
@@ -25,13 +23,12 @@ from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
 from torch_models.census import pointer_census
 from torch_models.layers.lora import Wrapper as TorchWrapper
-from torch_models.layers.lora import unwrapped
 
 BACKENDS = ("torch", "jax")
 OPTIONS = {
     "qwen3": {"targets": (*DENSE, *TABLES), "whole": ("norm",)},
     "qwen3-tied": {"targets": ("q_proj", "embed_tokens"), "whole": ("lm_head",)},
-    "qwen3-moe": {"targets": ATTENTION, "parameters": EXPERTS},
+    "qwen3-moe": {"targets": ATTENTION, "parameters": (*EXPERTS, "mlp.gate.weight")},
 }
 
 
@@ -59,65 +56,6 @@ def load(side, path, **options):
 
 def batch(path, **options):
     return prompts(open_checkpoint(path).config, **({"rows": 3, "tokens": 16} | options))
-
-
-def public(thing):
-    return {name for name in dir(thing) if not name.startswith("_")}
-
-
-@pytest.mark.parametrize("zoo", OPTIONS)
-def test_a_wrapper_has_every_public_attribute_and_method_of_its_base_and_they_are_the_bases(made, zoo):
-    path, adapter, _ = made(zoo)
-    model = torch_models.load(path).attach_lora(adapter)
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, TorchWrapper)}
-    assert len({type(one) for one in wrappers.values()}) > 1
-    for name, wrapper in wrappers.items():
-        base, own = unwrapped(wrapper), {"forward", "project", "add_norm"}
-        assert public(base) <= {*public(wrapper), *public(base)}, name
-        for attribute in public(base):
-            ours, theirs = getattr(wrapper, attribute), getattr(base, attribute)
-            if (
-                inspect.ismethod(theirs)
-                and attribute not in own
-                and theirs.__func__.__module__.startswith("torch_models")
-            ):
-                assert ours.__func__ is theirs.__func__, (name, attribute)
-            elif not callable(theirs):
-                assert ours is theirs or ours == theirs, (name, attribute)
-        wrapper.given = object()
-        assert base.given is wrapper.given
-        del base.given
-        assert dict(wrapper.named_parameters()).keys() == dict(base.named_parameters()).keys()
-
-
-def test_an_embedding_with_an_adapter_is_an_embedding(made):
-    path, adapter, _ = made("qwen3")
-    model = torch_models.load(path).attach_lora(adapter)
-    embedding = model.model.embed_tokens
-    assert type(embedding).__name__ == "VocabParallelEmbeddingWithLoRA"
-    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.org_vocab_size) == (211, 40, 211)
-    assert embedding.weight is model.get_parameter("model.embed_tokens.weight")
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = embedding.no_such_name
-
-
-def test_a_wrapper_in_jax_gives_what_its_base_has(made):
-    path, adapter, _ = made("qwen3")
-    model = jax_models.load(path).attach_lora(adapter)
-    seen = []
-
-    def module(weights, adapters):
-        with model.programs.module(weights, adapters) as found:
-            seen.append(found.model.embed_tokens)
-            for name in public(seen[0].base_layer):
-                getattr(seen[0], name)
-            return seen[0].weight[...]
-
-    import jax
-
-    jax.eval_shape(module, model.weights, model.of_rows(None, 1)["adapters"])
-    assert isinstance(seen[0], JaxWrapper)
-    assert (seen[0].num_embeddings, seen[0].embedding_dim, seen[0].org_vocab_size) == (211, 40, 211)
 
 
 @pytest.mark.parametrize("zoo", OPTIONS)
@@ -253,21 +191,44 @@ def test_on_a_mesh_adapters_say_what_they_say_on_one_device(made, zoo):
         assert stacks["model.layers.0.self_attn.q_proj"].b.sharding.spec[1] == "tensor"
 
 
-def test_one_program_serves_every_adapter_of_a_layout(made):
-    path, adapter, other = made("qwen3")
-    model = jax_models.load(path).attach_lora(adapter, "a").attach_lora(other, "b")
-    given = batch(path)
+def of_one_layout(path, directory):
+    """Four adapters of the same targets, with ranks of one bucket, by name."""
+    ranks = {"a": 4, "b": 7, "c": 1, "d": 8}
+    made = {name: directory / name for name in ranks}
+    for seed, (name, rank) in enumerate(ranks.items()):
+        make_adapter(path, made[name], seed=seed, rank=rank, targets=("q_proj", "down_proj", *TABLES))
+    return made
+
+
+def test_one_program_serves_four_adapters_of_a_layout_from_the_first_on(made, tmp_path):
+    path, _, _ = made("qwen3")
+    model, given = jax_models.load(path), batch(path)
     model(**given)
     before = model.programs.forward._cache_size()
+    adapters = of_one_layout(path, tmp_path)
+    for name, adapter in adapters.items():
+        model = model.attach_lora(adapter, name)
+        model(**given)
     for change in (
-        lambda model: model.attach_lora(other, "a"),
-        lambda model: model.detach_lora("b"),
-        lambda model: model.attach_lora(adapter, "c"),
+        lambda model: model.attach_lora(adapters["b"], "a"),
+        lambda model: model.detach_lora("b").detach_lora("c"),
+        lambda model: model.attach_lora(adapters["c"], "e"),
     ):
         model = change(model)
-        for rows in (None, "a", ["a", None, "a"]):
+        for rows in (None, "a", ["a", None, "d"]):
             model(**given, adapter=rows)
-    assert model.programs.forward._cache_size() == before
+    assert model.programs.forward._cache_size() == before + 1
+
+
+def test_a_graph_goes_on_when_more_adapters_of_its_layout_come(made, tmp_path):
+    path, _, _ = made("qwen3")
+    model, given, captured = torch_models.load(path), batch(path, padding="left"), set()
+    for name, adapter in of_one_layout(path, tmp_path).items():
+        model.attach_lora(adapter, name)
+        options = {"max_new_tokens": 4, "ignore_eos": True}
+        assert torch.equal(model.generate(**given, **options, graphs=True), model.generate(**given, **options))
+        captured.add(model.graphs.num_captures)
+    assert captured == {1}
 
 
 @pytest.mark.parametrize("side", BACKENDS)
@@ -299,11 +260,15 @@ def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monke
     ("act", "told"),
     [
         (lambda model, given: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
+        (lambda model, given: model(**given, adapter=5), "adapter has 5, expected a name, or for each row a name or"),
+        (lambda model, given: model(**given, adapter=[None, b"a", None]), "adapter has b'a', expected a name"),
+        (lambda model, given: model.attach_lora("nowhere", ""), "name is '', expected the adapter's name"),
+        (lambda model, given: model.attach_lora("nowhere", None), "name is None, expected the adapter's name"),
         (lambda model, given: model.detach_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.merge_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.unmerge_lora(), "no adapter is merged"),
     ],
-    ids=["run", "detach", "merge", "unmerge"],
+    ids=["run", "number", "bytes", "empty", "nameless", "detach", "merge", "unmerge"],
 )
 def test_what_cannot_be_meant_is_refused(made, side, act, told):
     path, _, _ = made("qwen3")

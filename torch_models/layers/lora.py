@@ -8,6 +8,7 @@ adapter, an update of zeros) the base's output stays as it is, bit for bit.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,7 +126,7 @@ class Wrapper(nn.Module):
     """A layer in another's place. They have one dictionary of attributes: whatever one holds or is given, both are.
 
     So names, parameters, buffers and hooks are the base's, and nothing is registered twice. ``base_layer`` is the layer
-    itself; methods that are not here are its own.
+    itself; methods that are not here are its own. ``dir`` and ``hasattr`` see what the base has, and what is here.
     """
 
     __slots__ = ("_held",)
@@ -146,6 +147,9 @@ class Wrapper(nn.Module):
         for name in type(self).__slots__:
             object.__setattr__(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.base_layer)})
 
     def __getattr__(self, name: str) -> Any:
         for holder in ("_parameters", "_buffers", "_modules"):
@@ -186,7 +190,10 @@ class LinearWithLoRA(Wrapper):
 
 
 class VocabParallelEmbeddingWithLoRA(Wrapper):
-    """An embedding. Where it is the head too, an update of either is of that side alone, as in PEFT."""
+    """An embedding. Where it is the head too, an update of either is of that side alone, as in PEFT.
+
+    ``lookup`` and ``head`` are None where that side has no update, as of a table that adapters bring whole.
+    """
 
     __slots__ = ("head", "lookup")
 
@@ -197,10 +204,10 @@ class VocabParallelEmbeddingWithLoRA(Wrapper):
 
     def forward(self, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the table; a placeholder's id is clamped for the base, and seen as it is by the adapters."""
+        y_BTD = self.base_layer.forward(ids_BT.clamp(0, self.num_embeddings - 1), dtype)
         slot_B, lookup = _rows.get(), self.lookup
         if slot_B is None or lookup is None:
-            return self.base_layer.forward(ids_BT, dtype)
-        y_BTD = self.base_layer.forward(ids_BT.clamp(0, self.num_embeddings - 1), dtype)
+            return y_BTD
         return added(y_BTD, [lookup.looked_up(ids_BT, slot) for slot in range(len(lookup.a))], slot_B)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,6 +216,27 @@ class VocabParallelEmbeddingWithLoRA(Wrapper):
         if slot_B is None or head is None:
             return y
         return added(y, [head.delta(x, slot) for slot in range(len(head.a))], slot_B)
+
+
+class RouterWithLoRA(Wrapper):
+    """A router. What is added to its scores changes which experts are chosen."""
+
+    __slots__ = ("lora",)
+
+    def __init__(self, base_layer: nn.Module, lora: Stacks) -> None:
+        super().__init__(base_layer)
+        object.__setattr__(self, "lora", lora)
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base's: weights, float32 [B, T, X], and experts, int64 [B, T, X]."""
+        return self.choose(self.logits(x_BTD))
+
+    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """A score for every expert, float32 [B, T, E]."""
+        logits_BTE, slot_B = self.base_layer.logits(x_BTD), _rows.get()
+        if slot_B is None:
+            return logits_BTE
+        return added(logits_BTE, [self.lora.delta(x_BTD, slot) for slot in range(len(self.lora.a))], slot_B)
 
 
 class ExpertsWithLoRA(Wrapper):
@@ -236,7 +264,7 @@ class ModuleWithCopies(Wrapper):
     Attributes:
         copies: layers like the base, each with tensors of its own, by place.
         places: int64 [slots + 1], which of them a slot has, -1 for none; the last is of rows without adapter.
-        methods: what a copy stands for; a tied table's is that of the lookup, or of the head, alone.
+        methods: what a copy stands for, of those the base has; a tied table's is the lookup, or the head, alone.
     """
 
     __slots__ = ("copies", "methods", "places")
@@ -252,13 +280,9 @@ class ModuleWithCopies(Wrapper):
     def forward(self, *args: Any) -> Any:
         return self._chosen("forward", *args)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ, float32: what a head is asked for."""
-        return self._chosen("project", x)
-
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum."""
-        return self._chosen("add_norm", x, residual)
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(self._chosen, name) if name in self.methods else found
 
     def _chosen(self, method: str, *args: Any) -> Any:
         out, slot_B = getattr(self.base_layer, method)(*args), _rows.get()

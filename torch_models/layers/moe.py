@@ -27,8 +27,15 @@ class TopKRouter(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, float32 [B, T, X], and experts, int64 [B, T, X], by falling weight."""
+        return self.choose(self.logits(x_BTD))
+
+    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """A score for every expert, float32 [B, T, E]."""
         weight_ED = self.weight.to(x_BTD.dtype).float()
-        logits_BTE = F.linear(x_BTD.float(), weight_ED)
+        return F.linear(x_BTD.float(), weight_ED)
+
+    def choose(self, logits_BTE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of the best scores, and their weights."""
         # a stable sort, not topk: which of two equal experts topk takes is not specified
         sorted_BTE, order_BTE = F.softmax(logits_BTE, dim=-1).sort(dim=-1, descending=True, stable=True)
         weights_BTX, experts_BTX = sorted_BTE[..., : self.top_k], order_BTE[..., : self.top_k]
