@@ -175,14 +175,10 @@ class DraftPrograms:
     ) -> tuple[jax.Array, jax.Array, Seen | None, Cache]:
         """As of a model without draft; also the final hidden states, [B, T, D], and what ``extend`` is to see."""
         programs = self._programs
-        key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
         with programs.module(weights, adapters) as module:
-            x_BTD, seen = programs.enter_seeing(module, ids_BT, vision)
-            hidden_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, seen=seen)
-            if vision is not None:  # an image takes fewer positions than tokens
-                cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
+            hidden_BTD, seen, cache = programs.read_into(module, ids_BT, mask_BT, position_ids, cache, vision)
             ahead = None if seen is None else seen.ahead()
-            return module.head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, ahead, programs.placed(cache)
+            return module.head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, ahead, cache
 
     def _verify(
         self, weights: Weights, ids_BT: jax.Array, cache: Cache, adapters: RowAdapters | None = None

@@ -152,38 +152,42 @@ class Programs:
         weights: Weights,
         inputs: jax.Array,
         mask_BT: jax.Array,
-        positions_BT: jax.Array,
+        position_ids: jax.Array,
         cache: Cache,
         vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
+        with self.module(weights, adapters) as module:
+            x_BTD, _, cache = self.read_into(module, inputs, mask_BT, position_ids, cache, vision)
+            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
+
+    def read_into(
+        self,
+        module: Any,
+        inputs: jax.Array,
+        mask_BT: jax.Array,
+        position_ids: jax.Array,
+        cache: Cache,
+        vision: VisionArrays | None,
+    ) -> tuple[jax.Array, Seen | None, Cache]:
+        """Inside a program: final hidden states of a prompt, [B, T, D], what it shows, and the cache that holds it."""
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        return self._step(weights, inputs, positions_BT, key_mask_BS, cache, adapters, vision)
+        x_BTD, seen = self.enter_seeing(module, inputs, vision)
+        x_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, seen=seen)
+        if vision is not None:  # an image takes fewer positions than tokens
+            cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
+        return x_BTD, seen, self.placed(cache)
 
     def _decode(
         self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
     ) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
         key_mask_BS = cache.key_mask.at[:, cache.length].set(True)
-        return self._step(weights, inputs, cache.position[:, None], key_mask_BS, cache, adapters)
-
-    def _step(
-        self,
-        weights: Weights,
-        inputs: jax.Array,
-        positions_BT: jax.Array,
-        key_mask_BS: jax.Array,
-        cache: Cache,
-        adapters: RowAdapters | None,
-        vision: VisionArrays | None = None,
-    ) -> tuple[jax.Array, Cache]:
         with self.module(weights, adapters) as module:
-            x_BTD, seen = self.enter_seeing(module, inputs, vision)
-            x_BTD, cache = module.decoder(x_BTD, positions_BT, key_mask_BS, cache, seen=seen)
-            if vision is not None:  # an image takes fewer positions than tokens
-                cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
-            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), self.placed(cache)
+            x_B1D = self.enter(module, inputs)
+            x_B1D, cache = module.decoder(x_B1D, cache.position[:, None], key_mask_BS, cache)
+            return (module.head(x_B1D)[:, 0] if self.stage.is_last else x_B1D), self.placed(cache)
 
     def placed(self, cache: Cache) -> Cache:
         """Inside a program: the cache where ``empty_cache`` puts it."""

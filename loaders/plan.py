@@ -212,7 +212,7 @@ def _tower_problems(
         return frozenset(), []
     problems = []
     first = Stage(0, stage.count).layers(config.num_hidden_layers)
-    levels = min(config.vision.num_levels, config.num_hidden_layers)
+    levels = config.vision.levels_taken(config.num_hidden_layers)
     if levels > len(first):
         problems.append(
             f"the first of {stage.count} stages has {len(first)} decoder layers, expected at least {levels}: so many"

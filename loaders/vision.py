@@ -60,6 +60,10 @@ class VisionConfig:
         """Deepstack levels that the tower's blocks make: those of ``deepstack_visual_indexes`` that are blocks."""
         return len(set(self.deepstack_visual_indexes) & set(range(self.depth)))
 
+    def levels_taken(self, num_hidden_layers: int) -> int:
+        """Decoder layers that take a level, the first so many: a pipeline's first stage must hold all of them."""
+        return min(self.num_levels, num_hidden_layers)
+
     @property
     def patch_numbers(self) -> int:
         """Numbers of one patch: channels, frames, rows, columns."""

@@ -257,9 +257,10 @@ def stages(count: int) -> Event:
     def event(life: LiveModel) -> str:
         if count > life.model.config.num_hidden_layers:
             raise Skipped(f"{life.model.config.num_hidden_layers} layers cannot be {count} stages")
-        first = Stage(0, count).layers(life.model.config.num_hidden_layers)
-        if life.bench.shows and len(life.model.config.vision.deepstack_visual_indexes) > len(first):
-            raise Skipped(f"the first of {count} stages has {len(first)} layers, fewer than deepstack levels")
+        layers, vision = life.model.config.num_hidden_layers, life.model.config.vision
+        first = Stage(0, count).layers(layers)
+        if life.bench.shows and vision.levels_taken(layers) > len(first):
+            raise Skipped(f"the first of {count} stages has {len(first)} layers, fewer than take a deepstack level")
         models = [life.bench.load(life.bench.path("A"), (index, count)) for index in range(count)]
         _check_stages(life, models, "A")
         models = [model.update_weights_from_disk(life.bench.path("B")) for model in models]

@@ -96,10 +96,13 @@ def _head_major(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, 
 
 
 def _later(original: Any, np_: Any, self: Any, *args: Any) -> Any:
-    """One more position for a decoded token, and only there."""
+    """One more position for a decoded token."""
     if np_.__name__ == "torch":
-        ids_BT, positions_BT, *rest = args
-        return original(self, ids_BT, positions_BT + (1 if ids_BT.shape[1] == 1 else 0), *rest)
+        ids_B1, cache = args
+        cache.position += 1
+        logits = original(self, ids_B1, cache)
+        cache.position -= 1
+        return logits
     given, inputs, cache, *rest = args
     logits, cache = original(self, given, inputs, dataclasses.replace(cache, position=cache.position + 1), *rest)
     return logits, dataclasses.replace(cache, position=cache.position - 1)
@@ -109,7 +112,7 @@ def _decode_positions() -> list[Patch]:
     def make(original: Any, backend: str) -> Any:
         return lambda self, *args, **kw: _later(original, xp(backend), self, *args, *kw.values())
 
-    return [Patch("programs:Programs._decode", make, in_torch="decoding:Decoding._step")]
+    return [Patch("programs:Programs._decode", make, in_torch="decoding:Decoding.decode_step")]
 
 
 def _slot_before(original: Any, self: Any, x: Any, step: Any, cache: Any = None) -> Any:

@@ -10,6 +10,7 @@ import torch
 from loaders.inputs import ModelInputs, bucket, check_text
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
+from loaders.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.draft import Draft
@@ -70,12 +71,19 @@ class Decoding:
     def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
         """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
         model = self._model
+        with lora.of_cache(model, cache):
+            x_BTD, _ = self.read_into(prompt, cache)
+            return model.head(x_BTD[:, -1:])[:, 0]
+
+    def read_into(self, prompt: ModelInputs, cache: Cache) -> tuple[torch.Tensor, Seen | None]:
+        """Final hidden states of a prompt, [B, T, D], and what it shows; the cache, empty before, holds the prompt."""
+        model = self._model
         cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
         seen = model.seen(prompt)
-        logits_BV = self._step(model.long(prompt.input_ids), model.long(prompt.position_ids), cache, seen)
-        if prompt.vision is not None:  # an image takes fewer positions than tokens
-            cache.position += model.long(prompt.vision.delta_B)
-        return logits_BV
+        x_BTD = model.entered(model.long(prompt.input_ids), seen)
+        x_BTD = model.decoder(x_BTD, model.long(prompt.position_ids), cache.key_mask, cache, seen=seen)
+        cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
+        return x_BTD, seen
 
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], and the cache, written in place.
@@ -106,7 +114,10 @@ class Decoding:
     def decode_step(self, ids_B1: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One token a row, unchecked: logits, float32 [B, V]. What graphs capture: all it reads is on the device."""
         cache.key_mask.index_fill_(1, cache.slot[None], True)
-        return self._step(ids_B1, cache.position[:, None].clone(), cache)
+        model = self._model
+        with lora.of_cache(model, cache):
+            x_B1D = model.decoder(model.embed(ids_B1), cache.position[:, None].clone(), cache.key_mask, cache)
+            return model.head(x_B1D)[:, 0]
 
     def generate(
         self,
@@ -184,14 +195,6 @@ class Decoding:
         model = self._model
         if model.stage.count > 1:
             raise ValueError(f"prefill needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
-
-    def _step(
-        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Cache, seen: Seen | None = None
-    ) -> torch.Tensor:
-        model = self._model
-        with lora.of_cache(model, cache):
-            x_BTD = model.decoder(model.entered(ids_BT, seen), positions_BT, cache.key_mask, cache, seen=seen)
-            return model.head(x_BTD[:, -1:])[:, 0]
 
     @property
     def _model(self) -> Model:

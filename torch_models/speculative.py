@@ -87,11 +87,7 @@ def generate_with_draft(
     T = draft_tokens + 1
     room = bucket(length + max_new_tokens + 3 * T)
     cache = draft.empty_cache(B, room)
-    cache.key_mask[:, :length] = torch.from_numpy(checked.attention_mask)
-    seen = model.seen(checked)
-    prompt = (model.entered(model.long(checked.input_ids), seen), model.long(checked.position_ids))
-    hidden_BTD = model.decoder(*prompt, cache.key_mask, cache, seen=seen)
-    cache.position.copy_(model.long(positions_beyond(checked)))
+    hidden_BTD, seen = model.read_into(checked, cache)
     logits_BV = model.head(hidden_BTD[:, -1:])[:, 0]
     rows = Rows(B, max_new_tokens, ends, filler)
     token_B, _ = choose(logits_BV)

@@ -138,9 +138,8 @@ PLACEHOLDERS, CLAMPED = [[1, 5000, -1]], [[1, 210, 0]]
 def test_an_id_beyond_the_table_finds_a_row_of_the_base_whatever_the_adapter_is_of(made, tmp_path, zoo, options, slot):
     path, _ = made(zoo)
     adapter = make_adapter(path, tmp_path / "adapter", **options)
-    is_lookup = (
-        slot == 0 and options["targets"] == TABLES
-    )  # then placeholders have the base's rows, clamped ids have not
+    # then placeholders have the base's rows, clamped ids have not
+    is_lookup = slot == 0 and options["targets"] == TABLES
     model = torch_models.load(path).attach_lora(adapter)
     with active_rows(None if slot is None else torch.tensor([slot])):
         rows = [model.model.embed_tokens(torch.tensor(ids), torch.float32) for ids in (PLACEHOLDERS, CLAMPED)]
