@@ -152,7 +152,7 @@ def test_looking_changes_nothing_in_jax_nor_does_handing_in_what_was_computed(ta
 @pytest.mark.parametrize("level", ["layers", "operations"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "gemma3"])
 def test_in_bfloat16_looking_changes_nothing_in_jax_and_handing_in_rounds_once(tapped, jax_of, name, level):
-    # from step to step XLA may carry more digits than bfloat16 has (xla_allow_excess_precision); what is told is rounded
+    # XLA may carry more digits than bfloat16 has to the next step (xla_allow_excess_precision); what is told is rounded
     inputs, model = tapped(name, "BF16")[1], jax_of(name, "BF16")
     plain = np.asarray(model(**inputs))
     logits, taps = model.with_taps(**inputs, level=level)
