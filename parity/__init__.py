@@ -10,22 +10,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity.bisect import bisect, local_errors
+    from parity.bisection import Bisection
     from parity.compare import compare
     from parity.comparison import Comparison
     from parity.events import EventResult
+    from parity.injection import Live, rerun
     from parity.lifecycle import run_lifecycle
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
 _PUBLIC = {
+    "Bisection": "parity.bisection",
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
+    "Live": "parity.injection",
     "Trace": "parity.trace",
+    "bisect": "parity.bisect",
     "compare": "parity.compare",
+    "local_errors": "parity.bisect",
+    "rerun": "parity.injection",
     "run_lifecycle": "parity.lifecycle",
 }
 
-__all__ = ["Comparison", "EventResult", "Trace", "compare", "run_lifecycle"]
+__all__ = [
+    "Bisection",
+    "Comparison",
+    "EventResult",
+    "Live",
+    "Trace",
+    "bisect",
+    "compare",
+    "local_errors",
+    "rerun",
+    "run_lifecycle",
+]
 
 
 def __getattr__(name: str) -> Any:
