@@ -11,6 +11,7 @@ import numpy as np
 from loaders import Checkpoint, CheckpointError, dtypes
 from loaders.adapter_updates import Adapter
 from parity.oracles.adapted import Adapted
+from parity.oracles.fault import Fault
 from parity.oracles.quantized import widened
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Weights:
     prefix: str = ""
     saw: Saw | None = None
     adapted: Adapted | None = None
+    fault: Fault | None = None
 
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         """The tensor in float64, every value exact; errors as ``stored``."""
@@ -52,7 +54,7 @@ class Weights:
         if found.shape != (rows, columns):
             problem = f"the quantised weight of {self.prefix + name!r} is {found.shape}, expected {(rows, columns)}"
             raise CheckpointError(self.checkpoint.source, [f"{problem}. Is config.json from the same checkpoint?"])
-        return found
+        return found if self.fault is None else self.fault.applied(self.prefix + name, found)
 
     def stored(self, name: str, *shape: int) -> np.ndarray:
         """The tensor as it is stored, ``shape`` being what config.json asks for; an adapter's, where it brings one.
@@ -73,7 +75,8 @@ class Weights:
         if info.dtype not in EXACT_IN_FLOAT64:
             known = ", ".join(EXACT_IN_FLOAT64)
             raise CheckpointError(source, [f"tensor {name!r} is {info.dtype}; the oracle widens {known} only"])
-        return self.checkpoint.read(name)
+        found = self.checkpoint.read(name)
+        return found if self.fault is None else self.fault.applied(name, found)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
@@ -86,7 +89,7 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names go on with ``prefix``."""
-        return Weights(self.checkpoint, self.prefix + prefix, self.saw, self.adapted)
+        return replace(self, prefix=self.prefix + prefix)
 
     def _whole(self, name: str) -> np.ndarray | None:
         return None if self.adapted is None else self.adapted.whole(self.prefix + name)
@@ -106,19 +109,21 @@ class Run:
     saw: Saw | None = None
     sight: Sight | None = None  # what the prompt shows
     adapter: Adapter | None = None
+    fault: Fault | None = None
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
         """Every tensor, by its whole name."""
-        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted)
+        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted, fault=self.fault)
 
     @property
     def text(self) -> Weights:
         """The tensors of the text model, under whichever of its names they are stored."""
         spelled = (f"{path}." for path in self.config.text_paths)
         known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
-        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."), self.saw, self.adapted)
+        prefix = next(known, f"{self.config.text_paths[0]}.")
+        return Weights(self.checkpoint, prefix, self.saw, self.adapted, self.fault)
 
     @property
     def adapted(self) -> Adapted | None:
@@ -162,7 +167,7 @@ class Run:
         is_whole = self.adapted is not None and self.adapted.whole("lm_head.weight") is not None
         is_tied = self.config.tie_word_embeddings
         if not is_tied and not is_whole and (found_VD := widened(self.checkpoint, "lm_head")) is not None:
-            return x_BTD @ found_VD.T
+            return x_BTD @ (found_VD if self.fault is None else self.fault.applied("lm_head", found_VD)).T
         head_VD = replace(self, adapter=None).embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
         if is_tied and is_whole:
             assert self.adapted is not None
