@@ -71,21 +71,22 @@ def _factors(
 ) -> tuple[tuple[float, float], float]:
     """How much of a fault the errors of a and b hold, and the standard deviation of that.
 
-    Least squares over tokens, each relative to its own size. What a layer was handed is taken out of its error first. A
-    token where the oracle amplifies rounding counts for less. The deviation is the sandwich estimate over tokens,
+    Least squares over tokens, each relative to its own size and weighted by how well it shows: rounding moves some a
+    hundred times as far as others. What a layer was handed is taken out of its error first. The deviation is the sandwich estimate over tokens,
     which takes no channel for independent of another.
     """
-    within, along, squares = [], [], []
-    tokens = keep[case.mask(name)]
-    weights = 1.0 / (1.0 + np.square(case.amplification(name)[tokens]))
+    along, squares, sizes = [], [], []
     flat = None if response_BTD is None else response_BTD.reshape(keep.size, -1)[np.flatnonzero(keep)]
     for where, errors, reference in _errors(case, name, keep):
         scale = np.maximum(np.linalg.norm(reference, axis=1, keepdims=True), 1e-30)
         direction = reference / scale if flat is None else flat[where].astype(np.float64)
-        within.append(weights[where])
         along.append([np.einsum("nd,nd->n", error / scale, direction) for error in errors])
         squares.append(np.einsum("nd,nd->n", direction, direction))
-    w, c, q = np.concatenate(within), np.concatenate(along, axis=1), np.concatenate(squares)
+        sizes.append(sum(np.einsum("nd,nd->n", error / scale, error / scale) for error in errors))
+    if not squares:
+        return (0.0, 0.0), math.inf
+    c, q, size = np.concatenate(along, axis=1), np.concatenate(squares), np.concatenate(sizes)
+    w = 1.0 / (size + np.median(size) + 1e-60)
     total = float((w * q).sum())
     if total == 0:
         return (0.0, 0.0), math.inf
