@@ -17,11 +17,14 @@ from parity.comparability import find_reasons, listed
 from parity.comparison import Comparison, Probe, TensorRow
 from parity.decidable import LOGITS, compare_generated, count_top1, picks
 from parity.divergence import first_divergence
+from parity.nearest import nearest, outstanding
+from parity.profile import profile
+from parity.reproduce import bisect_command
 from parity.router_flips import Router, study
 from parity.rows import judge_tensor
 from parity.sensitivity import study_probes
 from parity.trace import Trace
-from parity.verdict import Evidence, decide
+from parity.verdict import Evidence, decide, likeness
 
 
 def compare(a: Trace, b: Trace, oracle: Trace | None = None, *, oracle_b: Trace | None = None) -> Comparison:
@@ -86,12 +89,16 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         routing=router.report,
         probes=study_probes(case, rows, router),
     )
+    looks = profile(case, evidence.rows, evidence.divergence, router, evidence.top1, router.report)
     decision = decide(evidence)
+    has_failed = decision.verdict == "FAIL"
+    alike = outstanding(nearest(looks)) if has_failed and looks else None
+    command = bisect_command(case, evidence.divergence) if has_failed else None
     return Comparison(
         verdict=decision.verdict,
         cause=decision.cause,
         whose=decision.whose,
-        summary=decision.summary,
+        summary=decision.summary + (f" {likeness(alike)}" if alike else ""),
         labels=case.labels,
         meta=_meta(case),
         dtype=evidence.dtype,
@@ -104,6 +111,8 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         generated=evidence.generated,
         routing=router.report,
         probes=evidence.probes,
+        profile=looks if has_failed else None,
+        commands=(command,) if command else (),
         reasons=decision.reasons,
         notes=tuple(notes + _notes(case, router, evidence.probes)),
         token_used=pictures,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from parity.ruler import Cause, Limits, Side
+
+if TYPE_CHECKING:
+    from parity.nearest import Likeness
 
 Verdict = Literal["PASS", "FAIL", "INVALID", "INCONCLUSIVE", "SKIP"]
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INVALID": 3, "INCONCLUSIVE": 4, "SKIP": 5}
@@ -207,6 +210,8 @@ class Comparison:
         whose: the side at fault, ``a`` is ours and ``b`` the peer; None when nobody is, or nobody knows.
         labels: what a and b are called. meta: facts about them (and the oracle), without digests.
         probes: faults that the oracle tried, and whether they would have been seen here; empty where it tried none.
+        profile: of a FAIL with an oracle, what it looks like (``parity.profile``), for ``nearest_mutant``.
+        commands: what shows a FAIL again, and takes it apart.
         reasons: why an INVALID, INCONCLUSIVE or SKIP is one. notes: what a reader should know beside the verdict.
         token_used: share of its limit that every token used, float32 [B, T] by tensor; NaN where not judged.
     """
@@ -227,6 +232,8 @@ class Comparison:
     generated: Generated | None = None
     routing: Routing | None = None
     probes: tuple[Probe, ...] = ()
+    profile: dict[str, float] | None = None
+    commands: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     token_used: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
@@ -241,6 +248,12 @@ class Comparison:
         """A comparison that could not take place, because a device or a backend is missing."""
         return cls(verdict="SKIP", summary=f"Skipped: {reason}", reasons=(reason,))
 
+    def nearest_mutant(self, count: int = 3) -> list[Likeness]:
+        """The planted bugs that this failure looks most like, by falling similarity; none where nothing failed."""
+        from parity.nearest import nearest  # reads its library
+
+        return nearest(self.profile)[:count] if self.profile else []
+
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; NaN and infinities become strings, since JSON has none."""
         document = {name: value for name, value in vars(self).items() if name != "token_used"}
@@ -248,7 +261,8 @@ class Comparison:
             document[name] = asdict(document[name]) if document[name] else None
         for name in ("rows", "top1", "probes"):
             document[name] = [asdict(item) for item in document[name]]
-        return {"schema": 1, **_jsonable(document), "exit_code": self.exit_code}
+        alike = [asdict(likeness) for likeness in self.nearest_mutant()]
+        return {"schema": 1, **_jsonable(document), "nearest_mutants": alike, "exit_code": self.exit_code}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)

@@ -72,8 +72,8 @@ def _factors(
     """How much of a fault the errors of a and b hold, and the standard deviation of that.
 
     Least squares over tokens, each relative to its own size and weighted by how well it shows: rounding moves some a
-    hundred times as far as others. What a layer was handed is taken out of its error first. The deviation is the sandwich estimate over tokens,
-    which takes no channel for independent of another.
+    hundred times as far as others. What a layer was handed is taken out of its error first. The deviation is the
+    sandwich estimate over tokens, which takes no channel for independent of another.
     """
     along, squares, sizes = [], [], []
     flat = None if response_BTD is None else response_BTD.reshape(keep.size, -1)[np.flatnonzero(keep)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parity.comparison import Divergence, Generated, Probe, Routing, TensorRow, Top1, Verdict
+from parity.nearest import Likeness
 from parity.ruler import MIN_REMAINING, Cause, Limits, Side
 from parity.trace_layout import layer_of
 
@@ -221,6 +222,11 @@ def sensitivity(probes: tuple[Probe, ...]) -> str:
         f"A weight {100 * weakest.size:g} % off would have been seen in {seen} of {len(probes)} places (weakest:"
         f" {weakest.module}, from {shown(weakest.least)})."
     )
+
+
+def likeness(found: Likeness) -> str:
+    """Which planted bug it looks like, in one sentence."""
+    return f"It looks like the planted bug {found.name!r} ({found.says}; similarity {found.similarity:.2f})."
 
 
 def shown(size: float) -> str:

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
             weight_only=args.weight_only,
             adapter=args.adapter,
         )
+    if args.inputs:
+        trace.meta["inputs"] = str(args.inputs)  # so that a failure can name the command that shows it again
     trace.save(args.output)
     print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")
     return 0

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in names}
     a = record(args.checkpoint, open_backend(args.a, args.device_a or args.device), inputs, **options)
     b = record(args.checkpoint, open_backend(args.b, args.device_b or args.device), inputs, **options)
+    for trace in (a, b) if args.inputs else ():
+        trace.meta["inputs"] = str(args.inputs)  # so that a failure can name the command that shows it again
     # each against its own expert choices: a flip between near-equal experts is not an error of arithmetic
     common = {"mtp": args.mtp, "adapter": args.adapter}
     oracle_a = record_oracle(checkpoint, inputs, like=a, probes=args.probes, **common)
