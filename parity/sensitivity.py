@@ -17,7 +17,7 @@ from parity import trace_layout
 from parity.case import Case, chunks
 from parity.comparison import Probe, TensorRow
 from parity.router_flips import Router
-from parity.ruler import FACTOR, FACTOR_DEVIATIONS, SEEN_DEVIATIONS, Cause, Limits, Side
+from parity.ruler import FACTOR, FACTOR_DEVIATIONS, FACTOR_TOKENS, SEEN_DEVIATIONS, Cause, Limits, Side
 from parity.trace import Trace
 
 
@@ -83,7 +83,7 @@ def _factors(
         along.append([np.einsum("nd,nd->n", error / scale, direction) for error in errors])
         squares.append(np.einsum("nd,nd->n", direction, direction))
         sizes.append(sum(np.einsum("nd,nd->n", error / scale, error / scale) for error in errors))
-    if not squares:
+    if sum(map(len, squares)) < FACTOR_TOKENS:
         return (0.0, 0.0), math.inf
     c, q, size = np.concatenate(along, axis=1), np.concatenate(squares), np.concatenate(sizes)
     w = 1.0 / (size + np.median(size) + 1e-60)

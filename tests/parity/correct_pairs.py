@@ -23,7 +23,7 @@ BACKENDS = ("jax", "jax eager", "torch", "transformers")
 def traces_of(
     model: str, directory: Path, *, seed: int, dtype: str, backends: tuple[str, ...] = BACKENDS, **config: Any
 ) -> dict[str, tuple[Trace, Trace]]:
-    """(trace, its oracle with its own experts replayed) by backend; the first oracle tries faults, the others need not."""
+    """(trace, its oracle with its own experts replayed) by backend; faults are tried by the first oracle alone."""
     path = make_checkpoint(model, directory, seed=seed, dtype="BF16", **config)
     checkpoint = open_checkpoint(path)
     inputs = prompts(checkpoint.config, padding=("right", "left")[seed % 2], seed=seed)
