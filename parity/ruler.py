@@ -81,7 +81,10 @@ REASONS = {
     "ROUTER_TOKENS": "with 9 % of tokens flipping one of two experts, 16 tokens pass a quarter once in 4*10^5 layers.",
     "FACTOR": "the factors of correct weights come out within 0.1 % where they show well (benchmarks/results); Gemma's"
     " rounded sqrt(hidden_size) is 0.19 % off.",
-    "FACTOR_DEVIATIONS": "correct runs reach 4.6 where the deviation is large enough to matter.",
+    "FACTOR_DEVIATIONS": "960 comparisons of correct runs (40 seeds, dense and MoE, both dtypes, JAX compiled and not,"
+    " torch, transformers) use at most 0.56 of the limit that the two make.",
+    "FACTOR_TOKENS": "three tokens happen to agree, and the deviation looks small.",
+    "SEEN_DEVIATIONS": "39 of 40 faults of that size lie above the limit.",
     "STEP": "correct layers grow the error 1.1x to 1.4x each; one stale norm grew it 20x.",
 }
 
