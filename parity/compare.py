@@ -14,13 +14,17 @@ import numpy as np
 from parity import trace_layout
 from parity.case import Case
 from parity.comparability import find_reasons, listed
-from parity.comparison import Comparison, TensorRow
+from parity.comparison import Comparison, Probe, TensorRow
 from parity.decidable import LOGITS, compare_generated, count_top1, picks
 from parity.divergence import first_divergence
+from parity.nearest import nearest, outstanding
+from parity.profile import profile
+from parity.reproduce import bisect_command
 from parity.router_flips import Router, study
 from parity.rows import judge_tensor
+from parity.sensitivity import study_probes
 from parity.trace import Trace
-from parity.verdict import Evidence, decide
+from parity.verdict import Evidence, decide, likeness
 
 
 def compare(a: Trace, b: Trace, oracle: Trace | None = None, *, oracle_b: Trace | None = None) -> Comparison:
@@ -83,13 +87,18 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         top1=count_top1(found, keep),
         generated=compare_generated(case, found, keep, router),
         routing=router.report,
+        probes=study_probes(case, rows, router),
     )
+    looks = profile(case, evidence.rows, evidence.divergence, router, evidence.top1, router.report)
     decision = decide(evidence)
+    has_failed = decision.verdict == "FAIL"
+    alike = outstanding(nearest(looks)) if has_failed and looks else None
+    command = bisect_command(case, evidence.divergence) if has_failed else None
     return Comparison(
         verdict=decision.verdict,
         cause=decision.cause,
         whose=decision.whose,
-        summary=decision.summary,
+        summary=decision.summary + (f" {likeness(alike)}" if alike else ""),
         labels=case.labels,
         meta=_meta(case),
         dtype=evidence.dtype,
@@ -101,8 +110,11 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         top1=evidence.top1,
         generated=evidence.generated,
         routing=router.report,
+        probes=evidence.probes,
+        profile=looks if has_failed else None,
+        commands=(command,) if command else (),
         reasons=decision.reasons,
-        notes=tuple(notes + _notes(case, router)),
+        notes=tuple(notes + _notes(case, router, evidence.probes)),
         token_used=pictures,
     )
 
@@ -116,14 +128,30 @@ def _worst_token(evidence: Evidence) -> Any:
     return min(tokens, key=lambda token: token.margin, default=None)
 
 
-def _notes(case: Case, router: Router) -> list[str]:
+def _has_digests(case: Case) -> bool:
+    return all(trace.meta.get("weights") for trace in (case.a, case.b))
+
+
+def _notes(case: Case, router: Router, probes: tuple[Probe, ...]) -> list[str]:
     notes = []
     if case.oracle_a is None:
-        notes.append("no oracle: whose an error is, and whether one below the limit is rounding, is unknown.")
+        notes.append(
+            "no oracle: whose an error is, whether one below the limit is rounding, and how small a fault would have"
+            " been seen, is unknown."
+        )
     else:
         direct = [name for name in case.names if not case.has_oracle(name)]
+        if not case.oracle_a.meta.get("probes"):
+            notes.append("the oracle tried no faults, so how small a one this run would have seen is unknown.")
         if direct:
             notes.append(f"the oracle lacks {listed(direct)}: only the distance of the two is judged there.")
+    absorbed = [probe.module for probe in probes if probe.kind == "noise"]
+    if absorbed:
+        notes.append(
+            f"a wrong scale of {listed(absorbed)} is taken out again by a norm behind it, so no activation shows it:"
+            f" digests of the weights do{', and are equal' if _has_digests(case) else ', but are not in both traces'}."
+            " Noise was tried there instead."
+        )
     traces = {"the first trace": case.a, "the second trace": case.b, "the oracle": case.oracle_a}
     sparse = {label: bool(trace_layout.routing_layers(t.tensors)) for label, t in traces.items() if t is not None}
     if any(sparse.values()) and not all(sparse.values()):

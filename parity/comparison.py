@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from parity.ruler import Cause, Limits, Side
+
+if TYPE_CHECKING:
+    from parity.nearest import Likeness
 
 Verdict = Literal["PASS", "FAIL", "INVALID", "INCONCLUSIVE", "SKIP"]
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INVALID": 3, "INCONCLUSIVE": 4, "SKIP": 5}
@@ -156,6 +159,48 @@ class Routing:
     broken_side: Side | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One place where the oracle tried a fault, and whether this comparison would have seen it there.
+
+    Attributes:
+        module: whose weight; ``*`` stands for every expert's number.
+        kind: of the fault: the weight multiplied by 1 + size, or, where a norm takes that out again, noise.
+        size: of the fault, relative.
+        tensor: the first it reaches.
+        factor_a, factor_b: how much of this fault the errors of a and of b hold (0.01: all of one percent); None where
+            that tensor is not in the traces.
+        deviation: standard deviation of the two.
+        least: the smallest such fault that would have failed. least_by_size: the smallest that would have because it is
+            too large to be rounding, so also one that moves every token as much, but in some other direction.
+        cause, blame: what the factors say; None when nothing is wrong.
+    """
+
+    module: str
+    kind: Literal["scale", "noise"]
+    size: float
+    tensor: str
+    factor_a: float | None
+    factor_b: float | None
+    deviation: float | None
+    least: float
+    least_by_size: float
+    cause: Cause | None = None
+    blame: Side | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether a fault of this size here would have failed."""
+        return self.least <= self.size
+
+    @property
+    def block(self) -> str:
+        """The part of the model it is in: ``self_attn``, ``linear_attn``, ``mlp``, ``layernorm``, or the module."""
+        _, is_layer, rest = self.module.partition(".layers.")
+        part = rest.split(".")[1] if is_layer else self.module.rpartition(".")[2]
+        return "layernorm" if part.endswith("_layernorm") else part
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two traces compared. ``summary`` answers in one sentence: rounding or bug, where, and whose?
@@ -164,6 +209,9 @@ class Comparison:
         cause: what a FAIL is; on other verdicts what kept it from being a plain pass (``tie``, ``router flip``).
         whose: the side at fault, ``a`` is ours and ``b`` the peer; None when nobody is, or nobody knows.
         labels: what a and b are called. meta: facts about them (and the oracle), without digests.
+        probes: faults that the oracle tried, and whether they would have been seen here; empty where it tried none.
+        profile: of a FAIL with an oracle, what it looks like (``parity.profile``), for ``nearest_mutant``.
+        commands: what shows a FAIL again, and takes it apart.
         reasons: why an INVALID, INCONCLUSIVE or SKIP is one. notes: what a reader should know beside the verdict.
         token_used: share of its limit that every token used, float32 [B, T] by tensor; NaN where not judged.
     """
@@ -183,6 +231,9 @@ class Comparison:
     top1: tuple[Top1, ...] = ()
     generated: Generated | None = None
     routing: Routing | None = None
+    probes: tuple[Probe, ...] = ()
+    profile: dict[str, float] | None = None
+    commands: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     token_used: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
@@ -197,14 +248,21 @@ class Comparison:
         """A comparison that could not take place, because a device or a backend is missing."""
         return cls(verdict="SKIP", summary=f"Skipped: {reason}", reasons=(reason,))
 
+    def nearest_mutant(self, count: int = 3) -> list[Likeness]:
+        """The planted bugs that this failure looks most like, by falling similarity; none where nothing failed."""
+        from parity.nearest import nearest  # reads its library
+
+        return nearest(self.profile)[:count] if self.profile else []
+
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; NaN and infinities become strings, since JSON has none."""
         document = {name: value for name, value in vars(self).items() if name != "token_used"}
         for name in ("limits", "worst_token", "divergence", "generated", "routing"):
             document[name] = asdict(document[name]) if document[name] else None
-        for name in ("rows", "top1"):
+        for name in ("rows", "top1", "probes"):
             document[name] = [asdict(item) for item in document[name]]
-        return {"schema": 1, **_jsonable(document), "exit_code": self.exit_code}
+        alike = [asdict(likeness) for likeness in self.nearest_mutant()]
+        return {"schema": 1, **_jsonable(document), "nearest_mutants": alike, "exit_code": self.exit_code}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)

@@ -20,9 +20,12 @@ def render(comparison: Comparison) -> str:
     facts += [_generated(comparison.generated)] if comparison.generated else []
     facts += [_routing(comparison, comparison.routing)] if comparison.routing else []
     facts += _weights(comparison)
+    facts += _alike(comparison)
     facts += [f"note       {note}" for note in comparison.notes]
     if facts:
         blocks.append("\n".join(textwrap.fill(fact, WIDTH, subsequent_indent=" " * 11) for fact in facts))
+    if comparison.commands:  # one to a line, to be copied
+        blocks.append("\n".join(f"to see it  {command}" for command in comparison.commands))
     return "\n\n".join(blocks)
 
 
@@ -73,6 +76,12 @@ def _top1(comparison: Comparison, count: Top1) -> str:
     who = {"a": comparison.labels[0], "b": comparison.labels[1], "both": "a against b"}[count.side]
     text = f"top-1      {who}: {count.agree} of {count.decidable} decidable tokens agree with the reference"
     return f"{text}; {count.ties} ties, {count.ties_agree} of them alike"
+
+
+def _alike(comparison: Comparison) -> list[str]:
+    found = comparison.nearest_mutant()
+    names = ", ".join(f"{one.name} ({one.says}) {one.similarity:.2f}" for one in found)
+    return [f"looks like {names}"] if found else []
 
 
 def _weights(comparison: Comparison) -> list[str]:

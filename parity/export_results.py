@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
@@ -65,12 +65,15 @@ def to_markdown(comparisons: Comparisons, events: Sequence[EventResult] = ()) ->
     lines = []
     for title, comparison in comparisons:
         lines += [f"### {_MARKS[comparison.verdict]} {_cell(title)}: {comparison.verdict}", "", comparison.summary, ""]
+        lines += [f"`{command}`" for command in comparison.commands] + ([""] if comparison.commands else [])
         if comparison.rows:
             a, b = (_cell(label) for label in comparison.labels)
             lines += [f"| tensor | e({a}) | e({b}) | {a} to {b} | limit | margin | |", "|---|--:|--:|--:|--:|--:|---|"]
             lines += [_markdown_row(row) for row in comparison.rows]
             lines.append("")
-        lines += [f"- {note}" for note in comparison.notes] + ([""] if comparison.notes else [])
+        alike = [f"{one.name} ({one.says}), {one.similarity:.2f}" for one in comparison.nearest_mutant()]
+        notes = [*(["looks like " + "; ".join(alike)] if alike else []), *comparison.notes]
+        lines += [f"- {_cell(note)}" for note in notes] + ([""] if notes else [])
     if events:
         backends, rows = timeline(events)
         lines += [f"| event | {' | '.join(map(_cell, backends))} |", "|---" * (len(backends) + 1) + "|"]
@@ -99,10 +102,7 @@ def _case_of_row(title: str, row: TensorRow) -> ElementTree.Element:
         "lid": row.lid,
     }
     values |= {"e_a": row.e_a, "e_b": row.e_b, "direct": row.direct, "tokens": row.tokens}
-    properties = ElementTree.SubElement(case, "properties")
-    for name, value in values.items():
-        if value is not None:
-            ElementTree.SubElement(properties, "property", name=name, value=f"{value:.6g}")
+    _add_properties(case, values)
     if row.verdict == "FAIL":
         text = row.nonfinite or f"error {row.worst_token}"
         ElementTree.SubElement(
@@ -116,10 +116,34 @@ def _case_of_row(title: str, row: TensorRow) -> ElementTree.Element:
 def _case_of_verdict(title: str, comparison: Comparison) -> ElementTree.Element:
     case = ElementTree.Element("testcase", classname=_clean(title), name="verdict")
     tag = {"FAIL": "failure", "INVALID": "error", "INCONCLUSIVE": "error", "SKIP": "skipped"}.get(comparison.verdict)
+    _add_properties(case, _properties_of(comparison))
     if tag:
         kind = comparison.cause or comparison.verdict
-        ElementTree.SubElement(case, tag, message=_clean(comparison.summary), type=kind)
+        told = ElementTree.SubElement(case, tag, message=_clean(comparison.summary), type=kind)
+        told.text = _clean("\n".join((*comparison.commands, *comparison.notes)))
     return case
+
+
+def _properties_of(comparison: Comparison) -> dict[str, Any]:
+    """Of a verdict: how near the nearest limit was, how small a fault would have been seen, what it looks like."""
+    judged = [min(row.margin, row.token_margin) for row in comparison.rows if row.verdict != "SKIP"]
+    found: dict[str, Any] = {"margin": min(judged)} if judged else {}
+    if comparison.probes:
+        found |= {"places_seen": sum(probe.is_seen for probe in comparison.probes), "places": len(comparison.probes)}
+        found["least_fault_seen"] = max(probe.least for probe in comparison.probes)
+    for place, one in enumerate(comparison.nearest_mutant(), 1):
+        found |= {f"looks_like_{place}": one.name, f"similarity_{place}": one.similarity}
+    return found
+
+
+def _add_properties(case: ElementTree.Element, values: Mapping[str, Any]) -> None:
+    """Numbers in six digits; what there is none of is left out."""
+    given = {name: value for name, value in values.items() if value is not None}
+    parent = ElementTree.SubElement(case, "properties") if given else None
+    for name, value in given.items():
+        assert parent is not None
+        shown = value if isinstance(value, str) else f"{value:.6g}"
+        ElementTree.SubElement(parent, "property", name=name, value=_clean(shown))
 
 
 def _case_of_event(event: EventResult) -> ElementTree.Element:

@@ -18,6 +18,7 @@ import numpy as np
 from loaders import Checkpoint
 from loaders.adapter_updates import Adapter
 from loaders.families import FAMILIES
+from parity.oracles.fault import Fault
 from parity.oracles.inputs import checked_inputs, checked_routing
 from parity.oracles.run import Run, Saw, Weights
 from parity.oracles.taps import Taps
@@ -48,6 +49,7 @@ def oracle_forward(
     saw: Saw | None = None,
     adapter: Adapter | None = None,
     taps: Taps | None = None,
+    fault: Fault | None = None,
     **multimodal: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
@@ -70,6 +72,7 @@ def oracle_forward(
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
         adapter: of every row.
         taps: what single steps are to go on from, and, after the run, what each made of it.
+        fault: a weight of the text model to get wrong on purpose.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -100,7 +103,7 @@ def oracle_forward(
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
         positions = sight.positions if sight is not None and position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter, taps)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter, taps, fault)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

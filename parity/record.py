@@ -21,6 +21,8 @@ from loaders.plan import plan_load
 from loaders.stage import Stage
 from parity.backends import Backend
 from parity.oracle import oracle_forward
+from parity.oracles.fault import Fault
+from parity.probes import places, probe
 from parity.trace import Trace, input_hash, make_meta
 from parity.trace_layout import AMPLIFICATION, activations
 from parity.zoo import prompts
@@ -130,6 +132,7 @@ def record_oracle(
     like: Trace | None = None,
     mtp: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    probes: int | None = None,
 ) -> Trace:
     """What the float64 oracle says about ``inputs``.
 
@@ -139,12 +142,15 @@ def record_oracle(
         like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
         mtp: also run the checkpoint's draft.
         adapter: directory of one, for every row.
+        probes: at how many places to try faults of one percent, two passes each; see ``parity.probes.places``.
     """
     opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
     replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
     routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
     tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, adapter=opened)
     tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp, adapter=opened)
+    responses, documents = _probed(checkpoint, inputs, tensors, opened, probes)
+    tensors |= responses
     found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
     meta = make_meta(
         backend="oracle64",
@@ -153,7 +159,24 @@ def record_oracle(
         weights={"digests": found, "root": root_digest(found)},
         checkpoint=str(checkpoint.source),
     )
-    return Trace(tensors | _given(inputs), meta)
+    return Trace(tensors | _given(inputs), meta | {"probes": documents})
+
+
+def _probed(
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    adapter: Adapter | None,
+    limit: int | None,
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Faults of one percent, with the oracle's own experts replayed: a flip is no measure of an error."""
+    routing = {name: x for name, x in tensors.items() if name.startswith("routing.")}
+    mask_BT = _given(inputs)["attention_mask"].astype(bool)
+
+    def forward(fault: Fault) -> dict[str, np.ndarray]:
+        return oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=adapter, fault=fault)
+
+    return probe(places(checkpoint, limit), forward, tensors, mask_BT)
 
 
 def amplification(

@@ -11,7 +11,8 @@ from parity.comparison import Comparison, Divergence
 from parity.comparison_text import number
 from parity.events import ROOT_SHOWN, EventResult, timeline
 from parity.heat import heat_map
-from parity.report_tables import constants_table, flags_tables, tensor_table
+from parity.report_tables import constants_table, flags_tables, probes_table, tensor_table
+from parity.verdict import shown
 
 esc = html.escape
 
@@ -59,10 +60,12 @@ def comparison_section(title: str, comparison: Comparison) -> str:
         f'<div class="head"><h2>{esc(title)}</h2><span class="pill {tone}">{esc(pill)}</span></div>',
         f'<p class="sentence">{esc(comparison.summary)}</p>',
         f'<div class="split"><div><h3>Error by tensor</h3>{chart}</div>{side}</div>' if chart else "",
+        _next_steps(comparison),
         heat_map(comparison),
         _tiles(comparison),
         flags_tables(comparison),
         tensor_table(comparison) if comparison.rows else "",
+        probes_table(comparison) if comparison.probes else "",
         constants_table(comparison) if comparison.limits else "",
         f'<ul class="notes">{notes}</ul>' if notes else "",
     ]
@@ -114,6 +117,16 @@ def _tightest_card(comparison: Comparison) -> str:
     )
 
 
+def _next_steps(comparison: Comparison) -> str:
+    """What it looks like, and the commands that show it again."""
+    lines = [
+        f"<li>looks like <b>{esc(one.name)}</b>: {esc(one.says)} ({one.similarity:.2f})</li>"
+        for one in comparison.nearest_mutant()
+    ]
+    lines += [f"<li><code>{esc(command)}</code></li>" for command in comparison.commands]
+    return f'<h3>What to look at</h3><ul class="notes">{"".join(lines)}</ul>' if lines else ""
+
+
 def _dl(facts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{esc(key)}</dt><dd>{esc(value)}</dd>' for key, value in facts.items())}</dl>"
 
@@ -140,5 +153,11 @@ def _tiles(comparison: Comparison) -> str:
         routing = comparison.routing
         text = f"tokens judged; {routing.between} router flips between the two in {routing.layer_tokens} layer-tokens"
         tiles.append((f"{routing.tokens - routing.excluded} / {routing.tokens}", text))
+    if comparison.probes:
+        seen = sum(probe.is_seen for probe in comparison.probes)
+        weakest = max(comparison.probes, key=lambda probe: probe.least)
+        text = "places where a weight 1 % off would have been seen; weakest:"
+        text += f" {weakest.module}, from {shown(weakest.least)}"
+        tiles.append((f"{seen} / {len(comparison.probes)}", text))
     drawn = "".join(f'<div class="tile"><b>{esc(big)}</b><p>{esc(text)}</p></div>' for big, text in tiles)
     return f'<div class="tiles">{drawn}</div>' if drawn else ""

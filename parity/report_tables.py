@@ -9,6 +9,7 @@ from typing import Any
 from parity.comparison import Comparison, TensorRow
 from parity.comparison_text import number
 from parity.ruler import REASONS
+from parity.verdict import shown
 
 esc = html.escape
 ABSENT = "\u2013"
@@ -61,6 +62,25 @@ def tensor_table(comparison: Comparison) -> str:
     lines = "".join(_tensor_line(row) for row in comparison.rows)
     table = f'<div class="scroll"><table><tr><th>tensor</th>{head}<th></th></tr>{lines}</table></div>'
     return f"<details><summary>All {len(comparison.rows)} tensors</summary>{table}</details>"
+
+
+def probes_table(comparison: Comparison) -> str:
+    """Every place where the oracle tried a fault: what the traces hold of it, and the least that would have failed."""
+    a, b = map(esc, comparison.labels)
+    heads = (f"{a} holds", f"{b} holds", "give or take", "seen from", "by its size alone from")
+    head = "".join(f'<th class="num">{name}</th>' for name in heads)
+    lines = []
+    for probe in comparison.probes:
+        held = (probe.factor_a, probe.factor_b, probe.deviation)
+        cells = [ABSENT if value is None else f"{100 * value:.3f} %" for value in held]
+        cells += [shown(probe.least), shown(probe.least_by_size)]
+        numbers = "".join(f'<td class="num">{cell}</td>' for cell in cells)
+        kind = "1 % too large" if probe.kind == "scale" else "noise of 1 %"
+        bad = ' class="bad"' if probe.cause or not probe.is_seen else ""
+        lines.append(f"<tr{bad}><td><code>{esc(probe.module)}</code></td><td>{kind}</td>{numbers}</tr>")
+    table = f'<div class="scroll"><table><tr><th>weight</th><th>fault</th>{head}</tr>{"".join(lines)}</table></div>'
+    seen = sum(probe.is_seen for probe in comparison.probes)
+    return f"<details><summary>Faults of 1 %: {seen} of {len(lines)} would have been seen</summary>{table}</details>"
 
 
 def _tensor_line(row: TensorRow) -> str:

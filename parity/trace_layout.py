@@ -17,6 +17,7 @@ ROUTING = re.compile(r"routing\.([1-9]\d*)")
 AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are computed
 MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
 AMPLIFICATION = "amplification."  # before the name of a tensor: of rounding in it, by token; oracles alone have it
+PROBE = "probe."  # before the number of a place: what a fault there does to the first tensor it reaches; oracles alone
 INTEGERS = {"input_ids": 2, "attention_mask": 2, "generated_ids": 2}  # name -> rank
 
 
@@ -58,6 +59,7 @@ def _meta_problems(meta: Mapping[str, Any]) -> list[str]:
     for key, kind in (("versions", dict), ("precision", dict), ("events", list), ("device", str), ("input_hash", str)):
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             problems.append(f"{key} is {meta[key]!r}, expected a {kind.__name__} or nothing.")
+    problems += _probe_problems(meta.get("probes") or [])
     weights = meta.get("weights")
     if weights is not None and not (
         isinstance(weights, dict)
@@ -66,6 +68,15 @@ def _meta_problems(meta: Mapping[str, Any]) -> list[str]:
     ):
         problems.append("weights is not {digests: {name: hex}, root: hex}: write both, or leave the block out.")
     return problems
+
+
+def _probe_problems(probes: Any) -> list[str]:
+    """Of the faults an oracle tried: they decide what a comparison could have seen."""
+    kinds = {"module": str, "kind": str, "size": float, "tensor": str, "moved": dict}
+    for number, probe in enumerate(probes if isinstance(probes, list) else [probes]):
+        if not isinstance(probe, dict) or not all(isinstance(probe.get(key), kind) for key, kind in kinds.items()):
+            return [f"probes[{number}] is {probe!r}, expected {', '.join(kinds)}, as `tandem record` writes them."]
+    return []
 
 
 def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -93,6 +104,11 @@ def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
         if amplified is not None and not _is_amplification(amplified, shape):
             what = _what(tensors, AMPLIFICATION + name)
             problems.append(f"{what}, expected finite floats >= 0 of {list(shape)} from {name!r}.")
+    for name, array in tensors.items():
+        if name.startswith(PROBE) and (
+            array.dtype.kind != "f" or array.shape[:2] != (batch, length) or not np.isfinite(array).all()
+        ):
+            problems.append(f"{_what(tensors, name)}, expected finite floats of {[batch, length]} + [size].")
     if "generated_ids" in tensors and len(tensors["generated_ids"]) != batch:
         problems.append(f"{_what(tensors, 'generated_ids')}, expected {batch} rows from {first!r}.")
     sizes = {tensors[name].shape[2] for name in names if "logits" not in name}

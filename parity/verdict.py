@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parity.comparison import Divergence, Generated, Routing, TensorRow, Top1, Verdict
+from parity.comparison import Divergence, Generated, Probe, Routing, TensorRow, Top1, Verdict
+from parity.nearest import Likeness
 from parity.ruler import MIN_REMAINING, Cause, Limits, Side
+from parity.trace_layout import layer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class Evidence:
     top1: tuple[Top1, ...]
     generated: Generated | None
     routing: Routing | None
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Decision:
 
 def decide(evidence: Evidence) -> Decision:
     """The first that applies, the surest evidence first: a failure outranks what could not be decided."""
-    for rule in (_nonfinite, _tensors, _top1, _generated, _router, _undecided):
+    for rule in (_nonfinite, _tensors, _top1, _generated, _router, _factor, _undecided):
         decision = rule(evidence)
         if decision is not None:
             return decision
@@ -122,6 +125,35 @@ def _router(evidence: Evidence) -> Decision | None:
     return Decision("FAIL", summary, "router flip", routing.broken_side)
 
 
+def _factor(evidence: Evidence) -> Decision | None:
+    """A weight off by a factor: far below rounding in every token, and the same in all of them."""
+    found = [probe for probe in evidence.probes if probe.cause]
+    if not found:
+        return None
+    first = [probe for probe in found if probe.tensor == found[0].tensor]  # later tensors inherit
+    probe = max(first, key=_surety)
+    alike = [one.module for one in first if one.blame == probe.blame and _surety(one) > 0.98 * _surety(probe)]
+    factor = _factor_of(probe)
+    off = f"{100 * abs(factor):.2f} % too {'large' if factor > 0 else 'small'}"
+    what = f"{' or '.join(alike)} were {off}" if probe.kind == "scale" else f"{probe.module} had a known fault"
+    summary = (
+        f"{'Both are wrong' if probe.blame == 'both' else f'Bug in {_who(evidence, probe.blame)}'}: its errors are of"
+        f" the size of rounding, yet that of {probe.tensor}{_place(layer_of(probe.tensor))} is as if {what} (give or"
+        f" take {100 * (probe.deviation or 0.0):.2f} %). Rounding has no direction."
+    )
+    return Decision("FAIL", summary, probe.cause, probe.blame)
+
+
+def _surety(probe: Probe) -> float:
+    return abs(_factor_of(probe)) / (probe.deviation or 1e-30)
+
+
+def _factor_of(probe: Probe) -> float:
+    """Of the side at fault."""
+    factors = (probe.factor_a or 0.0, probe.factor_b or 0.0)
+    return factors[1] if probe.blame == "b" else factors[0]
+
+
 def _undecided(evidence: Evidence) -> Decision | None:
     reasons: list[str] = []
     cause: Cause | None = None
@@ -138,6 +170,13 @@ def _undecided(evidence: Evidence) -> Decision | None:
         reasons.append(
             f"generated tokens differ first at row {row}, step {step}, and nothing recorded says whether that is a tie:"
             " record generated_margins, or compare with these tokens as the prompt."
+        )
+    blind = blind_blocks(evidence.probes)
+    if blind:
+        worst = max((probe for probe in evidence.probes if probe.block in blind), key=lambda probe: probe.least)
+        reasons.append(
+            f"a weight {100 * worst.size:g} % off would not have been seen in {', '.join(blind)} ({worst.module}:"
+            f" from {shown(worst.least)}): give more tokens (96 or more), or record in float32."
         )
     if not reasons:
         return None
@@ -161,11 +200,38 @@ def _passed(evidence: Evidence) -> Decision:
             f"{a} and {b} agree to within rounding ({evidence.dtype}): nearest to its limit is {tightest.name}, with"
             f" errors of {_pair(evidence, tightest)} (limit {tightest.limit:.2g}, lid {tightest.lid:.2g})."
         )
+    summary += f" {sensitivity(evidence.probes)}" if evidence.probes else ""
     cause: Cause | None = None
     if evidence.generated and evidence.generated.outcome in ("tie", "router flip"):
         cause = "tie" if evidence.generated.outcome == "tie" else "router flip"
         summary += f" Generated tokens part at a {cause}, which proves nothing."
     return Decision("PASS", summary, cause)
+
+
+def blind_blocks(probes: tuple[Probe, ...]) -> list[str]:
+    """Parts of the model in which no weight that was tried could be wrong and be seen."""
+    seen = {probe.block for probe in probes if probe.is_seen}
+    return sorted({probe.block for probe in probes} - seen)
+
+
+def sensitivity(probes: tuple[Probe, ...]) -> str:
+    """In one sentence, how small a fault would have been seen."""
+    seen = sum(probe.is_seen for probe in probes)
+    weakest = max(probes, key=lambda probe: probe.least)
+    return (
+        f"A weight {100 * weakest.size:g} % off would have been seen in {seen} of {len(probes)} places (weakest:"
+        f" {weakest.module}, from {shown(weakest.least)})."
+    )
+
+
+def likeness(found: Likeness) -> str:
+    """Which planted bug it looks like, in one sentence."""
+    return f"It looks like the planted bug {found.name!r} ({found.says}; similarity {found.similarity:.2f})."
+
+
+def shown(size: float) -> str:
+    """The size of a fault in percent, as short as it can be told."""
+    return "no size" if size == float("inf") else f"{100 * size:.2g} %"
 
 
 def _who(evidence: Evidence, side: Side | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from parity.commands.options import add_reports
@@ -26,8 +28,17 @@ def run(args: argparse.Namespace) -> int:
 
     oracle, oracle_b = (Trace.load(path) if path else None for path in (args.oracle, args.oracle_b))
     comparison = compare(Trace.load(args.a), Trace.load(args.b), oracle, oracle_b=oracle_b)
+    if comparison.verdict == "FAIL":
+        comparison = replace(comparison, commands=(*comparison.commands, _again(args)))
     print(f"{comparison.verdict}: {comparison.summary}" if args.quiet else comparison.to_text())
     results = [(f"{args.a.name} against {args.b.name}", comparison)]
     facts = {"a": str(args.a), "b": str(args.b), "oracle": str(args.oracle or "none")}
     write_reports(args, "tandem compare", results, [], facts)
     return comparison.exit_code
+
+
+def _again(args: argparse.Namespace) -> str:
+    """The command that compares the same files once more."""
+    words = ["tandem", "compare", str(args.a), str(args.b)]
+    words += ["--oracle", str(args.oracle)] if args.oracle else []
+    return shlex.join(words + (["--oracle-b", str(args.oracle_b)] if args.oracle_b else []))

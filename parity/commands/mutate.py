@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,12 @@ KINDS = ("attention", "moe", "head", "loader", "reload", "hybrid", "gemma", "dra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="NAME", action="append", help="this mutant only; may be given again")
     parser.add_argument("--kind", choices=KINDS, help="mutants of one part only")
+    parser.add_argument(
+        "--profiles",
+        metavar="FILE",
+        type=Path,
+        help="write what a comparison sees of each, to know them again; minutes",
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants and what they are; try none")
 
 
@@ -25,9 +32,21 @@ def run(args: argparse.Namespace) -> int:
             if args.kind in (None, mutant.kind):
                 print(f"{mutant.name:34} {mutant.kind:10} {mutant.source:12} {mutant.says}")
         return 0
+    if args.profiles:
+        return _write_profiles(args)
     results = mutants.score(args.only, kind=args.kind)
     print(render(results))
     return 0 if results and all(result.is_as_expected for result in results) else 1
+
+
+def _write_profiles(args: argparse.Namespace) -> int:
+    from parity.mutant_profiles import make_library, profiled, write_library
+
+    chosen = [m for m in profiled() if args.kind in (None, m.kind) and (not args.only or m.name in args.only)]
+    document = make_library(chosen)
+    write_library(args.profiles, document)
+    print(f"wrote {args.profiles}: profiles of {len(document['mutants'])} mutants")
+    return 0 if document["mutants"] else 1
 
 
 def render(results: list[MutantResult]) -> str:

@@ -30,6 +30,17 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_probes(parser: argparse.ArgumentParser) -> None:
+    """How hard the oracle is to look for what a comparison could not see."""
+    parser.add_argument(
+        "--probes",
+        metavar="N",
+        type=int,
+        help="try faults of one percent at N places, one or two passes of the oracle each; default: 64, and 6 of a"
+        " checkpoint over 64 MiB",
+    )
+
+
 def add_reports(parser: argparse.ArgumentParser) -> None:
     """Where to write what was found."""
     for name, what in (("html", "a report to look at"), ("junit", "JUnit XML"), ("json", "JSON"), ("md", "Markdown")):

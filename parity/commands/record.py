@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from parity.commands.options import add_backend, add_inputs
+from parity.commands.options import add_backend, add_inputs, add_probes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", metavar="TRACE", type=Path, help="with --backend oracle: replay the expert choices of this trace"
     )
+    add_probes(parser)
     parser.add_argument("-o", "--output", metavar="TRACE", type=Path, required=True, help="safetensors file to write")
 
 
@@ -31,12 +32,11 @@ def run(args: argparse.Namespace) -> int:
         _refuse_backend_options(args)
         checkpoint = open_checkpoint(args.reload or args.checkpoint)
         like = Trace.load(args.like) if args.like else None
-        trace = record_oracle(
-            checkpoint, inputs or default_inputs(checkpoint), like=like, mtp=args.mtp, adapter=args.adapter
-        )
+        options = {"mtp": args.mtp, "adapter": args.adapter, "probes": args.probes}
+        trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like, **options)
     else:
-        if args.like:
-            raise ValueError("--like goes with --backend oracle")
+        if args.like or args.probes is not None:
+            raise ValueError("--like and --probes go with --backend oracle")
         trace = record(
             args.checkpoint,
             open_backend(args.backend, args.device),
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
             weight_only=args.weight_only,
             adapter=args.adapter,
         )
+    if args.inputs:
+        trace.meta["inputs"] = str(args.inputs)  # so that a failure can name the command that shows it again
     trace.save(args.output)
     print(f"wrote {args.output}: {trace.backend}, {trace.meta['dtype']}, weights {trace.meta['weights']['root'][:8]}")
     return 0

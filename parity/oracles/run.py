@@ -11,6 +11,7 @@ import numpy as np
 from loaders import Checkpoint, CheckpointError, dtypes
 from loaders.adapter_updates import Adapter
 from parity.oracles.adapted import Adapted
+from parity.oracles.fault import Fault
 from parity.oracles.quantized import widened
 from parity.oracles.taps import Taps
 
@@ -35,6 +36,7 @@ class Weights:
     adapted: Adapted | None = None
     taps: Taps | None = None
     path: str = ""
+    fault: Fault | None = None
 
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         """The tensor in float64, every value exact; errors as ``stored``."""
@@ -58,7 +60,7 @@ class Weights:
         if found.shape != (rows, columns):
             problem = f"the quantised weight of {self.prefix + name!r} is {found.shape}, expected {(rows, columns)}"
             raise CheckpointError(self.checkpoint.source, [f"{problem}. Is config.json from the same checkpoint?"])
-        return found
+        return found if self.fault is None else self.fault.applied(self.prefix + name, found)
 
     def stored(self, name: str, *shape: int) -> np.ndarray:
         """The tensor as it is stored, ``shape`` being what config.json asks for; an adapter's, where it brings one.
@@ -79,7 +81,8 @@ class Weights:
         if info.dtype not in EXACT_IN_FLOAT64:
             known = ", ".join(EXACT_IN_FLOAT64)
             raise CheckpointError(source, [f"tensor {name!r} is {info.dtype}; the oracle widens {known} only"])
-        return self.checkpoint.read(name)
+        found = self.checkpoint.read(name)
+        return found if self.fault is None else self.fault.applied(name, found)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
@@ -117,12 +120,13 @@ class Run:
     sight: Sight | None = None  # what the prompt shows
     adapter: Adapter | None = None
     taps: Taps | None = None
+    fault: Fault | None = None
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
         """Every tensor, by its whole name."""
-        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted, taps=self.taps)
+        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted, taps=self.taps, fault=self.fault)
 
     @property
     def text(self) -> Weights:
@@ -130,7 +134,7 @@ class Run:
         spelled = (f"{path}." for path in self.config.text_paths)
         known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
         path = f"{self.config.text_paths[0]}."
-        return Weights(self.checkpoint, next(known, path), self.saw, self.adapted, self.taps, path)
+        return Weights(self.checkpoint, next(known, path), self.saw, self.adapted, self.taps, path, self.fault)
 
     @property
     def adapted(self) -> Adapted | None:
@@ -185,7 +189,7 @@ class Run:
         is_whole = self.adapted is not None and self.adapted.whole("lm_head.weight") is not None
         is_tied = self.config.tie_word_embeddings
         if not is_tied and not is_whole and (found_VD := widened(self.checkpoint, "lm_head")) is not None:
-            return x_BTD @ found_VD.T
+            return x_BTD @ (found_VD if self.fault is None else self.fault.applied("lm_head", found_VD)).T
         head_VD = replace(self, adapter=None).embedding() if is_tied else self.weights.stored("lm_head.weight", *sizes)
         if is_tied and is_whole:
             assert self.adapted is not None

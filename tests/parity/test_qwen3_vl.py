@@ -231,7 +231,7 @@ def test_both_backends_pass_the_ruler_in_bfloat16(tmp_path):
 
     path = make_checkpoint("qwen3_vl", tmp_path / "a", dtype="BF16")
     ours, theirs = (record(path, open_backend(side)) for side in SIDES)
-    found = compare(ours, theirs, record_oracle(loaders.open_checkpoint(path), pictures_of(path)))
+    found = compare(ours, theirs, record_oracle(loaders.open_checkpoint(path), pictures_of(path), probes=0))
     assert found.verdict == "PASS", str(found)
 
 

@@ -26,6 +26,10 @@ def test_the_constants_are_the_calibrated_ones_and_each_has_a_reason():
         "ROUTER_SHARE",
         "ROUTER_TOKENS",
         "STEP",
+        "FACTOR",
+        "FACTOR_DEVIATIONS",
+        "FACTOR_TOKENS",
+        "SEEN_DEVIATIONS",
     } == set(ruler.REASONS)
 
 

@@ -1,0 +1,38 @@
+"""The command that shows a failure again, alone: what a person does next."""
+
+from __future__ import annotations
+
+import shlex
+
+from parity.case import Case
+from parity.comparison import Divergence
+
+RECORDABLE = ("jax", "torch")
+
+
+def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
+    """``tandem bisect`` of what a failing comparison compared; None where the traces do not say what that was.
+
+    ``--layer N`` is ``model.layers.N``, where the error begins.
+    """
+    metas = case.a.meta, case.b.meta
+    checkpoints = {meta.get("checkpoint") or "" for meta in metas}
+    if len(checkpoints) != 1 or "" in checkpoints or any(meta["backend"] not in RECORDABLE for meta in metas):
+        return None
+    words = ["tandem", "bisect", checkpoints.pop(), "--a", metas[0]["backend"], "--b", metas[1]["backend"]]
+    words += ["--dtype", metas[0]["dtype"]]
+    inputs = {meta.get("inputs") for meta in metas}
+    if len(inputs) == 1 and (given := inputs.pop()):
+        words += ["--inputs", given]
+    layer = _layer(divergence)
+    words += ["--layer", str(layer - 1)] if layer else []
+    return shlex.join(words)
+
+
+def _layer(divergence: Divergence | None) -> int | None:
+    """The decoder layer to look at, from 1 (0: the embeddings): where the error began, else where it first fails."""
+    if divergence is None:
+        return None
+    suspect = divergence.suspect or divergence.tensor
+    number = suspect.removeprefix("hidden_states.")
+    return int(number) if number.isdigit() else None
