@@ -21,6 +21,7 @@ from jax_models.layers.lora import (
     ExpertsWithLoRA,
     LinearWithLoRA,
     ModuleWithCopies,
+    RouterWithCopies,
     RouterWithLoRA,
     Stacks,
     VocabParallelEmbeddingWithLoRA,
@@ -159,7 +160,8 @@ def wrap(model: Any, adapters: RowAdapters, config: ModelConfig) -> None:
         if sites.tied and path == sites.layer(HEAD):  # a table with two sides
             methods = frozenset({"project"} if module == HEAD else {"__call__"})
         layer = module_at(model, path)
-        _put(model, path, ModuleWithCopies(layer, _layers(unwrapped(layer), copies), copies.places, methods))
+        kind = RouterWithCopies if isinstance(unwrapped(layer), TopKRouter) else ModuleWithCopies
+        _put(model, path, kind(layer, _layers(unwrapped(layer), copies), copies.places, methods))
     whole = {sites.layer(module) for module in adapters.copies}
     by_layer: dict[str, dict[str, Stacks]] = {
         path: {} for path in whole if isinstance(unwrapped(module_at(model, path)), Embedding)

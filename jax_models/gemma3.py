@@ -21,6 +21,8 @@ from loaders.stage import Stage
 class DecoderLayer(nnx.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): what a branch adds is normed too."""
 
+    path: str = ""
+
     def __init__(self, config: Gemma3Config) -> None:
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = GemmaRMSNorm(size, eps=eps)
@@ -43,9 +45,15 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), step, cache)
-        normed_BTD, x_BTD = self.pre_feedforward_layernorm.add_norm(self.post_attention_layernorm(attended_BTD), x_BTD)
-        return x_BTD + self.post_feedforward_layernorm(self.mlp(normed_BTD)), cache
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        mixed_BTD, cache = self.self_attn(normed_BTD, step, cache)
+        mixed_BTD = self.post_attention_layernorm(tap(self.path, "self_attn", mixed_BTD, "modules"))
+        mixed_BTD = tap(self.path, "post_attention_layernorm", mixed_BTD, "modules")
+        normed_BTD, x_BTD = self.pre_feedforward_layernorm.add_norm(mixed_BTD, x_BTD)
+        x_BTD = tap(self.path, "residual", x_BTD, "modules")
+        normed_BTD = tap(self.path, "pre_feedforward_layernorm", normed_BTD, "modules")
+        mixed_BTD = self.post_feedforward_layernorm(tap(self.path, "mlp", self.mlp(normed_BTD), "modules"))
+        return x_BTD + tap(self.path, "post_feedforward_layernorm", mixed_BTD, "modules"), cache
 
 
 class Gemma3ForCausalLM(nnx.Module):
@@ -70,7 +78,8 @@ class Gemma3ForCausalLM(nnx.Module):
         Rows are multiplied by √D as the compute dtype has it: in bfloat16 that is another number.
         """
         scale = jnp.asarray(self.config.hidden_size**0.5, self.dtype)
-        return tap("model.embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype) * scale)
+        x_BTD = self.model.embed_tokens(input_ids_BT, self.dtype) * scale
+        return tap("model", "embed_tokens", x_BTD, "layers")
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

@@ -20,6 +20,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.decoding import Decoding
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
+from jax_models.taps import Level
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text
@@ -127,12 +128,32 @@ class Model(Decoding, Adapted, Seeing):
         *,
         hidden_states: Any = None,
         adapter: AdapterOfRows = None,
+        level: Level = "layers",
+        within: str | None = None,
+        inject: Mapping[str, Any] | None = None,
         **multimodal: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
+        """As calling the model, and intermediate values by checkpoint module path, in order of execution.
+
+        Args:
+            level: how deep to look. ``layers``: the residual stream after every decoder layer, the embeddings and the
+                final norm around them, and the experts a router chose (``model.layers.3``, ``model.norm``,
+                ``model.layers.3.mlp.gate``). ``modules``: also what every module of a layer says
+                (``model.layers.3.self_attn``). ``operations``: also what happens inside of those
+                (``model.layers.3.self_attn.q_norm``).
+            within: only the values at this path and below; None: all.
+            inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
+                that with a peer's value after every layer each layer is run alone. What is returned under that path is
+                still what was computed. Of any level; cast to the dtype of what they replace.
+        Returns:
+            What the model returns, and the values: floats [B, T, ...] as computed, chosen experts as integers.
+        Raises:
+            ValueError: as the model does; or values to inject that have no such place or another shape, all at once.
+        """
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
         given = (self.weights, entry, *self.arrays(checked))
-        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)))
+        looked = {"level": level, "within": within, "inject": None if inject is None else dict(inject)}
+        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)), **looked)
 
     def apply(
         self,

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jax_models.layers.install import install, install_cache
 from jax_models.layers.lora import active_rows
 from jax_models.layers.vision import Seen, Shown
 from jax_models.sharding import row_sharding
-from jax_models.taps import collect
+from jax_models.taps import Level, collect, name_modules
 from loaders.families import FAMILIES
 from loaders.plan import specs_of
 from loaders.quantization import WEIGHTS_ONLY, Activations
@@ -75,6 +75,7 @@ class Programs:
             install(module, specs, config.dims(), mesh, quantizes_inputs=activations.inputs)
             kv_cache = None if config.quantization is None else config.quantization.kv_cache
             install_cache(module, specs, kv_cache, honoured=activations.cache)
+            name_modules(module)
             return module
 
         self.graphdef, state = nnx.split(nnx.eval_shape(build))
@@ -86,7 +87,7 @@ class Programs:
         self.activations = activations
         self.cache_entries = functools.partial(family.cache_entries, config, stage)
         self.forward = jax.jit(self.apply)
-        self.forward_with_taps = jax.jit(self._apply_with_taps)
+        self.forward_with_taps = jax.jit(self._apply_with_taps, static_argnames=("level", "within"))
         self.see = jax.jit(self._see)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
         self.decode = jax.jit(self._decode, donate_argnames="cache")
@@ -137,8 +138,11 @@ class Programs:
         positions_BT: jax.Array,
         vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
+        level: Level = "layers",
+        within: str | None = None,
+        inject: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        with collect() as taps:
+        with collect(level, within, inject) as taps:
             out = self.apply(weights, inputs, mask_BT, positions_BT, vision, adapters)
         return out, taps
 

@@ -20,12 +20,11 @@ from loaders.stage import Stage
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    ``path``: its module path, for taps.
-    """
+    path: str = ""
 
-    def __init__(self, config: Qwen3Config, path: str, layer: int, mesh: Mesh | None) -> None:
+    def __init__(self, config: Qwen3Config, layer: int, mesh: Mesh | None) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(
             config.hidden_size,
@@ -43,7 +42,6 @@ class DecoderLayer(nnx.Module):
                 expert_size=config.moe_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                path=path,
                 mesh=mesh,
             )
         else:
@@ -52,19 +50,18 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), step, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        attended_BTD, cache = self.self_attn(normed_BTD, step, cache)
+        x_BTD = tap(self.path, "residual", x_BTD + tap(self.path, "self_attn", attended_BTD, "modules"), "modules")
+        normed_BTD = tap(self.path, "post_attention_layernorm", self.post_attention_layernorm(x_BTD), "modules")
+        return x_BTD + tap(self.path, "mlp", self.mlp(normed_BTD), "modules"), cache
 
 
 class Qwen3ForCausalLM(nnx.Module):
     """The model and its head. Serves Qwen3MoeForCausalLM too: a layer asks ``config.is_sparse``."""
 
     def __init__(self, config: Qwen3Config, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        layers = {
-            layer: DecoderLayer(config, f"model.layers.{layer}", layer, mesh)
-            for layer in stage.layers(config.num_hidden_layers)
-        }
+        layers = {layer: DecoderLayer(config, layer, mesh) for layer in stage.layers(config.num_hidden_layers)}
         self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -78,7 +75,7 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def embed(self, input_ids_BT: jax.Array) -> jax.Array:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        return tap("model.embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype))
+        return tap("model", "embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype), "layers")
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

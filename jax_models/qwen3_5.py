@@ -17,17 +17,17 @@ from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.shared_expert import SharedExpertMoeBlock
 from jax_models.layers.step import Entry, LayerCache, Step
 from jax_models.layers.vision import Seen, VisionTower
+from jax_models.taps import tap
 from loaders.qwen3_5 import Qwen3_5Config, Qwen3_5MoeConfig
 from loaders.stage import Stage
 
 
 class DecoderLayer(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or a gated delta net.
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or a gated delta net."""
 
-    ``path``: its module path, for taps.
-    """
+    path: str = ""
 
-    def __init__(self, config: Qwen3_5Config, path: str, mesh: Mesh | None, *, is_linear: bool) -> None:
+    def __init__(self, config: Qwen3_5Config, mesh: Mesh | None, *, is_linear: bool) -> None:
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if is_linear:
             self.linear_attn = GatedDeltaNet(
@@ -57,7 +57,6 @@ class DecoderLayer(nnx.Module):
                 shared_size=config.shared_expert_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                path=path,
                 mesh=mesh,
             )
         else:
@@ -68,9 +67,13 @@ class DecoderLayer(nnx.Module):
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         mixer = self.linear_attn if self.is_linear else self.self_attn
-        mixed_BTD, cache = mixer(self.input_layernorm(x_BTD), step, cache)
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        mixed_BTD, cache = mixer(normed_BTD, step, cache)
+        mixed_BTD = tap(self.path, "linear_attn" if self.is_linear else "self_attn", mixed_BTD, "modules")
         normed_BTD, x_BTD = self.post_attention_layernorm.add_norm(mixed_BTD, x_BTD)
-        return x_BTD + self.mlp(normed_BTD), cache
+        x_BTD = tap(self.path, "residual", x_BTD, "modules")
+        normed_BTD = tap(self.path, "post_attention_layernorm", normed_BTD, "modules")
+        return x_BTD + tap(self.path, "mlp", self.mlp(normed_BTD), "modules"), cache
 
 
 class Qwen3_5MTP(nnx.Module):
@@ -86,10 +89,7 @@ class Qwen3_5MTP(nnx.Module):
         self.pre_fc_norm_embedding = GemmaRMSNorm(size, eps=eps)
         self.pre_fc_norm_hidden = GemmaRMSNorm(size, eps=eps)
         self.layers = nnx.Dict(
-            {
-                str(layer): DecoderLayer(config, f"mtp.layers.{layer}", mesh, is_linear=False)
-                for layer in range(config.num_mtp_layers)
-            }
+            {str(layer): DecoderLayer(config, mesh, is_linear=False) for layer in range(config.num_mtp_layers)}
         )
         self.norm = GemmaRMSNorm(size, eps=eps)
 
@@ -124,9 +124,8 @@ class Qwen3_5ForCausalLM(nnx.Module):
     """The model, its head and, if asked for, its draft. Serves all four architectures: the config says what differs."""
 
     def __init__(self, config: Qwen3_5Config, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        path = config.text_paths[0]
         layers = {
-            layer: DecoderLayer(config, f"{path}.layers.{layer}", mesh, is_linear=config.is_linear(layer))
+            layer: DecoderLayer(config, mesh, is_linear=config.is_linear(layer))
             for layer in stage.layers(config.num_hidden_layers)
         }
         decoder = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))

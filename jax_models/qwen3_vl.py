@@ -30,11 +30,7 @@ class Qwen3VLForConditionalGeneration(nnx.Module):
     """The model and its head. Serves Qwen3VLMoeForConditionalGeneration too: a layer asks ``config.is_sparse``."""
 
     def __init__(self, config: Qwen3VLConfig, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        path = config.text_paths[0]
-        layers = {
-            layer: DecoderLayer(config, f"{path}.layers.{layer}", layer, mesh)
-            for layer in stage.layers(config.num_hidden_layers)
-        }
+        layers = {layer: DecoderLayer(config, layer, mesh) for layer in stage.layers(config.num_hidden_layers)}
         decoder = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         self.model = Qwen3VLModel(config, stage, decoder)
         if stage.is_last and not config.tie_word_embeddings:

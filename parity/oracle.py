@@ -20,6 +20,7 @@ from loaders.adapter_updates import Adapter
 from loaders.families import FAMILIES
 from parity.oracles.inputs import checked_inputs, checked_routing
 from parity.oracles.run import Run, Saw, Weights
+from parity.oracles.taps import Taps
 from parity.oracles.vision import look
 
 
@@ -46,6 +47,7 @@ def oracle_forward(
     shake: float = 0.0,
     saw: Saw | None = None,
     adapter: Adapter | None = None,
+    taps: Taps | None = None,
     **multimodal: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Run the checkpoint in float64 on its stored weights, reading one weight at a time.
@@ -67,6 +69,7 @@ def oracle_forward(
         multimodal: images and videos under their Hugging Face processor's names.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
         adapter: of every row.
+        taps: what single steps are to go on from, and, after the run, what each made of it.
 
     Returns:
         float64 ``logits`` [B, T, V]; ``hidden_states.0`` [B, T, D] (embeddings); ``hidden_states.i`` (residual stream
@@ -97,10 +100,12 @@ def oracle_forward(
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
         positions = sight.positions if sight is not None and position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter, taps)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)
+    if taps is not None:
+        taps("lm_head", run.out["logits"])
     if mtp:
         family.draft(run)
     return run.out

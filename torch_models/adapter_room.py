@@ -18,6 +18,7 @@ from torch_models.layers.lora import (
     ExpertsWithLoRA,
     LinearWithLoRA,
     ModuleWithCopies,
+    RouterWithCopies,
     RouterWithLoRA,
     Stacks,
     VocabParallelEmbeddingWithLoRA,
@@ -131,7 +132,8 @@ class Room:
             path, methods = sites.layer(module), _EVERY
             if sites.tied and path == sites.layer(HEAD):  # a table with two sides
                 methods = frozenset({"project"} if module == HEAD else {"forward"})
-            made[path] = ModuleWithCopies(made.get(path, layers[path]), copies.layers, copies.places, methods)
+            kind = RouterWithCopies if isinstance(layers[path], TopKRouter) else ModuleWithCopies
+            made[path] = kind(made.get(path, layers[path]), copies.layers, copies.places, methods)
         by_layer: dict[str, dict[str, Stacks]] = {path: {} for path in made if isinstance(layers[path], Embedding)}
         for site, stacks in self.stacks.items():
             by_layer.setdefault(sites.low_rank[site].module, {})[site] = stacks

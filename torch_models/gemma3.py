@@ -20,6 +20,8 @@ from torch_models.taps import tap
 class DecoderLayer(nn.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): what a branch adds is normed too."""
 
+    path: str = ""
+
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
@@ -41,9 +43,15 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps=eps)
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), step, cache)
-        normed_BTD, x_BTD = self.pre_feedforward_layernorm.add_norm(self.post_attention_layernorm(attended_BTD), x_BTD)
-        return x_BTD + self.post_feedforward_layernorm(self.mlp(normed_BTD))
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        mixed_BTD = self.self_attn(normed_BTD, step, cache)
+        mixed_BTD = self.post_attention_layernorm(tap(self.path, "self_attn", mixed_BTD, "modules"))
+        mixed_BTD = tap(self.path, "post_attention_layernorm", mixed_BTD, "modules")
+        normed_BTD, x_BTD = self.pre_feedforward_layernorm.add_norm(mixed_BTD, x_BTD)
+        x_BTD = tap(self.path, "residual", x_BTD, "modules")
+        normed_BTD = tap(self.path, "pre_feedforward_layernorm", normed_BTD, "modules")
+        mixed_BTD = self.post_feedforward_layernorm(tap(self.path, "mlp", self.mlp(normed_BTD), "modules"))
+        return x_BTD + tap(self.path, "post_feedforward_layernorm", mixed_BTD, "modules")
 
 
 class Gemma3ForCausalLM(Model):
@@ -73,7 +81,8 @@ class Gemma3ForCausalLM(Model):
 
         Rows are multiplied by √D as the compute dtype has it: in bfloat16 that is another number.
         """
-        return tap("model.embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype) * self.embed_scale)
+        x_BTD = self.model.embed_tokens(input_ids_BT, self.dtype) * self.embed_scale
+        return tap("model", "embed_tokens", x_BTD, "layers")
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""

@@ -25,6 +25,7 @@ from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
+from torch_models.taps import name_modules
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -77,6 +78,7 @@ def load(
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
     kv_cache = None if quantization is None else quantization.kv_cache
     install_cache(model, plan.specs, kv_cache, honoured=activations.cache)
+    name_modules(model)
     model.quantizes_inputs, model.rounds_cache, model.quantize = *activations, quantize
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}

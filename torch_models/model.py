@@ -30,7 +30,7 @@ from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.seeing import Seeing
 from torch_models.storage import parameters_of
-from torch_models.taps import collect
+from torch_models.taps import Level, collect
 
 
 class Model(nn.Module, Decoding, Adapted, Seeing):
@@ -156,11 +156,30 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         *,
         hidden_states: Any = None,
         adapter: AdapterOfRows = None,
+        level: Level = "layers",
+        within: str | None = None,
+        inject: Mapping[str, Any] | None = None,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As calling the model, and intermediate values by checkpoint module path (``model.layers.3``)."""
+        """As calling the model, and intermediate values by checkpoint module path, in order of execution.
+
+        Args:
+            level: how deep to look. ``layers``: the residual stream after every decoder layer, the embeddings and the
+                final norm around them, and the experts a router chose (``model.layers.3``, ``model.norm``,
+                ``model.layers.3.mlp.gate``). ``modules``: also what every module of a layer says
+                (``model.layers.3.self_attn``). ``operations``: also what happens inside of those
+                (``model.layers.3.self_attn.q_norm``).
+            within: only the values at this path and below; None: all.
+            inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
+                that with a peer's value after every layer each layer is run alone. What is returned under that path is
+                still what was computed. Of any level; cast to the dtype of what they replace.
+        Returns:
+            What the model returns, and the values: floats [B, T, ...] as computed, chosen experts as integers.
+        Raises:
+            ValueError: as the model does; or values to inject that have no such place or another shape, all at once.
+        """
         given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
-        with collect() as taps:
+        with collect(level, within, inject) as taps:
             out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
 

@@ -19,12 +19,11 @@ from torch_models.taps import tap
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    ``path``: its module path, for taps.
-    """
+    path: str = ""
 
-    def __init__(self, config: Qwen3Config, path: str, layer: int) -> None:
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(
@@ -43,14 +42,16 @@ class DecoderLayer(nn.Module):
                 expert_size=config.moe_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                path=path,
             )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        attended_BTD = self.self_attn(normed_BTD, step, cache)
+        x_BTD = tap(self.path, "residual", x_BTD + tap(self.path, "self_attn", attended_BTD, "modules"), "modules")
+        normed_BTD = tap(self.path, "post_attention_layernorm", self.post_attention_layernorm(x_BTD), "modules")
+        return x_BTD + tap(self.path, "mlp", self.mlp(normed_BTD), "modules")
 
 
 class Qwen3ForCausalLM(Model):
@@ -61,10 +62,7 @@ class Qwen3ForCausalLM(Model):
 
     def __init__(self, config: Qwen3Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
-        layers = {
-            layer: DecoderLayer(config, f"model.layers.{layer}", layer)
-            for layer in stage.layers(config.num_hidden_layers)
-        }
+        layers = {layer: DecoderLayer(config, layer) for layer in stage.layers(config.num_hidden_layers)}
         self.model = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last:
             # a tied head is the embedding itself, one module under two names: it cannot come apart
@@ -78,7 +76,7 @@ class Qwen3ForCausalLM(Model):
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        return tap("model.embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype))
+        return tap("model", "embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype), "layers")
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""

@@ -18,15 +18,15 @@ from torch_models.layers.shared_expert import SharedExpertMoeBlock
 from torch_models.layers.step import Entry, LayerCache, Step
 from torch_models.layers.vision import Seen, VisionTower
 from torch_models.model import Model
+from torch_models.taps import tap
 
 
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or a gated delta net.
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is attention or a gated delta net."""
 
-    ``path``: its module path, for taps.
-    """
+    path: str = ""
 
-    def __init__(self, config: Qwen3_5Config, path: str, *, is_linear: bool) -> None:
+    def __init__(self, config: Qwen3_5Config, *, is_linear: bool) -> None:
         super().__init__()
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if is_linear:
@@ -57,7 +57,6 @@ class DecoderLayer(nn.Module):
                 shared_size=config.shared_expert_intermediate_size,
                 top_k=config.num_experts_per_tok,
                 norm_topk_prob=config.norm_topk_prob,
-                path=path,
             )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -65,9 +64,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         mixer = self.linear_attn if self.is_linear else self.self_attn
-        mixed_BTD = mixer(self.input_layernorm(x_BTD), step, cache)
+        normed_BTD = tap(self.path, "input_layernorm", self.input_layernorm(x_BTD), "modules")
+        mixed_BTD = mixer(normed_BTD, step, cache)
+        mixed_BTD = tap(self.path, "linear_attn" if self.is_linear else "self_attn", mixed_BTD, "modules")
         normed_BTD, x_BTD = self.post_attention_layernorm.add_norm(mixed_BTD, x_BTD)
-        return x_BTD + self.mlp(normed_BTD)
+        x_BTD = tap(self.path, "residual", x_BTD, "modules")
+        normed_BTD = tap(self.path, "post_attention_layernorm", normed_BTD, "modules")
+        return x_BTD + tap(self.path, "mlp", self.mlp(normed_BTD), "modules")
 
 
 class Qwen3_5MTP(nn.Module):
@@ -84,10 +87,7 @@ class Qwen3_5MTP(nn.Module):
         self.pre_fc_norm_embedding = GemmaRMSNorm(size, eps=eps)
         self.pre_fc_norm_hidden = GemmaRMSNorm(size, eps=eps)
         self.layers = nn.ModuleDict(
-            {
-                str(layer): DecoderLayer(config, f"mtp.layers.{layer}", is_linear=False)
-                for layer in range(config.num_mtp_layers)
-            }
+            {str(layer): DecoderLayer(config, is_linear=False) for layer in range(config.num_mtp_layers)}
         )
         self.norm = GemmaRMSNorm(size, eps=eps)
 
@@ -126,9 +126,8 @@ class Qwen3_5ForCausalLM(Model):
 
     def __init__(self, config: Qwen3_5Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
-        path = config.text_paths[0]
         layers = {
-            layer: DecoderLayer(config, f"{path}.layers.{layer}", is_linear=config.is_linear(layer))
+            layer: DecoderLayer(config, is_linear=config.is_linear(layer))
             for layer in stage.layers(config.num_hidden_layers)
         }
         decoder = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))

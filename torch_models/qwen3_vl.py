@@ -34,11 +34,7 @@ class Qwen3VLForConditionalGeneration(Model):
 
     def __init__(self, config: Qwen3VLConfig, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
-        path = config.text_paths[0]
-        layers = {
-            layer: DecoderLayer(config, f"{path}.layers.{layer}", layer)
-            for layer in stage.layers(config.num_hidden_layers)
-        }
+        layers = {layer: DecoderLayer(config, layer) for layer in stage.layers(config.num_hidden_layers)}
         decoder = Decoder(config, stage, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         self.model = Qwen3VLModel(config, stage, decoder)
         if stage.is_last:

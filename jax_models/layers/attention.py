@@ -11,6 +11,7 @@ from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import Entry, LayerCache, Step
+from jax_models.taps import tap
 from loaders.quantization import KVCache
 
 
@@ -76,6 +77,8 @@ class Attention(nnx.Module):
         softcap: see ``attend``.
     """
 
+    path: str = ""
+
     def __init__(
         self,
         hidden_size: int,
@@ -104,12 +107,17 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
-        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(heads)), step.cos_BTR, step.sin_BTR)
-        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        q_BTNH = tap(self.path, "q_proj", self.q_proj(x_BTD)).reshape(heads)
+        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).reshape(heads)
+        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).reshape(heads)
+        q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
+        q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
+        k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
+        k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+        out_BTNH = tap(self.path, "attention", out_BTNH)
+        return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))), cache

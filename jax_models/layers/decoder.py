@@ -41,7 +41,7 @@ class Decoder(nnx.Module):
     def embed(self, ids_BT: jax.Array, dtype: jnp.dtype, seen: Seen | None) -> jax.Array:
         """Embeddings, [B, T, D], with what the vision tower saw in its places."""
         x_BTD = self.embed_tokens(ids_BT, dtype)
-        return tap(f"{self.path}.embed_tokens", x_BTD if seen is None else seen.placed(x_BTD))
+        return tap(self.path, "embed_tokens", x_BTD if seen is None else seen.placed(x_BTD), "layers")
 
     def __call__(
         self,
@@ -82,9 +82,9 @@ class Decoder(nnx.Module):
                 layer_caches[name] = kept
             if seen is not None:
                 x_BTD = seen.deepened(x_BTD, layer)
-            tap(f"{self.path}.layers.{layer}", x_BTD)
+            x_BTD = tap(self.path, f"layers.{layer}", x_BTD, "layers")
         if cache is not None:
             cache = cache.advanced(layer_caches, key_mask_BS, step_of[indices[0]].mask_BT)
         if self.stage.is_last:
-            x_BTD = tap(f"{self.path}.norm", self.norm(x_BTD))
+            x_BTD = tap(self.path, "norm", self.norm(x_BTD), "layers")
         return x_BTD, cache

@@ -11,6 +11,7 @@ from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import LayerCache, Step
+from jax_models.taps import tap
 from loaders.quantization import KVCache
 
 
@@ -19,6 +20,8 @@ class GatedAttention(nnx.Module):
 
     Source: transformers ``Qwen3_5Attention``.
     """
+
+    path: str = ""
 
     def __init__(
         self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
@@ -36,15 +39,19 @@ class GatedAttention(nnx.Module):
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         rows = x_BTD.shape[:2]
-        qg_BTN2H = self.q_proj(x_BTD).reshape(*rows, -1, 2, self.head_dim)
+        qg_BTN2H = tap(self.path, "q_proj", self.q_proj(x_BTD)).reshape(*rows, -1, 2, self.head_dim)
         q_BTNH, gate_BTNH = qg_BTN2H[..., 0, :], qg_BTN2H[..., 1, :]
-        q_BTNH = rotate(self.q_norm(q_BTNH), step.cos_BTR, step.sin_BTR)
-        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).reshape(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
-        v_BTKH = self.v_proj(x_BTD).reshape(*rows, -1, self.head_dim)
+        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).reshape(*rows, -1, self.head_dim)
+        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).reshape(*rows, -1, self.head_dim)
+        q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
+        q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
+        k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
+        k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=step.visible_BTS[:, None])
-        out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
-        return self.o_proj(out_BTNH.reshape(*rows, -1)), cache
+        out_BTNH = tap(self.path, "attention", out_BTNH)
+        out_BTNH = tap(self.path, "gated", out_BTNH * jax.nn.sigmoid(gate_BTNH))
+        return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*rows, -1))), cache

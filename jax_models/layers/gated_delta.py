@@ -14,6 +14,7 @@ from flax import nnx
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import RMSNormGated
 from jax_models.layers.step import Entry, LayerCache, Step
+from jax_models.taps import tap
 
 CHUNK = 64  # tokens whose mutual effect is solved at once
 L2_EPS = 1e-6  # inside the sum, whatever the config's eps
@@ -43,6 +44,8 @@ class GatedDeltaNet(nnx.Module):
 
     A padded token changes nothing: it enters the convolution as zero, decays nothing and writes nothing.
     """
+
+    path: str = ""
 
     def __init__(
         self,
@@ -76,16 +79,20 @@ class GatedDeltaNet(nnx.Module):
         B, T, _ = x_BTD.shape
         mask_BT1 = step.mask_BT[..., None]
         x_BTD = x_BTD * mask_BT1
-        qkv_BTZ = self.in_proj_qkv(x_BTD)
+        qkv_BTZ = tap(self.path, "in_proj_qkv", self.in_proj_qkv(x_BTD))
         before_BWZ = jnp.zeros((B, self.taps - 1, qkv_BTZ.shape[2]), qkv_BTZ.dtype) if cache is None else cache["conv"]
         window_BSZ = jnp.concatenate([before_BWZ, qkv_BTZ], axis=1)
-        mixed_BTZ = jax.nn.silu(self.conv1d(window_BSZ, T)).astype(x_BTD.dtype).astype(jnp.float32)
+        mixed_BTZ = jax.nn.silu(self.conv1d(window_BSZ, T)).astype(x_BTD.dtype)
+        mixed_BTZ = tap(self.path, "conv1d", mixed_BTZ).astype(jnp.float32)
         q_BTK, k_BTK, v_BTV = jnp.split(mixed_BTZ, [self.key_dim, 2 * self.key_dim], axis=-1)
         q_BTJP, k_BTJP = (self._spread(part.reshape(B, T, -1, self.key_head_dim)) for part in (q_BTK, k_BTK))
         v_BTJY = v_BTV.reshape(B, T, -1, self.value_head_dim)
-        rate_BTJ = jax.nn.softplus(self.in_proj_a(x_BTD).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        rate_BTJ = tap(self.path, "in_proj_a", self.in_proj_a(x_BTD)).astype(jnp.float32)
+        rate_BTJ = jax.nn.softplus(rate_BTJ + self.dt_bias[...].astype(jnp.float32))
         decay_BTJ = -jnp.exp(self.A_log[...].astype(jnp.float32)) * rate_BTJ * mask_BT1
-        beta_BTJ = jax.nn.sigmoid(self.in_proj_b(x_BTD).astype(jnp.float32)) * mask_BT1
+        decay_BTJ = tap(self.path, "decay", decay_BTJ)
+        beta_BTJ = tap(self.path, "in_proj_b", self.in_proj_b(x_BTD)).astype(jnp.float32)
+        beta_BTJ = tap(self.path, "beta", jax.nn.sigmoid(beta_BTJ) * mask_BT1)
         state_BJPY = jnp.zeros((B, self.num_value_heads, self.key_head_dim, self.value_head_dim))
         if cache is not None:
             state_BJPY = cache["state"]
@@ -101,8 +108,10 @@ class GatedDeltaNet(nnx.Module):
             cache = {**cache, "conv_history": window_BSZ, "state_history": states_BTJPY}
         elif cache is not None:
             cache = {"conv": window_BSZ[:, T:], "state": state_BJPY}
-        gate_BTJY = self.in_proj_z(x_BTD).reshape(B, T, -1, self.value_head_dim)
-        return self.out_proj(self.norm(out_BTJY.astype(x_BTD.dtype), gate_BTJY).reshape(B, T, -1)), cache
+        gate_BTJY = tap(self.path, "in_proj_z", self.in_proj_z(x_BTD)).reshape(B, T, -1, self.value_head_dim)
+        out_BTJY = tap(self.path, "delta_rule", out_BTJY.astype(x_BTD.dtype))
+        out_BTJY = tap(self.path, "norm", self.norm(out_BTJY, gate_BTJY))
+        return tap(self.path, "out_proj", self.out_proj(out_BTJY.reshape(B, T, -1))), cache
 
     def _spread(self, x_BTIP: jax.Array) -> jax.Array:
         """Normed, and each key head repeated for its value heads."""

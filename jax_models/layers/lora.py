@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_models.taps import tap
+
 _rows: ContextVar[jax.Array | None] = ContextVar("rows", default=None)
 _EXACT = jax.lax.Precision.HIGHEST  # float32 means float32, whatever the model computes in
 
@@ -220,7 +222,7 @@ class RouterWithLoRA(Wrapper):
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As the base's: weights, float32 [B, T, X], and experts, int32 [B, T, X]."""
-        return self.choose(self.logits(x_BTD))
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """A score for every expert, float32 [B, T, E]."""
@@ -282,6 +284,16 @@ class ModuleWithCopies(Wrapper):
             theirs = getattr(one, method)(*args)
             out = jax.tree.map(lambda a, b: of_rows(place_B == place, a, b), theirs, out)  # noqa: B023 (at once)
         return out
+
+
+class RouterWithCopies(ModuleWithCopies):
+    """A router that some adapters bring whole: rows differ in their scores, and are chosen from alike."""
+
+    __slots__ = ()
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As the base's: weights, float32 [B, T, X], and experts, integers [B, T, X]."""
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
 
 def unwrapped(module: Any) -> Any:

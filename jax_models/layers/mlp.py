@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_models.layers.linear import Linear
+from jax_models.taps import tap
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -28,6 +29,8 @@ ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "relu": jax.nn.relu
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``, ``Gemma3MLP``."""
 
+    path: str = ""
+
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
     ) -> None:
@@ -37,4 +40,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF = tap(self.path, "gate_proj", self.gate_proj(x_BTD))
+        up_BTF = tap(self.path, "up_proj", self.up_proj(x_BTD))
+        product_BTF = tap(self.path, "product", self.activation(gate_BTF) * up_BTF)
+        return tap(self.path, "down_proj", self.down_proj(product_BTF))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_models.layers.lora import ExpertUpdates, Stacks
 from jax_models.sharding import ExpertSpecs, expert_specs
-from jax_models.taps import tap
+from jax_models.taps import tap, tap_rows
 
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
@@ -28,6 +28,8 @@ class TopKRouter(nnx.Module):
     Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
     """
 
+    path: str = ""
+
     def __init__(self, hidden_size: int, num_experts: int, *, top_k: int, norm_topk_prob: bool) -> None:
         self.weight = nnx.Param(jnp.zeros((num_experts, hidden_size)))
         self.top_k = top_k
@@ -35,7 +37,7 @@ class TopKRouter(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, float32 [B, T, X], and experts, int32 [B, T, X], by falling weight."""
-        return self.choose(self.logits(x_BTD))
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """A score for every expert, float32 [B, T, E]."""
@@ -49,9 +51,29 @@ class TopKRouter(nnx.Module):
             weights_BTX = weights_BTX / jnp.sum(weights_BTX, axis=-1, keepdims=True)
         return weights_BTX, experts_BTX
 
+    def weigh(self, logits_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
+        """What the scores say of experts that were chosen elsewhere: weights as ``choose`` gives them."""
+        weights_BTX = jnp.take_along_axis(jax.nn.softmax(logits_BTE, axis=-1), experts_BTX, axis=-1)
+        return weights_BTX / jnp.sum(weights_BTX, axis=-1, keepdims=True) if self.norm_topk_prob else weights_BTX
+
+
+def routed(gate: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights and experts, [B, T, X], of a router; where experts were handed in from elsewhere, these and its weights.
+
+    ``gate``: a ``TopKRouter``, or what stands in its place.
+    """
+    weights_BTX, experts_BTX = gate(x_BTD)
+    given_BTX = tap(gate.path, "", experts_BTX, "layers")
+    if given_BTX is experts_BTX:
+        return weights_BTX, experts_BTX
+    logits_BTE = tap(gate.path, "logits", gate.logits(x_BTD), "modules")
+    return gate.weigh(logits_BTE, given_BTX), given_BTX
+
 
 class Experts(nnx.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
+
+    path: str = ""
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, mesh: Mesh | None) -> None:
         self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
@@ -73,7 +95,7 @@ class Experts(nnx.Module):
         gate_up, down = self.gate_up_proj[...].astype(x_BTD.dtype), self.down_proj[...].astype(x_BTD.dtype)
         if self.mesh is None:
             given = (x_BTD, weights_BTX, experts_BTX, gate_up, down)
-            return _chosen(*given, jnp.int32(0), updates).astype(x_BTD.dtype)
+            return _chosen(*given, jnp.int32(0), updates, self.path).astype(x_BTD.dtype)
         return self._sharded(x_BTD, weights_BTX, experts_BTX, gate_up, down, updates)
 
     def _sharded(
@@ -131,8 +153,12 @@ def _chosen(
     down_EDM: jax.Array,
     first: jax.Array,
     updates: ExpertUpdates | None = None,
+    path: str | None = None,
 ) -> jax.Array:
-    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D]."""
+    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D].
+
+    ``path``: for taps; None on a mesh, where a device sees its part alone.
+    """
     E, _, M, D = gate_up_E2MD.shape
     X = experts_BTX.shape[-1]
     expert_A = experts_BTX.reshape(-1) - first
@@ -146,11 +172,14 @@ def _chosen(
     if updates is not None:
         gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
-    hidden_AM = jax.nn.silu(gate_AM) * up_AM
+    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, experts_BTX.shape)
+    up_AM = tap_rows(path, "up_proj", up_AM, order_A, experts_BTX.shape)
+    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
     out_AD = by_expert_group(hidden_AM, down_EDM, size_E)
     if updates is not None:
         out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
+    out_AD = tap_rows(path, "down_proj", out_AD, order_A, experts_BTX.shape)
     back_A = jnp.argsort(order_A)
     out_BTXD = out_AD[back_A].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
@@ -184,10 +213,9 @@ def grouped_on_tpu(rows: jax.Array, weights: jax.Array, sizes: jax.Array, interp
 
 
 class SparseMoeBlock(nnx.Module):
-    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``.
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
 
-    ``path``: of the decoder layer, for taps.
-    """
+    path: str = ""
 
     def __init__(
         self,
@@ -197,14 +225,11 @@ class SparseMoeBlock(nnx.Module):
         expert_size: int,
         top_k: int,
         norm_topk_prob: bool,
-        path: str,
         mesh: Mesh | None,
     ) -> None:
         self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
         self.experts = Experts(hidden_size, num_experts, expert_size, mesh)
-        self.path = path
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        weights_BTX, experts_BTX = self.gate(x_BTD)
-        tap(f"{self.path}.mlp.gate", experts_BTX)
-        return self.experts(x_BTD, weights_BTX, experts_BTX)
+        weights_BTX, experts_BTX = routed(self.gate, x_BTD)
+        return tap(self.path, "experts", self.experts(x_BTD, weights_BTX, experts_BTX), "modules")

@@ -14,6 +14,7 @@ from jax_models.layers.lora import ExpertUpdates
 from jax_models.layers.moe import Experts, by_expert_group, update_specs
 from jax_models.layers.quantized import exact_weight, multiplier
 from jax_models.sharding import expert_specs
+from jax_models.taps import tap_rows
 from loaders.quantization import BLOCK, Scheme
 
 
@@ -22,6 +23,8 @@ class NVFP4Experts(nnx.Module):
 
     Gate and up of one expert may have different global scales: every half of the rows is multiplied by its own alpha.
     """
+
+    path: str = ""
 
     def __init__(self, plain: Experts, scheme: Scheme, *, quantizes_inputs: bool) -> None:
         E, M, D = plain.num_experts, plain.expert_size, plain.hidden_size
@@ -59,7 +62,7 @@ class NVFP4Experts(nnx.Module):
         inputs = [self._scalars(stack, "input") for stack in ("w13", "w2")] if self.quantizes_inputs else []
         given = (x_BTD, weights_BTX, experts_BTX)
         if self.mesh is None:
-            out_BTD = _chosen(updates, *given, *stacks, *scalars, *inputs, first=jnp.int32(0))
+            out_BTD = _chosen(updates, *given, *stacks, *scalars, *inputs, first=jnp.int32(0), path=self.path)
             return out_BTD.astype(x_BTD.dtype)
         E, _, M, _ = stacks[0].shape
         # a device's part of the width must be whole blocks of the second product's inputs
@@ -101,8 +104,12 @@ def _chosen(
     w2_input_scale_E: jax.Array | None = None,
     *,
     first: jax.Array,
+    path: str | None = None,
 ) -> jax.Array:
-    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D]."""
+    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D].
+
+    ``path``: for taps; None on a mesh, where a device sees its part alone.
+    """
     E, _, M, _ = w13_E2MJ.shape
     D, X = x_BTD.shape[-1], experts_BTX.shape[-1]
     expert_A = experts_BTX.reshape(-1) - first
@@ -129,13 +136,17 @@ def _chosen(
         gate_up_AF = updates.first(gate_up_AF, plain_AD, by_group, updates.slots(order_A))
         gate_up_A2M = gate_up_AF.reshape(-1, 2, M)
     gate_up_A2M = gate_up_A2M.astype(x_BTD.dtype)
-    hidden_AM = inner_AM = jax.nn.silu(gate_up_A2M[:, 0]) * gate_up_A2M[:, 1]
+    gate_AM = tap_rows(path, "gate_proj", gate_up_A2M[:, 0], order_A, experts_BTX.shape)
+    up_AM = tap_rows(path, "up_proj", gate_up_A2M[:, 1], order_A, experts_BTX.shape)
+    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
+    inner_AM = hidden_AM
     if w2_input_scale_E is not None:
         inner_AM = quantized_activations(hidden_AM, w2_input_scale_E[owner_A][:, None])
     out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
     if updates is not None:
         out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
+    out_AD = tap_rows(path, "down_proj", out_AD, order_A, experts_BTX.shape)
     out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
     return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
 

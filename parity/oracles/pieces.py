@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,12 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def linear(read: Weights, name: str, x: np.ndarray, size: int, *, bias: bool = False) -> np.ndarray:
-    """The linear layer ``name`` with ``size`` outputs."""
+def linear(
+    read: Weights, name: str, x: np.ndarray, size: int, *, bias: bool = False, tap: str | None = None
+) -> np.ndarray:
+    """The linear layer ``name`` with ``size`` outputs; ``tap``: what its result is called, where not as the layer."""
     y = x @ read.matrix(name, size, x.shape[-1], x).T
-    return y + read(name + ".bias", size) if bias else y
+    return read.tap(tap or name, y + read(name + ".bias", size) if bias else y)
 
 
 def visible(mask_BT: np.ndarray, window: int | None) -> np.ndarray:
@@ -93,18 +96,20 @@ def attend(
 def swiglu(read: Weights, prefix: str, x: np.ndarray, size: int) -> np.ndarray:
     """The gated MLP of width ``size`` under ``prefix``."""
     gate, up = linear(read, prefix + "gate_proj", x, size), linear(read, prefix + "up_proj", x, size)
-    return linear(read, prefix + "down_proj", silu(gate) * up, x.shape[-1])
+    product = read.tap(prefix + "product", silu(gate) * up)
+    return linear(read, prefix + "down_proj", product, x.shape[-1])
 
 
 def route(
     config: Any, read: Weights, x_BTD: np.ndarray, mask_BT: np.ndarray, replayed_BTX: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Router logits [B, T, E], experts [B, T, X] and their weights [B, T, X]."""
-    logits_BTE = linear(read, "mlp.gate", x_BTD, config.num_experts)
+    logits_BTE = linear(read, "mlp.gate", x_BTD, config.num_experts, tap="mlp.gate.logits")
     probabilities_BTE = softmax(logits_BTE)
     experts_BTX = np.argsort(-probabilities_BTE, axis=-1, kind="stable")[..., : config.num_experts_per_tok]
     if replayed_BTX is not None:
         experts_BTX = np.where(mask_BT[..., None], replayed_BTX, experts_BTX)
+    experts_BTX = read.tap("mlp.gate", experts_BTX)
     weights_BTX = np.take_along_axis(probabilities_BTE, experts_BTX, axis=-1)
     if config.norm_topk_prob:
         weights_BTX = weights_BTX / weights_BTX.sum(axis=-1, keepdims=True)
@@ -115,28 +120,37 @@ def experts(
     config: Any, read: Weights, x_BTD: np.ndarray, experts_BTX: np.ndarray, weights_BTX: np.ndarray
 ) -> np.ndarray:
     """Every token's experts, weighted and summed; stored one by one, or all in one tensor, either way round."""
-    out_BTD = np.zeros_like(x_BTD)
     E, M, D = config.num_experts, config.moe_intermediate_size, x_BTD.shape[-1]
-    fused = read.under("mlp.experts.")
+    fused, alone = read.under("mlp.experts."), replace(read, taps=None)
     # of the two shapes one may fit both ways, never both
     is_turned = (fused.shape("gate_up_proj"), fused.shape("down_proj")) == ((E, D, 2 * M), (E, M, D))
     shapes = ((E, D, 2 * M), (E, M, D)) if is_turned else ((E, 2 * M, D), (E, D, M))
-    for expert in np.unique(experts_BTX):
-        row, step, slot = np.nonzero(experts_BTX == expert)
-        x = x_BTD[row, step]
+    gate_BTXM, up_BTXM = (np.empty((*experts_BTX.shape, M)) for _ in range(2))
+    out_BTXD = np.empty((*experts_BTX.shape, D))
+    places = {expert: np.nonzero(experts_BTX == expert) for expert in np.unique(experts_BTX)}
+    for expert, place in places.items():
+        x = x_BTD[place[:2]]
         if fused.has("gate_up_proj"):  # outputs of the gate first
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.gate_proj", x)
                 fused.saw(f"{fused.prefix}{expert}.up_proj", x)
             gate_up = x @ _expert(fused, expert, ("gate", "up"), "gate_up_proj", shapes[0], is_turned).T
-            inner = silu(gate_up[:, :M]) * gate_up[:, M:]
+            gate_BTXM[place], up_BTXM[place] = gate_up[:, :M], gate_up[:, M:]
+        else:
+            gate_BTXM[place] = linear(alone, f"mlp.experts.{expert}.gate_proj", x, M)
+            up_BTXM[place] = linear(alone, f"mlp.experts.{expert}.up_proj", x, M)
+    gate_BTXM, up_BTXM = fused.tap("gate_proj", gate_BTXM), fused.tap("up_proj", up_BTXM)
+    inner_BTXM = fused.tap("product", silu(gate_BTXM) * up_BTXM)
+    for expert, place in places.items():
+        inner = inner_BTXM[place]
+        if fused.has("down_proj"):
             if fused.saw:
                 fused.saw(f"{fused.prefix}{expert}.down_proj", inner)
-            y = inner @ _expert(fused, expert, ("down",), "down_proj", shapes[1], is_turned).T
+            out_BTXD[place] = inner @ _expert(fused, expert, ("down",), "down_proj", shapes[1], is_turned).T
         else:
-            y = swiglu(read, f"mlp.experts.{expert}.", x, M)
-        out_BTD[row, step] += weights_BTX[row, step, slot, None] * y  # a token names an expert once: no repeated index
-    return out_BTD
+            out_BTXD[place] = linear(alone, f"mlp.experts.{expert}.down_proj", inner, D)
+    out_BTXD = fused.tap("down_proj", out_BTXD)
+    return (weights_BTX[..., None] * out_BTXD).sum(axis=2)
 
 
 def _expert(

@@ -19,20 +19,26 @@ def forward(run: Run) -> None:
     turn = rotation(config.rope_parameters, config.rotary_dim, config.max_position_embeddings, run.positions)
     x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
+        if (skipped_BTD := run.skipped(layer)) is not None:
+            x_BTD = skipped_BTD
+            continue
         read = run.text.under(f"layers.{layer}.")
         visible_BTS = visible(run.mask_BT, config.window(layer))
-        normed_BTD = rms_norm(x_BTD, read("input_layernorm.weight", D), eps)
-        x_BTD = x_BTD + _attention(config, read, normed_BTD, turn, visible_BTS)
+        normed_BTD = read.tap("input_layernorm", rms_norm(x_BTD, read("input_layernorm.weight", D), eps))
+        mixed_BTD = read.tap("self_attn", _attention(config, read, normed_BTD, turn, visible_BTS))
+        x_BTD = read.tap("residual", x_BTD + mixed_BTD)
         normed_BTD = rms_norm(x_BTD, read("post_attention_layernorm.weight", D), eps)
+        normed_BTD = read.tap("post_attention_layernorm", normed_BTD)
         if isinstance(config, Qwen3MoeConfig) and config.is_sparse(layer):
             name = f"routing.{layer + 1}"
             logits, chosen, weights = route(config, read, normed_BTD, run.mask_BT, run.replayed.get(name))
             run.route(name, logits, chosen)
-            x_BTD = x_BTD + experts(config, read, normed_BTD, chosen, weights)
+            mixed_BTD = read.tap("mlp.experts", experts(config, read, normed_BTD, chosen, weights))
         else:
-            x_BTD = x_BTD + swiglu(read, "mlp.", normed_BTD, config.intermediate_size)
+            mixed_BTD = swiglu(read, "mlp.", normed_BTD, config.intermediate_size)
+        x_BTD = x_BTD + read.tap("mlp", mixed_BTD)
         x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
-    x_BTD = run.out["final_hidden_state"] = rms_norm(x_BTD, run.text("norm.weight", D), eps)
+    x_BTD = run.final(rms_norm(x_BTD, run.text("norm.weight", D), eps))
     run.out["logits"] = run.head(x_BTD)
 
 
@@ -49,6 +55,10 @@ def _attention(
     q_BTNH = project("self_attn.q_proj", x_BTD, N * H).reshape(B, T, N, H)
     k_BSKH = project("self_attn.k_proj", x_BTD, K * H).reshape(B, T, K, H)
     v_BSKH = project("self_attn.v_proj", x_BTD, K * H).reshape(B, T, K, H)
-    q_BTNH = rotate(rms_norm(q_BTNH, read("self_attn.q_norm.weight", H), eps), *turn)
-    k_BSKH = rotate(rms_norm(k_BSKH, read("self_attn.k_norm.weight", H), eps), *turn)
-    return project("self_attn.o_proj", attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=H**-0.5), D)
+    q_BTNH = read.tap("self_attn.q_norm", rms_norm(q_BTNH, read("self_attn.q_norm.weight", H), eps))
+    q_BTNH = read.tap("self_attn.q_rotated", rotate(q_BTNH, *turn))
+    k_BSKH = read.tap("self_attn.k_norm", rms_norm(k_BSKH, read("self_attn.k_norm.weight", H), eps))
+    k_BSKH = read.tap("self_attn.k_rotated", rotate(k_BSKH, *turn))
+    mixed = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=H**-0.5)
+    mixed = read.tap("self_attn.attention", mixed.reshape(B, T, N, H))
+    return project("self_attn.o_proj", mixed.reshape(B, T, N * H), D)

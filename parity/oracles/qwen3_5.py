@@ -24,10 +24,13 @@ def forward(run: Run) -> None:
     config: Qwen3_5Config = run.config
     x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
+        if (skipped_BTD := run.skipped(layer)) is not None:
+            x_BTD = skipped_BTD
+            continue
         read = run.text.under(f"layers.{layer}.")
         x_BTD = _layer(run, read, x_BTD, is_linear=config.is_linear(layer), routing=f"routing.{layer + 1}")
         x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
-    x_BTD = run.out["final_hidden_state"] = _norm(config, run.text, "norm", x_BTD)
+    x_BTD = run.final(_norm(config, run.text, "norm", x_BTD))
     run.out["logits"] = run.head(x_BTD)
 
 
@@ -52,15 +55,19 @@ def _norm(config: Qwen3_5Config, read: Weights, name: str, x: np.ndarray) -> np.
 def _layer(run: Run, read: Weights, x_BTD: np.ndarray, *, is_linear: bool, routing: str) -> np.ndarray:
     config: Qwen3_5Config = run.config
     mix = _delta_net if is_linear else _attention
-    x_BTD = x_BTD + mix(run, read, _norm(config, read, "input_layernorm", x_BTD))
-    normed_BTD = _norm(config, read, "post_attention_layernorm", x_BTD)
+    normed_BTD = read.tap("input_layernorm", _norm(config, read, "input_layernorm", x_BTD))
+    mixed_BTD = read.tap("linear_attn" if is_linear else "self_attn", mix(run, read, normed_BTD))
+    x_BTD = read.tap("residual", x_BTD + mixed_BTD)
+    normed_BTD = read.tap("post_attention_layernorm", _norm(config, read, "post_attention_layernorm", x_BTD))
     if not isinstance(config, Qwen3_5MoeConfig):
-        return x_BTD + swiglu(read, "mlp.", normed_BTD, config.intermediate_size)
+        return x_BTD + read.tap("mlp", swiglu(read, "mlp.", normed_BTD, config.intermediate_size))
     logits, chosen, weights = route(config, read, normed_BTD, run.mask_BT, run.replayed.get(routing))
     run.route(routing, logits, chosen)
-    shared_BTD = swiglu(read, "mlp.shared_expert.", normed_BTD, config.shared_expert_intermediate_size)
     gate_BT1 = sigmoid(linear(read, "mlp.shared_expert_gate", normed_BTD, 1))
-    return x_BTD + experts(config, read, normed_BTD, chosen, weights) + gate_BT1 * shared_BTD
+    shared_BTD = swiglu(read, "mlp.shared_expert.", normed_BTD, config.shared_expert_intermediate_size)
+    shared_BTD = read.tap("mlp.shared_expert", shared_BTD)
+    experts_BTD = read.tap("mlp.experts", experts(config, read, normed_BTD, chosen, weights))
+    return x_BTD + read.tap("mlp", experts_BTD + gate_BT1 * shared_BTD)
 
 
 def _attention(run: Run, read: Weights, x_BTD: np.ndarray) -> np.ndarray:
@@ -73,10 +80,14 @@ def _attention(run: Run, read: Weights, x_BTD: np.ndarray) -> np.ndarray:
     q_BTNH, gate_BTNH = q_and_gate[..., :H], q_and_gate[..., H:]
     k_BSKH = project("self_attn.k_proj", x_BTD, K * H).reshape(B, T, K, H)
     v_BSKH = project("self_attn.v_proj", x_BTD, K * H).reshape(B, T, K, H)
-    q_BTNH = rotate(_norm(config, read, "self_attn.q_norm", q_BTNH), *turn)
-    k_BSKH = rotate(_norm(config, read, "self_attn.k_norm", k_BSKH), *turn)
+    q_BTNH = read.tap("self_attn.q_norm", _norm(config, read, "self_attn.q_norm", q_BTNH))
+    q_BTNH = read.tap("self_attn.q_rotated", rotate(q_BTNH, *turn))
+    k_BSKH = read.tap("self_attn.k_norm", _norm(config, read, "self_attn.k_norm", k_BSKH))
+    k_BSKH = read.tap("self_attn.k_rotated", rotate(k_BSKH, *turn))
     mixed = attend(q_BTNH, k_BSKH, v_BSKH, visible(run.mask_BT, None), scale=H**-0.5)
-    return project("self_attn.o_proj", mixed * sigmoid(gate_BTNH.reshape(B, T, N * H)), D)
+    mixed_BTNH = read.tap("self_attn.attention", mixed.reshape(B, T, N, H))
+    mixed_BTNH = read.tap("self_attn.gated", mixed_BTNH * sigmoid(gate_BTNH))
+    return project("self_attn.o_proj", mixed_BTNH.reshape(B, T, N * H), D)
 
 
 def _delta_net(run: Run, read: Weights, x_BTD: np.ndarray) -> np.ndarray:
@@ -88,18 +99,20 @@ def _delta_net(run: Run, read: Weights, x_BTD: np.ndarray) -> np.ndarray:
     is_real_BT1 = run.mask_BT[..., None]
     x_BTD = x_BTD * is_real_BT1
     taps_ZW = read("conv1d.weight", Z, 1, config.linear_conv_kernel_dim)[:, 0]
-    mixed_BTZ = silu(_causal_conv(linear(read, "in_proj_qkv", x_BTD, Z), taps_ZW))
+    mixed_BTZ = read.tap("conv1d", silu(_causal_conv(linear(read, "in_proj_qkv", x_BTD, Z), taps_ZW)))
     q, k, v = np.split(mixed_BTZ, [config.key_dim, 2 * config.key_dim], axis=-1)
     q_BTIP, k_BTIP = _unit(q.reshape(B, T, -1, P)) * P**-0.5, _unit(k.reshape(B, T, -1, P))
     sharing = J // config.linear_num_key_heads  # value heads in a row read the same key head
     q_BTJP, k_BTJP = np.repeat(q_BTIP, sharing, axis=2), np.repeat(k_BTIP, sharing, axis=2)
     rate_BTJ = np.exp(read("A_log", J)) * np.logaddexp(0.0, linear(read, "in_proj_a", x_BTD, J) + read("dt_bias", J))
-    beta_BTJ = sigmoid(linear(read, "in_proj_b", x_BTD, J))
     # padding neither fades the state nor writes to it
-    kept_BTJ, beta_BTJ = np.where(is_real_BT1, np.exp(-rate_BTJ), 1.0), np.where(is_real_BT1, beta_BTJ, 0.0)
-    out_BTJY = _recurrence(q_BTJP, k_BTJP, v.reshape(B, T, J, Y), kept_BTJ, beta_BTJ)
+    decay_BTJ = read.tap("decay", np.where(is_real_BT1, -rate_BTJ, 0.0))
+    beta_BTJ = np.where(is_real_BT1, sigmoid(linear(read, "in_proj_b", x_BTD, J)), 0.0)
+    beta_BTJ = read.tap("beta", beta_BTJ)
+    out_BTJY = _recurrence(q_BTJP, k_BTJP, v.reshape(B, T, J, Y), np.exp(decay_BTJ), beta_BTJ)
     gate_BTJY = silu(linear(read, "in_proj_z", x_BTD, J * Y)).reshape(B, T, J, Y)
-    out_BTJY = rms_norm(out_BTJY, read("norm.weight", Y), config.rms_norm_eps) * gate_BTJY
+    out_BTJY = rms_norm(read.tap("delta_rule", out_BTJY), read("norm.weight", Y), config.rms_norm_eps)
+    out_BTJY = read.tap("norm", out_BTJY * gate_BTJY)
     return linear(read, "out_proj", out_BTJY.reshape(B, T, J * Y), D)
 
 

@@ -12,6 +12,7 @@ from loaders import Checkpoint, CheckpointError, dtypes
 from loaders.adapter_updates import Adapter
 from parity.oracles.adapted import Adapted
 from parity.oracles.quantized import widened
+from parity.oracles.taps import Taps
 
 if TYPE_CHECKING:
     from parity.oracles.vision import Sight
@@ -23,12 +24,17 @@ HEAD_ROWS = 8192  # rows of the head widened at a time: all of V x D in float64 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint whose names begin with ``prefix``; called, one of them in float64."""
+    """The tensors of a checkpoint whose names begin with ``prefix``; called, one of them in float64.
+
+    ``path``: what the models call that prefix, where the checkpoint spells it otherwise; for taps.
+    """
 
     checkpoint: Checkpoint
     prefix: str = ""
     saw: Saw | None = None
     adapted: Adapted | None = None
+    taps: Taps | None = None
+    path: str = ""
 
     def __call__(self, name: str, *shape: int) -> np.ndarray:
         """The tensor in float64, every value exact; errors as ``stored``."""
@@ -86,7 +92,11 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The tensors whose names go on with ``prefix``."""
-        return Weights(self.checkpoint, self.prefix + prefix, self.saw, self.adapted)
+        return replace(self, prefix=self.prefix + prefix, path=self.path + prefix)
+
+    def tap(self, name: str, value: np.ndarray) -> np.ndarray:
+        """What is to be used for the result of step ``name``: itself, unless another was handed in."""
+        return value if self.taps is None else self.taps(self.path + name, value)
 
     def _whole(self, name: str) -> np.ndarray | None:
         return None if self.adapted is None else self.adapted.whole(self.prefix + name)
@@ -106,19 +116,21 @@ class Run:
     saw: Saw | None = None
     sight: Sight | None = None  # what the prompt shows
     adapter: Adapter | None = None
+    taps: Taps | None = None
     out: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
         """Every tensor, by its whole name."""
-        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted)
+        return Weights(self.checkpoint, saw=self.saw, adapted=self.adapted, taps=self.taps)
 
     @property
     def text(self) -> Weights:
         """The tensors of the text model, under whichever of its names they are stored."""
         spelled = (f"{path}." for path in self.config.text_paths)
         known = (path for path in spelled if f"{path}embed_tokens.weight" in self.checkpoint.tensors)
-        return Weights(self.checkpoint, next(known, f"{self.config.text_paths[0]}."), self.saw, self.adapted)
+        path = f"{self.config.text_paths[0]}."
+        return Weights(self.checkpoint, next(known, path), self.saw, self.adapted, self.taps, path)
 
     @property
     def adapted(self) -> Adapted | None:
@@ -143,13 +155,24 @@ class Run:
         """The residual stream after a decoder layer, with what the vision tower adds to it."""
         return x_BTD if self.sight is None else self.sight.deepened(x_BTD, layer)
 
+    def skipped(self, layer: int) -> np.ndarray | None:
+        """The residual stream after a decoder layer that need not run; None: it must."""
+        return None if self.taps is None else self.taps.skipped(f"{self.text.path}layers.{layer}")
+
     def residual(self, name: str, x_BTD: np.ndarray) -> np.ndarray:
         """Write down the residual stream and go on from it, with a relative error of ``shake`` if there is any."""
         self.out[name] = x_BTD
+        layer = int(name.rpartition(".")[2])
+        x_BTD = self.text.tap(f"layers.{layer - 1}" if layer else "embed_tokens", x_BTD)
         if not self.shake:
             return x_BTD
         rng = np.random.default_rng(list(name.encode()))
         return x_BTD * (1 + self.shake * rng.standard_normal(x_BTD.shape))
+
+    def final(self, x_BTD: np.ndarray) -> np.ndarray:
+        """Write down what the final norm says, and go on from it."""
+        self.out["final_hidden_state"] = x_BTD
+        return self.text.tap("norm", x_BTD)
 
     def head(self, x_BTD: np.ndarray) -> np.ndarray:
         """Logits [B, T, V] by the head: in a tied model the embedding, without what an adapter adds to lookups."""

@@ -12,6 +12,7 @@ from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm, RMSNorm
 from torch_models.layers.rotary import rotate
 from torch_models.layers.step import Entry, LayerCache, Step
+from torch_models.taps import tap
 
 
 def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:
@@ -84,6 +85,8 @@ class Attention(nn.Module):
         softcap: see ``attend``.
     """
 
+    path: str = ""
+
     def __init__(
         self,
         hidden_size: int,
@@ -111,12 +114,17 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
-        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), step.cos_BTR, step.sin_BTR)
-        v_BTKH = self.v_proj(x_BTD).view(heads)
+        q_BTNH = tap(self.path, "q_proj", self.q_proj(x_BTD)).view(heads)
+        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).view(heads)
+        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).view(heads)
+        q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
+        q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
+        k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
+        k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+        out_BTNH = tap(self.path, "attention", out_BTNH)
+        return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)))

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     def embed(self, ids_BT: torch.Tensor, dtype: torch.dtype, seen: Seen | None) -> torch.Tensor:
         """Embeddings, [B, T, D], with what the vision tower saw in its places."""
         x_BTD = self.embed_tokens(ids_BT, dtype)
-        return tap(f"{self.path}.embed_tokens", x_BTD if seen is None else seen.placed(x_BTD))
+        return tap(self.path, "embed_tokens", x_BTD if seen is None else seen.placed(x_BTD), "layers")
 
     def forward(
         self,
@@ -79,9 +79,9 @@ class Decoder(nn.Module):
             x_BTD = self.layers[name](x_BTD, step_of[layer], None if cache is None else cache.layers[name])
             if seen is not None:
                 x_BTD = seen.deepened(x_BTD, layer)
-            tap(f"{self.path}.layers.{layer}", x_BTD)
+            x_BTD = tap(self.path, f"layers.{layer}", x_BTD, "layers")
         if cache is not None:
             cache.advance(step_of[indices[0]].mask_BT)
         if self.stage.is_last:
-            x_BTD = tap(f"{self.path}.norm", self.norm(x_BTD))
+            x_BTD = tap(self.path, "norm", self.norm(x_BTD), "layers")
         return x_BTD

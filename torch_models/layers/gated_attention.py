@@ -13,6 +13,7 @@ from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm
 from torch_models.layers.rotary import rotate
 from torch_models.layers.step import LayerCache, Step
+from torch_models.taps import tap
 
 
 class GatedAttention(nn.Module):
@@ -20,6 +21,8 @@ class GatedAttention(nn.Module):
 
     Source: transformers ``Qwen3_5Attention``.
     """
+
+    path: str = ""
 
     def __init__(
         self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
@@ -36,10 +39,14 @@ class GatedAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         rows = x_BTD.shape[:2]
-        q_BTNH, gate_BTNH = self.q_proj(x_BTD).view(*rows, -1, 2, self.head_dim).unbind(-2)
-        q_BTNH = rotate(self.q_norm(q_BTNH), step.cos_BTR, step.sin_BTR)
-        k_BTKH = rotate(self.k_norm(self.k_proj(x_BTD).view(*rows, -1, self.head_dim)), step.cos_BTR, step.sin_BTR)
-        v_BTKH = self.v_proj(x_BTD).view(*rows, -1, self.head_dim)
+        qg_BTN2H = tap(self.path, "q_proj", self.q_proj(x_BTD)).view(*rows, -1, 2, self.head_dim)
+        q_BTNH, gate_BTNH = qg_BTN2H.unbind(-2)
+        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).view(*rows, -1, self.head_dim)
+        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).view(*rows, -1, self.head_dim)
+        q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
+        q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
+        k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
+        k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
@@ -51,5 +58,6 @@ class GatedAttention(nn.Module):
             attn_mask=step.visible_BTS[:, None],
             enable_gqa=True,
         )
-        out_BTNH = out_BNTH.transpose(1, 2) * torch.sigmoid(gate_BTNH)
-        return self.o_proj(out_BTNH.reshape(*rows, -1))
+        out_BTNH = tap(self.path, "attention", out_BNTH.transpose(1, 2))
+        out_BTNH = tap(self.path, "gated", out_BTNH * torch.sigmoid(gate_BTNH))
+        return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*rows, -1)))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch_models.layers.linear import Linear, empty_param
 from torch_models.layers.norm import RMSNormGated
 from torch_models.layers.step import Entry, LayerCache, Step
+from torch_models.taps import tap
 
 CHUNK = 64  # tokens whose mutual effect is solved at once
 L2_EPS = 1e-6  # inside the sum, whatever the config's eps
@@ -40,6 +41,8 @@ class GatedDeltaNet(nn.Module):
 
     A padded token changes nothing: it enters the convolution as zero, decays nothing and writes nothing.
     """
+
+    path: str = ""
 
     def __init__(
         self,
@@ -72,16 +75,20 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = x_BTD.shape
         mask_BT1 = step.mask_BT[..., None]
         x_BTD = x_BTD * mask_BT1
-        qkv_BTZ = self.in_proj_qkv(x_BTD)
+        qkv_BTZ = tap(self.path, "in_proj_qkv", self.in_proj_qkv(x_BTD))
         before_BWZ = qkv_BTZ.new_zeros(B, self.taps - 1, qkv_BTZ.shape[2]) if cache is None else cache["conv"]
         window_BSZ = torch.cat([before_BWZ, qkv_BTZ], dim=1)
-        mixed_BTZ = F.silu(self.conv1d(window_BSZ, T)).to(x_BTD.dtype).float()
+        mixed_BTZ = F.silu(self.conv1d(window_BSZ, T)).to(x_BTD.dtype)
+        mixed_BTZ = tap(self.path, "conv1d", mixed_BTZ).float()
         q_BTK, k_BTK, v_BTV = mixed_BTZ.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q_BTJP, k_BTJP = (self._spread(part.reshape(B, T, -1, self.key_head_dim)) for part in (q_BTK, k_BTK))
         v_BTJY = v_BTV.reshape(B, T, -1, self.value_head_dim)
-        rate_BTJ = F.softplus(self.in_proj_a(x_BTD).float() + self.dt_bias.float())
+        rate_BTJ = tap(self.path, "in_proj_a", self.in_proj_a(x_BTD)).float()
+        rate_BTJ = F.softplus(rate_BTJ + self.dt_bias.float())
         decay_BTJ = -self.A_log.float().exp() * rate_BTJ * mask_BT1
-        beta_BTJ = self.in_proj_b(x_BTD).float().sigmoid() * mask_BT1
+        decay_BTJ = tap(self.path, "decay", decay_BTJ)
+        beta_BTJ = tap(self.path, "in_proj_b", self.in_proj_b(x_BTD)).float()
+        beta_BTJ = tap(self.path, "beta", beta_BTJ.sigmoid() * mask_BT1)
         state_BJPY = v_BTJY.new_zeros(B, self.num_value_heads, self.key_head_dim, self.value_head_dim)
         if cache is not None:
             state_BJPY = cache["state"]
@@ -98,8 +105,10 @@ class GatedDeltaNet(nn.Module):
         elif cache is not None:
             cache["conv"].copy_(window_BSZ[:, T:])
             cache["state"].copy_(state_BJPY)
-        gate_BTJY = self.in_proj_z(x_BTD).reshape(B, T, -1, self.value_head_dim)
-        return self.out_proj(self.norm(out_BTJY.to(x_BTD.dtype), gate_BTJY).reshape(B, T, -1))
+        gate_BTJY = tap(self.path, "in_proj_z", self.in_proj_z(x_BTD)).reshape(B, T, -1, self.value_head_dim)
+        out_BTJY = tap(self.path, "delta_rule", out_BTJY.to(x_BTD.dtype))
+        out_BTJY = tap(self.path, "norm", self.norm(out_BTJY, gate_BTJY))
+        return tap(self.path, "out_proj", self.out_proj(out_BTJY.reshape(B, T, -1)))
 
     def _spread(self, x_BTIP: torch.Tensor) -> torch.Tensor:
         """Normed, and each key head repeated for its value heads."""

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_models.taps import tap
+
 _rows: ContextVar[torch.Tensor | None] = ContextVar("rows", default=None)
 
 
@@ -229,7 +231,7 @@ class RouterWithLoRA(Wrapper):
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As the base's: weights, float32 [B, T, X], and experts, int64 [B, T, X]."""
-        return self.choose(self.logits(x_BTD))
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """A score for every expert, float32 [B, T, E]."""
@@ -295,6 +297,16 @@ class ModuleWithCopies(Wrapper):
             chosen = tuple(of_rows(place_B == place, a, b) for a, b in pairs)
             out = chosen if isinstance(out, tuple) else chosen[0]
         return out
+
+
+class RouterWithCopies(ModuleWithCopies):
+    """A router that some adapters bring whole: rows differ in their scores, and are chosen from alike."""
+
+    __slots__ = ()
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base's: weights, float32 [B, T, X], and experts, integers [B, T, X]."""
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_models.layers.linear import Linear
+from torch_models.taps import tap
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,8 @@ ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "relu": F.relu, "si
 class MLP(nn.Module):
     """down(activation(gate(x)) * up(x)). Source: transformers ``Qwen3MLP``, ``Gemma3MLP``."""
 
+    path: str = ""
+
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, activation: Callable[[torch.Tensor], torch.Tensor] = F.silu
     ) -> None:
@@ -38,4 +41,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF = tap(self.path, "gate_proj", self.gate_proj(x_BTD))
+        up_BTF = tap(self.path, "up_proj", self.up_proj(x_BTD))
+        product_BTF = tap(self.path, "product", self.activation(gate_BTF) * up_BTF)
+        return tap(self.path, "down_proj", self.down_proj(product_BTF))

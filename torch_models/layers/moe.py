@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from torch_models.layers.linear import empty_param
 from torch_models.layers.lora import ExpertUpdates
-from torch_models.taps import tap
+from torch_models.taps import tap, tap_picked, tap_rows
 
 STEP_TOKENS = 8  # runs of so many tokens a row are steps of decoding, one token or a draft's few, not prompts
 
@@ -19,6 +21,8 @@ class TopKRouter(nn.Module):
     Logits stay float32 whatever the dtype of x. Source: transformers ``Qwen3MoeTopKRouter``.
     """
 
+    path: str = ""
+
     def __init__(self, hidden_size: int, num_experts: int, *, top_k: int, norm_topk_prob: bool) -> None:
         super().__init__()
         self.weight = empty_param(num_experts, hidden_size)
@@ -27,7 +31,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, float32 [B, T, X], and experts, int64 [B, T, X], by falling weight."""
-        return self.choose(self.logits(x_BTD))
+        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """A score for every expert, float32 [B, T, E]."""
@@ -43,9 +47,29 @@ class TopKRouter(nn.Module):
             weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdim=True)
         return weights_BTX, experts_BTX
 
+    def weigh(self, logits_BTE: torch.Tensor, experts_BTX: torch.Tensor) -> torch.Tensor:
+        """What the scores say of experts that were chosen elsewhere: weights as ``choose`` gives them."""
+        weights_BTX = F.softmax(logits_BTE, dim=-1).gather(-1, experts_BTX.long())
+        return weights_BTX / weights_BTX.sum(-1, keepdim=True) if self.norm_topk_prob else weights_BTX
+
+
+def routed(gate: Any, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts, [B, T, X], of a router; where experts were handed in from elsewhere, these and its weights.
+
+    ``gate``: a ``TopKRouter``, or what stands in its place.
+    """
+    weights_BTX, experts_BTX = gate(x_BTD)
+    given_BTX = tap(gate.path, "", experts_BTX, "layers")
+    if given_BTX is experts_BTX:
+        return weights_BTX, experts_BTX
+    logits_BTE = tap(gate.path, "logits", gate.logits(x_BTD), "modules")
+    return gate.weigh(logits_BTE, given_BTX), given_BTX
+
 
 class Experts(nn.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
+
+    path: str = ""
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
@@ -66,18 +90,20 @@ class Experts(nn.Module):
         weights, other short runs go through every expert, and a prompt asks the host which experts were hit.
         ``updates``: what adapters add to both products.
         """
-        x_UD, experts_UX = x_BTD.flatten(0, 1), experts_BTX.flatten(0, 1)
-        if experts_UX.numel() <= len(self.down_proj):
-            out_UXD = self._of_copies(x_UD, experts_UX, updates)
+        x_UD, lead = x_BTD.flatten(0, 1), tuple(experts_BTX.shape)
+        if experts_BTX.numel() <= len(self.down_proj):
+            out_UXD = self._of_copies(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         elif x_BTD.shape[1] <= STEP_TOKENS:
-            out_UXD = self._of_all(x_UD, experts_UX, updates)
+            out_UXD = self._of_all(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         else:
-            out_UXD = self._of_hit(x_UD, experts_UX, updates)
+            out_UXD = self._of_hit(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         # summed in a fixed order: an atomic add would not repeat on a GPU
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
 
-    def _of_copies(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
+    def _of_copies(
+        self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
+    ) -> torch.Tensor:
         experts_A, X = experts_UX.flatten(), experts_UX.shape[1]
         x_AD = x_UD.repeat_interleave(X, dim=0)
         gate_A2MD = self.gate_up_proj.index_select(0, experts_A).to(x_UD.dtype)
@@ -86,14 +112,18 @@ class Experts(nn.Module):
         if updates is not None:
             gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
         gate_AM, up_AM = gate_up_AF.chunk(2, dim=1)
-        hidden_AM = F.silu(gate_AM) * up_AM
+        gate_AM = tap_rows(self.path, "gate_proj", gate_AM, slice(None), lead)
+        up_AM = tap_rows(self.path, "up_proj", up_AM, slice(None), lead)
+        hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, slice(None), lead)
         down_ADM = self.down_proj.index_select(0, experts_A).to(x_UD.dtype)
         out_AD = torch.bmm(down_ADM, hidden_AM[..., None])[..., 0]
         if updates is not None:
             out_AD = updates.second(out_AD, hidden_AM, experts_A, token_A)
-        return out_AD.view(*experts_UX.shape, -1)
+        return tap_rows(self.path, "down_proj", out_AD, slice(None), lead).view(*experts_UX.shape, -1)
 
-    def _of_all(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
+    def _of_all(
+        self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
+    ) -> torch.Tensor:
         x_EUD = x_UD.expand(len(self.down_proj), -1, -1)
         gate_up_EFD = self.gate_up_proj.to(x_UD.dtype).flatten(1, 2)
         gate_up_EUF = torch.bmm(x_EUD, gate_up_EFD.transpose(1, 2))
@@ -101,33 +131,39 @@ class Experts(nn.Module):
         if updates is not None:
             gate_up_EUF = updates.first(gate_up_EUF, x_EUD, slice(None), row_U1[:, 0])
         gate_EUM, up_EUM = gate_up_EUF.chunk(2, dim=2)
-        hidden_EUM = F.silu(gate_EUM) * up_EUM
+        gate_EUM = tap_picked(self.path, "gate_proj", gate_EUM, (experts_UX, row_U1), lead)
+        up_EUM = tap_picked(self.path, "up_proj", up_EUM, (experts_UX, row_U1), lead)
+        hidden_EUM = tap_picked(self.path, "product", F.silu(gate_EUM) * up_EUM, (experts_UX, row_U1), lead)
         out_EUD = torch.bmm(hidden_EUM, self.down_proj.to(x_UD.dtype).transpose(1, 2))
         if updates is not None:
             out_EUD = updates.second(out_EUD, hidden_EUM, slice(None), row_U1[:, 0])
+        out_EUD = tap_picked(self.path, "down_proj", out_EUD, (experts_UX, row_U1), lead)
         return out_EUD[experts_UX, row_U1]  # picked, not weighted by zero: an expert nobody chose may be infinite
 
-    def _of_hit(self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None) -> torch.Tensor:
-        out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
+    def _of_hit(
+        self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
+    ) -> torch.Tensor:
+        out_AD = x_UD.new_empty(experts_UX.numel(), x_UD.shape[1])  # every place is written once
         for expert in experts_UX.unique().tolist():
-            token_A, choice_A = (experts_UX == expert).nonzero(as_tuple=True)
+            (place_A,) = (experts_UX.flatten() == expert).nonzero(as_tuple=True)
+            token_A = place_A // experts_UX.shape[1]
             rows_AD = x_UD[token_A]
             gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_UD.dtype)) for part_MD in self.gate_up_proj[expert])
             if updates is not None:
                 gate_AM, up_AM = updates.parts((gate_AM, up_AM), rows_AD, expert, token_A)
-            hidden_AM = F.silu(gate_AM) * up_AM
-            out_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
-            out_UXD[token_A, choice_A] = (
-                out_AD if updates is None else updates.second(out_AD, hidden_AM, expert, token_A)
-            )
-        return out_UXD
+            gate_AM = tap_rows(self.path, "gate_proj", gate_AM, place_A, lead)
+            up_AM = tap_rows(self.path, "up_proj", up_AM, place_A, lead)
+            hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, place_A, lead)
+            y_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
+            y_AD = y_AD if updates is None else updates.second(y_AD, hidden_AM, expert, token_A)
+            out_AD[place_A] = tap_rows(self.path, "down_proj", y_AD, place_A, lead)
+        return out_AD.view(*experts_UX.shape, -1)
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``.
+    """Router and experts. Source: transformers ``Qwen3MoeSparseMoeBlock``."""
 
-    ``path``: of the decoder layer, for taps.
-    """
+    path: str = ""
 
     def __init__(
         self,
@@ -137,14 +173,11 @@ class SparseMoeBlock(nn.Module):
         expert_size: int,
         top_k: int,
         norm_topk_prob: bool,
-        path: str,
     ) -> None:
         super().__init__()
         self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
         self.experts = Experts(hidden_size, num_experts, expert_size)
-        self.path = path
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        weights_BTX, experts_BTX = self.gate(x_BTD)
-        tap(f"{self.path}.mlp.gate", experts_BTX)
-        return self.experts(x_BTD, weights_BTX, experts_BTX)
+        weights_BTX, experts_BTX = routed(self.gate, x_BTD)
+        return tap(self.path, "experts", self.experts(x_BTD, weights_BTX, experts_BTX), "modules")

@@ -15,6 +15,7 @@ from torch_models.layers.linear import empty_param
 from torch_models.layers.lora import ExpertUpdates
 from torch_models.layers.moe import STEP_TOKENS, Experts
 from torch_models.layers.quantized import as_loaded, exact_weight, multiplier
+from torch_models.taps import tap_rows
 
 
 class NVFP4Experts(nn.Module):
@@ -24,6 +25,8 @@ class NVFP4Experts(nn.Module):
     Derived: ``g1_alphas`` [E, 2] and ``g2_alphas`` [E], where they are used; and, for kernels that want it so, the
     block scales of every matrix in the kernel's order, which take the storage of the sources when they are as large.
     """
+
+    path: str = ""
 
     g1_alphas: torch.Tensor
     g2_alphas: torch.Tensor
@@ -83,11 +86,15 @@ class NVFP4Experts(nn.Module):
         if updates is not None:
             gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
         gate_AM, up_AM = gate_up_AF.to(x_BTD.dtype).chunk(2, dim=1)
-        hidden_AM = F.silu(gate_AM) * up_AM
+        lead = tuple(experts_BTX.shape)
+        gate_AM = tap_rows(self.path, "gate_proj", gate_AM, slice(None), lead)
+        up_AM = tap_rows(self.path, "up_proj", up_AM, slice(None), lead)
+        hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, slice(None), lead)
         out_AD = self._second(hidden_AM, experts_A, ask_host=ask_host)
         if updates is not None:
             out_AD = updates.second(out_AD, hidden_AM, experts_A, token_A)
-        out_UXD = out_AD.to(x_BTD.dtype).view(*experts_BTX.flatten(0, 1).shape, -1)
+        out_AD = tap_rows(self.path, "down_proj", out_AD.to(x_BTD.dtype), slice(None), lead)
+        out_UXD = out_AD.view(*experts_BTX.flatten(0, 1).shape, -1)
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
 

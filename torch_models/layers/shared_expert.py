@@ -7,15 +7,14 @@ from torch import nn
 
 from torch_models.layers.linear import Linear
 from torch_models.layers.mlp import MLP
-from torch_models.layers.moe import Experts, TopKRouter
+from torch_models.layers.moe import Experts, TopKRouter, routed
 from torch_models.taps import tap
 
 
 class SharedExpertMoeBlock(nn.Module):
-    """experts(x) + sigmoid(gate(x)) * shared_expert(x). Source: transformers ``Qwen3_5MoeSparseMoeBlock``.
+    """experts(x) + sigmoid(gate(x)) * shared_expert(x). Source: transformers ``Qwen3_5MoeSparseMoeBlock``."""
 
-    ``path``: of the decoder layer, for taps.
-    """
+    path: str = ""
 
     def __init__(
         self,
@@ -26,17 +25,16 @@ class SharedExpertMoeBlock(nn.Module):
         shared_size: int,
         top_k: int,
         norm_topk_prob: bool,
-        path: str,
     ) -> None:
         super().__init__()
         self.gate = TopKRouter(hidden_size, num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
         self.experts = Experts(hidden_size, num_experts, expert_size)
         self.shared_expert = MLP(hidden_size, shared_size)
         self.shared_expert_gate = Linear(hidden_size, 1)
-        self.path = path
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        weights_BTX, experts_BTX = self.gate(x_BTD)
-        tap(f"{self.path}.mlp.gate", experts_BTX)
-        shared_BTD = torch.sigmoid(self.shared_expert_gate(x_BTD)) * self.shared_expert(x_BTD)
-        return self.experts(x_BTD, weights_BTX, experts_BTX) + shared_BTD
+        weights_BTX, experts_BTX = routed(self.gate, x_BTD)
+        gate_BT1 = tap(self.path, "shared_expert_gate", self.shared_expert_gate(x_BTD), "modules")
+        shared_BTD = tap(self.path, "shared_expert", self.shared_expert(x_BTD), "modules")
+        experts_BTD = tap(self.path, "experts", self.experts(x_BTD, weights_BTX, experts_BTX), "modules")
+        return experts_BTD + torch.sigmoid(gate_BT1) * shared_BTD
