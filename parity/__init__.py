@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from parity.comparison import Comparison
     from parity.events import EventResult
     from parity.lifecycle import run_lifecycle
+    from parity.live_pair import LivePair, live_pair
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
 _PUBLIC = {
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
+    "LivePair": "parity.live_pair",
     "Trace": "parity.trace",
     "compare": "parity.compare",
+    "live_pair": "parity.live_pair",
     "run_lifecycle": "parity.lifecycle",
 }
 
-__all__ = ["Comparison", "EventResult", "Trace", "compare", "run_lifecycle"]
+__all__ = ["Comparison", "EventResult", "LivePair", "Trace", "compare", "live_pair", "run_lifecycle"]
 
 
 def __getattr__(name: str) -> Any:

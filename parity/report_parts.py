@@ -12,6 +12,7 @@ from parity.comparison_text import number
 from parity.events import ROOT_SHOWN, EventResult, timeline
 from parity.heat import heat_map
 from parity.report_tables import constants_table, flags_tables, tensor_table
+from parity.sparkline import sparkline
 
 esc = html.escape
 
@@ -50,23 +51,38 @@ def _root(root: str) -> str:
 
 def comparison_section(title: str, comparison: Comparison) -> str:
     """One comparison: the sentence, the chart beside the first divergence, the tokens, the counts, the tables."""
+    return f'<section class="card">{_heading(title, comparison)}{_details(comparison)}</section>'
+
+
+def glance(title: str, comparison: Comparison) -> str:
+    """The same for a notebook: a bar for each tensor, and everything else folded."""
+    more = _details(comparison)
+    folded = f"<details><summary>Chart, tokens, arithmetic, tables</summary>{more}</details>" if more else ""
+    return f"{_heading(title, comparison)}{sparkline(comparison)}{folded}"
+
+
+def _heading(title: str, comparison: Comparison) -> str:
     tone = comparison.verdict.lower()
     pill = comparison.verdict + (f": {comparison.cause}" if comparison.cause else "")
+    notes = "".join(f"<li>{esc(note)}</li>" for note in comparison.notes)
+    return (
+        f'<div class="head"><h2>{esc(title)}</h2><span class="pill {tone}">{esc(pill)}</span></div>'
+        f'<p class="sentence">{esc(comparison.summary)}</p>' + (f'<ul class="notes">{notes}</ul>' if notes else "")
+    )
+
+
+def _details(comparison: Comparison) -> str:
     chart = error_chart(comparison)
     side = _divergence_card(comparison, comparison.divergence) if comparison.divergence else _tightest_card(comparison)
-    notes = "".join(f"<li>{esc(note)}</li>" for note in comparison.notes)
     parts = [
-        f'<div class="head"><h2>{esc(title)}</h2><span class="pill {tone}">{esc(pill)}</span></div>',
-        f'<p class="sentence">{esc(comparison.summary)}</p>',
         f'<div class="split"><div><h3>Error by tensor</h3>{chart}</div>{side}</div>' if chart else "",
         heat_map(comparison),
         _tiles(comparison),
         flags_tables(comparison),
         tensor_table(comparison) if comparison.rows else "",
         constants_table(comparison) if comparison.limits else "",
-        f'<ul class="notes">{notes}</ul>' if notes else "",
     ]
-    return f'<section class="card">{"".join(parts)}</section>'
+    return "".join(parts)
 
 
 def _divergence_card(comparison: Comparison, found: Divergence) -> str:
