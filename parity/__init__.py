@@ -10,25 +10,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity.bisect import bisect, local_errors
+    from parity.bisection import Bisection
     from parity.compare import compare
     from parity.comparison import Comparison
     from parity.events import EventResult
+    from parity.injection import Live, rerun
     from parity.lifecycle import run_lifecycle
-    from parity.live_pair import LivePair, live_pair
+    from parity.live_pairs import LivePair, live_pair
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
 _PUBLIC = {
+    "Bisection": "parity.bisection",
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
-    "LivePair": "parity.live_pair",
+    "Live": "parity.injection",
+    "LivePair": "parity.live_pairs",
     "Trace": "parity.trace",
+    "bisect": "parity.bisect",
     "compare": "parity.compare",
-    "live_pair": "parity.live_pair",
+    "live_pair": "parity.live_pairs",
+    "local_errors": "parity.bisect",
+    "rerun": "parity.injection",
     "run_lifecycle": "parity.lifecycle",
 }
 
-__all__ = ["Comparison", "EventResult", "LivePair", "Trace", "compare", "live_pair", "run_lifecycle"]
+__all__ = [
+    "Bisection",
+    "Comparison",
+    "EventResult",
+    "Live",
+    "LivePair",
+    "Trace",
+    "bisect",
+    "compare",
+    "live_pair",
+    "local_errors",
+    "rerun",
+    "run_lifecycle",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from parity.ruler import Cause, Limits, Side
 
 if TYPE_CHECKING:
     from parity.case import Case
-    from parity.live_pair import LivePair
+    from parity.live_pairs import LivePair
     from parity.notebook import Heat, LayerPlot, Table
     from parity.token_view import TokenView
 

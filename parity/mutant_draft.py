@@ -26,10 +26,10 @@ def _unnormed_state() -> list[Patch]:
     """The draft is given what the final norm is given."""
     last: list[Any] = []
 
-    def tap(original: Any, name: str, value: Any) -> Any:
-        if ".layers." in name:
+    def tap(original: Any, path: str, name: str, value: Any, *level: str) -> Any:
+        if name.startswith("layers."):
             last[:] = [value]
-        return original(name, value)
+        return original(path, name, value, *level)
 
     def call(original: Any, self: Any, embedded: Any, hidden: Any, *rest: Any) -> Any:
         return original(self, embedded, last.pop()[:, : hidden.shape[1]], *rest)

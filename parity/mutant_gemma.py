@@ -48,13 +48,15 @@ def _tapped(change: Callable[..., Any]) -> Callable[[], list[Patch]]:
     """``change`` stands in for ``embed``; its result is tapped, and not the right one."""
     taps: list[Any] = []
 
-    def tap(original: Any, name: str, value: Any) -> Any:
+    def tap(original: Any, path: str, name: str, value: Any, *level: str) -> Any:
+        if name != "embed_tokens":
+            return original(path, name, value, *level)
         taps[:] = [original]
         return value
 
     def embed(original: Any, self: Any, ids: Any) -> Any:
         value = change(original, self, ids)
-        return taps.pop()("model.embed_tokens", value)
+        return taps.pop()("model", "embed_tokens", value, "layers")
 
     return lambda: [*wrapped("gemma3:tap", tap)(), *wrapped(f"{_MODEL}.embed", embed)()]
 

@@ -75,6 +75,7 @@ def record_model(
     max_new_tokens: int | None = None,
     ignore_eos: bool = False,
     mtp: bool = False,
+    inject: Mapping[str, np.ndarray] | None = None,
 ) -> Trace:
     """What a live model computes on ``inputs``.
 
@@ -85,11 +86,12 @@ def record_model(
         max_new_tokens: also generate so many, greedily.
         ignore_eos: go on after an end-of-sequence token.
         mtp: also run the model's draft, which it must have been loaded with.
+        inject: values that take the place of what is computed, by path; see ``Model.with_taps``.
     Raises:
         ValueError: bad inputs, or no draft.
     """
     with backend.scope():
-        logits, taps = model.with_taps(**inputs)
+        logits, taps = model.with_taps(**inputs, inject=inject)
         names = trace_names(model.checkpoint)
         tensors = {names[path]: backend.to_numpy(value) for path, value in taps.items()}
         tensors["logits"] = backend.to_numpy(logits)

@@ -164,6 +164,12 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """As calling the model, and intermediate values by checkpoint module path, in order of execution.
 
         Args:
+            input_ids: as for the model itself, as are all before ``level``.
+            attention_mask: [B, T].
+            position_ids: [B, T] or more axes.
+            hidden_states: [B, T, D].
+            adapter: of the rows.
+            multimodal: images and videos.
             level: how deep to look. ``layers``: the residual stream after every decoder layer, the embeddings and the
                 final norm around them, and the experts a router chose (``model.layers.3``, ``model.norm``,
                 ``model.layers.3.mlp.gate``). ``modules``: also what every module of a layer says

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -52,7 +53,10 @@ class Taps:
         if tuple(value.shape) != tuple(shape):
             self.problems.append(f"{path} is {tuple(value.shape)}, expected {tuple(shape)}")
             return None
-        return torch.as_tensor(value).to(like.device, like.dtype)
+        if not isinstance(value, torch.Tensor):
+            host = np.array(value)  # a copy: torch takes no memory that is read-only
+            value = torch.from_numpy(host if host.dtype.kind in "fiub" else host.astype(np.float32))
+        return value.to(like.device, like.dtype)
 
     def check(self) -> None:
         """Raises ValueError: values were handed in that fit nothing; lists all of them."""

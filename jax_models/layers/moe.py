@@ -64,10 +64,9 @@ def routed(gate: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     weights_BTX, experts_BTX = gate(x_BTD)
     given_BTX = tap(gate.path, "", experts_BTX, "layers")
-    if given_BTX is experts_BTX:
-        return weights_BTX, experts_BTX
-    logits_BTE = tap(gate.path, "logits", gate.logits(x_BTD), "modules")
-    return gate.weigh(logits_BTE, given_BTX), given_BTX
+    if given_BTX is not experts_BTX:
+        weights_BTX = gate.weigh(tap(gate.path, "logits", gate.logits(x_BTD), "modules"), given_BTX)
+    return tap(gate.path, "weights", weights_BTX, "modules"), given_BTX
 
 
 class Experts(nnx.Module):

@@ -113,7 +113,7 @@ def route(
     weights_BTX = np.take_along_axis(probabilities_BTE, experts_BTX, axis=-1)
     if config.norm_topk_prob:
         weights_BTX = weights_BTX / weights_BTX.sum(axis=-1, keepdims=True)
-    return logits_BTE, experts_BTX, weights_BTX
+    return logits_BTE, experts_BTX, read.tap("mlp.gate.weights", weights_BTX)
 
 
 def experts(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -157,13 +155,3 @@ def _told(before: Comparison, after: Comparison) -> str:
     if after.verdict == "FAIL":
         return "it is still wrong, so something after it is wrong by itself."
     return "it is right, so what was wrong came from there or from before."
-
-
-class _Callable(ModuleType):
-    """Importing this module binds it as ``parity.live_pair``, over the function of that name: so it can be called."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> LivePair:
-        return live_pair(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

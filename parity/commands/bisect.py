@@ -1,0 +1,63 @@
+"""``tandem bisect``: which layer, module and operation differs, and on which side?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from parity.commands.options import add_backend
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("--a", choices=("jax", "torch"), default="jax", help="one backend (default: jax)")
+    parser.add_argument("--b", choices=("jax", "torch"), default="torch", help="the other (default: torch)")
+    add_backend(parser)
+    parser.add_argument("--device-a", metavar="D", help="device of a, when the two differ")
+    parser.add_argument("--device-b", metavar="D", help="device of b, when the two differ")
+    parser.add_argument(
+        "--inputs", metavar="FILE", type=Path, help="safetensors with input_ids, attention_mask, position_ids"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
+    parser.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
+    parser.add_argument(
+        "--no-oracle",
+        action="store_true",
+        help="feed each backend the other's values alone: quick, but not whose it is",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the last sentence only")
+
+
+def run(args: argparse.Namespace) -> int:
+    from loaders import open_checkpoint
+    from loaders.adapters import open_adapter
+    from parity.backends import open_backend
+    from parity.bisect import bisect
+    from parity.injection import Live
+    from parity.record import default_inputs, read_inputs
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    inputs = read_inputs(args.inputs) if args.inputs else default_inputs(checkpoint)
+    adapter = None if args.adapter is None else open_adapter(args.adapter, checkpoint.config)
+    sides = []
+    for which, name, device in (("a", args.a, args.device_a), ("b", args.b, args.device_b)):
+        backend = open_backend(name, device or args.device)
+        model = backend.load(args.checkpoint, dtype=args.dtype)
+        if args.adapter is not None:
+            with backend.scope():
+                model = model.attach_lora(args.adapter)
+        sides.append(Live(model, backend, f"{name} ({which})" if args.a == args.b else None))
+    notes: list[str] = []
+    rounds = [side.name for side in sides if side.model.quantizes_inputs or side.model.rounds_cache]
+    if rounds and not args.no_oracle:
+        who = " and ".join(rounds)
+        notes.append(f"no oracle: it does not round inputs of layers, or keys and values, as {who} does.")
+    oracle = None if rounds or args.no_oracle else checkpoint
+    found = bisect(*sides, inputs, checkpoint=oracle, adapter=adapter, layer=args.layer)
+    found = found.noted(notes)
+    print(found.summary if args.quiet else found.to_text())
+    if args.json:
+        args.json.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    return found.exit_code

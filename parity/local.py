@@ -1,0 +1,120 @@
+"""One step under the ruler: what it is off, given what it was handed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from parity import ruler
+from parity.bisection import Step
+from parity.record import SHAKE
+from parity.ruler import LIMITS, ROUTER_SHARE, Judgement
+
+Values = Mapping[str, np.ndarray]
+LOGITS = ".logits"  # behind a router's path: the scores its choice is made from
+
+
+class Judge:
+    """Holds steps against their limits.
+
+    Args:
+        dtype: what was computed in.
+        mask_BT: tokens that count, bool [B, T].
+    """
+
+    def __init__(self, dtype: str, mask_BT: np.ndarray) -> None:
+        if dtype not in LIMITS:
+            raise ValueError(f"there is no ruler for {dtype}, expected one of {', '.join(LIMITS)}")
+        self.limits, self.mask = LIMITS[dtype], mask_BT
+
+    def step(
+        self,
+        path: str,
+        found: tuple[Values, Values],
+        crossed: Sequence[Values | None],
+        said: Sequence[tuple[Values, Values]] | None,
+    ) -> Step:
+        """Judge one step.
+
+        Args:
+            path: of the step.
+            found: what a and b computed.
+            crossed: what a made of b's values, and b of a's; None: not asked.
+            said: of a and of b, what the oracle made of their values, and of them shaken; None: there is none.
+        """
+        a, b = found[0][path], found[1][path]
+        if a.dtype.kind != "f":
+            return self._choice(path, a, b, crossed, said)
+        fed = [
+            None if run is None else distance(run[path], other, self.mask)
+            for run, other in zip(crossed, (b, a), strict=True)
+        ]
+        free = distance(a, b, self.mask)
+        if said is None:
+            direct = max(one for one in fed if one is not None)
+            judged = ruler.judge_direct(direct, lid=self.limits.lid(1))
+            return Step(path, free, fed[0], fed[1], None, None, judged.limit, judged.used, _blame(judged))
+        errors = [distance(value, told[path], self.mask) for value, (told, _) in zip((a, b), said, strict=True)]
+        amplified = max(distance(shaken[path], told[path], self.mask) / SHAKE for told, shaken in said)
+        floor = self.limits.layer * max(1.0, amplified)
+        lid = self.limits.lid(1, amplified)
+        judged = ruler.judge(errors[0], errors[1], k=self.limits.k, lid=lid, floor_a=floor, floor_b=floor)
+        return Step(path, free, fed[0], fed[1], errors[0], errors[1], judged.limit, judged.used, _blame(judged))
+
+    def _choice(
+        self,
+        path: str,
+        a: np.ndarray,
+        b: np.ndarray,
+        crossed: Sequence[Values | None],
+        said: Sequence[tuple[Values, Values]] | None,
+    ) -> Step:
+        """What a router chose. With an oracle an error is how much worse than its own choice, in its own scores."""
+        fed = [
+            None if run is None else _share(run[path], other, self.mask)
+            for run, other in zip(crossed, (b, a), strict=True)
+        ]
+        free = _share(a, b, self.mask)
+        if said is None:
+            used = max(one for one in fed if one is not None) / ROUTER_SHARE
+            return Step(path, free, fed[0], fed[1], None, None, ROUTER_SHARE, used, "unknown" if used > 1 else None)
+        errors = [
+            _shortfall(chosen, told[path + LOGITS], self.mask) for chosen, (told, _) in zip((a, b), said, strict=True)
+        ]
+        amplified = max(
+            distance(shaken[path + LOGITS], told[path + LOGITS], self.mask) / SHAKE for told, shaken in said
+        )
+        lid = self.limits.lid(1, amplified)
+        judged = ruler.judge(*errors, k=math.inf, lid=lid, floor_a=self.limits.u, floor_b=self.limits.u)
+        return Step(path, free, fed[0], fed[1], errors[0], errors[1], judged.limit, judged.used, _blame(judged))
+
+
+def distance(value: np.ndarray, reference: np.ndarray, mask_BT: np.ndarray) -> float:
+    """||value - reference|| / ||reference|| over the tokens that count; infinite where the value is not finite."""
+    x, r = value[mask_BT].astype(np.float64), reference[mask_BT].astype(np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(r).all()):
+        return math.inf
+    return ruler.relative(float(np.square(x - r).sum()), float(np.square(r).sum()))
+
+
+def _share(chosen: np.ndarray, other: np.ndarray, mask_BT: np.ndarray) -> float:
+    """Share of the tokens for which two routers chose other experts, in whatever order."""
+    return float((np.sort(chosen[mask_BT]) != np.sort(other[mask_BT])).any(axis=-1).mean())
+
+
+def _shortfall(chosen: np.ndarray, logits: np.ndarray, mask_BT: np.ndarray) -> float:
+    """How far the worst expert chosen lies below the worst that should have been, of the scores' size; 0: the same."""
+    scores, picked = logits[mask_BT], chosen[mask_BT]
+    if not np.isfinite(scores).all():
+        return math.inf
+    least = np.sort(scores, axis=-1)[:, -picked.shape[-1]]
+    short = np.maximum(least - np.take_along_axis(scores, picked, axis=-1).min(axis=-1), 0.0)
+    twice = np.array([len(set(row)) < len(row) for row in picked.tolist()])
+    short = np.where(twice, np.abs(scores).max(axis=-1), short)
+    return ruler.relative(float(np.square(short).sum()), float(np.square(scores).sum() / scores.shape[-1]))
+
+
+def _blame(judged: Judgement) -> str | None:
+    return (judged.blame or "unknown") if judged.cause is not None else None
