@@ -11,7 +11,7 @@ from parity.chart import short_name
 from parity.comparison import Comparison
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
-LABELS = ("under ¼ of the limit", "½", "¾", "up to the limit", "up to 2x over", "up to 8x", "more")
+LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
 COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
 LABELLED = 16  # lines named along the edge, at most
 WIDTH, LEFT, CELL = 1040, 54, 11
@@ -118,7 +118,7 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
             )
             paths[level].append(f"h{-((end - start) * size - 0.7):.1f}z")
         if index == worst[0]:
-            ring = f'<rect class="ring" x="{LEFT + (position // group) * size - 1:.1f}" y="{y - 1}"'
+            ring = f'<rect class="frame {css}" x="{LEFT + (position // group) * size - 1:.1f}" y="{y - 1}"'
             ring += f' width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"/>'
         y += CELL
     drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))

@@ -62,7 +62,12 @@ class LivePair:
             raise ValueError(f"the two could not be compared, so there is nothing to heal. {before.summary}")
         path = self.path_of(path)
         source, target = (self.a, self.b) if into == "b" else (self.b, self.a)
-        trace = rerun(source, target, self.inputs, path)
+        known = trace_names(self.checkpoint).get(path)
+        given = (before.case.a if into == "b" else before.case.b).tensors.get(known or "")
+        if given is None:  # not of a trace: the source has to run again
+            trace = rerun(source, target, self.inputs, path)
+        else:
+            trace = record_model(target.model, target.backend, self.inputs, inject={path: given})
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(*(_after(path, side) for side in sides))
         note = f"{target.name} went on from {source.name}'s value at {path}, and what follows was judged: "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity.chart import error_chart
+from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison
 from parity.comparison_text import tensor_table as tensor_text
 from parity.heat import heat_map, heat_of, heat_text
@@ -75,7 +75,8 @@ class LayerPlot:
         return standalone_svg(chart) if chart else None
 
     def _repr_html_(self) -> str:
-        return framed(error_chart(self._comparison) or "<p>No tensor was judged.</p>")
+        chart = error_chart(self._comparison)
+        return framed(chart + chart_key(self._comparison) if chart else "<p>No tensor was judged.</p>")
 
 
 class Heat:

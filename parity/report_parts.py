@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from parity.chart import error_chart
+from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison, Divergence
 from parity.comparison_text import number
 from parity.events import ROOT_SHOWN, EventResult, timeline
@@ -75,7 +75,9 @@ def _details(comparison: Comparison) -> str:
     chart = error_chart(comparison)
     side = _divergence_card(comparison, comparison.divergence) if comparison.divergence else _tightest_card(comparison)
     parts = [
-        f'<div class="split"><div><h3>Error by tensor</h3>{chart}</div>{side}</div>' if chart else "",
+        f'<div class="split"><div><h3>Error by tensor</h3>{chart}{chart_key(comparison)}</div>{side}</div>'
+        if chart
+        else "",
         heat_map(comparison),
         _tiles(comparison),
         flags_tables(comparison),

@@ -42,6 +42,8 @@ _DRAWN = """
 .tandem svg .pa{fill:var(--a)}
 .tandem svg .pb{fill:var(--b)}
 .tandem svg .ring{fill:none;stroke:var(--fail);stroke-width:2}
+.tandem svg .frame{fill:none;stroke:var(--ink);stroke-width:1.6}
+.tandem svg .frame.mark-text{stroke:var(--fail)}
 .tandem svg .mark{stroke:var(--fail);stroke-width:1;stroke-dasharray:2 3}
 .tandem svg .calm{fill:var(--ink);font-weight:650}
 .tandem svg .mark-text{fill:var(--fail);font-weight:650}
@@ -98,6 +100,8 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .head{display:flex;gap:12px;align-items:baseline;flex-wrap:wrap;margin:0 0 6px}
 .tandem .head h2{margin:0}
 .tandem .sentence{margin:0 0 18px;max-width:92ch}
+.tandem .card>h2:first-child,.tandem .card>.heat:first-child{margin-top:0}
+.tandem .scroll+h3{margin-top:16px}
 .tandem .scroll{overflow-x:auto}
 .tandem table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 .tandem th{text-align:left;font-weight:600;color:var(--muted);font-size:12px;padding:6px 10px;

@@ -14,9 +14,9 @@ esc = html.escape
 ABSENT = "\u2013"
 HOW_TO_READ = (
     "hidden_states.0 are the embeddings, hidden_states.i what decoder layer i (from 1; model.layers.i-1) hands on."
-    " Errors are relative L2 distances from the float64 oracle, over the tokens that count. Ratio: the larger error over"
-    " the smaller. Margin: what is left of the limit, negative where it is exceeded; for the tensor and for its worst token"
-    " (row, position)."
+    " Errors are relative L2 distances from the float64 oracle, over the tokens that count. Ratio: the larger error"
+    " over the smaller. Margin: what is left of the limit, negative where it is exceeded; for the tensor, and for its"
+    " worst token (row, position)."
 )
 
 

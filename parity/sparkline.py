@@ -30,8 +30,8 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str) -> str:
         return ""
     shares = [min(share, MOST) if not math.isnan(share) else MOST for share in shares]
     scale = _Scale(len(names), max(shares))
-    parts = [f'<path class="lid" d="M0 {scale.y(1):.1f}H{WIDTH - RIGHT + 4}"/>']
-    parts.append(f'<text class="lid-text" x="{WIDTH - RIGHT + 8}" y="{scale.y(1) + 4:.1f}">limit</text>')
+    parts = [f'<path class="lid" d="M0 {scale.y(1):.1f}H{scale.end + 4:.1f}"/>']
+    parts.append(f'<text class="lid-text" x="{scale.end + 8:.1f}" y="{scale.y(1) + 4:.1f}">limit</text>')
     for index, (name, share) in enumerate(zip(names, shares, strict=True)):
         x, y = scale.x(index), scale.y(share)
         level = sum(share > edge for edge in LEVELS)
@@ -43,7 +43,7 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str) -> str:
     parts += _texts(names, shares, scale)
     label = html.escape(f"{caption} Highest: {told_share(max(shares))} at {names[shares.index(max(shares))]}.")
     return (
-        f'<div class="spark"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        f'<div class="spark"><svg viewBox="0 0 {scale.end + RIGHT:.0f} {HEIGHT}" style="max-width:{scale.end + RIGHT:.0f}px" role="img" aria-label="{label}">{"".join(parts)}</svg>'
         f'<p class="key">{html.escape(caption)}</p></div>'
     )
 
@@ -60,6 +60,7 @@ class _Scale:
 
     def __init__(self, count: int, highest: float) -> None:
         self.step = min(WIDEST + 6, (WIDTH - RIGHT) / count)
+        self.end = max(count * self.step, 120.0)
         self.bar = max(self.step * 0.82, 0.8)
         self.line = 0.5 if highest > 1 else 0.85
         self.decades = max(1.0, math.log10(max(highest, 1)))
@@ -81,11 +82,11 @@ def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale) -> list
     for index in range(0, len(names), every):
         x = scale.x(index) + scale.bar / 2
         parts.append(
-            f'<text x="{max(x, 14):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{short_name(names[index])}</text>'
+            f'<text x="{max(x, 18):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{short_name(names[index])}</text>'
         )
     worst = max(shares)
     index = list(shares).index(worst)
-    x = min(max(scale.x(index) + scale.bar / 2, 20), WIDTH - RIGHT - 20)
+    x = min(max(scale.x(index) + scale.bar / 2, 20), scale.end - 20)
     text = "not finite" if worst >= MOST else f"{worst:.0%}" if worst <= 1 else f"{worst:.3g}x"
     css = "mark-text" if worst > 1 else "calm"
     parts.append(f'<text class="{css}" x="{x:.1f}" y="{scale.y(worst) - 4:.1f}" text-anchor="middle">{text}</text>')

@@ -159,13 +159,18 @@ def _files(uri: str) -> WeightSource:
     return WeightSource(uri, found, checkpoint.read, *_declared(checkpoint), is_files=True)
 
 
+def weights_of(model: Any, label: str) -> WeightSource:
+    """What a live model of ours holds as it stands now, in the checkpoint's names."""
+    package = type(model).__module__.partition(".")[0]
+    reader = import_module(f"{package}.weights").tensor_reader(model)
+    return WeightSource(label, model.digests(), reader, *_declared(model.checkpoint))
+
+
 def _live(label: str, uri: str, kind: str, device: str | None) -> WeightSource:
     backend = open_backend(kind, device)
     checkpoint = open_checkpoint(uri)
     has_draft = checkpoint.config.num_mtp_layers > 0 and any(name.startswith("mtp.") for name in checkpoint.tensors)
-    model = backend.load(uri, mtp=has_draft)
-    reader = import_module(f"{backend.module.__name__}.weights").tensor_reader(model)
-    return WeightSource(label, model.digests(), reader, *_declared(checkpoint))
+    return weights_of(backend.load(uri, mtp=has_draft), label)
 
 
 def _trace(path: str) -> WeightSource:
