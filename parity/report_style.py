@@ -135,7 +135,6 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .heat svg text{font-size:9.5px}
 .tandem .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:12px;color:var(--muted);margin-top:6px}
 .tandem .spark{margin:4px 0 0}
-.tandem .spark svg{max-width:720px}
 .tandem .spark .key{margin:2px 0 0}
 @media (max-width:760px){
   .tandem .split{grid-template-columns:1fr}

@@ -42,8 +42,10 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str) -> str:
         )
     parts += _texts(names, shares, scale)
     label = html.escape(f"{caption} Highest: {told_share(max(shares))} at {names[shares.index(max(shares))]}.")
+    width = round(scale.end + RIGHT)  # few bars are drawn small, not stretched
     return (
-        f'<div class="spark"><svg viewBox="0 0 {scale.end + RIGHT:.0f} {HEIGHT}" style="max-width:{scale.end + RIGHT:.0f}px" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        f'<div class="spark"><svg viewBox="0 0 {width} {HEIGHT}" style="max-width:{width}px" role="img"'
+        f' aria-label="{label}">{"".join(parts)}</svg>'
         f'<p class="key">{html.escape(caption)}</p></div>'
     )
 
@@ -69,7 +71,7 @@ class _Scale:
         return index * self.step
 
     def y(self, share: float) -> float:
-        above = math.log10(share) / self.decades if share > 1 else 0.0
+        above = 0.15 + 0.85 * math.log10(share) / self.decades if share > 1 else 0.0  # over is seen to be over
         part = self.line * min(share, 1.0) + (1 - self.line) * above
         return HEIGHT - BOTTOM - max(part, 0.02) * (HEIGHT - TOP - BOTTOM)
 
