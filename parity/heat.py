@@ -118,8 +118,8 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
             )
             paths[level].append(f"h{-((end - start) * size - 0.7):.1f}z")
         if index == worst[0]:
-            ring = f'<rect class="frame {css}" x="{LEFT + (position // group) * size - 1:.1f}" y="{y - 1}"'
-            ring += f' width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"/>'
+            kind, x = "frame over" if css == "mark-text" else "frame", LEFT + (position // group) * size - 1
+            ring = f'<rect class="{kind}" x="{x:.1f}" y="{y - 1}" width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"/>'
         y += CELL
     drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))
     at = LEFT + (position // group + 0.5) * size
@@ -127,7 +127,7 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
     width = LEFT + columns * size  # a short sequence is drawn small, not stretched
     head = f'<svg viewBox="0 0 {width:.0f} {y + 4}" style="max-width:{width:.0f}px" role="img"'
     head += ' aria-label="heat map of tokens">'
-    return f"{head}{mark}{''.join(texts)}{drawn}{ring}</svg>"
+    return f'<div class="scroll">{head}{mark}{"".join(texts)}{drawn}{ring}</svg></div>'
 
 
 def _levels(values: np.ndarray, group: int) -> np.ndarray:

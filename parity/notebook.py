@@ -76,7 +76,11 @@ class LayerPlot:
 
     def _repr_html_(self) -> str:
         chart = error_chart(self._comparison)
-        return framed(chart + chart_key(self._comparison) if chart else "<p>No tensor was judged.</p>")
+        return framed(
+            f'<div class="scroll">{chart}</div>{chart_key(self._comparison)}'
+            if chart
+            else "<p>No tensor was judged.</p>"
+        )
 
 
 class Heat:

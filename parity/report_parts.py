@@ -73,11 +73,10 @@ def _heading(title: str, comparison: Comparison) -> str:
 
 def _details(comparison: Comparison) -> str:
     chart = error_chart(comparison)
+    drawn = f'<h3>Error by tensor</h3><div class="scroll">{chart}</div>{chart_key(comparison)}'
     side = _divergence_card(comparison, comparison.divergence) if comparison.divergence else _tightest_card(comparison)
     parts = [
-        f'<div class="split"><div><h3>Error by tensor</h3>{chart}{chart_key(comparison)}</div>{side}</div>'
-        if chart
-        else "",
+        f'<div class="split"><div>{drawn}</div>{side}</div>' if chart else "",
         heat_map(comparison),
         _tiles(comparison),
         flags_tables(comparison),
@@ -104,7 +103,7 @@ def _divergence_card(comparison: Comparison, found: Divergence) -> str:
         "error before": number(found.before),
         "error after": number(found.after),
         "growth here": f"{found.growth:.3g}x",
-        "growth elsewhere": f"{found.usual_growth:.3g}x",
+        "growth in the others": f"{found.usual_growth:.3g}x",
         "look at": found.suspect or "no single step",
     }
     return (
@@ -122,7 +121,7 @@ def _tightest_card(comparison: Comparison) -> str:
     row = min(judged, key=lambda row: row.margin)
     a, b = comparison.labels
     facts = {f"error of {a}": number(row.e_a), f"error of {b}": number(row.e_b), "limit": number(row.limit)}
-    facts |= {"lid": number(row.lid), "worst token left": f"{min(r.token_margin for r in judged):.0%}"}
+    facts |= {"lid": number(row.lid), "limit left, worst token": f"{min(r.token_margin for r in judged):.0%}"}
     used = round(100 * (1 - row.margin))
     bar = f'<div class="bar"><i style="width:{used}%;background:var(--pass)"></i></div>'
     key = f'<span class="key">{used}% of its limit used</span>'

@@ -43,7 +43,7 @@ _DRAWN = """
 .tandem svg .pb{fill:var(--b)}
 .tandem svg .ring{fill:none;stroke:var(--fail);stroke-width:2}
 .tandem svg .frame{fill:none;stroke:var(--ink);stroke-width:1.6}
-.tandem svg .frame.mark-text{stroke:var(--fail)}
+.tandem svg .frame.over{stroke:var(--fail)}
 .tandem svg .mark{stroke:var(--fail);stroke-width:1;stroke-dasharray:2 3}
 .tandem svg .calm{fill:var(--ink);font-weight:650}
 .tandem svg .mark-text{fill:var(--fail);font-weight:650}
@@ -137,7 +137,8 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .spark{margin:4px 0 0}
 .tandem .spark .key{margin:2px 0 0}
 @media (max-width:760px){
-  .tandem .split{grid-template-columns:1fr}
+  .tandem .split{grid-template-columns:minmax(0,1fr)}
+  .tandem .scroll>svg{min-width:600px}
   .tandem main{padding:18px 12px}
 }
 @media print{

@@ -97,7 +97,11 @@ class TokenView:
             "Share of its limit that this token uses in each tensor, in the order of computation. A bar over the line"
             " fails.",
         )
-        said = f"<h3>What each would say next</h3>{_html(_said(self), marked=True)}" if self.speakers else ""
+        said = (
+            f"<h3>What each would say next: token id, probability (logit)</h3>{_html(_said(self), marked=True)}"
+            if self.speakers
+            else ""
+        )
         table = f"<details><summary>Errors of this token in numbers</summary>{_html(_stages(self))}</details>"
         return framed(f"<h2>{html.escape(self._title())}</h2>{said}<h3>Where its error comes from</h3>{drawn}{table}")
 
