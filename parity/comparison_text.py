@@ -31,6 +31,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.2e}"
 
 
+def times(factor: float) -> str:
+    """A factor in three digits, without powers of ten."""
+    return f"{factor:.3g}" if factor < 1000 else f"{factor:,.0f}"
+
+
 def tensor_table(comparison: Comparison, *, everything: bool = False) -> str:
     """Tensors in columns; of a deep model those that matter, unless everything is asked for."""
     a, b = comparison.labels

@@ -9,6 +9,7 @@ import numpy as np
 
 from parity.chart import short_name
 from parity.comparison import Comparison
+from parity.comparison_text import times
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
 LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
@@ -59,7 +60,7 @@ def heat_of(name: str, used_BT: np.ndarray) -> str:
     lines = [(f"row {index}", used_BT[index]) for index in chosen]
     css = "mark-text" if used_BT[row, position] > 1 else "calm"
     title = f"<h3>{html.escape(name)}: share of its limit that each token uses</h3>"
-    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {used_BT[row, position]:.3g}"
+    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {times(float(used_BT[row, position]))}"
     where += " of the limit."
     where += f" {len(order) - len(chosen)} rows that use less are left out." if len(order) > ROWS else ""
     drawn = _svg(lines, 0, (chosen.index(row), position), css)
@@ -72,7 +73,7 @@ def heat_text(name: str, used_BT: np.ndarray) -> str:
         return f"{name}: no token was judged"
     row, position = worst_place(used_BT)
     group = -(-used_BT.shape[1] // TEXT_COLUMNS)
-    head = f"{name}: worst at row {row}, position {position}, {used_BT[row, position]:.3g} of its limit"
+    head = f"{name}: worst at row {row}, position {position}, {times(float(used_BT[row, position]))} of its limit"
     lines = ["".join(GLYPHS[level] for level in _levels(values, group)) for values in used_BT[:ROWS]]
     key = "  ".join(f"{glyph} {label}" for glyph, label in zip(GLYPHS, LABELS, strict=False))
     each = "" if group == 1 else f"  (a character is the worst of {group} positions)"

@@ -5,7 +5,7 @@ Inline SVG and styles, no scripts, so they are the same in a notebook, in its st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ import numpy as np
 from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison
 from parity.comparison_text import tensor_table as tensor_text
+from parity.events import EventResult, render_text
 from parity.heat import heat_map, heat_of, heat_text
+from parity.report_parts import timeline_table
 from parity.report_style import framed, standalone_svg
 from parity.report_tables import tensor_rows
 from parity.trace_layout import layer_of
@@ -103,6 +105,19 @@ class Heat:
     def _repr_html_(self) -> str:
         drawn = heat_map(self._comparison) if self.name is None else heat_of(self.name, self.used)
         return framed(drawn or "<p>No token was judged.</p>")
+
+
+class Timeline:
+    """Events in the life of weights, backends side by side, with a colour for every root digest."""
+
+    def __init__(self, events: Sequence[EventResult]) -> None:
+        self.events = tuple(events)
+
+    def __repr__(self) -> str:
+        return render_text(self.events, colour=False)
+
+    def _repr_html_(self) -> str:
+        return framed(timeline_table(self.events))
 
 
 def _place(token: Any) -> tuple[int, int]:

@@ -18,6 +18,11 @@ esc = html.escape
 
 
 def timeline_section(events: Sequence[EventResult]) -> str:
+    """The lifecycle, with its heading."""
+    return f'<h2>Lifecycle</h2><div class="card">{timeline_table(events)}</div>'
+
+
+def timeline_table(events: Sequence[EventResult]) -> str:
     """Events by backends: green, red or grey, with the version and the weights' root after each."""
     backends, rows = timeline(events)
     head = "".join(f"<th>{esc(name)}</th>" for name in backends)
@@ -27,7 +32,7 @@ def timeline_section(events: Sequence[EventResult]) -> str:
         lines.append(f"<tr><td>{esc(row.event)}</td>{cells}</tr>")
     table = f'<table class="timeline"><tr><th>event</th>{head}</tr>{"".join(lines)}</table>'
     key = '<p class="key">The square takes its colour from the root digest: same colour, same weights, bit for bit.</p>'
-    return f'<h2>Lifecycle</h2><div class="card"><div class="scroll">{table}</div>{key}</div>'
+    return f'<div class="scroll">{table}</div>{key}'
 
 
 def _event_cell(result: EventResult | None) -> str:

@@ -136,6 +136,9 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:12px;color:var(--muted);margin-top:6px}
 .tandem .spark{margin:4px 0 0}
 .tandem .spark .key{margin:2px 0 0}
+.tandem.tandem.tandem table{table-layout:auto;margin:0;color:inherit}
+.tandem.tandem.tandem tr:not(.bad):not(.differs){background:none}
+.tandem.tandem.tandem :is(td,th):not(.num){text-align:left}
 @media (max-width:760px){
   .tandem .split{grid-template-columns:minmax(0,1fr)}
   .tandem .scroll>svg{min-width:600px}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from parity.chart import short_name
 from parity.comparison import Comparison
+from parity.comparison_text import times
 from parity.heat import LEVELS
 
 WIDTH, HEIGHT, TOP, BOTTOM, RIGHT = 720, 104, 16, 18, 56
@@ -54,7 +55,7 @@ def told_share(share: float) -> str:
     """A share in words: percent below the limit, times above it."""
     if share >= MOST:
         return "not finite"
-    return f"{share:.0%} of its limit" if share <= 1 else f"{share:.3g} times its limit"
+    return f"{share:.0%} of its limit" if share <= 1 else f"{times(share)} times its limit"
 
 
 class _Scale:
@@ -89,7 +90,7 @@ def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale) -> list
     worst = max(shares)
     index = list(shares).index(worst)
     x = min(max(scale.x(index) + scale.bar / 2, 20), scale.end - 20)
-    text = "not finite" if worst >= MOST else f"{worst:.0%}" if worst <= 1 else f"{worst:.3g}x"
+    text = "not finite" if worst >= MOST else f"{worst:.0%}" if worst <= 1 else f"{times(worst)}x"
     css = "mark-text" if worst > 1 else "calm"
     parts.append(f'<text class="{css}" x="{x:.1f}" y="{scale.y(worst) - 4:.1f}" text-anchor="middle">{text}</text>')
     return parts

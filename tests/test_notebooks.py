@@ -56,6 +56,7 @@ def test_two_backends_are_compared_and_a_bug_of_one_percent_is_found_where_it_wa
 def test_the_life_of_a_weight_ends_with_what_was_loaded(tmp_path):
     text = shown(executed(nbformat.read(NOTEBOOKS[1], as_version=4), tmp_path))
     assert "2 of 25 tensors differ" in text
+    assert "swap embedding and head of B in" in text
     assert "exported twice, and equal to what was loaded" in text
 
 
