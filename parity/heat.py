@@ -60,8 +60,8 @@ def heat_of(name: str, used_BT: np.ndarray) -> str:
     lines = [(f"row {index}", used_BT[index]) for index in chosen]
     css = "mark-text" if used_BT[row, position] > 1 else "calm"
     title = f"<h3>{html.escape(name)}: share of its limit that each token uses</h3>"
-    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {times(float(used_BT[row, position]))}"
-    where += " of the limit."
+    most = times(float(used_BT[row, position]))
+    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {most} times its limit."
     where += f" {len(order) - len(chosen)} rows that use less are left out." if len(order) > ROWS else ""
     drawn = _svg(lines, 0, (chosen.index(row), position), css)
     return f'<div class="heat">{title}{drawn}{where}</p>{_legend()}</div>'

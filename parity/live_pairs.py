@@ -69,7 +69,7 @@ class LivePair:
         else:
             trace = record_model(target.model, target.backend, self.inputs, inject={path: given})
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
-        after = self._judged(*(_after(path, side) for side in sides))
+        after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
         note = f"{target.name} went on from {source.name}'s value at {path}, and what follows was judged: "
         return replace(after, notes=(note + _told(before, after), *after.notes))
 
@@ -139,7 +139,7 @@ def live_pair(
                 model = model.attach_lora(adapter)
         sides.append(Live(model, backend, label))
     given = default_inputs(sides[0].model.checkpoint) if inputs is None else inputs
-    return LivePair(*sides, given, None if adapter is None else os.fspath(adapter))
+    return LivePair(sides[0], sides[1], given, None if adapter is None else os.fspath(adapter))
 
 
 def _after(path: str, trace: Trace) -> Trace:
