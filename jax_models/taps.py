@@ -106,7 +106,7 @@ def name_modules(model: nnx.Module) -> None:
     """Tell every module that has taps its path; once, when everything is in its place."""
     for path, module in nnx.iter_modules(model):
         if "path" in vars(type(module)):
-            module.path = ".".join(map(str, path))
+            module.path = ".".join(map(str, path))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

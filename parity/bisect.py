@@ -118,7 +118,7 @@ def bisect(
     if a.dtype != b.dtype:
         raise ValueError(f"{a.name} computes in {a.dtype} and {b.name} in {b.dtype}: load both with one dtype")
     notes: list[str] = []
-    looks = tuple(dict(model.run(inputs)) for model in (a, b))
+    looks = (dict(a.run(inputs)), dict(b.run(inputs)))
     paths = _common(looks, (a.name, b.name), notes)
     layers = [path for path in paths if _number(path) is not None]
     reference = None if checkpoint is None else Reference(checkpoint, inputs, adapter)
@@ -128,7 +128,7 @@ def bisect(
     node = _chosen(steps, layers, layer)
     top = node
     if node in layers:
-        deep = tuple(dict(model.run(inputs, level="operations", within=node)) for model in (a, b))
+        deep = _deep(a, inputs, node), _deep(b, inputs, node)
         for model, first, second in zip((a, b), looks, deep, strict=True):
             if not np.array_equal(first[HEAD], second[HEAD], equal_nan=True):
                 off = distance(second[HEAD], first[HEAD], _mask(inputs))
@@ -141,7 +141,7 @@ def bisect(
             tables.append((node, tuple(steps)))
             given += inside
             worse = next((step.path for step in steps if step.blame is not None), None)
-            if worse is None or worse == node:
+            if worse is None or worse == node or merged[0][worse].dtype.kind != "f":  # a choice has no parts
                 break
             node = worse
     return Bisection(
@@ -151,6 +151,10 @@ def bisect(
         tables=tuple(tables),
         notes=tuple(notes),
     )
+
+
+def _deep(model: Tapped, inputs: Values, node: str) -> dict[str, np.ndarray]:
+    return dict(model.run(inputs, level="operations", within=node))
 
 
 def _mask(inputs: Values) -> np.ndarray:

@@ -87,8 +87,9 @@ class Judge:
             distance(shaken[path + LOGITS], told[path + LOGITS], self.mask) / SHAKE for told, shaken in said
         )
         lid = self.limits.lid(1, amplified)
-        judged = ruler.judge(*errors, k=math.inf, lid=lid, floor_a=self.limits.u, floor_b=self.limits.u)
-        return Step(path, free, fed[0], fed[1], errors[0], errors[1], judged.limit, judged.used, _blame(judged))
+        wrong = [side for side, error in zip("ab", errors, strict=True) if error > lid]
+        blame = "both" if len(wrong) == 2 else wrong[0] if wrong else None
+        return Step(path, free, fed[0], fed[1], errors[0], errors[1], lid, max(errors) / lid, blame)
 
 
 def distance(value: np.ndarray, reference: np.ndarray, mask_BT: np.ndarray) -> float:

@@ -127,7 +127,7 @@ def name_modules(model: nn.Module) -> None:
     """Tell every module that has taps its path; once, when everything is in its place."""
     for path, module in model.named_modules():
         if "path" in vars(type(module)):
-            module.path = path
+            module.path = path  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

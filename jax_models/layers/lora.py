@@ -291,9 +291,9 @@ class RouterWithCopies(ModuleWithCopies):
 
     __slots__ = ()
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As the base's: weights, float32 [B, T, X], and experts, integers [B, T, X]."""
-        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
+        return self.choose(tap(self.path, "logits", self.logits(*args), "modules"))
 
 
 def unwrapped(module: Any) -> Any:

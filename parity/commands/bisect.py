@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         who = " and ".join(rounds)
         notes.append(f"no oracle: it does not round inputs of layers, or keys and values, as {who} does.")
     oracle = None if rounds or args.no_oracle else checkpoint
-    found = bisect(*sides, inputs, checkpoint=oracle, adapter=adapter, layer=args.layer)
+    a, b = sides
+    found = bisect(a, b, inputs, checkpoint=oracle, adapter=adapter, layer=args.layer)
     found = found.noted(notes)
     print(found.summary if args.quiet else found.to_text())
     if args.json:

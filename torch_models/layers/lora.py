@@ -304,9 +304,9 @@ class RouterWithCopies(ModuleWithCopies):
 
     __slots__ = ()
 
-    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As the base's: weights, float32 [B, T, X], and experts, integers [B, T, X]."""
-        return self.choose(tap(self.path, "logits", self.logits(x_BTD), "modules"))
+        return self.choose(tap(self.path, "logits", self.logits(*args), "modules"))
 
 
 @dataclass(frozen=True)

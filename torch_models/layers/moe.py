@@ -142,7 +142,7 @@ class Experts(nn.Module):
     def _of_hit(
         self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
     ) -> torch.Tensor:
-        out_AD = x_UD.new_empty(experts_UX.numel(), x_UD.shape[1])  # every place is written once
+        out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
         for expert in experts_UX.unique().tolist():
             (place_A,) = (experts_UX.flatten() == expert).nonzero(as_tuple=True)
             token_A = place_A // experts_UX.shape[1]
@@ -153,10 +153,10 @@ class Experts(nn.Module):
             gate_AM = tap_rows(self.path, "gate_proj", gate_AM, place_A, lead)
             up_AM = tap_rows(self.path, "up_proj", up_AM, place_A, lead)
             hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, place_A, lead)
-            y_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
-            y_AD = y_AD if updates is None else updates.second(y_AD, hidden_AM, expert, token_A)
-            out_AD[place_A] = tap_rows(self.path, "down_proj", y_AD, place_A, lead)
-        return out_AD.view(*experts_UX.shape, -1)
+            out_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
+            out_AD = out_AD if updates is None else updates.second(out_AD, hidden_AM, expert, token_A)
+            out_UXD.flatten(0, 1)[place_A] = tap_rows(self.path, "down_proj", out_AD, place_A, lead)
+        return out_UXD
 
 
 class SparseMoeBlock(nn.Module):
