@@ -1,5 +1,6 @@
 """What a comparison shows in a notebook: every object as HTML, as text, and as numbers that are recomputed here."""
 
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from synthetic_traces import add_error, make_backend, make_oracle, trio
 from test_report import Page
 
 import parity
-from parity.notebook import Table
+from parity.notebook import Table, Timeline
 from parity.sparkline import bars
 from parity.zoo import make_checkpoint
 
@@ -137,6 +138,16 @@ def test_the_chart_by_itself_is_one_svg_with_its_styles(failing):
     assert len(root.findall(f".//{name}circle[@class='pa']")) == len(failing.rows)
 
 
+def test_a_timeline_shows_which_weights_were_held_after_each_step():
+    events = [
+        parity.EventResult(f"reload {name}", "jax", "pass", version=i, root=name * 64) for i, name in enumerate("aba")
+    ]
+    timeline = Timeline(events)
+    colours = re.findall(r"background:(hsl[^\"]*)", timeline._repr_html_())
+    assert colours[0] == colours[2] != colours[1]
+    assert [line.split()[1] for line in repr(timeline).splitlines()[1:]] == ["a", "b", "a"]
+
+
 # A token
 
 
@@ -221,6 +232,7 @@ def test_heat_is_what_each_token_uses_of_its_limit(failing):
     over = [[char in "xX#" for char in row.removeprefix(f"row {i}").strip(" ")] for i, row in enumerate(rows)]
     assert [sum(row) for row in over] == (np.nan_to_num(heat.used) > 1).sum(axis=1).tolist()
     assert heat._repr_html_().count(">row ") == 3
+    assert heat._repr_html_().count('class="frame over"') == 1  # the worst token
     assert np.nanmax(failing.heat().used) >= np.nanmax(heat.used)
     with pytest.raises(
         ValueError, match=r"expected one of hidden_states\.0 to hidden_states\.4, final_hidden_state, logits"
