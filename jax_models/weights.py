@@ -18,7 +18,7 @@ from jax.core import Tracer
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
-from loaders.export import export_checkpoint, tensors_of
+from loaders.export import TensorReader, export_checkpoint
 from loaders.plan import Filling, plan_reload, specs_of
 from loaders.quantize import open_to_load
 
@@ -201,8 +201,14 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
 
 
-def weight_digests(model: Model) -> dict[str, str]:
-    """Digest of every checkpoint tensor the model holds, by name."""
+def tensor_reader(model: Model) -> TensorReader:
+    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))
+    return TensorReader(model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    reader = tensor_reader(model)
+    return digests((name, reader(name)) for name in reader.places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
 
@@ -16,10 +16,15 @@ from loaders.spec import Source, Specs
 from loaders.writer import write_checkpoint
 
 
-class _Reader:
-    """Checkpoint tensors out of parameters.
+class TensorReader:
+    """Every checkpoint tensor a model holds, by name, as its parameters stand now; ``places`` has the names.
 
     Keeps the last two parameters: files hold experts one by one, each with its part of both stacks of the layer.
+
+    Args:
+        checkpoint: what the model was last loaded from; says whether a redundant tied tensor is part of it.
+        specs: of the model's stage.
+        read_param: a parameter by name, on the host, in its stored dtype.
     """
 
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
@@ -40,21 +45,6 @@ class _Reader:
             self._kept = dict(list(self._kept.items())[-1:]) | {spec.name: self._read_param(spec.name)}
         place = place_of(self._kept[spec.name], spec, source)
         return np.ascontiguousarray(bits(place)).view(place.dtype) if spec.is_transposed else place
-
-
-def tensors_of(
-    checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every checkpoint tensor a model holds, by name, as its parameters stand now.
-
-    Args:
-        checkpoint: what the model was last loaded from; says whether a redundant tied tensor is part of it.
-        specs: of the model's stage.
-        read_param: a parameter by name, on the host, in its stored dtype.
-    """
-    reader = _Reader(checkpoint, specs, read_param)
-    for name in reader.places:
-        yield name, reader(name)
 
 
 def export_checkpoint(
@@ -78,7 +68,7 @@ def export_checkpoint(
         FileExistsError: the directory holds something already.
         CheckpointError: a left out tensor can no longer be read.
     """
-    reader = _Reader(checkpoint, specs, read_param)
+    reader = TensorReader(checkpoint, specs, read_param)
     copied = frozenset(left_out)
     held = {name: info for name, info in checkpoint.tensors.items() if name in reader.places or name in copied}
     return write_checkpoint(

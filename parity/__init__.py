@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from parity.events import EventResult
     from parity.injection import Live, rerun
     from parity.lifecycle import run_lifecycle
+    from parity.live_pairs import LivePair, live_pair
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
@@ -25,9 +26,11 @@ _PUBLIC = {
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
     "Live": "parity.injection",
+    "LivePair": "parity.live_pairs",
     "Trace": "parity.trace",
     "bisect": "parity.bisect",
     "compare": "parity.compare",
+    "live_pair": "parity.live_pairs",
     "local_errors": "parity.bisect",
     "rerun": "parity.injection",
     "run_lifecycle": "parity.lifecycle",
@@ -38,9 +41,11 @@ __all__ = [
     "Comparison",
     "EventResult",
     "Live",
+    "LivePair",
     "Trace",
     "bisect",
     "compare",
+    "live_pair",
     "local_errors",
     "rerun",
     "run_lifecycle",

@@ -46,6 +46,20 @@ def error_chart(comparison: Comparison) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
 
+def chart_key(comparison: Comparison) -> str:
+    """What the chart shows, for those who see it for the first time."""
+    limits = comparison.limits
+    if limits is None:
+        return ""
+    if all(row.basis == "direct" for row in comparison.rows):
+        what = "Distance of the two, relative (log scale), after each decoder layer. Without an oracle it may be up to"
+        what += " twice what a correct backend can be off."
+    else:
+        what = "Distance from the float64 oracle, relative (log scale), after each decoder layer. Green, limit:"
+        what += f" {limits.k:g}x the other's error. Dashed, lid: no correct {comparison.dtype} backend is so far off."
+    return f'<p class="key">{html.escape(what)} Ringed: over its limit, or one of its tokens is.</p>'
+
+
 class _Scale:
     """From (index of a tensor, error) to pixels; what is too small or not finite is drawn at the edge."""
 

@@ -20,6 +20,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("quantize", "parity.commands.quantize", "write a checkpoint in NVFP4, as ModelOpt does"),
     ("generate", "parity.commands.generate", "continue a prompt of token ids"),
     ("compare", "parity.commands.compare", "compare two traces: rounding or bug, where, and whose?"),
+    ("weights", "parity.commands.weights", "weight by weight: disk, JAX, torch and traces, digest against digest"),
     ("bisect", "parity.commands.bisect", "which layer, module and operation differs, and on which side"),
     ("lifecycle", "parity.commands.lifecycle", "take live models through every change, and check each"),
     ("mutate", "parity.commands.mutate", "plant bugs on purpose, and count how many are caught"),

@@ -5,7 +5,9 @@ NumPy and safetensors alone, so a trace from a TPU job is compared wherever a pe
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -26,9 +28,13 @@ from parity.sensitivity import study_probes
 from parity.trace import Trace
 from parity.verdict import Evidence, decide, likeness
 
+Given = Trace | str | os.PathLike[str]
 
-def compare(a: Trace, b: Trace, oracle: Trace | None = None, *, oracle_b: Trace | None = None) -> Comparison:
-    """Hold two traces against each other and, when there is one, against an oracle.
+
+def compare(a: Given, b: Given, oracle: Given | None = None, *, oracle_b: Given | None = None) -> Comparison:
+    """Hold two traces, or the files they are in, against each other and, when there is one, against an oracle.
+
+    The comparison keeps the traces, so that one can look closer at a token of them.
 
     Args:
         a: ours.
@@ -39,11 +45,14 @@ def compare(a: Trace, b: Trace, oracle: Trace | None = None, *, oracle_b: Trace 
             backend's routing replayed. Default: ``oracle``.
 
     Raises:
-        ValueError: an oracle for b and none for a, or something that is not a trace; lists everything wrong with it.
+        ValueError: an oracle for b and none for a, or something that is not a trace, or not a file of one; lists
+            everything wrong with it.
     """
     if oracle is None and oracle_b is not None:
         raise ValueError("oracle_b was given without oracle: pass the oracle of the first trace as well.")
-    oracle_b = oracle if oracle_b is None else oracle_b
+    a, b = _opened(a), _opened(b)
+    oracle = None if oracle is None else _opened(oracle)
+    oracle_b = oracle if oracle_b is None else _opened(oracle_b)
     oracles = {} if oracle is None else {"the oracle": oracle}
     if oracle_b is not None and oracle_b is not oracle:
         oracles["the oracle of the second trace"] = oracle_b
@@ -64,7 +73,11 @@ def compare(a: Trace, b: Trace, oracle: Trace | None = None, *, oracle_b: Trace 
             reasons=tuple(reasons),
             notes=tuple(notes),
         )
-    return _judge(case, notes)
+    return replace(_judge(case, notes), case=case)
+
+
+def _opened(given: Given) -> Trace:
+    return given if isinstance(given, Trace) else Trace.load(given)
 
 
 def _judge(case: Case, notes: list[str]) -> Comparison:

@@ -12,9 +12,14 @@ import numpy as np
 from parity.ruler import Cause, Limits, Side
 
 if TYPE_CHECKING:
+    from parity.case import Case
+    from parity.live_pairs import LivePair
     from parity.nearest import Likeness
+    from parity.notebook import Heat, LayerPlot, Table
+    from parity.token_view import TokenView
 
 Verdict = Literal["PASS", "FAIL", "INVALID", "INCONCLUSIVE", "SKIP"]
+_NOT_JSON = ("token_used", "case", "pair")
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INVALID": 3, "INCONCLUSIVE": 4, "SKIP": 5}
 
 
@@ -201,9 +206,11 @@ class Probe:
         return "layernorm" if part.endswith("_layernorm") else part
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
     """Two traces compared. ``summary`` answers in one sentence: rounding or bug, where, and whose?
+
+    In a notebook it shows itself, and ``table``, ``plot_layers``, ``token``, ``heat`` and ``inject`` look closer.
 
     Attributes:
         cause: what a FAIL is; on other verdicts what kept it from being a plain pass (``tie``, ``router flip``).
@@ -214,6 +221,8 @@ class Comparison:
         commands: what shows a FAIL again, and takes it apart.
         reasons: why an INVALID, INCONCLUSIVE or SKIP is one. notes: what a reader should know beside the verdict.
         token_used: share of its limit that every token used, float32 [B, T] by tensor; NaN where not judged.
+        case: the traces themselves, for a closer look; None where they could not be compared.
+        pair: the live models they were recorded from; None of traces alone.
     """
 
     verdict: Verdict
@@ -236,7 +245,9 @@ class Comparison:
     commands: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    token_used: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    token_used: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
+    case: Case | None = field(default=None, compare=False)
+    pair: LivePair | None = field(default=None, compare=False)
 
     @property
     def exit_code(self) -> int:
@@ -256,7 +267,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; NaN and infinities become strings, since JSON has none."""
-        document = {name: value for name, value in vars(self).items() if name != "token_used"}
+        document = {name: value for name, value in vars(self).items() if name not in _NOT_JSON}
         for name in ("limits", "worst_token", "divergence", "generated", "routing"):
             document[name] = asdict(document[name]) if document[name] else None
         for name in ("rows", "top1", "probes"):
@@ -272,6 +283,65 @@ class Comparison:
         from parity.comparison_text import render  # texts are not needed to decide anything
 
         return render(self)
+
+    def table(self) -> Table:
+        """Every tensor with its errors, its limit and its margin: as text, as HTML, ``to_dict()``, ``to_pandas()``."""
+        from parity.notebook import Table
+
+        return Table(self)
+
+    def plot_layers(self) -> LayerPlot:
+        """Errors by layer on a log scale, with the limits: an SVG that needs no plotting library."""
+        from parity.notebook import LayerPlot
+
+        return LayerPlot(self)
+
+    def token(self, *place: int, top: int = 5) -> TokenView:
+        """One token from the inside: what each side would say next, and its errors from layer to layer.
+
+        Args:
+            place: ``(row, position)``, ``(position,)`` in the row of the worst token, or nothing for that token itself;
+                negative ones count from the end.
+            top: how many of the best tokens to list.
+        Raises:
+            ValueError: no such place, or the traces could not be compared.
+        """
+        from parity.token_view import look_at
+
+        return look_at(self, place, top)
+
+    def heat(self, name: str | None = None) -> Heat:
+        """Tokens by rows, coloured by the share of its limit that each uses; None: the rows, and the worst by tensor.
+
+        ``name``: a tensor of the trace (``hidden_states.7``), or the layer it is read after (``layers.6``).
+
+        Raises:
+            ValueError: that tensor was not judged; says which were.
+        """
+        from parity.notebook import Heat
+
+        return Heat(self, name)
+
+    def inject(self, path: str, *, into: Side = "b") -> Comparison:
+        """Run one side again with the other's value at ``path`` in the place of its own, and compare again.
+
+        What was wrong before ``path`` is healed so, and what remains is wrong after it.
+
+        Args:
+            path: of a module, as the checkpoint spells it (``layers.7``, ``layers.7.mlp``), or a tensor of the trace.
+            into: the side that is run again, ``a`` or ``b``.
+        Raises:
+            ValueError: there are traces only and no live models, or no such path.
+        """
+        if self.pair is None:
+            raise ValueError(
+                "inject runs a model again, and this comparison was made from traces alone. Make it from live models:"
+                " parity.live_pair(CHECKPOINT).compare()."
+            )
+        return self.pair.inject(self, path, into=into)
+
+    def __repr__(self) -> str:
+        return self.to_text()
 
     def _repr_html_(self) -> str:
         from parity.report import render_fragment

@@ -15,7 +15,7 @@ def render(comparison: Comparison) -> str:
     head = comparison.verdict + (f" ({comparison.cause})" if comparison.cause else "")
     blocks = [textwrap.fill(f"{head}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
     if comparison.rows:
-        blocks.append(_table(comparison))
+        blocks.append(tensor_table(comparison))
     facts = [_top1(comparison, count) for count in comparison.top1]
     facts += [_generated(comparison.generated)] if comparison.generated else []
     facts += [_routing(comparison, comparison.routing)] if comparison.routing else []
@@ -34,10 +34,16 @@ def number(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.2e}"
 
 
-def _table(comparison: Comparison) -> str:
+def times(factor: float) -> str:
+    """A factor in three digits, without powers of ten."""
+    return f"{factor:.3g}" if factor < 1000 else f"{factor:,.0f}"
+
+
+def tensor_table(comparison: Comparison, *, everything: bool = False) -> str:
+    """Tensors in columns; of a deep model those that matter, unless everything is asked for."""
     a, b = comparison.labels
     head = ["tensor", f"e({a})", f"e({b})", "a to b", "ratio", "limit", "margin", "token", ""]
-    shown = _shown(comparison.rows)
+    shown = set(range(len(comparison.rows))) if everything else _shown(comparison.rows)
     lines = [head]
     for index, row in enumerate(comparison.rows):
         if index in shown:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Collection
+
 import numpy as np
 
 from parity.chart import short_name
 from parity.comparison import Comparison
+from parity.comparison_text import times
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
-LABELS = ("under ¼ of the limit", "½", "¾", "up to the limit", "up to 2x over", "up to 8x", "more")
+LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
 COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
 LABELLED = 16  # lines named along the edge, at most
 WIDTH, LEFT, CELL = 1040, 54, 11
+GLYPHS = "\u00b7\u2591\u2592\u2593xX# "  # by level; the last, level -1, is what was not judged
+TEXT_COLUMNS = 96
 
 
 def heat_map(comparison: Comparison) -> str:
@@ -33,13 +39,57 @@ def heat_map(comparison: Comparison) -> str:
     rows = "every row, then " if batch > 1 else ""
     title = f"<h3>Tokens: share of the limit used, {rows}row {worst.row} tensor by tensor</h3>"
     css = "mark-text" if worst.margin < 0 else "calm"
-    return f'<div class="heat">{title}{_svg(lines, strips, worst.position, css)}{_legend()}</div>'
+    line = strips + list(padded).index(worst.tensor) // _group(padded)
+    drawn = _svg(lines, strips, (line, worst.position), css)
+    where = f"<p class='key'>Columns are positions. Framed: the worst token, of {html.escape(worst.tensor)}.</p>"
+    return f'<div class="heat">{title}{drawn}{where}{_legend()}</div>'
+
+
+def _group(tensors: Collection[str]) -> int:
+    """How many neighbouring tensors share a line."""
+    return -(-len(tensors) // ROWS)
+
+
+def heat_of(name: str, used_BT: np.ndarray) -> str:
+    """One tensor: a line for each row of the batch; of a large batch the worst rows. Empty without any token."""
+    if not used_BT.size or np.isnan(used_BT).all():
+        return ""
+    row, position = worst_place(used_BT)
+    order = np.argsort(-np.nan_to_num(np.fmax.reduce(used_BT, axis=1), nan=-1.0), kind="stable")
+    chosen = sorted(order[:ROWS].tolist())
+    lines = [(f"row {index}", used_BT[index]) for index in chosen]
+    css = "mark-text" if used_BT[row, position] > 1 else "calm"
+    title = f"<h3>{html.escape(name)}: share of its limit that each token uses</h3>"
+    most = times(float(used_BT[row, position]))
+    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {most} times its limit."
+    where += f" {len(order) - len(chosen)} rows that use less are left out." if len(order) > ROWS else ""
+    drawn = _svg(lines, 0, (chosen.index(row), position), css)
+    return f'<div class="heat">{title}{drawn}{where}</p>{_legend()}</div>'
+
+
+def heat_text(name: str, used_BT: np.ndarray) -> str:
+    """The same in characters, one for each token or, of long rows, for the worst of several."""
+    if not used_BT.size or np.isnan(used_BT).all():
+        return f"{name}: no token was judged"
+    row, position = worst_place(used_BT)
+    group = -(-used_BT.shape[1] // TEXT_COLUMNS)
+    head = f"{name}: worst at row {row}, position {position}, {times(float(used_BT[row, position]))} of its limit"
+    lines = ["".join(GLYPHS[level] for level in _levels(values, group)) for values in used_BT[:ROWS]]
+    key = "  ".join(f"{glyph} {label}" for glyph, label in zip(GLYPHS, LABELS, strict=False))
+    each = "" if group == 1 else f"  (a character is the worst of {group} positions)"
+    return "\n".join([head, *(f"row {i:<4}{line}" for i, line in enumerate(lines)), f"{key}{each}"])
+
+
+def worst_place(used_BT: np.ndarray) -> tuple[int, int]:
+    """Row and position of the token that uses most."""
+    row, position = np.unravel_index(int(np.nanargmax(used_BT)), used_BT.shape)
+    return int(row), int(position)
 
 
 def _by_tensor(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
     """One line per tensor, or per group of neighbouring tensors of a deep model."""
     names = list(tensors)
-    group = -(-len(names) // ROWS)
+    group = _group(names)
     parts = [names[i : i + group] for i in range(0, len(names), group)]
     return [(short_name(part[0]), np.fmax.reduce([tensors[name] for name in part])) for part in parts]
 
@@ -48,13 +98,15 @@ def _pad(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=np.nan)
 
 
-def _svg(lines: list[tuple[str, np.ndarray]], strips: int, position: int, css: str) -> str:
+def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int], css: str) -> str:
+    """``worst``: line and position of the token to mark."""
+    position = worst[1]
     length = len(lines[0][1])
     group = -(-length // COLUMNS)
     columns = -(-length // group)
     size = min((WIDTH - LEFT) / columns, 26)
     paths: dict[int, list[str]] = {}
-    texts, y = [], 14
+    texts, y, ring = [], 14, ""
     every = -(-len(lines) // LABELLED)
     for index, (label, values) in enumerate(lines):
         y += 10 if index == strips and strips else 0  # a gap between the rows of the batch and the tensors of one row
@@ -66,6 +118,9 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, position: int, css: s
                 f"M{LEFT + start * size:.1f} {y}h{(end - start) * size - 0.7:.1f}v{CELL - 1}"
             )
             paths[level].append(f"h{-((end - start) * size - 0.7):.1f}z")
+        if index == worst[0]:
+            kind, x = "frame over" if css == "mark-text" else "frame", LEFT + (position // group) * size - 1
+            ring = f'<rect class="{kind}" x="{x:.1f}" y="{y - 1}" width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"/>'
         y += CELL
     drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))
     at = LEFT + (position // group + 0.5) * size
@@ -73,7 +128,7 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, position: int, css: s
     width = LEFT + columns * size  # a short sequence is drawn small, not stretched
     head = f'<svg viewBox="0 0 {width:.0f} {y + 4}" style="max-width:{width:.0f}px" role="img"'
     head += ' aria-label="heat map of tokens">'
-    return f"{head}{mark}{''.join(texts)}{drawn}</svg>"
+    return f'<div class="scroll">{head}{mark}{"".join(texts)}{drawn}{ring}</svg></div>'
 
 
 def _levels(values: np.ndarray, group: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from parity.comparison import Comparison
 from parity.events import EventResult
 from parity.export_results import overall
-from parity.report_parts import comparison_section, timeline_section
-from parity.report_style import CSS
+from parity.report_parts import comparison_section, glance, timeline_section
+from parity.report_style import CSS, framed
 
 WORDS = {
     "PASS": "Everything agrees",
@@ -50,9 +50,8 @@ def render_html(
 
 
 def render_fragment(comparison: Comparison) -> str:
-    """One comparison for a notebook cell; it brings its own styles and touches no others."""
-    title = " against ".join(comparison.labels)
-    return f'<div class="tandem"><style>{CSS}</style>{comparison_section(title, comparison)}</div>'
+    """One comparison for a notebook cell: the sentence and a bar for each tensor in sight, the rest folded away."""
+    return framed(glance(" against ".join(comparison.labels), comparison))
 
 
 def _banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[EventResult]) -> str:

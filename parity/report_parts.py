@@ -6,18 +6,24 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from parity.chart import error_chart
+from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison, Divergence
 from parity.comparison_text import number
 from parity.events import ROOT_SHOWN, EventResult, timeline
 from parity.heat import heat_map
 from parity.report_tables import constants_table, flags_tables, probes_table, tensor_table
+from parity.sparkline import sparkline
 from parity.verdict import shown
 
 esc = html.escape
 
 
 def timeline_section(events: Sequence[EventResult]) -> str:
+    """The lifecycle, with its heading."""
+    return f'<h2>Lifecycle</h2><div class="card">{timeline_table(events)}</div>'
+
+
+def timeline_table(events: Sequence[EventResult]) -> str:
     """Events by backends: green, red or grey, with the version and the weights' root after each."""
     backends, rows = timeline(events)
     head = "".join(f"<th>{esc(name)}</th>" for name in backends)
@@ -27,7 +33,7 @@ def timeline_section(events: Sequence[EventResult]) -> str:
         lines.append(f"<tr><td>{esc(row.event)}</td>{cells}</tr>")
     table = f'<table class="timeline"><tr><th>event</th>{head}</tr>{"".join(lines)}</table>'
     key = '<p class="key">The square takes its colour from the root digest: same colour, same weights, bit for bit.</p>'
-    return f'<h2>Lifecycle</h2><div class="card"><div class="scroll">{table}</div>{key}</div>'
+    return f'<div class="scroll">{table}</div>{key}'
 
 
 def _event_cell(result: EventResult | None) -> str:
@@ -51,25 +57,42 @@ def _root(root: str) -> str:
 
 def comparison_section(title: str, comparison: Comparison) -> str:
     """One comparison: the sentence, the chart beside the first divergence, the tokens, the counts, the tables."""
+    return f'<section class="card">{_heading(title, comparison)}{_details(comparison)}</section>'
+
+
+def glance(title: str, comparison: Comparison) -> str:
+    """The same for a notebook: a bar for each tensor, and everything else folded."""
+    more = _details(comparison)
+    folded = f"<details><summary>Chart, tokens, arithmetic, tables</summary>{more}</details>" if more else ""
+    return f"{_heading(title, comparison)}{sparkline(comparison)}{folded}"
+
+
+def _heading(title: str, comparison: Comparison) -> str:
     tone = comparison.verdict.lower()
     pill = comparison.verdict + (f": {comparison.cause}" if comparison.cause else "")
-    chart = error_chart(comparison)
-    side = _divergence_card(comparison, comparison.divergence) if comparison.divergence else _tightest_card(comparison)
     notes = "".join(f"<li>{esc(note)}</li>" for note in comparison.notes)
+    return (
+        f'<div class="head"><h2>{esc(title)}</h2><span class="pill {tone}">{esc(pill)}</span></div>'
+        f'<p class="sentence">{esc(comparison.summary)}</p>'
+        + (f'<ul class="notes">{notes}</ul>' if notes else "")
+        + _next_steps(comparison)
+    )
+
+
+def _details(comparison: Comparison) -> str:
+    chart = error_chart(comparison)
+    drawn = f'<h3>Error by tensor</h3><div class="scroll">{chart}</div>{chart_key(comparison)}'
+    side = _divergence_card(comparison, comparison.divergence) if comparison.divergence else _tightest_card(comparison)
     parts = [
-        f'<div class="head"><h2>{esc(title)}</h2><span class="pill {tone}">{esc(pill)}</span></div>',
-        f'<p class="sentence">{esc(comparison.summary)}</p>',
-        f'<div class="split"><div><h3>Error by tensor</h3>{chart}</div>{side}</div>' if chart else "",
-        _next_steps(comparison),
+        f'<div class="split"><div>{drawn}</div>{side}</div>' if chart else "",
         heat_map(comparison),
         _tiles(comparison),
         flags_tables(comparison),
         tensor_table(comparison) if comparison.rows else "",
         probes_table(comparison) if comparison.probes else "",
         constants_table(comparison) if comparison.limits else "",
-        f'<ul class="notes">{notes}</ul>' if notes else "",
     ]
-    return f'<section class="card">{"".join(parts)}</section>'
+    return "".join(parts)
 
 
 def _divergence_card(comparison: Comparison, found: Divergence) -> str:
@@ -89,7 +112,7 @@ def _divergence_card(comparison: Comparison, found: Divergence) -> str:
         "error before": number(found.before),
         "error after": number(found.after),
         "growth here": f"{found.growth:.3g}x",
-        "growth elsewhere": f"{found.usual_growth:.3g}x",
+        "growth in the others": f"{found.usual_growth:.3g}x",
         "look at": found.suspect or "no single step",
     }
     return (
@@ -107,7 +130,7 @@ def _tightest_card(comparison: Comparison) -> str:
     row = min(judged, key=lambda row: row.margin)
     a, b = comparison.labels
     facts = {f"error of {a}": number(row.e_a), f"error of {b}": number(row.e_b), "limit": number(row.limit)}
-    facts |= {"lid": number(row.lid), "worst token left": f"{min(r.token_margin for r in judged):.0%}"}
+    facts |= {"lid": number(row.lid), "limit left, worst token": f"{min(r.token_margin for r in judged):.0%}"}
     used = round(100 * (1 - row.margin))
     bar = f'<div class="bar"><i style="width:{used}%;background:var(--pass)"></i></div>'
     key = f'<span class="key">{used}% of its limit used</span>'

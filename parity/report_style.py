@@ -1,18 +1,65 @@
-"""The look of the report: one inline style sheet for screen, light and dark, and for print. Nothing is fetched."""
+"""The look of the report: one inline style sheet for screen, light and dark, and for print. Nothing is fetched.
 
-CSS = """
-.tandem{--bg:#f6f6f4;--card:#fff;--ink:#1c1e22;--muted:#686d76;--line:#e3e3e0;--soft:#f1f1ee;--pass:#19794a;
-  --pass-bg:#e4f3ea;--fail:#bf3125;--fail-bg:#fbe7e4;--warn:#8f5a00;--warn-bg:#fbf0d9;--skip:#6d727b;
-  --skip-bg:#ececea;--a:#2360c5;--b:#c9650a;--ok:#dff0e5;--h0:#e9ece8;--h1:#cfe0d4;--h2:#a9cbb4;--h3:#e8cf8a;
-  --h4:#f0a34a;--h5:#e0602f;--h6:#a51d1d;color:var(--ink);
+Colours carry nothing alone: what they say is written beside them. Shares of a limit are blue below it and orange to red
+above, which those who cannot tell red from green can tell apart.
+"""
+
+_LIGHT = (
+    "--bg:#f6f6f4;--card:#fff;--ink:#1c1e22;--muted:#686d76;--line:#e3e3e0;--soft:#f1f1ee;--pass:#19794a;"
+    "--pass-bg:#e4f3ea;--fail:#bf3125;--fail-bg:#fbe7e4;--warn:#8f5a00;--warn-bg:#fbf0d9;--skip:#6d727b;"
+    "--skip-bg:#ececea;--a:#2360c5;--b:#c9650a;--ok:#dff0e5;--h0:#eceff2;--h1:#d3e1ee;--h2:#a8c6e0;"
+    "--h3:#6f9fc9;--h4:#f2b04c;--h5:#d9601c;--h6:#8e1b1b"
+)
+_DARK = (
+    "--bg:#131417;--card:#1b1d21;--ink:#e7e8ea;--muted:#9aa0a9;--line:#2d3036;--soft:#23262b;--pass:#56c78d;"
+    "--pass-bg:#173226;--fail:#ff7a6b;--fail-bg:#3d1d1a;--warn:#eab54e;--warn-bg:#372a10;--skip:#9aa0a9;"
+    "--skip-bg:#292c31;--a:#74aaff;--b:#ffab5c;--ok:#1a3025;--h0:#262a30;--h1:#27394b;--h2:#2d5273;"
+    "--h3:#3d78ab;--h4:#c98a2c;--h5:#ec6a2c;--h6:#ffb3a1"
+)
+# Jupyter has themes of its own, which need not be the browser's
+_COLOURS = f"""
+.tandem{{{_LIGHT}}}
+@media (prefers-color-scheme:dark){{.tandem{{{_DARK}}}}}
+[data-jp-theme-light=true] .tandem{{{_LIGHT}}}
+[data-jp-theme-light=false] .tandem{{{_DARK}}}
+@media print{{.tandem{{{_LIGHT}}}}}
+"""
+
+_DRAWN = """
+.tandem svg{display:block;width:100%;height:auto}
+.tandem svg text{font:11px system-ui,sans-serif;fill:var(--muted)}
+.tandem svg .la{fill:var(--a);font-weight:650}
+.tandem svg .lb{fill:var(--b);font-weight:650}
+.tandem svg .ea,.tandem svg .eb,.tandem svg .limit,.tandem svg .lid{fill:none;stroke-width:2;stroke-linejoin:round}
+.tandem svg .ea{stroke:var(--a)}
+.tandem svg .eb{stroke:var(--b);stroke-width:5;stroke-opacity:.5}
+.tandem svg .limit{stroke:var(--pass);stroke-width:1.2}
+.tandem svg .lid{stroke:var(--fail);stroke-width:1.2;stroke-dasharray:5 4}
+.tandem svg .limit-text{fill:var(--pass)}
+.tandem svg .lid-text{fill:var(--fail)}
+.tandem svg .area{fill:var(--ok)}
+.tandem svg .grid{stroke:var(--line);stroke-width:1}
+.tandem svg .pa{fill:var(--a)}
+.tandem svg .pb{fill:var(--b)}
+.tandem svg .ring{fill:none;stroke:var(--fail);stroke-width:2}
+.tandem svg .frame{fill:none;stroke:var(--ink);stroke-width:1.6}
+.tandem svg .frame.over{stroke:var(--fail)}
+.tandem svg .mark{stroke:var(--fail);stroke-width:1;stroke-dasharray:2 3}
+.tandem svg .calm{fill:var(--ink);font-weight:650}
+.tandem svg .mark-text{fill:var(--fail);font-weight:650}
+.tandem .h0{fill:var(--h0);background:var(--h0)}
+.tandem .h1{fill:var(--h1);background:var(--h1)}
+.tandem .h2{fill:var(--h2);background:var(--h2)}
+.tandem .h3{fill:var(--h3);background:var(--h3)}
+.tandem .h4{fill:var(--h4);background:var(--h4)}
+.tandem .h5{fill:var(--h5);background:var(--h5)}
+.tandem .h6{fill:var(--h6);background:var(--h6)}
+"""
+
+_RULES = """
+.tandem{color:var(--ink);
   font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;
   -webkit-print-color-adjust:exact;print-color-adjust:exact}
-@media (prefers-color-scheme:dark){
-  .tandem{--bg:#131417;--card:#1b1d21;--ink:#e7e8ea;--muted:#9aa0a9;--line:#2d3036;--soft:#23262b;--pass:#56c78d;
-  --pass-bg:#173226;--fail:#ff7a6b;--fail-bg:#3d1d1a;--warn:#eab54e;--warn-bg:#372a10;--skip:#9aa0a9;
-  --skip-bg:#292c31;--a:#74aaff;--b:#ffab5c;--ok:#1a3025;--h0:#2a2d31;--h1:#2a4336;--h2:#376b4f;--h3:#8c7433;
-  --h4:#c07a26;--h5:#dd5a2e;--h6:#ff8a80}
-}
 body.tandem{margin:0;background:var(--bg)}
 .tandem main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
 .tandem .brand{font-size:12px;letter-spacing:.14em;text-transform:uppercase;color:var(--muted);margin:0 0 4px}
@@ -53,6 +100,8 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .head{display:flex;gap:12px;align-items:baseline;flex-wrap:wrap;margin:0 0 6px}
 .tandem .head h2{margin:0}
 .tandem .sentence{margin:0 0 18px;max-width:92ch}
+.tandem .card>h2:first-child,.tandem .card>.heat:first-child{margin-top:0}
+.tandem .scroll+h3{margin-top:16px}
 .tandem .scroll{overflow-x:auto}
 .tandem table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 .tandem th{text-align:left;font-weight:600;color:var(--muted);font-size:12px;padding:6px 10px;
@@ -82,37 +131,17 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem summary{cursor:pointer;color:var(--muted);font-size:13px;font-weight:600}
 .tandem details[open] summary{margin-bottom:8px}
 .tandem ul.notes{margin:16px 0 0;padding-left:18px;font-size:13px;color:var(--muted)}
-.tandem svg{display:block;width:100%;height:auto}
-.tandem svg text{font:11px system-ui,sans-serif;fill:var(--muted)}
-.tandem svg .la{fill:var(--a);font-weight:650}
-.tandem svg .lb{fill:var(--b);font-weight:650}
-.tandem svg .ea,.tandem svg .eb,.tandem svg .limit,.tandem svg .lid{fill:none;stroke-width:2;stroke-linejoin:round}
-.tandem svg .ea{stroke:var(--a)}
-.tandem svg .eb{stroke:var(--b);stroke-width:5;stroke-opacity:.5}
-.tandem svg .limit{stroke:var(--pass);stroke-width:1.2}
-.tandem svg .lid{stroke:var(--fail);stroke-width:1.2;stroke-dasharray:5 4}
-.tandem svg .limit-text{fill:var(--pass)}
-.tandem svg .lid-text{fill:var(--fail)}
-.tandem svg .area{fill:var(--ok)}
-.tandem svg .grid{stroke:var(--line);stroke-width:1}
-.tandem svg .pa{fill:var(--a)}
-.tandem svg .pb{fill:var(--b)}
-.tandem svg .ring{fill:none;stroke:var(--fail);stroke-width:2}
-.tandem svg .mark{stroke:var(--fail);stroke-width:1;stroke-dasharray:2 3}
-.tandem svg .calm{fill:var(--ink);font-weight:650}
-.tandem svg .mark-text{fill:var(--fail);font-weight:650}
-.tandem .h0{fill:var(--h0);background:var(--h0)}
-.tandem .h1{fill:var(--h1);background:var(--h1)}
-.tandem .h2{fill:var(--h2);background:var(--h2)}
-.tandem .h3{fill:var(--h3);background:var(--h3)}
-.tandem .h4{fill:var(--h4);background:var(--h4)}
-.tandem .h5{fill:var(--h5);background:var(--h5)}
-.tandem .h6{fill:var(--h6);background:var(--h6)}
 .tandem .heat{margin-top:20px}
 .tandem .heat svg text{font-size:9.5px}
 .tandem .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:12px;color:var(--muted);margin-top:6px}
+.tandem .spark{margin:4px 0 0}
+.tandem .spark .key{margin:2px 0 0}
+.tandem.tandem.tandem table{table-layout:auto;margin:0;color:inherit}
+.tandem.tandem.tandem tr:not(.bad):not(.differs){background:none}
+.tandem.tandem.tandem :is(td,th):not(.num){text-align:left}
 @media (max-width:760px){
-  .tandem .split{grid-template-columns:1fr}
+  .tandem .split{grid-template-columns:minmax(0,1fr)}
+  .tandem .scroll>svg{min-width:600px}
   .tandem main{padding:18px 12px}
 }
 @media print{
@@ -129,3 +158,21 @@ body.tandem{margin:0;background:var(--bg)}
   .tandem details::details-content{content-visibility:visible;display:block}
 }
 """
+
+CSS = f"{_COLOURS}{_RULES}{_DRAWN}"
+
+
+def framed(content: str) -> str:
+    """A card for a notebook cell, which brings its own styles and touches no others."""
+    return f'<div class="tandem"><style>{CSS}</style><div class="card">{content}</div></div>'
+
+
+def standalone_svg(svg: str) -> str:
+    """A chart of this package as a file of its own: styles and background included."""
+    box = svg.partition('viewBox="')[2].partition('"')[0]
+    size = dict(zip(("width", "height"), box.split()[2:], strict=True))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="tandem" viewBox="{box}" width="{size["width"]}"'
+        f' height="{size["height"]}"><style>{_COLOURS}{_DRAWN}</style>'
+        f'<rect width="100%" height="100%" fill="var(--card)"/>{svg}</svg>'
+    )

@@ -13,6 +13,12 @@ from parity.verdict import shown
 
 esc = html.escape
 ABSENT = "\u2013"
+HOW_TO_READ = (
+    "hidden_states.0 are the embeddings, hidden_states.i what decoder layer i (from 1; model.layers.i-1) hands on."
+    " Errors are relative L2 distances from the float64 oracle, over the tokens that count. Ratio: the larger error"
+    " over the smaller. Margin: what is left of the limit, negative where it is exceeded; for the tensor, and for its"
+    " worst token (row, position)."
+)
 
 
 def flags_tables(comparison: Comparison) -> str:
@@ -56,12 +62,20 @@ def _flat(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tensor_table(comparison: Comparison) -> str:
+    """Every tensor, folded away."""
+    return (
+        f"<details><summary>All {len(comparison.rows)} tensors in numbers</summary>{tensor_rows(comparison)}</details>"
+    )
+
+
+def tensor_rows(comparison: Comparison) -> str:
+    """A line for every tensor."""
     a, b = map(esc, comparison.labels)
-    heads = (f"error {a}", f"error {b}", f"{a} to {b}", "ratio", "limit", "margin", "worst token", "its margin")
+    heads = (f"error of {a}", f"error of {b}", f"{a} to {b}", "ratio", "limit", "margin", "worst token", "its margin")
     head = "".join(f'<th class="num">{name}</th>' for name in heads)
     lines = "".join(_tensor_line(row) for row in comparison.rows)
     table = f'<div class="scroll"><table><tr><th>tensor</th>{head}<th></th></tr>{lines}</table></div>'
-    return f"<details><summary>All {len(comparison.rows)} tensors</summary>{table}</details>"
+    return f"{table}<p class='key'>{esc(HOW_TO_READ)}</p>"
 
 
 def probes_table(comparison: Comparison) -> str:

@@ -164,6 +164,23 @@ def input_hash(input_ids: Any, attention_mask: Any = None, position_ids: Any = N
     return digest.hexdigest()
 
 
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata document of a trace file, without reading a tensor.
+
+    Raises:
+        ValueError: the file is not a trace.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta, problems = _parse((file.metadata() or {}).get(DOCUMENT))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}. Was it copied whole?") from error
+    _raise_if(path, problems or trace_layout.meta_problems(meta))
+    return meta
+
+
 def _parse(document: str | None) -> tuple[dict[str, Any], list[str]]:
     """The metadata document and what is wrong with it."""
     if document is None:

@@ -46,10 +46,11 @@ def layer_of(name: str) -> int | None:
 
 def find_problems(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> list[str]:
     """Everything that keeps tensors and metadata from being a trace, one sentence each."""
-    return [*_meta_problems(meta), *_tensor_problems(tensors)]
+    return [*meta_problems(meta), *_tensor_problems(tensors)]
 
 
-def _meta_problems(meta: Mapping[str, Any]) -> list[str]:
+def meta_problems(meta: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with the metadata alone."""
     problems = []
     if meta.get("schema") != SCHEMA:
         problems.append(f"schema is {meta.get('schema')!r}, expected {SCHEMA}: was it written by another version?")

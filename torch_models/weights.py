@@ -17,7 +17,7 @@ from torch import nn
 from loaders import CheckpointError
 from loaders.digest import digests, tensor_digest
 from loaders.events import Event
-from loaders.export import export_checkpoint, tensors_of
+from loaders.export import TensorReader, export_checkpoint
 from loaders.plan import Filling, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from torch_models.census import moved, pointer_census
@@ -233,8 +233,14 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     )
 
 
-def weight_digests(model: Model) -> dict[str, str]:
-    """Digest of every checkpoint tensor the model holds, by name."""
+def tensor_reader(model: Model) -> TensorReader:
+    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
     check_awake(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu())))
+    return TensorReader(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    reader = tensor_reader(model)
+    return digests((name, reader(name)) for name in reader.places)

@@ -1,0 +1,162 @@
+"""Two live models of one checkpoint, compared, changed and compared again: what a notebook starts from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from loaders import Checkpoint
+from parity.backends import open_backend
+from parity.compare import compare
+from parity.comparison import Comparison
+from parity.injection import Live, rerun
+from parity.record import default_inputs, record_model, record_oracle, trace_names
+from parity.ruler import Side
+from parity.trace import Trace
+from parity.trace_layout import hidden_layers, routing_layers
+
+NEVER = 1 << 30  # no model has so many layers
+
+
+@dataclass(frozen=True)
+class LivePair:
+    """Two live models and the inputs both are run on.
+
+    Attributes:
+        a: ours. b: the peer.
+        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``, images and videos.
+        adapter: directory of the adapter that both run with, which the oracle has to know.
+    """
+
+    a: Live
+    b: Live
+    inputs: Mapping[str, np.ndarray]
+    adapter: str | None = None
+    _oracles: dict[str, tuple[Checkpoint, Trace]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the oracle reads: whatever ``a`` was last loaded from."""
+        return self.a.model.checkpoint
+
+    def compare(self) -> Comparison:
+        """Record both models as they stand now, and hold them against each other and the float64 oracle."""
+        a, b = (record_model(live.model, live.backend, self.inputs) for live in (self.a, self.b))
+        return self._judged(a, b)
+
+    def replace(self, *, a: Any = None, b: Any = None) -> LivePair:
+        """The pair with other models: what a change of a JAX model returns, for one."""
+        models = {side: model for side, model in (("a", a), ("b", b)) if model is not None}
+        return replace(self, **{side: replace(getattr(self, side), model=model) for side, model in models.items()})
+
+    def inject(self, before: Comparison, path: str, *, into: Side = "b") -> Comparison:
+        """See ``Comparison.inject``; ``before`` was made by ``compare``."""
+        if into not in ("a", "b"):
+            raise ValueError(f"into={into!r}, expected 'a' or 'b': the side that is run again.")
+        if before.case is None:
+            raise ValueError(f"the two could not be compared, so there is nothing to heal. {before.summary}")
+        path = self.path_of(path)
+        source, target = (self.a, self.b) if into == "b" else (self.b, self.a)
+        known = trace_names(self.checkpoint).get(path)
+        given = (before.case.a if into == "b" else before.case.b).tensors.get(known or "")
+        if given is None:  # not of a trace: the source has to run again
+            trace = rerun(source, target, self.inputs, path)
+        else:
+            trace = record_model(target.model, target.backend, self.inputs, inject={path: given})
+        sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
+        after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
+        note = f"{target.name} went on from {source.name}'s value at {path}, and what follows was judged: "
+        return replace(after, notes=(note + _told(before, after), *after.notes))
+
+    def path_of(self, given: str) -> str:
+        """The module path of what a user calls ``layers.7`` or ``hidden_states.8``."""
+        paths = {name: path for path, name in trace_names(self.checkpoint).items()}
+        text = self.checkpoint.config.text_paths[0]
+        is_short = given.partition(".")[0] in ("layers", "embed_tokens", "norm")
+        return paths.get(given, f"{text}.{given}" if is_short else given)
+
+    def __repr__(self) -> str:
+        rows, tokens = np.shape(self.inputs["input_ids"])
+        return f"{self.a.name} against {self.b.name}: {self.checkpoint.source}, {self.a.dtype}, {rows} rows of {tokens}"
+
+    def _judged(self, a: Trace, b: Trace) -> Comparison:
+        if routing_layers(a.tensors):  # each against its own expert choices: a flip of near equals is no error
+            oracle_a, oracle_b = (self._oracle(like=trace) for trace in (a, b))
+        else:
+            oracle_a = oracle_b = self._plain_oracle()
+        return replace(compare(a, b, oracle_a, oracle_b=oracle_b), pair=self)
+
+    def _plain_oracle(self) -> Trace:
+        kept = self._oracles.get("plain")
+        if kept is None or kept[0] is not self.checkpoint:
+            self._oracles["plain"] = kept = (self.checkpoint, self._oracle())
+        return kept[1]
+
+    def _oracle(self, like: Trace | None = None) -> Trace:
+        return record_oracle(self.checkpoint, self.inputs, like=like, adapter=self.adapter)
+
+
+def live_pair(
+    uri: str | os.PathLike[str],
+    a: str = "jax",
+    b: str = "torch",
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    weight_only: bool = False,
+) -> LivePair:
+    """Load a checkpoint into two backends, to be compared while it lives.
+
+    Args:
+        uri: the checkpoint.
+        a: ours, ``jax`` or ``torch``.
+        b: the peer, likewise.
+        inputs: what both are run on; None: ``parity.record.default_inputs``, long enough for a rotary bug to show.
+        dtype: compute dtype; None: the checkpoint's own.
+        device: of both; None: cpu (torch), the first (jax).
+        adapter: attach this PEFT adapter, for every row.
+        weight_only: of a quantised checkpoint, round neither inputs of layers nor keys and values, so that the two can
+            be held against each other.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded; lists everything.
+        DeviceNotFound: a backend is not installed, or has no such device.
+    """
+    sides = []
+    labels = (a, b) if a != b else (f"{a} (a)", f"{b} (b)")
+    for name, label in zip((a, b), labels, strict=True):
+        backend = open_backend(name, device)
+        model = backend.load(uri, dtype=dtype, weight_only=weight_only)
+        if adapter is not None:
+            with backend.scope():
+                model = model.attach_lora(adapter)
+        sides.append(Live(model, backend, label))
+    given = default_inputs(sides[0].model.checkpoint) if inputs is None else inputs
+    return LivePair(sides[0], sides[1], given, None if adapter is None else os.fspath(adapter))
+
+
+def _after(path: str, trace: Trace) -> Trace:
+    """The trace without what is computed before ``path`` and at it."""
+    first = NEVER if path.endswith(".norm") else 1
+    if (layer := re.search(r"\.layers\.(\d+)(\..+)?$", path)) is not None:
+        first = int(layer[1]) + (1 if layer[2] else 2)  # a layer's result is called by the number after its own
+    names = {f"hidden_states.{i}" for i in hidden_layers(trace.tensors) if i < first}
+    names |= {f"routing.{i}" for i in routing_layers(trace.tensors) if i < first}
+    names |= {"final_hidden_state"} if first == NEVER else set()
+    return Trace({name: array for name, array in trace.tensors.items() if name not in names}, trace.meta)
+
+
+def _told(before: Comparison, after: Comparison) -> str:
+    """What the second comparison says about the first."""
+    if before.verdict != "FAIL":
+        return "all was within its limits before, too."
+    if after.verdict == "FAIL":
+        return "it is still wrong, so something after it is wrong by itself."
+    return "it is right, so what was wrong came from there or from before."

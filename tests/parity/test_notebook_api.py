@@ -1,0 +1,301 @@
+"""What a comparison shows in a notebook: every object as HTML, as text, and as numbers that are recomputed here."""
+
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from synthetic_traces import add_error, make_backend, make_oracle, trio
+from test_report import Page
+
+import parity
+from parity.notebook import Table, Timeline
+from parity.sparkline import bars
+from parity.zoo import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def failing():
+    a, b, oracle = trio()
+    a.tensors["attention_mask"] = b.tensors["attention_mask"] = oracle.tensors["attention_mask"].copy()
+    for trace in (a, b, oracle):
+        trace.tensors["attention_mask"] = trace.tensors["attention_mask"].copy()
+        trace.tensors["attention_mask"][2, 15:] = 0
+        trace.meta.pop("input_hash")
+    add_error(a, oracle, from_layer=3, times=10)
+    return parity.compare(a, b, oracle)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two torch models: what is compared here needs no compiling."""
+    checkpoint = make_checkpoint("qwen3", tmp_path_factory.mktemp("pair") / "c", num_hidden_layers=2, vocab_size=97)
+    return parity.live_pair(checkpoint, "torch", "torch")
+
+
+@pytest.fixture
+def broken(pair):
+    """The second is 1 % off in layer 0."""
+    hook = pair.b.model.get_submodule("model.layers.0.mlp").register_forward_hook(lambda m, x, out: out * 1.01)
+    yield pair.compare()
+    hook.remove()
+
+
+# A comparison and what it is made of
+
+
+def test_traces_are_compared_from_their_files_too(tmp_path):
+    traces = trio()
+    paths = [trace.save(tmp_path / str(i)) for i, trace in enumerate(traces)]
+    assert parity.compare(*paths) == parity.compare(*traces)
+    assert parity.compare(str(paths[0]), traces[1]).summary == parity.compare(*traces[:2]).summary
+    (tmp_path / "bad").write_bytes(b"no trace")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        parity.compare(tmp_path / "bad", paths[1])
+
+
+def test_a_comparison_shows_its_sentence_and_a_bar_for_each_tensor_and_folds_the_rest(failing):
+    page = failing._repr_html_()
+    Page(page)
+    seen, _, folded = page.partition("<details>")
+    assert "Bug in jax, first at hidden_states.3" in seen
+    assert seen.count("<title>") == len(failing.rows)
+    assert "Error by tensor" in folded
+    assert repr(failing) == failing.to_text()
+    assert "to_dict" not in failing.to_json()
+
+
+def test_bars_cross_the_line_exactly_where_a_tensor_is_over_its_limit():
+    drawn = bars(["embed", "one", "two", "three"], [0.0, 1.0, 1.001, np.nan], "caption")
+    line = float(drawn.partition('class="lid" d="M0 ')[2].partition("H")[0])
+    tops = [float(part.partition("h")[0]) for part in drawn.split("V")[1::2]]
+    assert [top < line for top in tops] == [False, False, True, True]
+    assert "not finite" in drawn
+    assert bars([], [], "caption") == ""
+
+
+def test_every_object_is_escaped_and_none_runs_or_fetches_anything(failing):
+    evil = '<script>alert("x")</script>&"\''
+    a, b, oracle = trio()
+    a.meta["backend"] = evil
+    found = parity.compare(a, b, oracle)
+    for one in (found, found.table(), found.plot_layers(), found.token(3), found.heat(), found.heat("logits")):
+        page = one._repr_html_()
+        parsed = Page(page)
+        assert not any(tag in ("script", "img", "link") for tag, _, _ in parsed.attributes)
+        assert "http" not in page
+        assert "data-jp-theme-light" in page  # Jupyter's own themes
+        assert len(repr(one)) > 20
+
+
+@pytest.mark.parametrize("skipped", [parity.Comparison.skipped("no device"), None])
+def test_what_was_not_compared_is_shown_and_cannot_be_looked_into(skipped):
+    a, b, _ = trio()
+    b.meta["input_hash"] = "0" * 64
+    found = skipped or parity.compare(a, b)
+    for one in (found, found.table(), found.plot_layers(), found.heat()):
+        Page(one._repr_html_())
+        assert repr(one)
+    assert found.plot_layers()._repr_svg_() is None
+    for ask in (found.token, lambda: found.heat("logits"), lambda: found.inject("layers.0")):
+        with pytest.raises(ValueError, match=r"no two tokens|was not judged|live models"):
+            ask()
+
+
+# The table and the chart
+
+
+def test_a_table_has_a_column_for_everything_and_a_line_for_every_tensor(failing):
+    columns = failing.table().to_dict()
+    assert {len(column) for column in columns.values()} == {len(failing.rows)}
+    assert columns["name"] == [row.name for row in failing.rows]
+    assert columns["e_a"][3] == failing.rows[3].e_a
+    assert columns["worst_row"][3] == failing.rows[3].worst_token.row
+    deep = make_oracle(shape=(1, 30), layers=40)
+    table = parity.compare(make_backend(deep, "jax", 1), make_backend(deep, "torch", 2), deep).table()
+    assert len(repr(table).splitlines()) == 44
+    assert table._repr_html_().count("<tr") == 44
+
+
+def test_a_table_becomes_a_dataframe_where_there_is_pandas_and_says_so_where_not(failing, monkeypatch):
+    class Pandas:
+        DataFrame = dict
+
+    monkeypatch.setitem(sys.modules, "pandas", Pandas)
+    assert Table(failing).to_pandas() == failing.table().to_dict()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match="pip install pandas"):
+        failing.table().to_pandas()
+
+
+def test_the_chart_by_itself_is_one_svg_with_its_styles(failing):
+    root = ElementTree.fromstring(failing.plot_layers()._repr_svg_())
+    name = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{name}svg"
+    assert "--fail" in root.find(f"{name}style").text
+    assert len(root.findall(f".//{name}circle[@class='pa']")) == len(failing.rows)
+
+
+def test_a_timeline_shows_which_weights_were_held_after_each_step():
+    events = [
+        parity.EventResult(f"reload {name}", "jax", "pass", version=i, root=name * 64) for i, name in enumerate("aba")
+    ]
+    timeline = Timeline(events)
+    colours = re.findall(r"background:(hsl[^\"]*)", timeline._repr_html_())
+    assert colours[0] == colours[2] != colours[1]
+    assert [line.split()[1] for line in repr(timeline).splitlines()[1:]] == ["a", "b", "a"]
+
+
+# A token
+
+
+def softmax(logits):
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def test_a_token_says_what_each_side_would_say_next(failing):
+    view = failing.token(1, 7, top=3)
+    assert (view.row, view.position, view.judged) == (1, 7, True)
+    a, b, oracle = (trace.tensors["logits"][1, 7] for trace in (failing.case.a, failing.case.b, failing.case.oracle_a))
+    assert [one.label for one in view.speakers] == ["jax", "torch", "oracle"]
+    for speaker, logits in zip(view.speakers, (a, b, oracle), strict=True):
+        order = np.argsort(-logits)
+        assert [pick.token_id for pick in speaker.picks] == order[:3].tolist()
+        assert speaker.picks[0].probability == pytest.approx(softmax(logits)[order[0]])
+        assert speaker.margin == pytest.approx(logits[order[0]] - logits[order[1]], rel=1e-6)
+    q = softmax(oracle)
+    for speaker, logits in zip(view.speakers[:2], (a, b), strict=True):
+        assert speaker.kl == pytest.approx(np.sum(q * np.log(q / softmax(logits))), rel=1e-6)
+    assert view.speakers[2].kl is None
+    assert view.token_id == failing.case.a.tensors["input_ids"][1, 7]
+
+
+def test_a_token_has_its_errors_tensor_by_tensor(failing):
+    view = failing.token(1, 7)
+    assert [stage.tensor for stage in view.stages] == [row.name for row in failing.rows]
+    for stage in view.stages:
+        a, b, r = (
+            trace.tensors[stage.tensor][1, 7].astype(np.float64)
+            for trace in (failing.case.a, failing.case.b, failing.case.oracle_a)
+        )
+        assert stage.e_a == pytest.approx(np.linalg.norm(a - r) / np.linalg.norm(r))
+        assert stage.direct == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b))
+        assert stage.used == failing.token_used[stage.tensor][1, 7]
+    assert "Where its error comes from" in view._repr_html_()
+    assert "hidden_states.3" in repr(view)
+    assert view.to_dict()["stages"][0]["tensor"] == "hidden_states.0"
+
+
+def test_places_are_those_of_python_and_one_that_is_not_there_is_refused(failing):
+    worst = failing.worst_token
+    assert (failing.token().row, failing.token().position) == (worst.row, worst.position)
+    assert (failing.token(4).row, failing.token(4).position) == (worst.row, 4)
+    assert (failing.token(-1, -2).row, failing.token(-1, -2).position) == (2, 18)
+    assert not failing.token(2, 18).judged  # padding
+    for place in ((3, 0), (0, 20), (-4, 0), (0, 0, 0)):
+        with pytest.raises(ValueError, match=r"no token|3 numbers"):
+            failing.token(*place)
+    with pytest.raises(ValueError, match="at least 1"):
+        failing.token(0, 0, top=0)
+
+
+def test_without_an_oracle_a_token_compares_the_two_with_each_other():
+    a, b, _ = trio()
+    view = parity.compare(a, b).token(0, 3)
+    assert [one.label for one in view.speakers] == ["jax", "torch"]
+    assert all(one.kl > 0 for one in view.speakers)
+    assert {stage.e_a for stage in view.stages} == {None}
+
+
+def test_a_token_that_is_not_finite_is_shown_as_such():
+    a, b, oracle = trio()
+    a.tensors["logits"][0, 3, 5] = np.nan
+    view = parity.compare(a, b, oracle).token(0, 3)
+    assert view.speakers[0].kl == np.inf
+    assert view.stages[-1].e_a == np.inf
+    assert "not finite" in repr(view)
+    Page(view._repr_html_())
+
+
+# Heat
+
+
+def test_heat_is_what_each_token_uses_of_its_limit(failing):
+    heat = failing.heat("layers.2")
+    assert heat.name == "hidden_states.3"
+    np.testing.assert_array_equal(heat.used, failing.token_used["hidden_states.3"])
+    assert np.isnan(heat.used[2, 15:]).all()
+    rows = repr(heat).splitlines()[1:4]
+    over = [[char in "xX#" for char in row.removeprefix(f"row {i}").strip(" ")] for i, row in enumerate(rows)]
+    assert [sum(row) for row in over] == (np.nan_to_num(heat.used) > 1).sum(axis=1).tolist()
+    assert heat._repr_html_().count(">row ") == 3
+    assert heat._repr_html_().count('class="frame over"') == 1  # the worst token
+    assert np.nanmax(failing.heat().used) >= np.nanmax(heat.used)
+    with pytest.raises(
+        ValueError, match=r"expected one of hidden_states\.0 to hidden_states\.4, final_hidden_state, logits"
+    ):
+        failing.heat("layers.9")
+
+
+# What if
+
+
+def test_a_healed_value_says_on_which_side_of_it_the_bug_is(pair, broken):
+    assert broken.verdict == "FAIL"
+    healed, still = broken.inject("layers.0"), broken.inject("embed_tokens")
+    assert healed.verdict == "PASS"
+    assert healed.rows[0].name == "hidden_states.2"
+    assert "it is right" in healed.notes[0]
+    assert still.verdict == "FAIL"
+    assert still.rows[0].name == "hidden_states.1"
+    assert "it is still wrong" in still.notes[0]
+    assert broken.inject("hidden_states.1").rows == healed.rows
+    assert broken.inject("model.layers.0.mlp").verdict == "PASS"  # the very module, healed
+    assert broken.inject("norm").rows[0].name == "logits"
+    assert healed.inject("layers.0").verdict == "PASS"
+
+
+def test_a_bug_spreads_to_the_side_that_takes_its_value(pair, broken):
+    spread = broken.inject("layers.0", into="a")
+    assert spread.verdict == "FAIL"
+    assert spread.cause == "both wrong"
+
+
+def test_a_pair_says_what_it_is_and_refuses_what_it_has_not(pair, broken):
+    assert "torch (a) against torch (b)" in repr(pair)
+    with pytest.raises(ValueError, match="expected 'a' or 'b'"):
+        broken.inject("layers.0", into="both")
+    for path in ("layers.7", "model.layers.0.mlp.nothing"):
+        with pytest.raises(ValueError, match="no such tap|no tap|is no tap"):
+            broken.inject(path)
+
+
+def test_a_pair_is_compared_as_it_stands_now(pair, tmp_path):
+    assert pair.compare().verdict == "PASS"
+    head = -pair.b.model.get_embed_and_head()[1].detach().clone()
+    other = pair.replace(b=parity.live_pair(pair.checkpoint.source.path, "torch", "torch").b.model)
+    other.b.model.set_embed_and_head(None, head)
+    found = other.compare()
+    assert found.verdict == "INVALID"
+    assert "lm_head.weight" in found.summary
+    assert pair.compare().verdict == "PASS"
+    with pytest.raises(ValueError, match="could not be compared"):
+        found.inject("layers.0")
+
+
+def test_a_sparse_pair_is_judged_by_its_own_experts(tmp_path):
+    checkpoint = make_checkpoint("qwen3-moe", tmp_path / "c", num_hidden_layers=2, vocab_size=97)
+    sparse = parity.live_pair(checkpoint, "torch", "torch").compare()
+    assert sparse.verdict == "PASS"
+    assert sparse.case.oracle_a is not sparse.case.oracle_b
+    assert sparse.inject("layers.0").verdict == "PASS"
+
+
+def test_looking_closer_needs_no_framework():
+    blocked = "sys.modules.update(dict.fromkeys(['jax', 'torch', 'ml_dtypes', 'loaders', 'pandas']))"
+    code = f"import sys; {blocked}; import parity.notebook, parity.token_view, parity.sparkline"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
