@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -201,8 +202,13 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
 
 
-def weight_digests(model: Model) -> dict[str, str]:
-    """Digest of every checkpoint tensor the model holds, by name."""
+def checkpoint_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every checkpoint tensor the model holds, by name, as it stands now, on the host in its stored dtype."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name])))
+    return tensors_of(model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    return digests(checkpoint_tensors(model))

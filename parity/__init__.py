@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity.asserting import Oracle, assert_parity
+    from parity.backend import Backend, BackendInfo, record_backend
     from parity.compare import compare
     from parity.comparison import Comparison
     from parity.events import EventResult
@@ -18,14 +20,30 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it. One line per name.
 _PUBLIC = {
+    "Backend": "parity.backend",
+    "BackendInfo": "parity.backend",
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
+    "Oracle": "parity.asserting",
     "Trace": "parity.trace",
+    "assert_parity": "parity.asserting",
     "compare": "parity.compare",
+    "record_backend": "parity.backend",
     "run_lifecycle": "parity.lifecycle",
 }
 
-__all__ = ["Comparison", "EventResult", "Trace", "compare", "run_lifecycle"]
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "Comparison",
+    "EventResult",
+    "Oracle",
+    "Trace",
+    "assert_parity",
+    "compare",
+    "record_backend",
+    "run_lifecycle",
+]
 
 
 def __getattr__(name: str) -> Any:

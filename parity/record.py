@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,15 @@ import numpy as np
 from loaders import Checkpoint, open_checkpoint
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter
-from loaders.digest import digests, root_digest
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL
 from loaders.multimodal import TYPES, check_inputs, placeholders, shown_of
 from loaders.plan import plan_load
 from loaders.stage import Stage
-from parity.backends import Backend
+from parity.backend import BackendInfo, Inputs, record_backend
+from parity.backends import Framework
 from parity.oracle import oracle_forward
-from parity.trace import Trace, input_hash, make_meta
+from parity.trace import Trace
 from parity.trace_layout import AMPLIFICATION, activations
 from parity.zoo import prompts
 from parity.zoo_pictures import pictures
@@ -67,58 +69,111 @@ def trace_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names | {"mtp.layers.0.mlp.gate": "mtp.routing.1"}
 
 
-def record_model(
-    model: Any,
-    backend: Backend,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    max_new_tokens: int | None = None,
-    ignore_eos: bool = False,
-    mtp: bool = False,
-) -> Trace:
-    """What a live model computes on ``inputs``.
+@dataclass(frozen=True)
+class ModelBackend:
+    """One of our models as a ``parity.Backend``.
 
-    Args:
-        model: of ``backend``, whole.
-        backend: where it lives.
-        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``, images and videos.
+    Attributes:
+        model: whole, of ``framework``.
+        framework: where it lives.
         max_new_tokens: also generate so many, greedily.
         ignore_eos: go on after an end-of-sequence token.
         mtp: also run the model's draft, which it must have been loaded with.
+    """
+
+    model: Any
+    framework: Framework
+    max_new_tokens: int | None = None
+    ignore_eos: bool = False
+    mtp: bool = False
+
+    @property
+    def info(self) -> BackendInfo:
+        """What ran, and what of it besides the weights decides on what it computes."""
+        model, dtype = self.model, str(self.model.dtype).removeprefix("torch.")
+        facts: dict[str, Any] = {"events": [dataclasses.asdict(event) for event in model.events]}
+        if model.config.quantization is not None:
+            facts["weight_only"] = not (model.quantizes_inputs or model.rounds_cache)
+            facts["kernels"] = dict(Counter(model.kernels.values()))
+        return BackendInfo(
+            name=self.framework.name,
+            dtype=dtype,
+            device=self.framework.device,
+            versions=self.framework.versions(),
+            # two runs of one checkpoint that differ in this computed different things
+            precision=self.framework.precision(dtype) | _computed(model),
+            checkpoint=str(model.checkpoint.source),
+            facts=facts,
+        )
+
+    def run(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """What the model computes on ``inputs``.
+
+        Raises:
+            ValueError: bad inputs, or no draft.
+        """
+        model, host = self.model, self.framework.to_numpy
+        with self.framework.scope():
+            logits, taps = model.with_taps(**inputs)
+            names = trace_names(model.checkpoint)
+            tensors = {names[path]: host(value) for path, value in taps.items()}
+            tensors["logits"] = host(logits)
+            if self.mtp:
+                drafted, hidden, taps = model.draft.with_taps(**inputs)
+                tensors |= {"mtp.logits": host(drafted), "mtp.hidden_state": host(hidden)}
+                drafts = {path: value for path, value in taps.items() if path.startswith("mtp.")}
+                tensors |= {names[path]: host(value) for path, value in drafts.items()}
+            if self.max_new_tokens:
+                tensors |= _generated(model, self.framework, inputs, self.max_new_tokens, self.ignore_eos)
+        return tensors
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every checkpoint tensor the model holds."""
+        return import_module(f"{self.framework.module.__name__}.weights").checkpoint_tensors(self.model)
+
+
+def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:
+    """What a live model computes on ``inputs``; options are those of ``ModelBackend``.
+
     Raises:
         ValueError: bad inputs, or no draft.
     """
-    with backend.scope():
-        logits, taps = model.with_taps(**inputs)
-        names = trace_names(model.checkpoint)
-        tensors = {names[path]: backend.to_numpy(value) for path, value in taps.items()}
-        tensors["logits"] = backend.to_numpy(logits)
-        if mtp:
-            drafted, hidden, taps = model.draft.with_taps(**inputs)
-            tensors |= {"mtp.logits": backend.to_numpy(drafted), "mtp.hidden_state": backend.to_numpy(hidden)}
-            drafts = {path: value for path, value in taps.items() if path.startswith("mtp.")}
-            tensors |= {names[path]: backend.to_numpy(value) for path, value in drafts.items()}
-        if max_new_tokens:
-            tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
-    dtype = str(model.dtype).removeprefix("torch.")
-    found = model.digests()
-    rounded = {"quantized_inputs": model.quantizes_inputs, "rounded_cache": model.rounds_cache}
-    is_quantized = model.config.quantization is not None
-    meta = make_meta(
-        backend=backend.name,
-        dtype=dtype,
-        input_hash=input_hash(**inputs),
-        device=backend.device,
-        versions=backend.versions(),
-        # two runs of one checkpoint that differ in this computed different things
-        precision=backend.precision(dtype) | _computed(model),
-        weights={"digests": found, "root": root_digest(found)},
-        events=[dataclasses.asdict(event) for event in model.events],
-        checkpoint=str(model.checkpoint.source),
-        weight_only=not any(rounded.values()) if is_quantized else None,
-        kernels=dict(Counter(model.kernels.values())) if is_quantized else None,
-    )
-    return Trace(tensors | _given(inputs), meta)
+    return record_backend(ModelBackend(model, backend, **options), inputs)
+
+
+@dataclass(frozen=True)
+class OracleBackend:
+    """The float64 oracle of a checkpoint as a ``parity.Backend``.
+
+    Attributes:
+        checkpoint: whose stored weights to compute with.
+        like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
+        mtp: also run the checkpoint's draft.
+        adapter: directory of one, for every row.
+    """
+
+    checkpoint: Checkpoint
+    like: Trace | None = None
+    mtp: bool = False
+    adapter: str | os.PathLike[str] | None = None
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo(name="oracle64", dtype="float64", checkpoint=str(self.checkpoint.source))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The reference, and how much it amplifies rounding."""
+        opened = None if self.adapter is None else open_adapter(self.adapter, self.checkpoint.config)
+        replayed = ("routing.", "mtp.routing.") if self.mtp else ("routing.",)
+        chosen = {} if self.like is None else self.like.tensors
+        routing = {name: array for name, array in chosen.items() if name.startswith(replayed)}
+        common = {"mtp": self.mtp, "adapter": opened}
+        tensors = oracle_forward(self.checkpoint, **inputs, routing=routing or None, **common)
+        return tensors | amplification(self.checkpoint, inputs, tensors, **common)
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The files' tensors that a model loads."""
+        return self.checkpoint.stream(names=plan_load(self.checkpoint, Stage(mtp=self.mtp)).tensors)
 
 
 def record_oracle(
@@ -129,29 +184,8 @@ def record_oracle(
     mtp: bool = False,
     adapter: str | os.PathLike[str] | None = None,
 ) -> Trace:
-    """What the float64 oracle says about ``inputs``.
-
-    Args:
-        checkpoint: whose stored weights to compute with.
-        inputs: as for ``record_model``.
-        like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
-        mtp: also run the checkpoint's draft.
-        adapter: directory of one, for every row.
-    """
-    opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
-    replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
-    routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
-    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, adapter=opened)
-    tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp, adapter=opened)
-    found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
-    meta = make_meta(
-        backend="oracle64",
-        dtype="float64",
-        input_hash=input_hash(**inputs),
-        weights={"digests": found, "root": root_digest(found)},
-        checkpoint=str(checkpoint.source),
-    )
-    return Trace(tensors | _given(inputs), meta)
+    """What the float64 oracle says about ``inputs``; see ``OracleBackend``."""
+    return record_backend(OracleBackend(checkpoint, like, mtp, adapter), inputs)
 
 
 def amplification(
@@ -179,7 +213,7 @@ def amplification(
 
 def record(
     uri: str | os.PathLike[str],
-    backend: Backend,
+    backend: Framework,
     inputs: Mapping[str, np.ndarray] | None = None,
     *,
     dtype: str | None = None,
@@ -219,14 +253,8 @@ def _computed(model: Any) -> dict[str, Any]:
     return (rounded if is_quantized else {}) | ({"adapters": adapters} if adapters else {})
 
 
-def _given(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    ids = np.asarray(inputs["input_ids"])
-    mask = inputs.get("attention_mask")
-    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64) if mask is None else np.asarray(mask)}
-
-
 def _generated(
-    model: Any, backend: Backend, inputs: Mapping[str, np.ndarray], max_new_tokens: int, ignore_eos: bool
+    model: Any, backend: Framework, inputs: Mapping[str, np.ndarray], max_new_tokens: int, ignore_eos: bool
 ) -> dict[str, np.ndarray]:
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")

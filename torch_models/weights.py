@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,8 +233,13 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     )
 
 
-def weight_digests(model: Model) -> dict[str, str]:
-    """Digest of every checkpoint tensor the model holds, by name."""
+def checkpoint_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every checkpoint tensor the model holds, by name, as it stands now, on the host in its stored dtype."""
     check_awake(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return digests(tensors_of(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu())))
+    return tensors_of(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()))
+
+
+def weight_digests(model: Model) -> dict[str, str]:
+    """Digest of every checkpoint tensor the model holds, by name."""
+    return digests(checkpoint_tensors(model))
