@@ -1,6 +1,6 @@
 """Every event in the life of a weight, on anybody's torch module; each on a fresh one, so that one bug is one failure.
 
-    foreign_lifecycle(vllm_style(MyModel, input_ids), checkpoint_a, checkpoint_b)
+foreign_lifecycle(vllm_style(MyModel, input_ids), checkpoint_a, checkpoint_b)
 """
 
 from __future__ import annotations
