@@ -171,4 +171,4 @@ class Experts(Part):
         share_TE = functional.softmax(x_TD @ self.router.T, -1)
         up_ETP, gate_ETP = (x_TD @ self.w13_kernel.transpose(1, 2)).chunk(2, -1)
         out_ETD = (functional.silu(gate_ETP) * up_ETP) @ self.w2_kernel.transpose(1, 2)
-        return torch.einsum("te,etd->td", share_TE, out_ETD)
+        return (share_TE.T[..., None] * out_ETD).sum(0)

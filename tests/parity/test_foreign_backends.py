@@ -165,7 +165,7 @@ def test_a_jax_function_may_return_logits_alone():
 @pytest.mark.parametrize(
     ("taps", "says"),
     [
-        ({"blok": "hidden_states.1"}, "no module of Toy is called blok"),
+        ({"block2": "hidden_states.1"}, "no module of Toy is called block2"),
         ({"embed": "x", "block": "x"}, "two taps give x"),
     ],
 )

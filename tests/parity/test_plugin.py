@@ -223,7 +223,7 @@ def test_a_cuda_device_is_asked_for_its_capability(monkeypatch):
 
 def test_markers_register_themselves_and_a_typo_in_parity_is_told(suite):
     source = """
-@pytest.mark.parity(modell="qwen3")
+@pytest.mark.parity(models="qwen3")
 def test_typo(backend_pair): pass
 
 @pytest.mark.parity(dtype="float23")
@@ -234,7 +234,7 @@ def test_model(oracle): pass
 """
     done = suite(source)
     done.assert_outcomes(errors=3)
-    done.stdout.fnmatch_lines(["*unexpected keyword argument 'modell'*", "*float23*expected one of float32*"])
+    done.stdout.fnmatch_lines(["*unexpected keyword argument 'models'*", "*float23*expected one of float32*"])
     done.stdout.fnmatch_lines(["*the zoo has no 'qwen33', expected one of qwen3, *"])
 
 
