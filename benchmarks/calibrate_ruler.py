@@ -14,7 +14,8 @@ import numpy as np
 
 from parity.backends import open_backend
 from parity.compare import compare
-from parity.record import record_model, record_oracle
+from parity.record import record_model
+from parity.record_oracle import record_oracle
 from parity.ruler import LIMITS, token_floor
 from parity.trace import Trace
 from parity.zoo import make_checkpoint, prompts

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parity.asserting import Oracle, assert_parity
+    from parity.backend import Backend, BackendInfo, record_backend
     from parity.bisect import bisect, local_errors
     from parity.bisection import Bisection
     from parity.compare import compare
@@ -22,31 +24,41 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it. One line per name.
 _PUBLIC = {
+    "Backend": "parity.backend",
+    "BackendInfo": "parity.backend",
     "Bisection": "parity.bisection",
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
     "Live": "parity.injection",
     "LivePair": "parity.live_pairs",
+    "Oracle": "parity.asserting",
     "Trace": "parity.trace",
+    "assert_parity": "parity.asserting",
     "bisect": "parity.bisect",
     "compare": "parity.compare",
     "live_pair": "parity.live_pairs",
     "local_errors": "parity.bisect",
+    "record_backend": "parity.backend",
     "rerun": "parity.injection",
     "run_lifecycle": "parity.lifecycle",
 }
 
 __all__ = [
+    "Backend",
+    "BackendInfo",
     "Bisection",
     "Comparison",
     "EventResult",
     "Live",
     "LivePair",
+    "Oracle",
     "Trace",
+    "assert_parity",
     "bisect",
     "compare",
     "live_pair",
     "local_errors",
+    "record_backend",
     "rerun",
     "run_lifecycle",
 ]

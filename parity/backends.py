@@ -1,6 +1,7 @@
-"""One way to hold either backend: load it, run it, and bring what it says to NumPy.
+"""The frameworks of our two backends, each on a device: load a model there, and bring what it says to NumPy.
 
-Importing this imports neither framework; ``open_backend`` imports the one it is asked for.
+Importing this imports neither framework; ``open_backend`` imports the one it is asked for. What runs, ours or not, is a
+``parity.Backend``, see ``parity.backend``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NAMES = ("jax", "torch")
 
 
 @dataclass(frozen=True)
-class Backend:
+class Framework:
     """A framework on a device.
 
     Attributes:
@@ -44,7 +45,7 @@ class Backend:
         mtp: bool = False,
         weight_only: bool = False,
     ) -> Any:
-        """The backend's model of a checkpoint; see its ``load``. ``weight_only``: nothing beside weights is rounded."""
+        """Our model of a checkpoint; see its ``load``. ``weight_only``: nothing beside weights is rounded."""
         options = {"dtype": dtype, "stage": stage, "mtp": mtp}
         options |= {"activation_quantization": False} if weight_only else {}
         with self.scope():
@@ -93,8 +94,8 @@ class Backend:
         return {"matmul": matmul, **flags}
 
 
-def open_backend(name: str, device: str | None = None) -> Backend:
-    """The backend called ``name`` on ``device`` (default: cpu for torch, JAX's default).
+def open_backend(name: str, device: str | None = None) -> Framework:
+    """The framework of the backend called ``name`` on ``device`` (default: cpu for torch, JAX's default).
 
     Raises:
         ValueError: no such backend.
@@ -108,7 +109,7 @@ def open_backend(name: str, device: str | None = None) -> Backend:
         raise DeviceNotFound(f"backend {name} needs the package {error.name}: pip install 'tandem[{name}]'") from error
 
 
-def _open_torch(device: str) -> Backend:
+def _open_torch(device: str) -> Framework:
     import torch
 
     import torch_models
@@ -119,10 +120,10 @@ def _open_torch(device: str) -> Backend:
     except (RuntimeError, AssertionError) as error:
         raise DeviceNotFound(f"torch has no device {device!r}: {str(error).splitlines()[0]}") from error
     called = torch.cuda.get_device_name(place) if place.type == "cuda" else device
-    return Backend("torch", torch_models, called, place)
+    return Framework("torch", torch_models, called, place)
 
 
-def _open_jax(device: str | None) -> Backend:
+def _open_jax(device: str | None) -> Framework:
     import jax
 
     import jax_models
@@ -133,4 +134,4 @@ def _open_jax(device: str | None) -> Backend:
         place = found[int(index or 0)]
     except (RuntimeError, IndexError) as error:
         raise DeviceNotFound(f"jax has no device {device!r}: {str(error).splitlines()[0]}") from error
-    return Backend("jax", jax_models, str(place.device_kind), place)
+    return Framework("jax", jax_models, str(place.device_kind), place)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from parity.backends import Backend
+from parity.backends import Framework
 from parity.record import record_model
 from parity.trace import Trace
 
@@ -45,7 +45,7 @@ class Live:
     """A model of ours and where it lives: a ``Tapped``. ``label``: what to call it, where not as its backend."""
 
     model: Any
-    backend: Backend
+    backend: Framework
     label: str | None = None
 
     @property

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_models.weights import flatten
-from parity.backends import Backend
+from parity.backends import Framework
 from parity.live_model import STEPS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for every program, from the disk cache or not
@@ -21,7 +21,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for every pr
 class JaxLive:
     """What the laws need to know of JAX; see ``parity.live_model.LiveBackend``."""
 
-    backend: Backend
+    backend: Framework
     poison_publishes: bool = True
     keeps_old: bool = True
     captures: bool = False
@@ -89,5 +89,5 @@ def _compilations() -> list[str]:
     return seen
 
 
-def live(backend: Backend) -> JaxLive:
+def live(backend: Framework) -> JaxLive:
     return JaxLive(backend)

@@ -21,7 +21,7 @@ from loaders.plan import plan_load
 from loaders.spec import Specs
 from loaders.stage import Stage
 from loaders.writer import write_checkpoint
-from parity.backends import Backend
+from parity.backends import Framework
 from parity.faults import Fault, broken_checkpoint
 from parity.zoo import prompts
 from parity.zoo_pictures import pictures
@@ -47,7 +47,7 @@ class LiveBackend(Protocol):
     """
 
     @property
-    def backend(self) -> Backend: ...
+    def backend(self) -> Framework: ...
     @property
     def poison_publishes(self) -> bool: ...
     @property

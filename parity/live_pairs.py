@@ -15,7 +15,8 @@ from parity.backends import open_backend
 from parity.compare import compare
 from parity.comparison import Comparison
 from parity.injection import Live, rerun
-from parity.record import default_inputs, record_model, record_oracle, trace_names
+from parity.record import default_inputs, record_model, trace_names
+from parity.record_oracle import record_oracle
 from parity.ruler import Side
 from parity.trace import Trace
 from parity.trace_layout import hidden_layers, routing_layers

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from loaders.inputs import bucket
-from parity.backends import Backend
+from parity.backends import Framework
 from parity.live_model import STEPS
 from torch_models.census import pointer_census
 from torch_models.graphs import row_bucket
@@ -20,7 +20,7 @@ from torch_models.graphs import row_bucket
 class TorchLive:
     """What the laws need to know of torch; see ``parity.live_model.LiveBackend``."""
 
-    backend: Backend
+    backend: Framework
     poison_publishes: bool = False
     keeps_old: bool = False
     captures: bool = True
@@ -73,5 +73,5 @@ class TorchLive:
         return 0.0
 
 
-def live(backend: Backend) -> TorchLive:
+def live(backend: Framework) -> TorchLive:
     return TorchLive(backend)

@@ -1,34 +1,27 @@
-"""Run one backend, or the oracle, on a batch and write down what it computed."""
+"""Run one of our models on a batch and write down what it computed."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.adapter_updates import Adapter
-from loaders.adapters import open_adapter
-from loaders.digest import digests, root_digest
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL
 from loaders.multimodal import TYPES, check_inputs, placeholders, shown_of
-from loaders.plan import plan_load
-from loaders.stage import Stage
-from parity.backends import Backend
-from parity.oracle import oracle_forward
-from parity.oracles.fault import Fault
-from parity.probes import places, probe
-from parity.trace import Trace, input_hash, make_meta
-from parity.trace_layout import AMPLIFICATION, activations
+from parity.backend import BackendInfo, Inputs, record_backend
+from parity.backends import Framework
+from parity.trace import Trace
 from parity.zoo import prompts
 from parity.zoo_pictures import pictures
 
-SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
 INPUTS = ("input_ids", "attention_mask", "position_ids", *MULTIMODAL)
 
 
@@ -69,142 +62,84 @@ def trace_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names | {"mtp.layers.0.mlp.gate": "mtp.routing.1"}
 
 
-def record_model(
-    model: Any,
-    backend: Backend,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    max_new_tokens: int | None = None,
-    ignore_eos: bool = False,
-    mtp: bool = False,
-    inject: Mapping[str, np.ndarray] | None = None,
-) -> Trace:
-    """What a live model computes on ``inputs``.
+@dataclass(frozen=True)
+class ModelBackend:
+    """One of our models as a ``parity.Backend``.
 
-    Args:
-        model: of ``backend``, whole.
-        backend: where it lives.
-        inputs: ``input_ids`` [B, T], optional ``attention_mask``, ``position_ids``, images and videos.
+    Attributes:
+        model: whole, of ``framework``.
+        framework: where it lives.
         max_new_tokens: also generate so many, greedily.
         ignore_eos: go on after an end-of-sequence token.
         mtp: also run the model's draft, which it must have been loaded with.
         inject: values that take the place of what is computed, by path; see ``Model.with_taps``.
+    """
+
+    model: Any
+    framework: Framework
+    max_new_tokens: int | None = None
+    ignore_eos: bool = False
+    mtp: bool = False
+    inject: Inputs | None = None
+
+    @property
+    def info(self) -> BackendInfo:
+        """What ran, and what of it besides the weights decides on what it computes."""
+        model, dtype = self.model, str(self.model.dtype).removeprefix("torch.")
+        facts: dict[str, Any] = {"events": [dataclasses.asdict(event) for event in model.events]}
+        if model.config.quantization is not None:
+            facts["weight_only"] = not (model.quantizes_inputs or model.rounds_cache)
+            facts["kernels"] = dict(Counter(model.kernels.values()))
+        return BackendInfo(
+            name=self.framework.name,
+            dtype=dtype,
+            device=self.framework.device,
+            versions=self.framework.versions(),
+            # two runs of one checkpoint that differ in this computed different things
+            precision=self.framework.precision(dtype) | _computed(model),
+            checkpoint=str(model.checkpoint.source),
+            facts=facts,
+        )
+
+    def run(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """What the model computes on ``inputs``.
+
+        Raises:
+            ValueError: bad inputs, or no draft.
+        """
+        model, host = self.model, self.framework.to_numpy
+        with self.framework.scope():
+            logits, taps = model.with_taps(**inputs, inject=self.inject)
+            names = trace_names(model.checkpoint)
+            tensors = {names[path]: host(value) for path, value in taps.items()}
+            tensors["logits"] = host(logits)
+            if self.mtp:
+                drafted, hidden, taps = model.draft.with_taps(**inputs)
+                tensors |= {"mtp.logits": host(drafted), "mtp.hidden_state": host(hidden)}
+                drafts = {path: value for path, value in taps.items() if path.startswith("mtp.")}
+                tensors |= {names[path]: host(value) for path, value in drafts.items()}
+            if self.max_new_tokens:
+                tensors |= _generated(model, self.framework, inputs, self.max_new_tokens, self.ignore_eos)
+        return tensors
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every checkpoint tensor the model holds."""
+        reader = import_module(f"{self.framework.module.__name__}.weights").tensor_reader(self.model)
+        return ((name, reader(name)) for name in reader.places)
+
+
+def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:
+    """What a live model computes on ``inputs``; options are those of ``ModelBackend``.
+
     Raises:
         ValueError: bad inputs, or no draft.
     """
-    with backend.scope():
-        logits, taps = model.with_taps(**inputs, inject=inject)
-        names = trace_names(model.checkpoint)
-        tensors = {names[path]: backend.to_numpy(value) for path, value in taps.items()}
-        tensors["logits"] = backend.to_numpy(logits)
-        if mtp:
-            drafted, hidden, taps = model.draft.with_taps(**inputs)
-            tensors |= {"mtp.logits": backend.to_numpy(drafted), "mtp.hidden_state": backend.to_numpy(hidden)}
-            drafts = {path: value for path, value in taps.items() if path.startswith("mtp.")}
-            tensors |= {names[path]: backend.to_numpy(value) for path, value in drafts.items()}
-        if max_new_tokens:
-            tensors |= _generated(model, backend, inputs, max_new_tokens, ignore_eos)
-    dtype = str(model.dtype).removeprefix("torch.")
-    found = model.digests()
-    rounded = {"quantized_inputs": model.quantizes_inputs, "rounded_cache": model.rounds_cache}
-    is_quantized = model.config.quantization is not None
-    meta = make_meta(
-        backend=backend.name,
-        dtype=dtype,
-        input_hash=input_hash(**inputs),
-        device=backend.device,
-        versions=backend.versions(),
-        # two runs of one checkpoint that differ in this computed different things
-        precision=backend.precision(dtype) | _computed(model),
-        weights={"digests": found, "root": root_digest(found)},
-        events=[dataclasses.asdict(event) for event in model.events],
-        checkpoint=str(model.checkpoint.source),
-        weight_only=not any(rounded.values()) if is_quantized else None,
-        kernels=dict(Counter(model.kernels.values())) if is_quantized else None,
-    )
-    return Trace(tensors | _given(inputs), meta)
-
-
-def record_oracle(
-    checkpoint: Checkpoint,
-    inputs: Mapping[str, Any],
-    *,
-    like: Trace | None = None,
-    mtp: bool = False,
-    adapter: str | os.PathLike[str] | None = None,
-    probes: int | None = None,
-) -> Trace:
-    """What the float64 oracle says about ``inputs``.
-
-    Args:
-        checkpoint: whose stored weights to compute with.
-        inputs: as for ``record_model``.
-        like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
-        mtp: also run the checkpoint's draft.
-        adapter: directory of one, for every row.
-        probes: at how many places to try faults of one percent, two passes each; see ``parity.probes.places``.
-    """
-    opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
-    replayed = ("routing.", "mtp.routing.") if mtp else ("routing.",)
-    routing = {} if like is None else {name: x for name, x in like.tensors.items() if name.startswith(replayed)}
-    tensors = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, adapter=opened)
-    tensors |= amplification(checkpoint, inputs, tensors, mtp=mtp, adapter=opened)
-    responses, documents = _probed(checkpoint, inputs, tensors, opened, probes)
-    tensors |= responses
-    found = digests(checkpoint.stream(names=plan_load(checkpoint, Stage(mtp=mtp)).tensors))
-    meta = make_meta(
-        backend="oracle64",
-        dtype="float64",
-        input_hash=input_hash(**inputs),
-        weights={"digests": found, "root": root_digest(found)},
-        checkpoint=str(checkpoint.source),
-    )
-    return Trace(tensors | _given(inputs), meta | {"probes": documents})
-
-
-def _probed(
-    checkpoint: Checkpoint,
-    inputs: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    adapter: Adapter | None,
-    limit: int | None,
-) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Faults of one percent, with the oracle's own experts replayed: a flip is no measure of an error."""
-    routing = {name: x for name, x in tensors.items() if name.startswith("routing.")}
-    mask_BT = _given(inputs)["attention_mask"].astype(bool)
-
-    def forward(fault: Fault) -> dict[str, np.ndarray]:
-        return oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=adapter, fault=fault)
-
-    return probe(places(checkpoint, limit), forward, tensors, mask_BT)
-
-
-def amplification(
-    checkpoint: Checkpoint,
-    inputs: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    *,
-    mtp: bool = False,
-    adapter: Adapter | None = None,
-) -> dict[str, np.ndarray]:
-    """How much larger a relative error of every layer has become in each tensor, by token: ``amplification.NAME``.
-
-    Where a norm follows what nearly cancels, as the first tokens of a gated delta net can, rounding alone decides; the
-    ruler has to know. Measured by shaking the oracle, with its own experts replayed. Float32 [B, T].
-    """
-    routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
-    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE, adapter=adapter)
-    found: dict[str, np.ndarray] = {}
-    for name in activations(tensors):
-        size = np.linalg.norm(tensors[name], axis=-1)
-        moved = np.linalg.norm(shaken[name] - tensors[name], axis=-1)
-        found[AMPLIFICATION + name] = (moved / np.maximum(size, 1e-30) / SHAKE).clip(max=1e6).astype(np.float32)
-    return found
+    return record_backend(ModelBackend(model, backend, **options), inputs)
 
 
 def record(
     uri: str | os.PathLike[str],
-    backend: Backend,
+    backend: Framework,
     inputs: Mapping[str, np.ndarray] | None = None,
     *,
     dtype: str | None = None,
@@ -244,14 +179,8 @@ def _computed(model: Any) -> dict[str, Any]:
     return (rounded if is_quantized else {}) | ({"adapters": adapters} if adapters else {})
 
 
-def _given(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    ids = np.asarray(inputs["input_ids"])
-    mask = inputs.get("attention_mask")
-    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64) if mask is None else np.asarray(mask)}
-
-
 def _generated(
-    model: Any, backend: Backend, inputs: Mapping[str, np.ndarray], max_new_tokens: int, ignore_eos: bool
+    model: Any, backend: Framework, inputs: Mapping[str, np.ndarray], max_new_tokens: int, ignore_eos: bool
 ) -> dict[str, np.ndarray]:
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")

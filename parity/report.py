@@ -31,21 +31,25 @@ def render_html(
 
     ``facts`` are shown under the title: machine, versions, checkpoint, command.
     """
-    heading = html.escape(title)
-    chips = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
     body = [
-        f'<p class="brand">Tandem</p><h1>{heading}</h1>',
-        f'<dl class="facts">{chips}</dl>' if chips else "",
-        _banner(comparisons, events),
+        banner(comparisons, events),
         timeline_section(events) if events else "",
         *(comparison_section(name, comparison) for name, comparison in comparisons),
     ]
+    return render_page(title, body, facts)
+
+
+def render_page(title: str, body: Sequence[str], facts: Mapping[str, str]) -> str:
+    """A document around sections that are drawn already, by ``banner`` and ``parity.report_parts``."""
+    heading = html.escape(title)
+    chips = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    head = f'<p class="brand">Tandem</p><h1>{heading}</h1>' + (f'<dl class="facts">{chips}</dl>' if chips else "")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{heading}</title><style>{CSS}</style></head>"
-        f'<body class="tandem"><main>{"".join(body)}</main></body></html>'
+        f'<body class="tandem"><main>{head}{"".join(body)}</main></body></html>'
     )
 
 
@@ -54,7 +58,8 @@ def render_fragment(comparison: Comparison) -> str:
     return framed(glance(" against ".join(comparison.labels), comparison))
 
 
-def _banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[EventResult]) -> str:
+def banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[EventResult]) -> str:
+    """The worst verdict in words, how many pass, and what the first of the others say."""
     verdict = overall(comparisons, events)
     lines = []
     if events:

@@ -20,10 +20,14 @@ FORBIDDEN = {
     "torch_models": {*JAX, *TESTS_ONLY, "jax_models", "parity"},
     "parity": TESTS_ONLY,
 }
-# the checkpoint's own tokenizer and image processor are transformers' (extra ``processor``); no model comes from there
-OPTIONAL = {"parity/prompting.py": {"transformers"}}
+# the checkpoint's own tokenizer and image processor are transformers' (extra ``processor``); no model comes from there,
+# but where it is itself the one to be compared
+OPTIONAL = {"parity/prompting.py": {"transformers"}, "parity/foreign/transformers.py": {"transformers"}}
 # what compares traces runs where neither backend is installed, and what prints help must answer at once
-FRAMEWORK_FREE_PARITY = ["parity", "parity.cli", "parity.compare", "parity.report", "parity.ruler", "parity.trace"]
+FRAMEWORK_FREE_PARITY = [
+    *("parity", "parity.asserting", "parity.backend", "parity.cli", "parity.compare", "parity.pytest_plugin"),
+    *("parity.report", "parity.ruler", "parity.trace"),
+]
 
 # run with: names that cannot be imported; modules to import
 RUN_WITHOUT = """

@@ -65,7 +65,8 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
     from parity.backends import open_backend
     from parity.compare import compare
     from parity.lifecycle import run_lifecycle
-    from parity.record import default_inputs, record, record_oracle
+    from parity.record import default_inputs, record
+    from parity.record_oracle import record_oracle
     from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
     zoo = name.partition(" ")[0]

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
     from parity.backends import open_backend
-    from parity.record import default_inputs, read_inputs, record, record_oracle
+    from parity.record import default_inputs, read_inputs, record
+    from parity.record_oracle import record_oracle
     from parity.trace import Trace
 
     inputs = read_inputs(args.inputs) if args.inputs else None

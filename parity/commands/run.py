@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from parity.backends import open_backend
     from parity.commands.reports import write_reports
     from parity.compare import compare
-    from parity.record import default_inputs, read_inputs, record, record_oracle
+    from parity.record import default_inputs, read_inputs, record
+    from parity.record_oracle import record_oracle
 
     checkpoint = open_checkpoint(args.checkpoint)
     inputs = read_inputs(args.inputs) if args.inputs else default_inputs(checkpoint)

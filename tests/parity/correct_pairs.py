@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from loaders import open_checkpoint
-from parity.backends import Backend, open_backend
-from parity.record import record_model, record_oracle
+from parity.backends import Framework, open_backend
+from parity.record import record_model
+from parity.record_oracle import record_oracle
 from parity.trace import Trace, input_hash, make_meta
 from parity.zoo import make_checkpoint, prompts
 
@@ -33,7 +34,7 @@ def traces_of(
         if name == "transformers":
             trace = transformers_trace(path, inputs, dtype)
         else:
-            backend: Backend = opened[name.removesuffix(" eager")]
+            backend: Framework = opened[name.removesuffix(" eager")]
             with jax.disable_jit() if name.endswith("eager") else contextlib.nullcontext():
                 trace = record_model(backend.load(path, dtype=dtype), backend, inputs)
             trace.meta["backend"] = name

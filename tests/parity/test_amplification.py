@@ -8,7 +8,7 @@ from synthetic_traces import B, T, trio
 
 from loaders import open_checkpoint
 from parity.compare import compare
-from parity.record import record_oracle
+from parity.record_oracle import record_oracle
 from parity.trace import Trace
 from parity.trace_layout import activations, find_problems
 from parity.zoo import make_checkpoint, prompts

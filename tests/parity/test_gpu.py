@@ -8,7 +8,8 @@ import torch_models
 from parity.backends import open_backend
 from parity.compare import compare
 from parity.oracle import oracle_forward
-from parity.record import default_inputs, record, record_oracle
+from parity.record import default_inputs, record
+from parity.record_oracle import record_oracle
 from parity.zoo import make_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -17,7 +17,8 @@ from parity import cli
 from parity.backends import open_backend
 from parity.compare import compare
 from parity.oracle import oracle_forward
-from parity.record import record, record_oracle
+from parity.record import record
+from parity.record_oracle import record_oracle
 from parity.trace import Trace
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter

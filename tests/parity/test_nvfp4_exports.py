@@ -17,7 +17,8 @@ from parity.backends import NAMES, open_backend
 from parity.compare import compare
 from parity.comparison_text import render
 from parity.oracle import oracle_forward
-from parity.record import record, record_oracle
+from parity.record import record
+from parity.record_oracle import record_oracle
 from parity.zoo import prompts
 
 CASES = [("qwen3", writer) for writer in WRITERS]

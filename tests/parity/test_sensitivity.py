@@ -16,7 +16,8 @@ from parity.comparison_text import render
 from parity.oracle import oracle_forward
 from parity.oracles.fault import Fault
 from parity.probes import places
-from parity.record import record_model, record_oracle
+from parity.record import record_model
+from parity.record_oracle import record_oracle
 from parity.trace import Trace
 from parity.trace_layout import find_problems
 from parity.zoo import make_checkpoint, prompts

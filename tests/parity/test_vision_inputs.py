@@ -14,7 +14,8 @@ from loaders import open_checkpoint
 from loaders.inputs import left_aligned
 from parity.backends import open_backend
 from parity.oracle import oracle_forward
-from parity.record import read_inputs, record_model, record_oracle
+from parity.record import read_inputs, record_model
+from parity.record_oracle import record_oracle
 from parity.zoo import make_checkpoint, prompts
 from parity.zoo_pictures import pictures
 

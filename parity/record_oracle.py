@@ -1,0 +1,107 @@
+"""What the float64 oracle says about a batch: the reference, how it amplifies rounding, and what faults would do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loaders import Checkpoint
+from loaders.adapter_updates import Adapter
+from loaders.adapters import open_adapter
+from loaders.plan import plan_load
+from loaders.stage import Stage
+from parity.backend import BackendInfo, record_backend
+from parity.oracle import oracle_forward
+from parity.oracles.fault import Fault
+from parity.probes import places, probe
+from parity.trace import Trace
+from parity.trace_layout import AMPLIFICATION, activations
+
+SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
+
+
+@dataclass(frozen=True)
+class OracleBackend:
+    """The float64 oracle of a checkpoint as a ``parity.Backend``.
+
+    Attributes:
+        checkpoint: whose stored weights to compute with.
+        like: a trace whose expert choices are replayed, so that a flip between near-equal experts is not an error.
+        mtp: also run the checkpoint's draft.
+        adapter: directory of one, for every row.
+    """
+
+    checkpoint: Checkpoint
+    like: Trace | None = None
+    mtp: bool = False
+    adapter: str | os.PathLike[str] | None = None
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo(name="oracle64", dtype="float64", checkpoint=str(self.checkpoint.source))
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The reference, and how much it amplifies rounding."""
+        opened = None if self.adapter is None else open_adapter(self.adapter, self.checkpoint.config)
+        replayed = ("routing.", "mtp.routing.") if self.mtp else ("routing.",)
+        chosen = {} if self.like is None else self.like.tensors
+        routing = {name: array for name, array in chosen.items() if name.startswith(replayed)}
+        common = {"mtp": self.mtp, "adapter": opened}
+        tensors = oracle_forward(self.checkpoint, **inputs, routing=routing or None, **common)
+        return tensors | amplification(self.checkpoint, inputs, tensors, **common)
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The files' tensors that a model loads."""
+        return self.checkpoint.stream(names=plan_load(self.checkpoint, Stage(mtp=self.mtp)).tensors)
+
+
+def record_oracle(
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    *,
+    like: Trace | None = None,
+    mtp: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
+    probes: int | None = None,
+) -> Trace:
+    """What the oracle says about ``inputs``; see ``OracleBackend``.
+
+    ``probes``: at how many places to try faults of one percent, two passes each; see ``parity.probes.places``.
+    """
+    trace = record_backend(OracleBackend(checkpoint, like, mtp, adapter), inputs)
+    # with the oracle's own experts replayed: a flip is no measure of an error
+    routing = {name: array for name, array in trace.tensors.items() if name.startswith("routing.")}
+    opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
+
+    def forward(fault: Fault) -> dict[str, np.ndarray]:
+        return oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=opened, fault=fault)
+
+    responses, documents = probe(places(checkpoint, probes), forward, trace.tensors, trace.mask)
+    return Trace(trace.tensors | responses, trace.meta | {"probes": documents})
+
+
+def amplification(
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    mtp: bool = False,
+    adapter: Adapter | None = None,
+) -> dict[str, np.ndarray]:
+    """How much larger a relative error of every layer has become in each tensor, by token: ``amplification.NAME``.
+
+    Where a norm follows what nearly cancels, as the first tokens of a gated delta net can, rounding alone decides; the
+    ruler has to know. Measured by shaking the oracle, with its own experts replayed. Float32 [B, T].
+    """
+    routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
+    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE, adapter=adapter)
+    found: dict[str, np.ndarray] = {}
+    for name in activations(tensors):
+        size = np.linalg.norm(tensors[name], axis=-1)
+        moved = np.linalg.norm(shaken[name] - tensors[name], axis=-1)
+        found[AMPLIFICATION + name] = (moved / np.maximum(size, 1e-30) / SHAKE).clip(max=1e6).astype(np.float32)
+    return found
