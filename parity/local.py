@@ -9,7 +9,7 @@ import numpy as np
 
 from parity import ruler
 from parity.bisection import Step
-from parity.record import SHAKE
+from parity.record_oracle import SHAKE
 from parity.ruler import LIMITS, ROUTER_SHARE, Judgement
 
 Values = Mapping[str, np.ndarray]
