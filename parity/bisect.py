@@ -22,7 +22,8 @@ from parity.injection import HEAD, Live, Tapped
 from parity.local import Judge, distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
-from parity.record import SHAKE, default_inputs
+from parity.record import default_inputs
+from parity.record_oracle import SHAKE
 
 Values = Mapping[str, np.ndarray]
 
