@@ -17,9 +17,10 @@ from loaders.stage import Stage
 from parity.backend import BackendInfo, record_backend
 from parity.oracle import oracle_forward
 from parity.oracles.fault import Fault
+from parity.oracles.taps import Taps
 from parity.probes import places, probe
 from parity.trace import Trace
-from parity.trace_layout import AMPLIFICATION, activations
+from parity.trace_layout import AMPLIFICATION, activations, hidden_layers
 
 SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
 
@@ -77,8 +78,19 @@ def record_oracle(
     routing = {name: array for name, array in trace.tensors.items() if name.startswith("routing.")}
     opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
 
+    path = f"{checkpoint.config.text_paths[0]}.layers."
+    after = {
+        f"{path}{layer - 1}": trace.tensors[f"hidden_states.{layer}"] for layer in hidden_layers(trace.tensors) if layer
+    }
+
     def forward(fault: Fault) -> dict[str, np.ndarray]:
-        return oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=opened, fault=fault)
+        """The layers before the fault are as they were: they need not run again."""
+        inside = fault.module.partition(".layers.")[2]
+        is_first = fault.module.endswith(".embed_tokens")
+        layer = int(inside.partition(".")[0]) if inside else 0 if is_first else len(after)
+        taps = Taps({f"{path}{i}": after[f"{path}{i}"] for i in range(layer)}, f"{path}{layer}")
+        faulty = oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=opened, taps=taps, fault=fault)
+        return trace.tensors | faulty
 
     responses, documents = probe(places(checkpoint, probes), forward, trace.tensors, trace.mask)
     return Trace(trace.tensors | responses, trace.meta | {"probes": documents})
