@@ -84,8 +84,8 @@ def no_final_norm(original: Any, backend: str) -> Any:
 
 
 def _last_layer_skipped(original: Any, backend: str) -> Any:
-    def build(self: Any, config: Any, path: str, layer: int, *args: Any) -> None:
-        original.__init__(self, config, path, layer, *args)
+    def build(self: Any, config: Any, layer: int, *args: Any) -> None:
+        original.__init__(self, config, layer, *args)
         self.is_skipped = layer == config.num_hidden_layers - 1
 
     def call(self: Any, x: Any, step: Any, cache: Any = None) -> Any:

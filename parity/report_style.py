@@ -130,7 +130,7 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem details{margin-top:14px}
 .tandem summary{cursor:pointer;color:var(--muted);font-size:13px;font-weight:600}
 .tandem details[open] summary{margin-bottom:8px}
-.tandem ul.notes{margin:16px 0 0;padding-left:18px;font-size:13px;color:var(--muted)}
+.tandem ul.notes{margin:16px 0;padding-left:18px;font-size:13px;color:var(--muted)}
 .tandem .heat{margin-top:20px}
 .tandem .heat svg text{font-size:9.5px}
 .tandem .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:12px;color:var(--muted);margin-top:6px}

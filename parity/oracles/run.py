@@ -60,7 +60,7 @@ class Weights:
         if found.shape != (rows, columns):
             problem = f"the quantised weight of {self.prefix + name!r} is {found.shape}, expected {(rows, columns)}"
             raise CheckpointError(self.checkpoint.source, [f"{problem}. Is config.json from the same checkpoint?"])
-        return found if self.fault is None else self.fault.applied(self.prefix + name, found)
+        return self._faulty(self.prefix + name, found)
 
     def stored(self, name: str, *shape: int) -> np.ndarray:
         """The tensor as it is stored, ``shape`` being what config.json asks for; an adapter's, where it brings one.
@@ -72,7 +72,8 @@ class Weights:
         name, source = self.prefix + name, self.checkpoint.source
         info = self.checkpoint.tensors.get(name)
         if whole is not None:  # rounded to what it replaces
-            return whole.astype(dtypes.to_numpy(info.dtype)) if info and info.dtype in EXACT_IN_FLOAT64 else whole
+            is_known = info is not None and info.dtype in EXACT_IN_FLOAT64
+            return self._faulty(name, whole.astype(dtypes.to_numpy(info.dtype)) if info and is_known else whole)
         if info is None:
             raise CheckpointError(source, [f"tensor {name!r} is missing. Is config.json from the same checkpoint?"])
         if info.shape != shape:
@@ -81,8 +82,7 @@ class Weights:
         if info.dtype not in EXACT_IN_FLOAT64:
             known = ", ".join(EXACT_IN_FLOAT64)
             raise CheckpointError(source, [f"tensor {name!r} is {info.dtype}; the oracle widens {known} only"])
-        found = self.checkpoint.read(name)
-        return found if self.fault is None else self.fault.applied(name, found)
+        return self._faulty(name, self.checkpoint.read(name))
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds the tensor."""
@@ -100,6 +100,10 @@ class Weights:
     def tap(self, name: str, value: np.ndarray) -> np.ndarray:
         """What is to be used for the result of step ``name``: itself, unless another was handed in."""
         return value if self.taps is None else self.taps(self.path + name, value)
+
+    def _faulty(self, name: str, values: np.ndarray) -> np.ndarray:
+        """As they are, or with the fault that is tried."""
+        return values if self.fault is None else self.fault.applied(name, values)
 
     def _whole(self, name: str) -> np.ndarray | None:
         return None if self.adapted is None else self.adapted.whole(self.prefix + name)
