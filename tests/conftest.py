@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -66,3 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for test, wanted in patterns.items():
         if idle := [pattern for pattern in wanted if not any(fnmatchcase(one, pattern) for one in ids[test])]:
             raise pytest.UsageError(f"{test}: slow_unless names no case by {idle}, there are {sorted(ids[test])}")
+
+
+@pytest.fixture(scope="module")
+def young_heap() -> Iterator[None]:
+    """Collect and count what is made from here on: walking all that was imported takes a second, each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

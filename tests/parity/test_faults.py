@@ -32,6 +32,8 @@ from parity.faults import (
 )
 from parity.live_model import LiveModel, same_bits
 
+pytestmark = pytest.mark.usefixtures("young_heap")
+
 ZOO = ("qwen3", "qwen3-moe")
 # two kinds of layers, fused experts, a wrapper's names, tensors that no load reads
 OTHERS = ("qwen3_5", "qwen3_5-moe", "qwen3_5-wrapped", "gemma3")

@@ -12,6 +12,8 @@ from lives import BACKENDS, Benches
 
 from parity.live_model import LiveModel, differing, same_bits
 
+pytestmark = pytest.mark.usefixtures("young_heap")
+
 MIB = 2**20
 LONG = pytest.param("qwen3_5", 1000, marks=pytest.mark.slow)
 QUANTIZED = pytest.param("qwen3_5-moe nvfp4", 100, marks=pytest.mark.slow)

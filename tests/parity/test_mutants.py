@@ -14,6 +14,8 @@ from parity.commands.mutate import KINDS, render
 from parity.mutant_bench import BACKENDS, Bench
 from parity.mutants import Mutant, MutantResult, Patch, all_mutants, prepare, score, try_mutant
 
+pytestmark = pytest.mark.usefixtures("young_heap")
+
 MUTANTS = all_mutants()
 TRIALS = [(mutant, backend) for mutant in MUTANTS.values() for backend in mutant.backends]
 # what the detectors run on: one clean run each

@@ -27,6 +27,8 @@ from torch_models.derived import derive, holds_derived
 from torch_models.kernels.nvfp4_blackwell import swizzled
 from torch_models.lodging import remembered_bytes
 
+pytestmark = pytest.mark.usefixtures("young_heap")
+
 SLOW = pytest.mark.slow
 
 

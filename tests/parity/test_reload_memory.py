@@ -18,6 +18,8 @@ from loaders import open_checkpoint
 from parity.staged_memory import counted, largest_layer
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("young_heap")
+
 SIZES = {**block_sizes("qwen3-moe", aligned=True), "num_hidden_layers": 5, "mlp_only_layers": []}
 
 
