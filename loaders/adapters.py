@@ -3,7 +3,7 @@
     delta = scaling * B @ A                      added to a weight [out, in]; of an embedding to its transpose
     scaling = alpha / r, or alpha / sqrt(r)      with the ranks and alphas of the module's patterns
 
-Values are widened to float32, exactly. Source: peft 0.21; checked against PEFT itself in tests/parity/test_lora.py.
+Values are widened to float32, exactly. Source: peft 0.21; checked against PEFT itself in tests/models/test_lora.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Activations in e2m1 with a scale for every 16, as the weights' exporter does it. All of it in float32.
 
-Source: modelopt ``NVFP4QTensor.quantize``; the same bits in tests/parity/test_nvfp4_activations.py.
+Source: modelopt ``NVFP4QTensor.quantize``; the same bits in tests/models/test_nvfp4_exports.py.
 """
 
 from __future__ import annotations

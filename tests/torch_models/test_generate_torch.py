@@ -1,4 +1,4 @@
-"""Prefill, decode and sampling of the torch backend. That the tokens are the right ones: tests/parity."""
+"""Prefill, decode and sampling of the torch backend. That the tokens are the right ones: tests/models."""
 
 from __future__ import annotations
 

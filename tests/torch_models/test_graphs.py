@@ -1,6 +1,6 @@
 """Decoding through graphs, on the CPU by recorded replay: the same bits as eager code, stale where a graph would be.
 
-The same on CUDA, with real graphs: tests/parity/test_gpu.py.
+The same on CUDA, with real graphs: tests/models/test_gpu.py.
 """
 
 from __future__ import annotations
