@@ -144,8 +144,12 @@ def test_looking_changes_nothing_in_jax_nor_does_handing_in_what_was_computed(ta
     np.testing.assert_array_equal(np.asarray(logits), plain)
     again, same = model.with_taps(**inputs, level=level, inject=taps)
     np.testing.assert_array_equal(np.asarray(again), plain)
+    # of Gemma XLA fuses the scale of the embedding into the norm behind it, unless the embedding is handed in
+    limit = 2**-20 if name.startswith("gemma3") else 0
+    mask = inputs["attention_mask"].astype(bool)
     for path, value in taps.items():
-        np.testing.assert_array_equal(np.asarray(same[path]), np.asarray(value), path)
+        found, expected = np.asarray(same[path]), np.asarray(value)
+        assert np.array_equal(found, expected) or distance(found, expected, mask) < limit, path
 
 
 @pytest.mark.slow_unless("qwen3-layers")
