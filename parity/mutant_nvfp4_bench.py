@@ -98,14 +98,16 @@ def each_layer(
     import jax.numpy as jnp
     from flax import nnx
 
+    programs = model.programs  # and not the model: what is kept below would keep its weights
+
     def run(weights: Any, given: dict[str, Any]) -> dict[str, Any]:
-        root = nnx.merge(model.programs.graphdef, weights)
-        with model.programs.precision():
+        root = nnx.merge(programs.graphdef, weights)
+        with programs.precision():
             return {path: what(_at(root, path), path, x, jnp) for path, x in given.items()}
 
     # kept by the programs, of which a bug in what is traced has its own
-    key = ("layers", what, id(model.programs))
-    _, compiled = bench.once(key, lambda: (model.programs, jax.jit(run)))
+    key = ("layers", what, id(programs))
+    _, compiled = bench.once(key, lambda: (programs, jax.jit(run)))
     with _hasty_compiler():
         return {path: np.asarray(array) for path, array in compiled(model.weights, given).items()}
 
