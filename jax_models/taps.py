@@ -105,7 +105,7 @@ def tap_rows(path: str | None, name: str, value: jax.Array, place_A: jax.Array, 
 def name_modules(model: nnx.Module) -> None:
     """Tell every module that has taps its path; once, when everything is in its place."""
     for path, module in nnx.iter_modules(model):
-        if "path" in vars(type(module)):
+        if hasattr(type(module), "path"):  # its class says that it has taps, or one it is made from
             module.path = ".".join(map(str, path))  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from loaders.writer import write_checkpoint
 
 
 class TensorReader:
-    """Every checkpoint tensor a model holds, by name, as its parameters stand now; ``places`` has the names.
+    """Every checkpoint tensor a model holds, as its parameters stand now: called one by name, iterated (name, tensor).
 
     Keeps the last two parameters: files hold experts one by one, each with its part of both stacks of the layer.
 
@@ -38,6 +38,9 @@ class TensorReader:
         self.places |= {tied.tensor: (by_name[tied.same_as], Source(tied.same_as)) for tied in shipped}
         self._read_param = read_param
         self._kept: dict[str, np.ndarray] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((tensor, self(tensor)) for tensor in self.places)
 
     def __call__(self, tensor: str) -> np.ndarray:
         spec, source = self.places[tensor]

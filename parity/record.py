@@ -124,8 +124,7 @@ class ModelBackend:
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every checkpoint tensor the model holds."""
-        reader = import_module(f"{self.framework.module.__name__}.weights").tensor_reader(self.model)
-        return ((name, reader(name)) for name in reader.places)
+        return iter(import_module(f"{self.framework.module.__name__}.weights").tensor_reader(self.model))
 
 
 def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def flat(weights: dict, prefix: str = "") -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("stage", [None, (0, 2), (1, 2)], ids=["whole", "first", "last"])
 @pytest.mark.parametrize("name", ZOO)
 def test_parameter_paths_and_shapes_are_the_same_on_both_sides_and_in_the_table(name, stage, tmp_path):
-    jax_models, torch_models = pytest.importorskip("jax_models"), pytest.importorskip("torch_models")
+    jax_models, torch_models = map(import_module, ("jax_models", "torch_models"))
     path = make_checkpoint(name, tmp_path / "checkpoint")
     table = {spec.name: spec.shape for spec in specs_of(open_checkpoint(path).config, Stage.of(stage))}
     ours = flat(jax_models.load(path, stage=stage).weights)

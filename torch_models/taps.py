@@ -126,7 +126,7 @@ def tap_picked(
 def name_modules(model: nn.Module) -> None:
     """Tell every module that has taps its path; once, when everything is in its place."""
     for path, module in model.named_modules():
-        if "path" in vars(type(module)):
+        if hasattr(type(module), "path"):  # its class says that it has taps, or one it is made from
             module.path = path  # pyright: ignore[reportArgumentType]
 
 

@@ -242,5 +242,4 @@ def tensor_reader(model: Model) -> TensorReader:
 
 def weight_digests(model: Model) -> dict[str, str]:
     """Digest of every checkpoint tensor the model holds, by name."""
-    reader = tensor_reader(model)
-    return digests((name, reader(name)) for name in reader.places)
+    return digests(tensor_reader(model))

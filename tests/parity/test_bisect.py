@@ -8,9 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-pytest.importorskip("jax_models")
-pytest.importorskip("torch_models")
-
 import parity
 from loaders import open_checkpoint
 from parity.backends import open_backend
@@ -24,6 +21,7 @@ from parity.mutant_plants import MOE, wrapped
 from parity.mutants import all_mutants
 from parity.record import default_inputs, record_model
 from parity.zoo import ZOO, make_checkpoint, prompts
+from parity.zoo_adapters import make_adapter
 
 MUTANTS = all_mutants()
 # mutant, layer, the step that is to be named
@@ -257,3 +255,10 @@ def test_the_command_says_that_nothing_stands_out(zoo, tmp_path, capsys, options
         *(["model.layers.2"] if "--layer" in options else []),
     ]
     assert ("model.layers.2.mlp" in printed) == ("--layer" in options)
+
+
+def test_the_command_knows_of_an_adapter(zoo, tmp_path, capsys):
+    path = zoo("qwen3", "BF16").source
+    adapter = make_adapter(path, tmp_path / "adapter", targets=("q_proj", "o_proj", "up_proj"))
+    assert main(["bisect", str(path), "--a", "torch", "--adapter", str(adapter), "--layer", "1"]) == 0
+    assert "Nothing stands out" in capsys.readouterr().out

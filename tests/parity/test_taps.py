@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from flax import nnx
 
+import jax_models
+import jax_models.layers.mlp
+import jax_models.taps
+import torch_models
+import torch_models.layers.mlp
+import torch_models.taps
 from loaders import open_checkpoint
+from loaders.adapters import open_adapter
 from parity.local import distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
 from parity.zoo import ZOO, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 from parity.zoo_quantized import ZooQuantization
-
-jax_models, torch_models = pytest.importorskip("jax_models"), pytest.importorskip("torch_models")
-import torch  # noqa: E402
-
-from torch_models.taps import collect  # noqa: E402
+from torch_models.taps import collect
 
 LEVELS = ("layers", "modules", "operations")
 LAYER = "model.layers.1"
@@ -243,3 +248,34 @@ def test_a_decoded_token_has_the_taps_of_a_prompt_and_a_graph_goes_on_without_an
         replayed = batch.decode(token)
     assert not taps
     torch.testing.assert_close(replayed, expected)
+
+
+def test_a_class_made_from_one_with_taps_is_named_too():
+    class Own(torch_models.layers.mlp.MLP):
+        pass
+
+    class OwnOfJax(jax_models.layers.mlp.MLP):
+        pass
+
+    theirs = torch.nn.Module()
+    theirs.mlp = Own(4, 6)
+    ours = nnx.Module()
+    ours.mlp = OwnOfJax(4, 6)
+    torch_models.taps.name_modules(theirs)
+    jax_models.taps.name_modules(ours)
+    assert theirs.mlp.path == ours.mlp.path == "mlp"
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_a_router_that_an_adapter_brings_whole_says_its_scores_and_hears_others(tapped, package, tmp_path):
+    checkpoint = tapped("qwen3-moe")[0].checkpoint
+    adapter = make_adapter(checkpoint.source, tmp_path / "adapter", targets=("q_proj",), whole=("gate",))
+    inputs = {"input_ids": np.arange(20, 40)[None]}
+    told = Taps()
+    oracle_forward(checkpoint, **inputs, adapter=open_adapter(adapter, checkpoint.config), taps=told)
+    model = package.load(checkpoint.source).attach_lora(adapter)
+    scores, chosen = "model.layers.0.mlp.gate.logits", "model.layers.0.mlp.gate"  # layer 1 is dense
+    _, taps = model.with_taps(**inputs, level="operations")
+    assert distance(np.asarray(taps[scores]), told.found[scores], np.ones((1, 20), bool)) < 1e-5
+    _, turned = model.with_taps(**inputs, level="operations", inject={scores: -taps[scores]})
+    np.testing.assert_array_equal(np.asarray(turned[chosen])[..., 0], np.asarray(taps[scores]).argmin(-1))
