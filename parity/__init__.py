@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from parity.compare import compare
     from parity.comparison import Comparison
     from parity.events import EventResult
-    from parity.injection import Live, rerun
     from parity.lifecycle import run_lifecycle
-    from parity.live_pairs import LivePair, live_pair
+    from parity.live_pairs import LivePair, live_pair, rerun
+    from parity.model_backend import ModelBackend
     from parity.trace import Trace
 
 # Public name -> the module that defines it. One line per name.
@@ -29,8 +29,8 @@ _PUBLIC = {
     "Bisection": "parity.bisection",
     "Comparison": "parity.comparison",
     "EventResult": "parity.events",
-    "Live": "parity.injection",
     "LivePair": "parity.live_pairs",
+    "ModelBackend": "parity.model_backend",
     "Oracle": "parity.asserting",
     "Trace": "parity.trace",
     "assert_parity": "parity.asserting",
@@ -39,7 +39,7 @@ _PUBLIC = {
     "live_pair": "parity.live_pairs",
     "local_errors": "parity.bisect",
     "record_backend": "parity.backend",
-    "rerun": "parity.injection",
+    "rerun": "parity.live_pairs",
     "run_lifecycle": "parity.lifecycle",
 }
 
@@ -49,8 +49,8 @@ __all__ = [
     "Bisection",
     "Comparison",
     "EventResult",
-    "Live",
     "LivePair",
+    "ModelBackend",
     "Oracle",
     "Trace",
     "assert_parity",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from parity.comparison import Comparison, Divergence, TensorRow, Top1
+from parity.comparison import Comparison
 from parity.comparison_text import number
+from parity.findings import Divergence, TensorRow, Top1
 
 WIDTH = 110
 INDENT = 11

@@ -18,6 +18,7 @@ from parity.trace import Trace, input_hash, make_meta
 
 Inputs = Mapping[str, np.ndarray]
 Weights = Iterable[tuple[str, np.ndarray]]
+HEAD = "lm_head"  # what logits are called among taps, tied or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,31 @@ class Backend(Protocol):
 
         With them, a comparison of two different checkpoints is refused. Without, equal weights are assumed, and said.
         """
+        ...
+
+
+class Tapped(Protocol):
+    """What ``parity.bisect`` asks of a model, ours or any other."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in: ``float32`` or ``bfloat16``."""
+        ...
+
+    def taps(
+        self,
+        inputs: Inputs,
+        *,
+        level: str = "layers",
+        within: str | None = None,
+        inject: Inputs | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What it computes, by path, in order of execution; see ``Model.with_taps``. Logits are ``lm_head``."""
         ...
 
 

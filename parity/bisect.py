@@ -17,8 +17,8 @@ import numpy as np
 
 from loaders import Checkpoint
 from loaders.adapter_updates import Adapter
+from parity.backend import HEAD, Tapped
 from parity.bisection import Bisection, Step
-from parity.injection import HEAD, Live, Tapped
 from parity.local import Judge, distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
@@ -83,7 +83,7 @@ def local_errors(
     if crossed or reference is None:  # the first fed with what the second computed, and back
         level = "layers" if layer is None else "operations"
         for index, (model, values) in enumerate(((a, alone[1]), (b, alone[0]))):
-            crosses[index] = model.run(inputs, level=level, within=layer, inject=values)
+            crosses[index] = model.taps(inputs, level=level, within=layer, inject=values)
     with np.errstate(all="ignore"):  # a backend may have said anything
         said = None if reference is None else [reference.run(values, layer) for values in alone]
     return [judge.step(path, found, crosses, said) for path in paths]
@@ -102,7 +102,7 @@ def bisect(
     """Judge every layer of two models alone, then the modules of the worst, then what the worst of those does.
 
     Args:
-        a: one model: ``parity.Live(model, backend)``, or anything with a ``run`` as ``parity.injection.Tapped`` says.
+        a: one model: ``parity.ModelBackend(model, framework)``, or anything that is ``parity.backend.Tapped``.
         b: the other.
         inputs: of both; None: ``default_inputs`` of the checkpoint.
         checkpoint: what the oracle reads; None: there is no oracle, and whose an error is stays unknown.
@@ -119,7 +119,7 @@ def bisect(
     if a.dtype != b.dtype:
         raise ValueError(f"{a.name} computes in {a.dtype} and {b.name} in {b.dtype}: load both with one dtype")
     notes: list[str] = []
-    looks = (dict(a.run(inputs)), dict(b.run(inputs)))
+    looks = (dict(a.taps(inputs)), dict(b.taps(inputs)))
     paths = _common(looks, (a.name, b.name), notes)
     layers = [path for path in paths if _number(path) is not None]
     reference = None if checkpoint is None else Reference(checkpoint, inputs, adapter)
@@ -155,7 +155,7 @@ def bisect(
 
 
 def _deep(model: Tapped, inputs: Values, node: str) -> dict[str, np.ndarray]:
-    return dict(model.run(inputs, level="operations", within=node))
+    return dict(model.taps(inputs, level="operations", within=node))
 
 
 def _mask(inputs: Values) -> np.ndarray:
@@ -222,4 +222,4 @@ class _Callable(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
-__all__ = ["Live", "Reference", "bisect", "local_errors"]
+__all__ = ["Reference", "bisect", "local_errors"]

@@ -6,7 +6,8 @@ import html
 import math
 from collections.abc import Sequence
 
-from parity.comparison import Comparison, TensorRow
+from parity.comparison import Comparison
+from parity.findings import TensorRow
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 54, 104, 16, 34

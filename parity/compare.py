@@ -16,9 +16,10 @@ import numpy as np
 from parity import trace_layout
 from parity.case import Case
 from parity.comparability import find_reasons, listed
-from parity.comparison import Comparison, Probe, TensorRow
+from parity.comparison import Comparison
 from parity.decidable import LOGITS, compare_generated, count_top1, picks
 from parity.divergence import first_divergence
+from parity.findings import Probe, TensorRow
 from parity.nearest import nearest, outstanding
 from parity.profile import profile
 from parity.reproduce import bisect_command

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from parity.comparison import Comparison, Generated, Routing, TensorRow, Top1
+from parity.comparison import Comparison
+from parity.findings import Generated, Routing, TensorRow, Top1
 
 WIDTH = 110
 ROWS_SHOWN = 24  # of a deep model; those that pass in between are counted

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.case import Case, chunks
-from parity.comparison import Generated, Top1
+from parity.findings import Generated, Top1
 from parity.router_flips import Flips, Router
 from parity.ruler import Side
 

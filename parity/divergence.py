@@ -9,7 +9,7 @@ from statistics import median_low
 import numpy as np
 
 from parity.case import Case
-from parity.comparison import Divergence, TensorRow, TokenError
+from parity.findings import Divergence, TensorRow, TokenError
 from parity.ruler import STEP, Side, relative
 
 Errors = dict[Side | None, float]  # of a, of b, and under None the distance of the two

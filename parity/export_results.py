@@ -13,9 +13,10 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-from parity.comparison import EXIT_CODES, Comparison, TensorRow, Verdict
+from parity.comparison import EXIT_CODES, Comparison, Verdict
 from parity.comparison_text import number
 from parity.events import EventResult, timeline
+from parity.findings import TensorRow
 
 Comparisons = Sequence[tuple[str, Comparison]]
 _SEVERITY: tuple[Verdict, ...] = ("FAIL", "INVALID", "INCONCLUSIVE", "PASS", "SKIP")

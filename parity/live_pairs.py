@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
+from parity.backend import Inputs, record_backend
 from parity.backends import open_backend
 from parity.compare import compare
 from parity.comparison import Comparison
-from parity.injection import Live, rerun
-from parity.record import default_inputs, record_model, trace_names
+from parity.model_backend import ModelBackend, trace_names
+from parity.record import default_inputs
 from parity.record_oracle import record_oracle
 from parity.ruler import Side
 from parity.trace import Trace
@@ -34,9 +35,9 @@ class LivePair:
         adapter: directory of the adapter that both run with, which the oracle has to know.
     """
 
-    a: Live
-    b: Live
-    inputs: Mapping[str, np.ndarray]
+    a: ModelBackend
+    b: ModelBackend
+    inputs: Inputs
     adapter: str | None = None
     _oracles: dict[str, tuple[Checkpoint, Trace]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,8 +48,7 @@ class LivePair:
 
     def compare(self) -> Comparison:
         """Record both models as they stand now, and hold them against each other and the float64 oracle."""
-        a, b = (record_model(live.model, live.backend, self.inputs) for live in (self.a, self.b))
-        return self._judged(a, b)
+        return self._judged(*(record_backend(side, self.inputs) for side in (self.a, self.b)))
 
     def replace(self, *, a: Any = None, b: Any = None) -> LivePair:
         """The pair with other models: what a change of a JAX model returns, for one."""
@@ -68,7 +68,7 @@ class LivePair:
         if given is None:  # not of a trace: the source has to run again
             trace = rerun(source, target, self.inputs, path)
         else:
-            trace = record_model(target.model, target.backend, self.inputs, inject={path: given})
+            trace = record_backend(replace(target, inject={path: given}), self.inputs)
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
         note = f"{target.name} went on from {source.name}'s value at {path}, and what follows was judged: "
@@ -138,9 +138,21 @@ def live_pair(
         if adapter is not None:
             with backend.scope():
                 model = model.attach_lora(adapter)
-        sides.append(Live(model, backend, label))
+        sides.append(ModelBackend(model, backend, label))
     given = default_inputs(sides[0].model.checkpoint) if inputs is None else inputs
     return LivePair(sides[0], sides[1], given, None if adapter is None else os.fspath(adapter))
+
+
+def rerun(a: ModelBackend, b: ModelBackend, inputs: Inputs, path: str) -> Trace:
+    """What ``b`` computes on ``inputs`` with ``a``'s value at ``path`` (``model.layers.7``) in the place of its own.
+
+    Raises:
+        ValueError: ``a`` or ``b`` has no such tap.
+    """
+    found = a.taps(inputs, level="operations", within=path)
+    if path not in found:
+        raise ValueError(f"{a.name} has no tap {path!r}. Taps with level='operations' name what there is.")
+    return record_backend(replace(b, inject={path: found[path]}), inputs)
 
 
 def _after(path: str, trace: Trace) -> Trace:

@@ -21,13 +21,14 @@ from loaders.checkpoint import Checkpoint
 from loaders.digest import digests
 from loaders.writer import TensorType, write_checkpoint
 from parity.comparison import Comparison
+from parity.model_backend import trace_names
 from parity.oracle import oracle_forward
-from parity.record import trace_names
 from parity.trace import Trace, input_hash, make_meta
 from parity.zoo import make_checkpoint, prompts
 from parity.zoo_draft import make_drafting_checkpoint
 
 BACKENDS = ("torch", "jax")
+PEER = "torch"  # whose clean run any trial is held against: it compiles nothing
 STEPS = 6  # tokens decoded one by one; the rest of the prompt is prefilled
 QUIET = 0.08  # of a drafting checkpoint: about every other guess is right
 TOKENS = 96  # shorter prompts are blind to rotary bugs
@@ -169,9 +170,9 @@ Detector = Callable[[Bench, Subject, str], "list[str]"]
 
 
 def forward(bench: Bench, subject: Subject, backend: str) -> list[str]:
-    """The whole prompt at once, under the three-way ruler; the peer is the other backend."""
+    """The whole prompt at once, under the three-way ruler."""
     trace = record(backend, load(backend, bench.path(subject)), bench.batch(subject))
-    return judge(trace, bench.clean_trace(subject, other(backend)), bench.oracle(subject))
+    return judge(trace, bench.clean_trace(subject, PEER), bench.oracle(subject))
 
 
 def decode(bench: Bench, subject: Subject, backend: str) -> list[str]:
@@ -187,7 +188,7 @@ def decode(bench: Bench, subject: Subject, backend: str) -> list[str]:
     last = {name: array[:, -STEPS - 1 :] for name, array in batch.items()}
     mine = as_trace(backend, last, {"logits": np.stack(found, axis=1)})
     references = []
-    for trace in (bench.clean_trace(subject, other(backend)), bench.oracle(subject)):
+    for trace in (bench.clean_trace(subject, PEER), bench.oracle(subject)):
         ended = {name: trace.tensors[name][_left_padded(bench.batch(subject))] for name in trace.tensors}
         tail = {name: array[:, -STEPS - 1 :] for name, array in ended.items() if name not in batch}
         references.append(as_trace(trace.backend, last, tail))

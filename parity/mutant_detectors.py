@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from loaders import open_checkpoint
-from parity.mutant_bench import Bench, Subject, as_trace, judge, load, other, record
+from parity.mutant_bench import PEER, Bench, Subject, as_trace, judge, load, other, record
 from parity.oracle import oracle_forward
 from parity.trace import Trace
 from parity.zoo import prompts
@@ -19,7 +19,7 @@ ROUNDED = 0.02  # share of values whose correct rounding an ulp in float32 may t
 def mtp(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """What the draft says of every token but the first, under the three-way ruler."""
     batch = bench.batch(subject)
-    peer = bench.once(("mtp", subject, other(backend)), lambda: _draft_trace(bench, subject, other(backend)))
+    peer = bench.once(("mtp", subject), lambda: _draft_trace(bench, subject, PEER))
     oracle = bench.once(("mtp oracle", subject), lambda: _draft_oracle(bench.path(subject), batch))
     return judge(_draft_trace(bench, subject, backend), peer, oracle)
 
@@ -61,7 +61,7 @@ def _forward_of(name: str, bench: Bench, subject: Subject, backend: str, changes
         given: dict[str, Any] = batch
         return as_trace("oracle64", batch, oracle_forward(open_checkpoint(bench.path(subject)), **given))
 
-    peer = bench.once((name, subject, other(backend)), lambda: trace(other(backend)))
+    peer = bench.once((name, subject, "peer"), lambda: trace(PEER))
     return judge(trace(backend), peer, bench.once((name, subject), oracle))
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from loaders import open_checkpoint
 from loaders.nvfp4 import quantize_activations
-from parity.mutant_bench import Bench, Subject, judge, other
+from parity.model_backend import trace_names
+from parity.mutant_bench import PEER, Bench, Subject, judge
 from parity.mutant_nvfp4_bench import load_quantised
 from parity.mutants import _hasty_compiler
 from parity.oracle import oracle_forward
-from parity.record import trace_names
 from parity.trace import Trace, input_hash, make_meta
 
 KEPT = 0.99  # of cached values; an ulp tips the rest
@@ -66,7 +66,7 @@ def nvfp4_cache(bench: Bench, subject: Subject, backend: str) -> list[str]:
 
 
 def _forward(bench: Bench, subject: Subject, backend: str, dtype: str) -> list[str]:
-    peer = bench.once((dtype, subject, other(backend)), lambda: _trace(bench, subject, other(backend), dtype))
+    peer = bench.once((dtype, subject), lambda: _trace(bench, subject, PEER, dtype))
     batch: dict[str, Any] = bench.batch(subject)
 
     def oracle() -> Trace:

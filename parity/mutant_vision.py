@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loaders import open_checkpoint
-from parity.mutant_bench import STEPS, Bench, Detector, Subject, as_trace, judge, load, other, record
+from parity.mutant_bench import PEER, STEPS, Bench, Detector, Subject, as_trace, judge, load, record
 from parity.mutant_plants import at_backend, framework, of, wrapped, xp
 from parity.mutants import Mutant, Patch
 from parity.oracle import oracle_forward
@@ -46,15 +46,15 @@ def _forward(bench: Bench, subject: Subject, backend: str) -> Trace:
 
 
 def seeing(bench: Bench, subject: Subject, backend: str) -> list[str]:
-    """A whole prompt with pictures at once, under the three-way ruler; the peer is the other backend."""
-    peer = bench.once(("seeing", subject, other(backend)), lambda: _forward(bench, subject, other(backend)))
+    """A whole prompt with pictures at once, under the three-way ruler."""
+    peer = bench.once(("seeing", subject), lambda: _forward(bench, subject, PEER))
     return judge(_forward(bench, subject, backend), peer, _oracle(bench, subject))
 
 
 def going_on(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """Prefill with pictures, then token by token, held against the same positions of the whole prompt."""
     batch = _batch(bench, subject)
-    peer = bench.once(("seeing", subject, other(backend)), lambda: _forward(bench, subject, other(backend)))
+    peer = bench.once(("seeing", subject), lambda: _forward(bench, subject, PEER))
     model = load(backend, bench.path(subject))
     short = {name: x[:, :-STEPS] if name in (*TEXT, "mm_token_type_ids") else x for name, x in batch.items()}
     step, cache = model.prefill(**short, max_new_tokens=STEPS)

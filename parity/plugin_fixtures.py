@@ -106,7 +106,7 @@ class BackendPair:
 
 def _backend(spelled: str, checkpoint: Path) -> Backend:
     from parity.backends import open_backend
-    from parity.record import ModelBackend
+    from parity.model_backend import ModelBackend
 
     name, _, device = spelled.partition(":")
     if name == "transformers":

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from parity.case import Case, chunks
-from parity.comparison import Divergence, Routing, TensorRow, Top1
+from parity.findings import Divergence, Routing, TensorRow, Top1
 from parity.router_flips import Router
 
 TINY = 1e-12

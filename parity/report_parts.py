@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from parity.chart import chart_key, error_chart
-from parity.comparison import Comparison, Divergence
+from parity.comparison import Comparison
 from parity.comparison_text import number
 from parity.events import ROOT_SHOWN, EventResult, timeline
+from parity.findings import Divergence
 from parity.heat import heat_map
 from parity.report_tables import constants_table, flags_tables, probes_table, tensor_table
 from parity.sparkline import sparkline

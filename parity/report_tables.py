@@ -6,8 +6,9 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from parity.comparison import Comparison, TensorRow
+from parity.comparison import Comparison
 from parity.comparison_text import number
+from parity.findings import TensorRow
 from parity.ruler import REASONS
 from parity.verdict import shown
 

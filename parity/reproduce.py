@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from parity.case import Case
-from parity.comparison import Divergence
+from parity.findings import Divergence
 
 RECORDABLE = ("jax", "torch")
 

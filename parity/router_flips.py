@@ -14,7 +14,7 @@ import numpy as np
 
 from parity import trace_layout
 from parity.case import Case, for_tensor
-from parity.comparison import Routing
+from parity.findings import Routing
 from parity.ruler import ROUTER_SHARE, ROUTER_TOKENS, Side
 from parity.trace import Trace
 

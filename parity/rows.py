@@ -9,7 +9,7 @@ import numpy as np
 
 from parity import ruler, trace_layout
 from parity.case import Case, Sums, sums
-from parity.comparison import TensorRow, TokenError
+from parity.findings import TensorRow, TokenError
 from parity.ruler import Judgement, Side
 
 

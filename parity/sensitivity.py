@@ -15,7 +15,7 @@ import numpy as np
 
 from parity import trace_layout
 from parity.case import Case, chunks
-from parity.comparison import Probe, TensorRow
+from parity.findings import Probe, TensorRow
 from parity.router_flips import Router
 from parity.ruler import FACTOR, FACTOR_DEVIATIONS, FACTOR_TOKENS, SEEN_DEVIATIONS, Cause, Limits, Side
 from parity.trace import Trace

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parity.comparison import Divergence, Generated, Probe, Routing, TensorRow, Top1, Verdict
+from parity.comparison import Verdict
+from parity.findings import Divergence, Generated, Probe, Routing, TensorRow, Top1
 from parity.nearest import Likeness
 from parity.ruler import MIN_REMAINING, Cause, Limits, Side
 from parity.trace_layout import layer_of

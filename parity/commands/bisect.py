@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from loaders.adapters import open_adapter
     from parity.backends import open_backend
     from parity.bisect import bisect
-    from parity.injection import Live
+    from parity.model_backend import ModelBackend
     from parity.record import default_inputs, read_inputs
 
     checkpoint = open_checkpoint(args.checkpoint)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         if args.adapter is not None:
             with backend.scope():
                 model = model.attach_lora(args.adapter)
-        sides.append(Live(model, backend, f"{name} ({which})" if args.a == args.b else None))
+        sides.append(ModelBackend(model, backend, f"{name} ({which})" if args.a == args.b else None))
     notes: list[str] = []
     rounds = [side.name for side in sides if side.model.quantizes_inputs or side.model.rounds_cache]
     if rounds and not args.no_oracle:

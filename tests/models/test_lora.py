@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from adapters import CASES, FAST, Adapters, error
 
-from parity.record import trace_names
+from parity.model_backend import trace_names
 from tests.shape_suffixes import checked_shape_suffixes
 
 BOUND = 2e-5  # relative, of logits and of every hidden state

@@ -13,8 +13,9 @@ from loaders import open_checkpoint
 from parity.backends import open_backend
 from parity.bisect import bisect, local_errors
 from parity.cli import main
-from parity.injection import Live, rerun
+from parity.live_pairs import rerun
 from parity.local import Judge
+from parity.model_backend import ModelBackend
 from parity.mutant_bench import Bench
 from parity.mutant_layer import in_layer
 from parity.mutant_plants import MOE, wrapped
@@ -64,9 +65,9 @@ class Kept:
 
     def __init__(self, live, inputs):
         self.name, self.dtype = "clean", live.dtype
-        self.layers, self.operations = live.run(inputs), live.run(inputs, level="operations")
+        self.layers, self.operations = live.taps(inputs), live.taps(inputs, level="operations")
 
-    def run(self, inputs, *, level="layers", within=None, inject=None):
+    def taps(self, inputs, *, level="layers", within=None, inject=None):
         assert inject is None
         if level == "layers":
             return self.layers
@@ -101,7 +102,7 @@ def zoo(tmp_path_factory):
 def kept(bench, backend, subject):
     checkpoint = open_checkpoint(bench.path(subject))
     return bench.once(
-        ("kept", subject), lambda: Kept(Live(backend.load(checkpoint.source), backend), bench.batch(subject))
+        ("kept", subject), lambda: Kept(ModelBackend(backend.load(checkpoint.source), backend), bench.batch(subject))
     )
 
 
@@ -110,7 +111,7 @@ def found_by(bench, mutant, backend):
     torch, checkpoint = open_backend("torch"), open_checkpoint(bench.path(mutant.subject))
     clean, inputs = kept(bench, torch, mutant.subject), bench.batch(mutant.subject)
     with mutant.planted(backend.name):
-        mutated = Live(backend.load(checkpoint.source), backend, "mutant")
+        mutated = ModelBackend(backend.load(checkpoint.source), backend, "mutant")
         return bisect(clean, mutated, inputs, checkpoint=checkpoint, crossed=False)
 
 
@@ -159,14 +160,14 @@ def test_without_an_oracle_the_step_is_named_and_not_whose_it_is(bench, torch_ba
     clean = kept(bench, torch_backend, mutant.subject)
 
     class Fed(Kept):  # feeding it would run the mutant; what it makes of the other's values is left out here
-        def run(self, inputs, *, inject=None, **where):
-            return Kept.run(self, inputs, **where)
+        def taps(self, inputs, *, inject=None, **where):
+            return Kept.taps(self, inputs, **where)
 
     fed = Fed.__new__(Fed)
     vars(fed).update(vars(clean))
     with mutant.planted("torch"):
-        mutated = Live(torch_backend.load(checkpoint.source), torch_backend, "mutant")
-        steps = local_errors(mutated, mutated, inputs, list(clean.layers), found=(clean.layers, mutated.run(inputs)))
+        mutated = ModelBackend(torch_backend.load(checkpoint.source), torch_backend, "mutant")
+        steps = local_errors(mutated, mutated, inputs, list(clean.layers), found=(clean.layers, mutated.taps(inputs)))
     wrong = [step for step in steps if step.blame]
     assert [step.path for step in wrong] == ["model.layers.1"]
     assert wrong[0].blame == "unknown"
@@ -178,7 +179,7 @@ def test_without_an_oracle_the_step_is_named_and_not_whose_it_is(bench, torch_ba
 @pytest.mark.parametrize("name", ZOO)
 def test_nothing_stands_out_in_any_layer_of_torch_fed_its_own_values(zoo, torch_backend, name, dtype):
     checkpoint = zoo(name, dtype)
-    live = Live(torch_backend.load(checkpoint.source), torch_backend)
+    live = ModelBackend(torch_backend.load(checkpoint.source), torch_backend)
     inputs = default_inputs(checkpoint)
     found = bisect(live, live, inputs, checkpoint=checkpoint, layer=1, crossed=False)
     assert found.exit_code == 0, found.to_text()
@@ -191,7 +192,7 @@ def test_nothing_stands_out_in_any_layer_of_torch_fed_its_own_values(zoo, torch_
 @pytest.mark.parametrize("name", ZOO)
 def test_nothing_stands_out_between_jax_and_torch(zoo, torch_backend, name, dtype):
     checkpoint, jax = zoo(name, dtype), open_backend("jax")
-    sides = [Live(backend.load(checkpoint.source), backend) for backend in (jax, torch_backend)]
+    sides = [ModelBackend(backend.load(checkpoint.source), backend) for backend in (jax, torch_backend)]
     found = parity.bisect(*sides, checkpoint=checkpoint)
     assert found.exit_code == 0, found.to_text()
     fed = [step for step in found.tables[0][1] if step.path == "model.layers.1"]
@@ -200,7 +201,7 @@ def test_nothing_stands_out_between_jax_and_torch(zoo, torch_backend, name, dtyp
 
 def test_handing_one_sides_value_to_the_other_gives_a_trace(zoo, torch_backend):
     checkpoint, other = zoo("qwen3"), zoo("qwen3-bias")
-    a, b = (Live(torch_backend.load(one.source), torch_backend) for one in (checkpoint, other))
+    a, b = (ModelBackend(torch_backend.load(one.source), torch_backend) for one in (checkpoint, other))
     inputs = prompts(checkpoint.config, rows=2, tokens=24)
     plain = record_model(b.model, torch_backend, inputs)
     trace = rerun(a, b, inputs, "model.layers.1")
@@ -214,7 +215,8 @@ def test_handing_one_sides_value_to_the_other_gives_a_trace(zoo, torch_backend):
 def test_what_cannot_be_compared_is_an_error_that_says_why(zoo, torch_backend):
     checkpoint = zoo("qwen3")
     full, half = (
-        Live(torch_backend.load(checkpoint.source, dtype=dtype), torch_backend) for dtype in ("float32", "bfloat16")
+        ModelBackend(torch_backend.load(checkpoint.source, dtype=dtype), torch_backend)
+        for dtype in ("float32", "bfloat16")
     )
     inputs = prompts(checkpoint.config, rows=2, tokens=24)
     with pytest.raises(ValueError, match="torch computes in float32 and torch in bfloat16"):

@@ -19,6 +19,7 @@ def checkpoint(tmp_path_factory):
     return str(make_drafting_checkpoint("qwen3_5", tmp_path_factory.mktemp("cli") / "a", quiet=0.02, **TWO_LAYERS))
 
 
+@pytest.mark.slow_unless("torch")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_generate_with_the_draft_prints_the_same_tokens_and_what_the_draft_was_worth(backend, checkpoint, capsys):
     command = ["generate", checkpoint, "--backend", backend, *PROMPT]

@@ -280,6 +280,7 @@ def test_the_figures_are_those_of_the_files(tmp_path, capsys):
 # --- weight-only ---
 
 
+@pytest.mark.slow_unless("torch")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_trace_says_whether_inputs_were_quantised_and_what_ran(backend, tmp_path):
     source = make_checkpoint(

@@ -18,8 +18,9 @@ from parity.backends import open_backend
 from parity.foreign.jax_function import JaxFunction
 from parity.foreign.torch_module import TorchModule
 from parity.foreign.transformers import TransformersModel
+from parity.model_backend import ModelBackend
 from parity.plugin_fixtures import BackendPair, ParityMark
-from parity.record import ModelBackend, default_inputs
+from parity.record import default_inputs
 from parity.record_oracle import OracleBackend
 from parity.zoo import make_checkpoint, prompts
 
@@ -56,7 +57,7 @@ def ours(name, path):
     return ModelBackend(framework.load(path), framework)
 
 
-@pytest.mark.slow_unless("qwen3*torch", "gemma3-torch", "qwen3-jax")
+@pytest.mark.slow_unless("qwen3-*torch", "qwen3 *torch", "qwen3_5-torch", "qwen3-jax")
 @pytest.mark.parametrize("name", ["torch", "jax"])
 @pytest.mark.parametrize("case", CASES)
 def test_ours_compute_what_transformers_does(made, case, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pkgutil
 import shutil
@@ -30,7 +31,7 @@ ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
 NO_DRAFT = {"draft", "speculation", "draft under adapter"}
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # first calls compile; nothing here is slow by accident
-STEADY = settings(suppress_health_check=list(HealthCheck), max_examples=200 if IS_THOROUGH else 20)
+STEADY = settings(suppress_health_check=list(HealthCheck), max_examples=200 if IS_THOROUGH else 12)
 
 letters = st.sampled_from("AB")
 some_faults = st.one_of(
@@ -194,8 +195,8 @@ def test_every_event_passes_on_both_backends(zoo, benches, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zoo", ["qwen3_5-wrapped", "qwen3_5-moe"])
-@pytest.mark.slow_unless("qwen3_5-wrapped")
 def test_every_event_passes_on_wrapped_and_sparse_hybrids(zoo, benches, tmp_path):
     """In torch alone, which compiles nothing; prompts of the wrapped show images and videos."""
     results = run_lifecycle(benches.pair(zoo)["A"], benches.pair(zoo)["B"], backends=["torch"], scratch=tmp_path)
@@ -367,15 +368,20 @@ def test_a_draft_a_graph_or_a_tower_that_is_left_behind_is_caught(zoo, where, br
         act(life)
 
 
-def test_an_event_that_fails_is_one_line_and_the_next_gets_a_fresh_model(benches, tmp_path, monkeypatch):
+def test_an_event_that_fails_is_one_line_the_next_gets_a_fresh_model_and_the_verb_returns_one(
+    benches, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch_models.weights, "export", exports_the_files_it_came_from(None))
-    pair = benches.pair("qwen3")
-    results = run_lifecycle(pair["A"], pair["B"], backends=["torch"], scratch=tmp_path)
-    failed = {result.event: result.detail for result in results if result.verdict == "fail"}
+    pair, report = benches.pair("qwen3"), tmp_path / "report.json"
+    command = ["lifecycle", str(pair["A"]), str(pair["B"]), "--backend", "torch", "--json", str(report)]
+    assert main(command) == 1
+    assert "exported tensors differ from the model's" in capsys.readouterr().out
+    results = json.loads(report.read_text())["events"]
+    failed = {result["event"]: result["detail"] for result in results if result["verdict"] == "fail"}
     assert list(failed) == ["swap back"]  # the first to export what is in no file
     assert "exported tensors differ from the model's" in failed["swap back"]
-    (after,) = (result for result in results if result.event == "swap what does not fit")
-    assert after.version == 1
+    (after,) = (result for result in results if result["event"] == "swap what does not fit")
+    assert after["version"] == 1
 
 
 def test_the_verb_prints_the_table_writes_reports_and_returns_zero(benches, tmp_path, capsys):
@@ -386,13 +392,6 @@ def test_the_verb_prints_the_table_writes_reports_and_returns_zero(benches, tmp_
     assert capsys.readouterr().out.startswith("event ")
     assert sorted(tmp_path.iterdir()) == files
     assert '"verdict": "PASS"' in files[1].read_text()
-
-
-def test_the_verb_returns_one_when_an_event_fails(benches, capsys, monkeypatch):
-    monkeypatch.setattr(torch_models.model.Model, "publish", forgets_the_version(torch_models.model.Model.publish))
-    pair = benches.pair("qwen3")
-    assert main(["lifecycle", str(pair["A"]), str(pair["B"]), "--backend", "torch"]) == 1
-    assert "version is 1, expected 2" in capsys.readouterr().out
 
 
 def test_checkpoints_that_show_nothing_or_do_not_fit_return_two(benches, capsys):

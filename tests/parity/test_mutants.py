@@ -32,10 +32,16 @@ def named(trial) -> str:
     return f"{mutant.name}-{backend}"
 
 
+LONG = {"nvfp4_life", "nvfp4_memory", "nvfp4_forward_bf16", "reload_memory", "speculative"}  # detectors: seconds each
+
+
 def timed(trials) -> list:
-    """Each bug once with ``make test``, where it can be in torch, which has nothing to compile; the rest are slow."""
+    """In torch, which has nothing to compile, with ``make test``; in JAX, and what lives long, slow."""
     slow = pytest.mark.slow
-    return [pytest.param(t, marks=slow) if t[1] == "jax" and "torch" in t[0].backends else t for t in trials]
+    return [
+        pytest.param((mutant, backend), marks=slow if backend == "jax" or mutant.detector.__name__ in LONG else ())
+        for mutant, backend in trials
+    ]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_agrees_with_transformers_in_float64_throughout(made: Make, case: str, k
     assert max(found.values()) <= FLOAT64_BOUND, found
 
 
+@pytest.mark.slow_unless("*-left")
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"])
 def test_agrees_with_transformers_as_shipped(made: Make, case: str, kind: str) -> None:

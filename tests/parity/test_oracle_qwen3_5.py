@@ -75,6 +75,7 @@ def test_agrees_with_transformers_in_float64_throughout(made: Callable[..., Chec
     assert max(found.values()) <= FLOAT64_BOUND, found
 
 
+@pytest.mark.slow_unless("*-left", "*-three axes")
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_transformers_as_shipped(made: Callable[..., Checkpoint], name: str, kind: str) -> None:

@@ -266,7 +266,7 @@ def test_a_class_made_from_one_with_taps_is_named_too():
     assert theirs.mlp.path == ours.mlp.path == "mlp"
 
 
-@pytest.mark.parametrize("package", [jax_models, torch_models])
+@pytest.mark.parametrize("package", [pytest.param(jax_models, marks=pytest.mark.slow), torch_models])
 def test_a_router_that_an_adapter_brings_whole_says_its_scores_and_hears_others(tapped, package, tmp_path):
     checkpoint = tapped("qwen3-moe")[0].checkpoint
     adapter = make_adapter(checkpoint.source, tmp_path / "adapter", targets=("q_proj",), whole=("gate",))

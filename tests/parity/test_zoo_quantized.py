@@ -143,6 +143,7 @@ def test_odd_sizes_are_odd_and_aligned_sizes_take_the_alias_path(name, tmp_path)
             assert aligned or rows != blocks * 16
 
 
+@pytest.mark.slow_unless("qwen3-how0", "qwen3-moe-how3")
 @pytest.mark.parametrize(
     ("name", "how"),
     [
