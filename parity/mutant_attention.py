@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from parity.mutant_bench import decode
+from parity.mutant_detectors import inside
 from parity.mutant_plants import (
     BIAS,
     BOTH,
@@ -65,6 +66,14 @@ def _norm_after_rope() -> list[Patch]:
         return lambda *args: waiting.pop()(original(*args))
 
     return [Patch(_BUILD, _with_norm(late)), Patch("layers.attention:rotate", rotate)]
+
+
+def _with_eps(attend: Any, self: Any, *args: Any) -> Any:
+    self.k_norm.eps, kept = 1e-5, self.k_norm.eps
+    try:
+        return attend(self, *args)
+    finally:
+        self.k_norm.eps = kept
 
 
 def _interleaved(original: Any, np_: Any, x: Any, cos: Any, sin: Any) -> Any:
@@ -176,6 +185,13 @@ ATTENTION: list[Mutant] = [
         wrapped(_NORM + ".__init__", lambda init, self, size, eps: init(self, size, eps=0.0)),
         "rms_norm_eps left out",
         backends=BOTH,
+    ),
+    _attention(
+        "k_norm_eps_too_large",
+        "planted",
+        wrapped(_CALL, _with_eps),
+        "eps 1e-5 for 1e-6 in k_norm alone: a layer hides it among its own rounding",
+        detector=inside,
     ),
     _attention(
         "block_norms_swapped",

@@ -1,12 +1,15 @@
-"""Detectors of what newer families have: a draft, speculation, positions of three axes, roundings that are owed."""
+"""Detectors for what the ruler over layers cannot show: drafts, speculation, three axes, owed roundings, insides."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from loaders import open_checkpoint
+from parity.backends import open_backend
+from parity.injection import HEAD, Live
 from parity.mutant_bench import Bench, Subject, as_trace, judge, load, other, record
 from parity.oracle import oracle_forward
 from parity.trace import Trace
@@ -114,6 +117,44 @@ def rounding(bench: Bench, subject: Subject, backend: str) -> list[str]:
         if wrong > ROUNDED:
             return [f"{name}: {wrong:.0%} of the values are not rounded once, at most {ROUNDED:.0%} may be"]
     return []
+
+
+class Remembered:
+    """What a live model says of a batch, asked once: a bug planted later in the code it runs does not reach it."""
+
+    def __init__(self, live: Live, inputs: Mapping[str, np.ndarray]) -> None:
+        self.name, self.dtype = f"clean {live.name}", live.dtype
+        self.layers, self.operations = live.run(inputs), live.run(inputs, level="operations")
+
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        level: str = "layers",
+        within: str | None = None,
+        inject: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """As ``Live.run``, of the batch it was asked on; it cannot be fed."""
+        assert inject is None, "what was asked once cannot go on from another value"
+        if level == "layers":
+            return self.layers
+        inside = f"{within}."
+        return {path: x for path, x in self.operations.items() if path == HEAD or f"{path}.".startswith(inside)}
+
+
+def inside(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """Every step of every layer judged alone, for what is too small for a layer to show."""
+    # imported here: binding ``parity.bisect`` to the module of that name would shadow the public function
+    from parity.bisect import bisect
+
+    framework, batch, checkpoint = open_backend(backend), bench.batch(subject), open_checkpoint(bench.path(subject))
+
+    def live() -> Live:
+        return Live(load(backend, bench.path(subject)), framework)
+
+    clean = bench.once(("inside", subject, backend), lambda: Remembered(live(), batch))
+    found = bisect(clean, live(), batch, checkpoint=checkpoint, everywhere=True, crossed=False)
+    return [found.summary] if found.exit_code else []
 
 
 def _wide(tensor: Any) -> np.ndarray:

@@ -146,6 +146,31 @@ def test_a_router_that_chooses_others_is_named(bench, torch_backend):
     assert found.culprit.blame == "b"
 
 
+def test_what_a_layer_hides_is_found_inside_when_asked(bench, torch_backend):
+    mutant = in_layer(MUTANTS["k_norm_eps_too_large"], 1)
+    checkpoint, inputs = open_checkpoint(bench.path(mutant.subject)), bench.batch(mutant.subject)
+    clean = kept(bench, torch_backend, mutant.subject)
+    with mutant.planted("torch"):
+        mutated = Live(torch_backend.load(checkpoint.source), torch_backend, "mutant")
+        found = [
+            bisect(clean, mutated, inputs, checkpoint=checkpoint, crossed=False, everywhere=everywhere)
+            for everywhere in (False, True)
+        ]
+    assert found[0].culprit is None
+    assert (found[1].culprit.path, found[1].culprit.blame) == ("model.layers.1.self_attn.k_norm", "b")
+    looked_into = [name for name, _ in found[1].tables]
+    assert looked_into[:4] == ["the model", "model.layers.0", "model.layers.0.self_attn", "model.layers.0.mlp"]
+    assert "Everything before it agrees" in found[1].summary
+
+
+def test_looking_everywhere_finds_nothing_in_a_correct_model(zoo, torch_backend):
+    checkpoint = zoo("qwen3")
+    live = Live(torch_backend.load(checkpoint.source), torch_backend)
+    found = bisect(live, live, prompts(checkpoint.config), checkpoint=checkpoint, everywhere=True, crossed=False)
+    assert found.exit_code == 0
+    assert len(found.tables) == 1 + 3 * checkpoint.config.num_hidden_layers
+
+
 @pytest.mark.parametrize(("name", "step"), [("final_norm_dropped", "model.norm"), ("head_rows_plus_one", "lm_head")])
 def test_what_is_around_the_layers_is_named_too(bench, torch_backend, name, step):
     found = found_by(bench, MUTANTS[name], torch_backend)

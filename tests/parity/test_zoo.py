@@ -272,7 +272,7 @@ def test_the_special_models_are_special(zoo: Callable[..., Checkpoint]) -> None:
 # Prompts
 
 
-@pytest.mark.parametrize("padding", ["right", "left", None])
+@pytest.mark.parametrize("padding", ["right", "left", "both", None])
 def test_prompts_have_rows_of_different_length_and_every_canary_in_each(
     zoo: Callable[..., Checkpoint], padding: Any
 ) -> None:
@@ -282,7 +282,7 @@ def test_prompts_have_rows_of_different_length_and_every_canary_in_each(
     assert list(found) == ["input_ids", "attention_mask"]
     assert (ids_BT.shape, ids_BT.dtype, mask_BT.dtype) == ((3, 96), np.int64, np.int64)
     assert mask_BT.sum(axis=1).tolist() == ([96, 96, 96] if padding is None else [96, 72, 48])
-    starts = {"right": [0, 0, 0], "left": [0, 24, 48], None: [0, 0, 0]}[padding]
+    starts = {"right": [0, 0, 0], "left": [0, 24, 48], "both": [0, 0, 48], None: [0, 0, 0]}[padding]
     assert mask_BT.argmax(axis=1).tolist() == starts
     assert ids_BT.min() >= 0
     assert ids_BT.max() == config.vocab_size - 1
