@@ -110,7 +110,7 @@ def bisect(
         inputs: of both; None: ``default_inputs`` of the checkpoint.
         checkpoint: what the oracle reads; None: there is no oracle, and whose an error is stays unknown.
         adapter: that both models run with, for the oracle.
-        layer: look into this decoder layer, whatever the layers say.
+        layer: look into this decoder layer, whatever the layers say, down to its operations.
         everywhere: when no layer stands out, look into one after the other, up to the first where a step does: a layer
             may hide what is wrong of a part of it among its own rounding.
         crossed: also feed each layer of one model what the other computed before it.
@@ -134,7 +134,7 @@ def bisect(
     node = _chosen(steps, layers, layer)
     look = _Look((a, b), inputs, looks, reference, notes, crossed)
     if node in layers:
-        tables += look.into(node)
+        tables += look.into(node, thorough=layer is not None)
     elif node is None and everywhere:
         for path in layers:
             found = look.into(path, thorough=True)

@@ -277,9 +277,10 @@ def test_the_command_says_that_nothing_stands_out(zoo, tmp_path, capsys, options
     assert found["exit_code"] == 0
     assert [table["of"] for table in found["tables"]] == [
         "the model",
-        *(["model.layers.2"] if "--layer" in options else []),
+        *(["model.layers.2", "model.layers.2.self_attn", "model.layers.2.mlp"] if "--layer" in options else []),
     ]
-    assert ("model.layers.2.mlp" in printed) == ("--layer" in options)
+    assert ("model.layers.2.mlp.up_proj" in printed) == ("--layer" in options)
+    assert ("--everywhere may" in printed) == ("--layer" not in options)
 
 
 def test_the_command_knows_of_an_adapter(zoo, tmp_path, capsys):
