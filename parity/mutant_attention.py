@@ -95,6 +95,15 @@ def _hidden_scale(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any
     return q, k, v, {"scale": (config["hidden_size"] / config["num_attention_heads"]) ** -0.5}, _same
 
 
+def _one_louder(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
+    def louder(out: Any) -> Any:
+        factors = np_.ones(out.shape[axis])
+        factors[4] = 1.01
+        return out * factors.reshape(-1, *(1,) * (out.ndim - axis - 1))
+
+    return q, k, v, {}, louder
+
+
 def _head_major(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
     def mixed(out: Any) -> Any:  # [.., N, H] laid out as [.., H, N]
         out_BTNH = np_.swapaxes(out, 1, 2) if axis == 1 else out
@@ -272,6 +281,13 @@ ATTENTION: list[Mutant] = [
         subject=YARN,
     ),
     _attention("kv_heads_tiled", "parity 14", attending(_tiled), "key/value heads tiled, not repeated", backends=BOTH),
+    _attention(
+        "one_head_louder",
+        "planted",
+        attending(_one_louder),
+        "what one head of six says, one percent too large",
+        backends=("torch",),
+    ),
     _attention(
         "scale_from_hidden",
         "parity 15",
