@@ -74,8 +74,8 @@ class Bench:
         return record_oracle(open_checkpoint(self.checkpoint(bug)), inputs, like=trace, **common)
 
 
-def forward(bench: Bench, bug: Bug) -> dict[str, Any]:
-    """What ``tandem run`` says, and where ``tandem bisect`` finds it."""
+def forward(bench: Bench, bug: Bug, *, quick: bool) -> dict[str, Any]:
+    """What ``tandem run`` says, and where ``tandem bisect`` finds it; ``quick``: only what run did not name."""
     key = (bench.checkpoint(bug), bug.dtype, repr(bug.options))
     clean = {
         side: bench.once("clean", side, *key, make=lambda side=side: bench.recorded(bug, side, is_clean=True))
@@ -88,7 +88,7 @@ def forward(bench: Bench, bug: Bug) -> dict[str, Any]:
                 clean[side] if side in clean else bench.recorded(bug, side, is_clean=False) for side in SIDES
             )
         except Exception as error:  # noqa: BLE001  (a planted bug may raise anything)
-            return {"is_caught": True, "verdict": f"refused: {error}", "run": None, "bisect": None}
+            return {"is_caught": True, "verdict": f"refused: {error}", "by_run": True, "run": None, "bisect": None}
         is_sparse = any(name.startswith("routing") for name in ours.tensors)
 
         def oracle(side: str, trace: Any, probes: int | None) -> Any:
@@ -98,10 +98,12 @@ def forward(bench: Bench, bug: Bug) -> dict[str, Any]:
             return bench.once("oracle", who, *key, make=lambda: bench.oracle(bug, inputs, trace, probes=None))
 
         found = compare(ours, theirs, oracle("jax", ours, None), oracle_b=oracle("torch", theirs, 0))
-        said = {"is_caught": found.exit_code in (1, 3), "verdict": f"{found.verdict} {found.cause or ''}".strip()}
-        said |= {"run": named_by_run(found), "bisect": None, "summary": found.summary}
-        if not bug.expected or (found.verdict == "INVALID" and isinstance(bug.edits[0], Weight)):
-            return said  # there is no layer to look for; or the tensor is named already
+        said: dict[str, Any] = {"is_caught": found.exit_code in (1, 3), "by_run": found.exit_code in (1, 3)}
+        said |= {"verdict": f"{found.verdict} {found.cause or ''}".strip(), "summary": found.summary}
+        said |= {"run": named_by_run(found) if said["by_run"] else None, "bisect": None}
+        is_named = isinstance(bug.edits[0], Weight) and found.verdict == "INVALID"  # the tensor, by its digest
+        if is_named or (said["is_caught"] and (not bug.expected or (quick and said["run"] == bug.expected))):
+            return said
         checkpoint = open_checkpoint(bench.checkpoint(bug))
         adapter = bench.adapter(bug)
         where = [int(said["run"].removeprefix("layer "))] if str(said["run"]).startswith("layer") else []
@@ -110,7 +112,7 @@ def forward(bench: Bench, bug: Bug) -> dict[str, Any]:
         with contextlib.suppress(ValueError):  # shapes that cannot be compared
             step = bisect(a, b, inputs, checkpoint=checkpoint, crossed=False, **where).culprit
             said["bisect"] = None if step is None else named(step.path)
-            said["step"] = None if step is None else step.path
+            said |= {"step": None if step is None else step.path, "is_caught": said["is_caught"] or step is not None}
         return said
 
 
@@ -149,15 +151,16 @@ def named_by_run(found: Any) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of bugs, or how they begin; default: all")
+    parser.add_argument("--quick", action="store_true", help="bisect only what run does not name")
     parser.add_argument("--json", type=Path, help="write a line for every bug")
     args = parser.parse_args()
-    chosen = [bug for bug in BUGS if not args.names or bug.name.startswith(tuple(args.names))]
+    chosen = list(dict.fromkeys(bug for name in args.names or [""] for bug in BUGS if bug.name.startswith(name)))
     results = []
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory))
         for bug in chosen:
             started = time.perf_counter()
-            said = (life if bug.event else forward)(bench, bug)
+            said = life(bench, bug) if bug.event else forward(bench, bug, quick=args.quick)
             results.append((bug, said))
             seconds = time.perf_counter() - started
             where = f"in {bug.expected}; run names {said['run']}, bisect {said['bisect']}" if bug.expected else ""
@@ -169,7 +172,11 @@ def main() -> None:
     local = [(bug, said) for bug, said in results if bug.expected and not bug.equivalent and said["is_caught"]]
     by_run = sum(bug.expected == said["run"] for bug, said in local)
     either = sum(bug.expected in (said["run"], said["bisect"]) for bug, said in local)
-    print(f"caught: {sum(visible)} of {len(visible)}; {len(results) - len(visible)} more compute the same")
+    run = sum(said.get("by_run", said["is_caught"]) for bug, said in results if not bug.equivalent)
+    print(
+        f"caught: {sum(visible)} of {len(visible)}, {run} of them by run or lifecycle, the rest by bisect --everywhere;"
+        f" {len(results) - len(visible)} more cannot be seen"
+    )
     print(f"place named: by run {by_run}, by run or bisect {either} of {len(local)} caught that are in one")
 
 

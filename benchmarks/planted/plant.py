@@ -47,7 +47,7 @@ class Weight:
     change: Callable[[np.ndarray, Callable[[str], np.ndarray]], np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bug:
     """One planted bug.
 
