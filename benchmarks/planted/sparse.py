@@ -261,7 +261,7 @@ BUGS = (
         "chunk fade",
         "qwen3_5",
         Function(
-            "layers.gated_delta", "chunked_delta_rule", "(decay[..., -1:] - decay)", "(decay[..., -1:] - decay) * 0.9"
+            "layers.gated_delta", "chunked_delta_rule", "(decay[..., -1:] - decay)", "(decay[..., -1:] - 0.9 * decay)"
         ),
     ),
     torch_bug("pad in conv", "qwen3_5", Method(DN, "x_BTD = x_BTD * mask_BT1", "pass"), layer=1),
@@ -277,7 +277,6 @@ BUGS = (
         "qwen3_5",
         Method(DN, "self.key_head_dim**-0.5", "self.value_head_dim**-0.5"),
         layer=0,
-        equivalent="the gated norm behind takes a factor out, to eps",
     ),
     jax_bug("beta bias", "qwen3_5", Method(DN, "jax.nn.sigmoid(beta_BTJ)", "jax.nn.sigmoid(beta_BTJ + 0.01)"), layer=3),
     jax_bug(
