@@ -9,7 +9,9 @@ owner. Besides, each backend is fed the other's values; where there is no oracle
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -97,6 +99,7 @@ def bisect(
     checkpoint: Checkpoint | None = None,
     adapter: Adapter | None = None,
     layer: int | None = None,
+    everywhere: bool = False,
     crossed: bool = True,
 ) -> Bisection:
     """Judge every layer of two models alone, then the modules of the worst, then what the worst of those does.
@@ -107,7 +110,9 @@ def bisect(
         inputs: of both; None: ``default_inputs`` of the checkpoint.
         checkpoint: what the oracle reads; None: there is no oracle, and whose an error is stays unknown.
         adapter: that both models run with, for the oracle.
-        layer: look into this decoder layer, whatever the layers say.
+        layer: look into this decoder layer, whatever the layers say, down to its operations.
+        everywhere: when no layer stands out, look into one after the other, up to the first where a step does: a layer
+            may hide what is wrong of a part of it among its own rounding.
         crossed: also feed each layer of one model what the other computed before it.
     Raises:
         ValueError: neither inputs nor a checkpoint, a layer that is none, or models that cannot be compared.
@@ -127,24 +132,15 @@ def bisect(
     steps = local_errors(a, b, inputs, paths, found=looks, crossed=crossed, **common)
     tables = [("the model", tuple(steps))]
     node = _chosen(steps, layers, layer)
-    top = node
+    look = _Look((a, b), inputs, looks, reference, notes, crossed)
     if node in layers:
-        deep = _deep(a, inputs, node), _deep(b, inputs, node)
-        for model, first, second in zip((a, b), looks, deep, strict=True):
-            if not np.array_equal(first[HEAD], second[HEAD], equal_nan=True):
-                off = distance(second[HEAD], first[HEAD], _mask(inputs))
-                notes.append(f"observer effect: looking into {node} moved {model.name}'s logits by {off:.1g}.")
-        merged = (looks[0] | deep[0], looks[1] | deep[1])
-        below = _common(deep, (a.name, b.name), notes)
-        given: list[str] = []
-        while inside := _children(node, below, merged[0]):
-            steps = local_errors(a, b, inputs, [*inside, node], found=merged, given=given, layer=top, **common)
-            tables.append((node, tuple(steps)))
-            given += inside
-            worse = next((step.path for step in steps if step.blame is not None), None)
-            if worse is None or worse == node or merged[0][worse].dtype.kind != "f":  # a choice has no parts
+        tables += look.into(node, thorough=layer is not None)
+    elif node is None and everywhere:
+        for path in layers:
+            found = look.into(path, thorough=True)
+            tables += found
+            if any(step.blame is not None for _, table in found for step in table):
                 break
-            node = worse
     return Bisection(
         names=(a.name, b.name),
         dtype=a.dtype,
@@ -154,8 +150,48 @@ def bisect(
     )
 
 
-def _deep(model: Tapped, inputs: Values, node: str) -> dict[str, np.ndarray]:
-    return dict(model.taps(inputs, level="operations", within=node))
+@dataclass(frozen=True)
+class _Look:
+    """Looking into layers of two models; ``looks`` is what the models said of their layers."""
+
+    sides: tuple[Tapped, Tapped]
+    inputs: Values
+    looks: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+    reference: Reference | None
+    notes: list[str]
+    crossed: bool
+
+    def into(self, top: str, *, thorough: bool = False) -> list[tuple[str, tuple[Step, ...]]]:
+        """The modules of decoder layer ``top``, then what the first wrong one of them does.
+
+        ``thorough``: what modules do that are not wrong, too, until something is.
+        """
+        a, b = self.sides
+        deep = tuple(dict(side.taps(self.inputs, level="operations", within=top)) for side in self.sides)
+        for model, first, second in zip(self.sides, self.looks, deep, strict=True):
+            if not np.array_equal(first[HEAD], second[HEAD], equal_nan=True):
+                off = distance(second[HEAD], first[HEAD], _mask(self.inputs))
+                self.notes.append(f"observer effect: looking into {top} moved {model.name}'s logits by {off:.1g}.")
+        merged = (self.looks[0] | deep[0], self.looks[1] | deep[1])
+        below = _common((deep[0], deep[1]), (a.name, b.name), self.notes)
+        tables: list[tuple[str, tuple[Step, ...]]] = []
+        given: list[str] = []
+        nodes = deque([top])
+        while nodes:
+            node = nodes.popleft()
+            if not (inside := _children(node, below, merged[0])):
+                continue
+            common: dict[str, Any] = {"found": merged, "given": given, "layer": top, "reference": self.reference}
+            steps = local_errors(a, b, self.inputs, [*inside, node], crossed=self.crossed, **common)
+            tables.append((node, tuple(steps)))
+            given += inside
+            worse = next((step.path for step in steps if step.blame is not None), None)
+            if worse is not None:
+                is_whole = worse != node and merged[0][worse].dtype.kind == "f"  # a choice has no parts
+                nodes = deque([worse] if is_whole else [])
+            elif thorough:
+                nodes.extend(inside)
+        return tables
 
 
 def _mask(inputs: Values) -> np.ndarray:

@@ -78,6 +78,7 @@ class Bisection:
             return (
                 f"Nothing stands out: each of {len(steps)} steps, judged alone, stays within its limit;"
                 f" {worst.path} comes nearest, at {worst.used:.2g} of it."
+                f"{' What is too small for a layer to show, --everywhere may.' if len(self.tables) == 1 else ''}"
             )
         return f"{self._who(culprit)}{self._inside(culprit)} {self._rest(culprit)}"
 

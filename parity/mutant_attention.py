@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from parity.mutant_bench import decode
+from parity.mutant_detectors import inside
 from parity.mutant_plants import (
     BIAS,
     BOTH,
@@ -67,6 +68,14 @@ def _norm_after_rope() -> list[Patch]:
     return [Patch(_BUILD, _with_norm(late)), Patch("layers.attention:rotate", rotate)]
 
 
+def _with_eps(attend: Any, self: Any, *args: Any) -> Any:
+    self.k_norm.eps, kept = 1e-5, self.k_norm.eps
+    try:
+        return attend(self, *args)
+    finally:
+        self.k_norm.eps = kept
+
+
 def _interleaved(original: Any, np_: Any, x: Any, cos: Any, sin: Any) -> Any:
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos[:, :, None], sin[:, :, None]
     return np_.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
@@ -84,6 +93,15 @@ def _tiled(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, 
 def _hidden_scale(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
     config = ZOO["qwen3"].config
     return q, k, v, {"scale": (config["hidden_size"] / config["num_attention_heads"]) ** -0.5}, _same
+
+
+def _one_louder(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
+    def louder(out: Any) -> Any:
+        factors = np_.ones(out.shape[axis])
+        factors[4] = 1.01
+        return out * factors.reshape(-1, *(1,) * (out.ndim - axis - 1))
+
+    return q, k, v, {}, louder
 
 
 def _head_major(np_: Any, axis: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, dict[str, Any], Any]:
@@ -178,6 +196,13 @@ ATTENTION: list[Mutant] = [
         backends=BOTH,
     ),
     _attention(
+        "k_norm_eps_too_large",
+        "planted",
+        wrapped(_CALL, _with_eps),
+        "eps 1e-5 for 1e-6 in k_norm alone: a layer hides it among its own rounding",
+        detector=inside,
+    ),
+    _attention(
         "block_norms_swapped",
         "parity 0.1",
         exchanged("input_layernorm", "post_attention_layernorm"),
@@ -256,6 +281,13 @@ ATTENTION: list[Mutant] = [
         subject=YARN,
     ),
     _attention("kv_heads_tiled", "parity 14", attending(_tiled), "key/value heads tiled, not repeated", backends=BOTH),
+    _attention(
+        "one_head_louder",
+        "planted",
+        attending(_one_louder),
+        "what one head of six says, one percent too large",
+        backends=("torch",),
+    ),
     _attention(
         "scale_from_hidden",
         "parity 15",

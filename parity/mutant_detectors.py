@@ -1,12 +1,16 @@
-"""Detectors of what newer families have: a draft, speculation, positions of three axes, roundings that are owed."""
+"""Detectors for what the ruler over layers cannot show: drafts, speculation, three axes, owed roundings, insides."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from loaders import open_checkpoint
+from parity.backend import HEAD
+from parity.backends import open_backend
+from parity.model_backend import ModelBackend
 from parity.mutant_bench import PEER, Bench, Subject, as_trace, judge, load, other, record
 from parity.oracle import oracle_forward
 from parity.trace import Trace
@@ -114,6 +118,44 @@ def rounding(bench: Bench, subject: Subject, backend: str) -> list[str]:
         if wrong > ROUNDED:
             return [f"{name}: {wrong:.0%} of the values are not rounded once, at most {ROUNDED:.0%} may be"]
     return []
+
+
+class Remembered:
+    """What a live model says of a batch, asked once: a bug planted later in the code it runs does not reach it."""
+
+    def __init__(self, live: ModelBackend, inputs: Mapping[str, np.ndarray]) -> None:
+        self.name, self.dtype = f"clean {live.name}", live.dtype
+        self.layers, self.operations = live.taps(inputs), live.taps(inputs, level="operations")
+
+    def taps(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        level: str = "layers",
+        within: str | None = None,
+        inject: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """As ``ModelBackend.taps``, of the batch it was asked on; it cannot be fed."""
+        assert inject is None, "what was asked once cannot go on from another value"
+        if level == "layers":
+            return self.layers
+        inside = f"{within}."
+        return {path: x for path, x in self.operations.items() if path == HEAD or f"{path}.".startswith(inside)}
+
+
+def inside(bench: Bench, subject: Subject, backend: str) -> list[str]:
+    """Every step of every layer judged alone, for what is too small for a layer to show."""
+    # imported here: binding ``parity.bisect`` to the module of that name would shadow the public function
+    from parity.bisect import bisect
+
+    framework, batch, checkpoint = open_backend(backend), bench.batch(subject), open_checkpoint(bench.path(subject))
+
+    def live() -> ModelBackend:
+        return ModelBackend(load(backend, bench.path(subject)), framework)
+
+    clean = bench.once(("inside", subject, backend), lambda: Remembered(live(), batch))
+    found = bisect(clean, live(), batch, checkpoint=checkpoint, everywhere=True, crossed=False)
+    return [found.summary] if found.exit_code else []
 
 
 def _wide(tensor: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -52,6 +53,15 @@ def _one_less(original: Any, np_: Any, self: Any, x: Any) -> Any:
     chosen, experts = original(self, x)
     first = chosen[..., :-1]
     return np_.concatenate([first / np_.sum(first, -1)[..., None], 0 * chosen[..., -1:]], -1), experts
+
+
+def _louder(row: int) -> Callable[[Any, Any], Any]:
+    def change(np_: Any, w: Any) -> Any:
+        factors = np_.ones(len(w))
+        factors[row] = 1.01
+        return w * factors.reshape(-1, *(1,) * (w.ndim - 1))
+
+    return change
 
 
 def _normed(original: Any, np_: Any, self: Any, x: Any) -> Any:
@@ -129,6 +139,21 @@ MOE_AND_HEAD: list[Mutant] = [
         backends=("torch",),
     ),
     _moe("gelu_in_experts", "parity 23", lambda: [Patch("layers.moe:KERNELS", _gelu)], "gelu for silu in the experts"),
+    _moe(
+        "one_channel_louder",
+        "planted",
+        each("up_proj.weight", _louder(7)),
+        "one row of the dense MLP's up projection one percent too large",
+        subject=DENSE,
+        backends=("torch",),
+    ),
+    _moe(
+        "one_expert_louder",
+        "planted",
+        each("experts.down_proj", _louder(3)),
+        "what one expert of five says, one percent too large",
+        backends=("torch",),
+    ),
     _moe(
         "expert_plus_one",
         "parity 24",

@@ -40,12 +40,14 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Three rows of 96, 72 and 48 tokens, right-padded: long enough for a rotary bug to show.
+    """Three rows of 96, 72 and 48 tokens, long enough for a rotary bug to show.
 
+    The second is padded on the right, the third on the left: behind a row's end nothing looks at padding, before its
+    start everything would that does not heed the mask.
     A model that sees is shown images and a video in two of them.
     """
     make = prompts if checkpoint.config.vision is None else pictures
-    return make(checkpoint.config, rows=3, tokens=96, padding="right")
+    return make(checkpoint.config, rows=3, tokens=96, padding="both")
 
 
 def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:

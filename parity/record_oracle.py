@@ -17,6 +17,7 @@ from loaders.stage import Stage
 from parity.backend import BackendInfo, record_backend
 from parity.oracle import oracle_forward
 from parity.oracles.fault import Fault
+from parity.oracles.inputs import replayable
 from parity.oracles.taps import Taps
 from parity.probes import places, probe
 from parity.trace import Trace
@@ -51,6 +52,8 @@ class OracleBackend:
         replayed = ("routing.", "mtp.routing.") if self.mtp else ("routing.",)
         chosen = {} if self.like is None else self.like.tensors
         routing = {name: array for name, array in chosen.items() if name.startswith(replayed)}
+        if routing and self.like is not None:
+            routing = replayable(self.checkpoint.config, routing, self.like.mask, mtp=self.mtp)
         common = {"mtp": self.mtp, "adapter": opened}
         tensors = oracle_forward(self.checkpoint, **inputs, routing=routing or None, **common)
         return tensors | amplification(self.checkpoint, inputs, tensors, **common)

@@ -45,7 +45,8 @@ def find_flips(one: Trace, other: Trace, mask: np.ndarray) -> Flips | None:
         experts = [trace.tensors[f"routing.{i}"] for trace in (one, other)]
         if experts[0].shape[2] == 0:
             continue
-        common = (experts[0][..., :, None] == experts[1][..., None, :]).any(axis=3).mean(axis=2)
+        is_same = experts[0][..., :, None] == experts[1][..., None, :]
+        common = np.minimum(is_same.any(axis=3).mean(axis=2), is_same.any(axis=2).mean(axis=2))  # one may repeat itself
         shares[i] = np.where(mask, 1 - common, 0.0)
         sets[i] = shares[i] > 0
     return Flips(sets, shares)
@@ -108,15 +109,31 @@ def _broken(
     case: Case, flips_a: Flips | None, flips_b: Flips | None, between: Flips, mask: np.ndarray
 ) -> tuple[str | None, Side | None]:
     """What is wrong with a router and whose it is: seen against an oracle that ran free, else only between the two."""
+    twice = [_repeating_layer(trace, mask) for trace in (case.a, case.b)]
+    if any(twice):
+        side: Side | None = "both" if all(twice) else "a" if twice[0] else "b"
+        who = " and ".join(label for label, layer in zip(case.labels, twice, strict=True) if layer)
+        layer = min(filter(None, twice))
+        return f"{who} gave tokens one expert twice in decoder layer {layer}, model.layers.{layer - 1}", side
     pairs = {f"{case.labels[0]} and its oracle": flips_a, f"{case.labels[1]} and its oracle": flips_b}
     pairs["the two backends"] = between
     found = [_wrong_layer(flips, mask) if flips else None for flips in pairs.values()]
     for who, wrong in zip(pairs, found, strict=True):
         if wrong:
             layer, share = wrong
-            side: Side | None = "both" if found[0] and found[1] else "a" if found[0] else "b" if found[1] else None
-            return f"{who} differ in {share:.0%} of the experts chosen in decoder layer {layer}", side
+            side = "both" if found[0] and found[1] else "a" if found[0] else "b" if found[1] else None
+            where = f"decoder layer {layer}, model.layers.{layer - 1}"
+            return f"{who} differ in {share:.0%} of the experts chosen in {where}", side
     return None, None
+
+
+def _repeating_layer(trace: Trace, mask: np.ndarray) -> int | None:
+    """The first sparse layer in which a real token has an expert twice."""
+    for i in trace_layout.routing_layers(trace.tensors):
+        experts = np.sort(trace.tensors[f"routing.{i}"][mask], axis=-1)
+        if (experts[:, 1:] == experts[:, :-1]).any():
+            return i
+    return None
 
 
 def _wrong_layer(flips: Flips, mask: np.ndarray) -> tuple[int, float] | None:

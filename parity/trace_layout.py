@@ -44,6 +44,12 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def routing_of(name: str) -> int | None:
+    """The sparse decoder layer (from 1) whose choice of experts this is; None for any other tensor."""
+    match = ROUTING.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def find_problems(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> list[str]:
     """Everything that keeps tensors and metadata from being a trace, one sentence each."""
     return [*meta_problems(meta), *_tensor_problems(tensors)]

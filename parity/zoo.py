@@ -128,12 +128,13 @@ def prompts(
     *,
     rows: int = 3,
     tokens: int = 96,
-    padding: Literal["right", "left"] | None = "right",
+    padding: Literal["right", "left", "both"] | None = "right",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """``input_ids`` and ``attention_mask``, int64 [B, T], with every canary in every row.
 
     Rows have different lengths, the first all of ``tokens``, the last about half; with ``padding=None`` all are full.
+    ``"both"``: the second, fourth, ... are padded on the right, the others on the left.
     What stands under the padding is random too: whoever looks at it gets a different answer.
     """
     found = canaries(config)
@@ -144,7 +145,7 @@ def prompts(
     mask_BT = np.zeros((rows, tokens), np.int64)
     for row in range(rows):
         length = tokens if padding is None else tokens - row * (tokens // 2) // max(rows - 1, 1)
-        start = tokens - length if padding == "left" else 0
+        start = tokens - length if padding == "left" or (padding == "both" and row % 2 == 0) else 0
         mask_BT[row, start : start + length] = 1
         ids_BT[row, start + rng.choice(length, len(found), replace=False)] = found
     return {"input_ids": ids_BT, "attention_mask": mask_BT}

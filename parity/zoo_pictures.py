@@ -20,7 +20,7 @@ def pictures(
     *,
     rows: int = 3,
     tokens: int = 96,
-    padding: Literal["right", "left"] | None = "right",
+    padding: Literal["right", "left", "both"] | None = "right",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Everything a model takes, under the Hugging Face processor's names: ``parity.zoo.prompts`` with pictures in it.

@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
     parser.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
     parser.add_argument(
+        "--everywhere",
+        action="store_true",
+        help="when no layer stands out, look into every one: for bugs too small for a layer to show",
+    )
+    parser.add_argument(
         "--no-oracle",
         action="store_true",
         help="feed each backend the other's values alone: quick, but not whose it is",
@@ -56,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         notes.append(f"no oracle: it does not round inputs of layers, or keys and values, as {who} does.")
     oracle = None if rounds or args.no_oracle else checkpoint
     a, b = sides
-    found = bisect(a, b, inputs, checkpoint=oracle, adapter=adapter, layer=args.layer)
+    where = {"layer": args.layer, "everywhere": args.everywhere}
+    found = bisect(a, b, inputs, checkpoint=oracle, adapter=adapter, **where)
     found = found.noted(notes)
     print(found.summary if args.quiet else found.to_text())
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,22 +71,46 @@ def checked_routing(
         return {}
     if "E" not in config.dims():
         raise ValueError(f"routing {sorted(routing)} given, but {config.architecture} has no experts")
-    sparse = [f"routing.{layer + 1}" for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
-    sparse += ["mtp.routing.1"] if mtp else []
+    sparse = _sparse(config, mtp=mtp)
     unknown = sorted(set(routing) - set(sparse))
     if unknown:
         raise ValueError(f"routing {unknown} is of no sparse layer. They are {sparse}.")
-    checked: dict[str, np.ndarray] = {}
+    return {name: _experts(config, name, given, mask_BT) for name, given in routing.items()}
+
+
+def replayable(
+    config: Any, routing: Mapping[str, np.ndarray], mask_BT: np.ndarray, *, mtp: bool = False
+) -> dict[str, np.ndarray]:
+    """Of what a model says its routers chose, that which ``checked_routing`` takes.
+
+    A router that gives a token too few experts, or one of them twice, is wrong: its layer must be chosen for freely, so
+    that the comparison can say so.
+    """
+    known = _sparse(config, mtp=mtp) if "E" in config.dims() else []
+    found: dict[str, np.ndarray] = {}
     for name, given in routing.items():
-        is_real = mask_BT[:, 1:] & mask_BT[:, :-1] if name.startswith("mtp.") else mask_BT
-        experts = _integers(name, given, (*is_real.shape, config.num_experts_per_tok))
-        real = np.sort(experts[is_real], axis=-1)
-        if (real < 0).any() or (real >= config.num_experts).any():
-            raise ValueError(f"{name} names experts outside 0 to {config.num_experts - 1}")
-        if (real[:, 1:] == real[:, :-1]).any():
-            raise ValueError(f"{name} gives a token the same expert twice")
-        checked[name] = experts
-    return checked
+        if name in known:
+            with contextlib.suppress(ValueError):
+                found[name] = _experts(config, name, given, mask_BT)
+    return found
+
+
+def _sparse(config: Any, *, mtp: bool) -> list[str]:
+    """What the oracle calls the routing of every sparse layer."""
+    layers = [f"routing.{layer + 1}" for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+    return layers + (["mtp.routing.1"] if mtp else [])
+
+
+def _experts(config: Any, name: str, given: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    """Experts of one layer. Raises ValueError as ``checked_routing`` says."""
+    is_real = mask_BT[:, 1:] & mask_BT[:, :-1] if name.startswith("mtp.") else mask_BT
+    experts = _integers(name, given, (*is_real.shape, config.num_experts_per_tok))
+    real = np.sort(experts[is_real], axis=-1)
+    if (real < 0).any() or (real >= config.num_experts).any():
+        raise ValueError(f"{name} names experts outside 0 to {config.num_experts - 1}")
+    if (real[:, 1:] == real[:, :-1]).any():
+        raise ValueError(f"{name} gives a token the same expert twice")
+    return experts
 
 
 def _integers(name: str, given: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:

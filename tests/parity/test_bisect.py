@@ -17,6 +17,7 @@ from parity.live_pairs import rerun
 from parity.local import Judge
 from parity.model_backend import ModelBackend
 from parity.mutant_bench import Bench
+from parity.mutant_detectors import Remembered
 from parity.mutant_layer import in_layer
 from parity.mutant_plants import MOE, wrapped
 from parity.mutants import all_mutants
@@ -60,22 +61,6 @@ QUICK = (
 )
 
 
-class Kept:
-    """What a clean model says, kept: a bug planted in the code it runs does not reach it."""
-
-    def __init__(self, live, inputs):
-        self.name, self.dtype = "clean", live.dtype
-        self.layers, self.operations = live.taps(inputs), live.taps(inputs, level="operations")
-
-    def taps(self, inputs, *, level="layers", within=None, inject=None):
-        assert inject is None
-        if level == "layers":
-            return self.layers
-        return {
-            path: x for path, x in self.operations.items() if path == "lm_head" or f"{path}.".startswith(f"{within}.")
-        }
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("bench"))
@@ -102,7 +87,8 @@ def zoo(tmp_path_factory):
 def kept(bench, backend, subject):
     checkpoint = open_checkpoint(bench.path(subject))
     return bench.once(
-        ("kept", subject), lambda: Kept(ModelBackend(backend.load(checkpoint.source), backend), bench.batch(subject))
+        ("kept", subject),
+        lambda: Remembered(ModelBackend(backend.load(checkpoint.source), backend), bench.batch(subject)),
     )
 
 
@@ -147,6 +133,31 @@ def test_a_router_that_chooses_others_is_named(bench, torch_backend):
     assert found.culprit.blame == "b"
 
 
+def test_what_a_layer_hides_is_found_inside_when_asked(bench, torch_backend):
+    mutant = in_layer(MUTANTS["k_norm_eps_too_large"], 1)
+    checkpoint, inputs = open_checkpoint(bench.path(mutant.subject)), bench.batch(mutant.subject)
+    clean = kept(bench, torch_backend, mutant.subject)
+    with mutant.planted("torch"):
+        mutated = ModelBackend(torch_backend.load(checkpoint.source), torch_backend, "mutant")
+        found = [
+            bisect(clean, mutated, inputs, checkpoint=checkpoint, crossed=False, everywhere=everywhere)
+            for everywhere in (False, True)
+        ]
+    assert found[0].culprit is None
+    assert (found[1].culprit.path, found[1].culprit.blame) == ("model.layers.1.self_attn.k_norm", "b")
+    looked_into = [name for name, _ in found[1].tables]
+    assert looked_into[:4] == ["the model", "model.layers.0", "model.layers.0.self_attn", "model.layers.0.mlp"]
+    assert "Everything before it agrees" in found[1].summary
+
+
+def test_looking_everywhere_finds_nothing_in_a_correct_model(zoo, torch_backend):
+    checkpoint = zoo("qwen3")
+    live = ModelBackend(torch_backend.load(checkpoint.source), torch_backend)
+    found = bisect(live, live, prompts(checkpoint.config), checkpoint=checkpoint, everywhere=True, crossed=False)
+    assert found.exit_code == 0
+    assert len(found.tables) == 1 + 3 * checkpoint.config.num_hidden_layers
+
+
 @pytest.mark.parametrize(("name", "step"), [("final_norm_dropped", "model.norm"), ("head_rows_plus_one", "lm_head")])
 def test_what_is_around_the_layers_is_named_too(bench, torch_backend, name, step):
     found = found_by(bench, MUTANTS[name], torch_backend)
@@ -159,9 +170,9 @@ def test_without_an_oracle_the_step_is_named_and_not_whose_it_is(bench, torch_ba
     checkpoint, inputs = open_checkpoint(bench.path(mutant.subject)), bench.batch(mutant.subject)
     clean = kept(bench, torch_backend, mutant.subject)
 
-    class Fed(Kept):  # feeding it would run the mutant; what it makes of the other's values is left out here
+    class Fed(Remembered):  # feeding it would run the mutant; what it makes of the other's values is left out here
         def taps(self, inputs, *, inject=None, **where):
-            return Kept.taps(self, inputs, **where)
+            return Remembered.taps(self, inputs, **where)
 
     fed = Fed.__new__(Fed)
     vars(fed).update(vars(clean))
@@ -254,9 +265,10 @@ def test_the_command_says_that_nothing_stands_out(zoo, tmp_path, capsys, options
     assert found["exit_code"] == 0
     assert [table["of"] for table in found["tables"]] == [
         "the model",
-        *(["model.layers.2"] if "--layer" in options else []),
+        *(["model.layers.2", "model.layers.2.self_attn", "model.layers.2.mlp"] if "--layer" in options else []),
     ]
-    assert ("model.layers.2.mlp" in printed) == ("--layer" in options)
+    assert ("model.layers.2.mlp.up_proj" in printed) == ("--layer" in options)
+    assert ("--everywhere may" in printed) == ("--layer" not in options)
 
 
 def test_the_command_knows_of_an_adapter(zoo, tmp_path, capsys):

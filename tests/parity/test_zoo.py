@@ -15,6 +15,7 @@ from zoo_peers import HYBRID, SPARSE, TIED, WRAPPED, checkpoints, logits_of, pee
 from loaders import Checkpoint, CheckpointError, open_checkpoint
 from loaders.digest import digests, root_digest
 from loaders.families import FAMILIES, family_module
+from parity.record import default_inputs
 from parity.zoo import ZOO, canaries, make_checkpoint, prompts, zoo_config
 
 
@@ -272,7 +273,7 @@ def test_the_special_models_are_special(zoo: Callable[..., Checkpoint]) -> None:
 # Prompts
 
 
-@pytest.mark.parametrize("padding", ["right", "left", None])
+@pytest.mark.parametrize("padding", ["right", "left", "both", None])
 def test_prompts_have_rows_of_different_length_and_every_canary_in_each(
     zoo: Callable[..., Checkpoint], padding: Any
 ) -> None:
@@ -282,12 +283,17 @@ def test_prompts_have_rows_of_different_length_and_every_canary_in_each(
     assert list(found) == ["input_ids", "attention_mask"]
     assert (ids_BT.shape, ids_BT.dtype, mask_BT.dtype) == ((3, 96), np.int64, np.int64)
     assert mask_BT.sum(axis=1).tolist() == ([96, 96, 96] if padding is None else [96, 72, 48])
-    starts = {"right": [0, 0, 0], "left": [0, 24, 48], None: [0, 0, 0]}[padding]
+    starts = {"right": [0, 0, 0], "left": [0, 24, 48], "both": [0, 0, 48], None: [0, 0, 0]}[padding]
     assert mask_BT.argmax(axis=1).tolist() == starts
     assert ids_BT.min() >= 0
     assert ids_BT.max() == config.vocab_size - 1
     for row in range(3):
         assert set(canaries(config)) <= set(ids_BT[row][mask_BT[row] == 1].tolist())
+
+
+def test_what_is_run_by_default_is_padded_on_both_sides(zoo: Callable[..., Checkpoint]) -> None:
+    mask_BT = default_inputs(zoo("qwen3"))["attention_mask"]
+    assert mask_BT[:, [0, -1]].tolist() == [[1, 1], [1, 0], [0, 1]]  # what a row looks back at, and what it does not
 
 
 def test_prompts_depend_on_their_arguments_alone(zoo: Callable[..., Checkpoint]) -> None:
