@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +27,6 @@ CONFIG, SINGLE, INDEX, GENERATION = (
     "generation_config.json",
 )
 DEFAULT_BUDGET_BYTES = 128 << 20
-AHEAD_BYTES = 4 << 20  # read ahead into destinations that were given
 
 
 @dataclass(frozen=True)
@@ -99,20 +96,20 @@ class Checkpoint:
         names: Iterable[str] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Tensors in file order, read ahead by a second thread; from a source that reads many files at once in the
-        order in which they are complete.
+        """Tensors in file order, read ahead by a few threads; from object storage in the order in which they arrive.
 
         Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``. A file that
-        changed is an error: file by file, of a source that reads many before the last tensor of the file is yielded.
+        changed is an error before a tensor of it is yielded; in object storage, where asking is dear, before the last.
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
                 128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor do pieces on their way from
-                a source that reads many files at once: 64 MiB at most.
+                object storage: 64 MiB at most.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
                 straight there and that very array is yielded; None means memory of its own. A view whose last two axes
-                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging.
+                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging
+                for each thread.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
@@ -140,56 +137,9 @@ class Checkpoint:
     def _stream(
         self, wanted: list[str], into: Callable[[str], np.ndarray | None] | None, budget: int
     ) -> Iterator[tuple[str, np.ndarray]]:
-        if (session := self._session()) is not None:
-            yield from Arrivals(self, session, wanted, into, budget)
-            return
-        ahead: deque[tuple[str, int, int, Future[np.ndarray]]] = deque()
-        waiting = deque(wanted)
-        held = given = 0  # bytes of our own, and of destinations that are not yielded yet
-        current: OpenFile | None = None
+        yield from Arrivals(self, self._session(), wanted, into, budget)
 
-        def read(name: str, out: np.ndarray | None) -> np.ndarray:  # only ever runs on the one worker thread
-            nonlocal current
-            info = self.tensors[name]
-            if current is None or current.name != info.file:
-                if current is not None:
-                    current.close()
-                current = None
-                current = self.open_file(info.file)
-            out = self.destination(name) if out is None else out
-            self._read_tensor(current, name, out)
-            return out
-
-        with ThreadPoolExecutor(1, thread_name_prefix="tandem-read") as reader:
-            try:
-                while waiting or ahead:
-                    while waiting and len(ahead) < 64:
-                        size = self.tensors[waiting[0]].num_bytes
-                        # a destination may be memory that is made when it is asked for: not for all at once
-                        if ahead and (held + size > budget or (len(ahead) > 1 and given + size > AHEAD_BYTES)):
-                            break
-                        name = waiting.popleft()
-                        out = into(name) if into else None
-                        if out is None:
-                            self._check_budget([name], budget)
-                        else:
-                            self.destination(name, out)
-                        cost, lent = (size, 0) if out is None else (0, size)
-                        held, given = held + cost, given + lent
-                        ahead.append((name, cost, lent, reader.submit(read, name, out)))
-                        del out
-                    name, cost, lent, future = ahead.popleft()
-                    yield name, future.result()
-                    del future  # it holds the array just yielded, which no longer counts
-                    held, given = held - cost, given - lent
-            finally:
-                for *_, future in ahead:
-                    future.cancel()
-                reader.shutdown(wait=True)
-                if current is not None:
-                    current.close()
-
-    def _session(self) -> Session | None:
+    def _session(self) -> Session:
         try:
             return self.source.session()
         except OSError as error:

@@ -39,11 +39,12 @@ def is_swapped(array: np.ndarray) -> bool:
 def pieces(out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Views of at most ``STAGING_BYTES`` that together are ``out``, each with the byte of the tensor it begins at.
 
-    A C-contiguous array is cut between bytes, one with its last two axes swapped between rows: a row at least.
+    A C-contiguous array is cut between bytes, one with its last two axes swapped between rows: a row at least. An empty
+    one is one empty piece.
     """
     if out.flags.c_contiguous:
         flat = out.reshape(-1).view(np.uint8)
-        for start in range(0, flat.size, STAGING_BYTES):
+        for start in range(0, max(flat.size, 1), STAGING_BYTES):
             yield start, flat[start : start + STAGING_BYTES]
         return
     row_bytes = out.shape[-1] * out.itemsize
