@@ -16,6 +16,7 @@ from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.lots import stream_parameters
+from loaders.memory import prefer_huge_pages
 from loaders.place import place_of
 from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
@@ -115,6 +116,7 @@ def read_params(plan: LoadPlan, filling: Filling, *, staged: bool = False) -> It
             make = staging if staged else torch.empty
             host[spec.name] = make(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
             views[spec.name] = host_view(host[spec.name])
+            prefer_huge_pages(views[spec.name])
         return place_of(views[spec.name], spec, source)
 
     for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
