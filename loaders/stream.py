@@ -6,6 +6,7 @@ every piece is copied to its place before the next is asked for, so a tensor is 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders import memory
+from loaders import dtypes, memory
 from loaders.errors import CheckpointError
-from loaders.memory import as_bools, fill, pieces
+from loaders.memory import as_bools, fill
+from loaders.slices import Slice, pieces_of
 from loaders.sources import OpenFile, PieceError, Session
 
 if TYPE_CHECKING:
@@ -24,32 +26,54 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 << 20  # on its way at any moment
 MOST_STRETCHES = 64  # likewise
-MOST_PIECES = 256  # in one stretch; a system takes 1024 buffers at once
+MOST_PIECES = 512  # in one stretch; a system takes 1024 buffers at once
+MOST_GAP_BYTES = 64 << 10  # read for nothing rather than asked around: what an answer costs
+_SCRAP = np.empty(MOST_GAP_BYTES, np.uint8)  # nobody looks at it, so all may write to it
 
 
 @dataclass
 class _Tensor:
     """One that was begun: not all of its pieces are in place."""
 
-    name: str
+    wanted: Slice
     out: np.ndarray
     cost: int  # bytes of our own
-    waiting: deque[tuple[int, np.ndarray]]  # pieces that were not asked for yet, and where in the file they begin
+    waiting: Iterator[tuple[int, np.ndarray]]  # pieces that were not asked for yet, and where in the file they begin
     num_flying: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = next(self.waiting)  # there is one, if an empty one
+        self.is_asked_for = False
+
+    def advance(self) -> bool:
+        """On to the next piece; False: there is none."""
+        following = next(self.waiting, None)
+        self.is_asked_for, self.first = following is None, following or self.first
+        return not self.is_asked_for
 
 
 @dataclass
 class _Stretch:
-    """Pieces of one tensor or several that follow each other in a file."""
+    """Pieces of one tensor or several that follow each other in a file, and what lies between them."""
 
     file: str
     position: int
-    parts: list[tuple[_Tensor, np.ndarray]] = field(default_factory=list)
+    parts: list[tuple[_Tensor | None, np.ndarray]] = field(default_factory=list)
     num_bytes: int = 0
 
-    def takes(self, file: str, position: int, piece: np.ndarray) -> bool:
-        is_next = (file, position) == (self.file, self.position + self.num_bytes)
-        return is_next and len(self.parts) < MOST_PIECES and self.num_bytes + piece.nbytes <= memory.STAGING_BYTES
+    def gap(self, file: str, position: int, piece: np.ndarray) -> int | None:
+        """Bytes to be read for nothing if ``piece`` is read too; None: that is another stretch's."""
+        gap = position - self.position - self.num_bytes
+        fits = len(self.parts) < MOST_PIECES and self.num_bytes + gap + piece.nbytes <= memory.STAGING_BYTES
+        return gap if fits and file == self.file and 0 <= gap <= MOST_GAP_BYTES else None
+
+    def add(self, tensor: _Tensor | None, piece: np.ndarray) -> None:
+        self.parts.append((tensor, piece))
+        self.num_bytes += piece.nbytes
+
+    @property
+    def names(self) -> list[str]:
+        return [tensor.wanted.name for tensor, _ in self.parts if tensor is not None]
 
 
 class Arrivals:
@@ -58,7 +82,7 @@ class Arrivals:
     Args:
         checkpoint: what is read.
         session: of its source; closed at the end.
-        wanted: names, in file order.
+        wanted: whole tensors or parts, in file order.
         into: see ``Checkpoint.stream``.
         budget: bytes of tensors that may be held, destinations that were given apart.
     """
@@ -67,8 +91,8 @@ class Arrivals:
         self,
         checkpoint: Checkpoint,
         session: Session,
-        wanted: list[str],
-        into: Callable[[str], np.ndarray | None] | None,
+        wanted: list[Slice],
+        into: Callable[[Slice], np.ndarray | None] | None,
         budget: int,
     ) -> None:
         self._checkpoint, self._session, self._into, self._budget = checkpoint, session, into, budget
@@ -79,9 +103,9 @@ class Arrivals:
         self._done: deque[_Tensor] = deque()
         self._held = self._in_flight = 0
         self._files: dict[str, OpenFile] = {}
-        self._left = Counter(checkpoint.tensors[name].file for name in wanted)
+        self._left = Counter(checkpoint.tensors[one.name].file for one in wanted)
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[Slice, np.ndarray]]:
         try:
             with closing(self._session):
                 while self._waiting or self._begun or self._flying or self._done:
@@ -91,9 +115,9 @@ class Arrivals:
                         continue
                     tensor = self._done.popleft()
                     self._finish(tensor)
-                    name, out, cost = tensor.name, tensor.out, tensor.cost
+                    wanted, out, cost = tensor.wanted, tensor.out, tensor.cost
                     del tensor
-                    yield name, out
+                    yield wanted, out
                     del out
                     self._held -= cost
         finally:
@@ -123,17 +147,17 @@ class Arrivals:
         while self._begun is not None or self._begin():
             tensor = self._begun
             assert tensor is not None
-            position, piece = tensor.waiting[0]
-            file = self._checkpoint.tensors[tensor.name].file
+            position, piece = tensor.first
+            file = self._checkpoint.tensors[tensor.wanted.name].file
             if stretch is None:
                 stretch = _Stretch(file, position)
-            elif not stretch.takes(file, position, piece):
+            if (gap := stretch.gap(file, position, piece)) is None and stretch.parts:
                 break
-            stretch.parts.append((tensor, piece))
-            stretch.num_bytes += piece.nbytes
-            tensor.waiting.popleft()
+            if gap:
+                stretch.add(None, _SCRAP[:gap])
+            stretch.add(tensor, piece)
             tensor.num_flying += 1
-            if not tensor.waiting:
+            if not tensor.advance():
                 self._begun = None
         return stretch
 
@@ -141,17 +165,19 @@ class Arrivals:
         """Take up the next tensor, unless it would go beyond the budget while others may still be let go of."""
         if not self._waiting:
             return False
-        name = self._waiting[0]
-        info = self._checkpoint.tensors[name]
-        if self._held + info.num_bytes > self._budget and self._held:
+        wanted = self._waiting[0]
+        info = self._checkpoint.tensors[wanted.name]
+        shape = dtypes.stored_shape(info.dtype, info.shape)
+        num_bytes = math.prod(wanted.shape(shape)) * dtypes.to_numpy(info.dtype).itemsize
+        if self._held + num_bytes > self._budget and self._held:
             return False
         self._waiting.popleft()
-        given = self._into(name) if self._into else None
-        out = self._checkpoint.destination(name, given, self._budget)
-        cost = info.num_bytes if given is None else 0
+        given = self._into(wanted) if self._into else None
+        out = self._checkpoint.destination(wanted, given, self._budget)
+        cost = num_bytes if given is None else 0
         self._held += cost
-        waiting = deque((info.offsets[0] + position, piece) for position, piece in pieces(out))
-        self._begun = _Tensor(name, out, cost, waiting)
+        pieces = pieces_of(out, shape, wanted.bounds(shape))
+        self._begun = _Tensor(wanted, out, cost, ((info.offsets[0] + start, piece) for start, piece in pieces))
         return True
 
     def _take(self) -> None:
@@ -169,8 +195,10 @@ class Arrivals:
             if raw is not None:
                 fill(piece, raw[start : start + piece.nbytes])
                 start += piece.nbytes
+            if tensor is None:
+                continue
             tensor.num_flying -= 1
-            if not (tensor.waiting or tensor.num_flying):
+            if tensor.is_asked_for and not tensor.num_flying:
                 self._done.append(tensor)
 
     def _file(self, name: str) -> OpenFile:
@@ -180,7 +208,7 @@ class Arrivals:
 
     def _finish(self, tensor: _Tensor) -> None:
         """See that the file is still the one that was opened; where asking is dear, with its last tensor."""
-        info = self._checkpoint.tensors[tensor.name]
+        info = self._checkpoint.tensors[tensor.wanted.name]
         if info.dtype == "BOOL":
             as_bools(tensor.out)
         self._left[info.file] -= 1
@@ -191,7 +219,7 @@ class Arrivals:
             self._files.pop(info.file).close()
 
     def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
-        (first, _), (last, _) = stretch.parts[0], stretch.parts[-1]
-        which = f"tensor {first.name!r}" if first is last else f"one of tensors {first.name!r} to {last.name!r}"
+        first, last = stretch.names[0], stretch.names[-1]
+        which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
         problem = f"{which} of {stretch.file} cannot be read: {error.strerror or error}"
         return CheckpointError(self._checkpoint.source, [problem])
