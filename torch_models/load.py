@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
 from torch_models.taps import name_modules
 
+log = logging.getLogger(__name__)
+
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,6 +46,7 @@ def load(
     activation_quantization: bool | None = None,
     quantize: str | None = None,
     kernel: str | None = None,
+    host_budget_bytes: int | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -60,14 +64,16 @@ def load(
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
+        host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
+            its way to a device; None: what the largest needs.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, stage or kernel that makes no sense.
+        ValueError: a dtype, stage, kernel or budget that makes no sense.
     """
     checkpoint = open_to_load(uri, quantize)
     activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
-    plan = plan_load(checkpoint, stage_)
+    plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=torch.device(device).type != "cpu")
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
@@ -89,6 +95,7 @@ def load(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
     model.report = filling.finish()
+    log.info("place: %d parameters on %s", len(built), device)
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source)))
