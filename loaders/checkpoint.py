@@ -99,7 +99,7 @@ class Checkpoint:
             CheckpointError: as ``read``.
         """
         part = Slice(name, index)
-        ((_, found),) = self.stream_slices([part], self._num_bytes(part), into=None if out is None else lambda _: out)
+        ((_, found),) = self.stream_slices([part], self.num_bytes_of(part), into=None if out is None else lambda _: out)
         return found
 
     def stream(
@@ -173,14 +173,15 @@ class Checkpoint:
         info = self.tensors[name]
         return dtypes.stored_shape(info.dtype, info.shape)
 
-    def _num_bytes(self, part: Slice) -> int:
-        return (
-            math.prod(part.shape(self.stored_shape(part.name)))
-            * dtypes.to_numpy(self.tensors[part.name].dtype).itemsize
-        )
+    def num_bytes_of(self, part: Slice) -> int:
+        """Of a part of a tensor, or of all of it."""
+        info = self.tensors[part.name]
+        if not part.index:
+            return info.num_bytes
+        return math.prod(part.shape(self.stored_shape(part.name))) * dtypes.to_numpy(info.dtype).itemsize
 
     def _check_budget(self, owned: list[Slice], budget: int) -> None:
-        big = {part.name: size for part in owned if (size := self._num_bytes(part)) > budget}
+        big = {part.name: size for part in owned if (size := self.num_bytes_of(part)) > budget}
         if big:
             raise ValueError(
                 f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {max(big.values())}"
@@ -192,7 +193,7 @@ class Checkpoint:
         self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int | None
     ) -> Iterator[tuple[Slice, np.ndarray]]:
         if budget is None:
-            budget = max(DEFAULT_BUDGET_BYTES, max(map(self._num_bytes, wanted), default=0))
+            budget = max(DEFAULT_BUDGET_BYTES, max(map(self.num_bytes_of, wanted), default=0))
         if into is None:
             self._check_budget(wanted, budget)
         return self._arrivals(wanted, into, budget)

@@ -48,7 +48,7 @@ def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterato
 
 
 def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of a plan, parameter by parameter: those that are begun are no larger than the largest one.
+    """All tensors of a plan; of one that is staged, parameter by parameter: those begun are no larger than the largest.
 
     Of tensors that are quantised while they are read, codes and scales come together.
 
@@ -63,6 +63,9 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
 
 def _by_parameter(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
     checkpoint = plan.checkpoint
+    if not plan.staged:
+        yield from checkpoint.stream(plan.host_budget_bytes, names=plan.tensors, into=into)
+        return
     parts = [Part({name}, {name}) for name in plan.verified]
     for spec in plan.specs:
         if names := {source.tensor for source in spec.sources} & plan.targets.keys():

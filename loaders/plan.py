@@ -50,18 +50,20 @@ class LoadPlan:
     left_out: tuple[str, ...]
     other_stages: int
     host_budget_bytes: int | None = None  # see ``within``
+    staged: bool = True  # likewise
 
     def within(self, host_budget_bytes: int | None, *, staged: bool) -> LoadPlan:
         """The same plan under a hard limit of what it holds on the host beside parameters that stay there.
 
         Args:
             host_budget_bytes: the limit; None: whatever the largest needs.
-            staged: parameters are made on the host to be copied from there, one at a time: they count.
+            staged: parameters are made on the host to be copied from there: they count, and so few are begun at once
+                that they are no larger than the largest.
         Raises:
             ValueError: it is no positive number, or less than something needs; says what, and how much.
         """
         if host_budget_bytes is None:
-            return self
+            return dataclasses.replace(self, staged=staged)
         if type(host_budget_bytes) is not int or host_budget_bytes < 1:
             raise ValueError(f"host_budget_bytes={host_budget_bytes!r}, expected a positive number of bytes")
         tensors = self.checkpoint.tensors
@@ -76,7 +78,7 @@ class LoadPlan:
                 f"host_budget_bytes={host_budget_bytes} is less than {len(big)} of {len(needed)} parts need that are on"
                 f" the host for a moment, the largest {big[largest]} bytes ({largest}). Give a larger budget."
             )
-        return dataclasses.replace(self, host_budget_bytes=host_budget_bytes)
+        return dataclasses.replace(self, host_budget_bytes=host_budget_bytes, staged=staged)
 
     @property
     def tensors(self) -> list[str]:

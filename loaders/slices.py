@@ -39,6 +39,8 @@ class Slice:
         Raises:
             IndexError: more indices than axes, an integer beyond its axis, or a step.
         """
+        if not self.index:
+            return tuple((0, size) for size in shape)
         if len(self.index) > len(shape):
             raise IndexError(
                 f"{self.name!r} has shape {tuple(shape)}, which {len(self.index)} indices are too many for"
@@ -59,6 +61,8 @@ class Slice:
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of the part, without the axes that integers take out."""
+        if not self.index:
+            return tuple(shape)
         kept = itertools.zip_longest(self.bounds(shape), self.index[: len(shape)], fillvalue=slice(None))
         return tuple(stop - start for (start, stop), one in kept if isinstance(one, slice))  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
 
@@ -81,17 +85,20 @@ def runs(shape: Sequence[int], itemsize: int, bounds: Bounds) -> Iterator[tuple[
         yield sum(i * stride for i, stride in zip((*outer, bounds[cut][0]), strides, strict=False)), length
 
 
-def pieces_of(out: np.ndarray, shape: Sequence[int], bounds: Bounds) -> Iterator[tuple[int, np.ndarray]]:
+def pieces_of(out: np.ndarray, part: Slice, shape: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Views that together are ``out``, the part of a tensor, each with the byte of the tensor that it begins at.
 
     As ``loaders.memory.pieces``, which it is for a whole tensor; a part has to be C-contiguous.
     """
-    if all(bound == (0, size) for bound, size in zip(bounds, shape, strict=True)) or not out.size:
-        yield from memory.pieces(out)
-        return
+    if not part.index or not out.size:
+        return memory.pieces(out)
+    return _pieces_of_runs(out, runs(shape, out.itemsize, part.bounds(shape)))
+
+
+def _pieces_of_runs(out: np.ndarray, found: Iterator[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
     flat = out.reshape(-1).view(np.uint8)
     done = 0
-    for position, length in runs(shape, out.itemsize, bounds):
+    for position, length in found:
         for start in range(0, length, memory.STAGING_BYTES):
             size = min(memory.STAGING_BYTES, length - start)
             yield position + start, flat[done : done + size]

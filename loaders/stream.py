@@ -6,7 +6,6 @@ every piece is copied to its place before the next is asked for, so a tensor is 
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders import dtypes, memory
+from loaders import memory
 from loaders.errors import CheckpointError
 from loaders.memory import as_bools, fill
 from loaders.slices import Slice, pieces_of
@@ -103,6 +102,7 @@ class Arrivals:
         self._done: deque[_Tensor] = deque()
         self._held = self._in_flight = 0
         self._files: dict[str, OpenFile] = {}
+        self._checked: set[str] = set()  # files that were as they had been after the last piece came
         self._left = Counter(checkpoint.tensors[one.name].file for one in wanted)
 
     def __iter__(self) -> Iterator[tuple[Slice, np.ndarray]]:
@@ -167,8 +167,7 @@ class Arrivals:
             return False
         wanted = self._waiting[0]
         info = self._checkpoint.tensors[wanted.name]
-        shape = dtypes.stored_shape(info.dtype, info.shape)
-        num_bytes = math.prod(wanted.shape(shape)) * dtypes.to_numpy(info.dtype).itemsize
+        num_bytes = self._checkpoint.num_bytes_of(wanted)
         if self._held + num_bytes > self._budget and self._held:
             return False
         self._waiting.popleft()
@@ -176,7 +175,7 @@ class Arrivals:
         out = self._checkpoint.destination(wanted, given, self._budget)
         cost = num_bytes if given is None else 0
         self._held += cost
-        pieces = pieces_of(out, shape, wanted.bounds(shape))
+        pieces = pieces_of(out, wanted, self._checkpoint.stored_shape(wanted.name))
         self._begun = _Tensor(wanted, out, cost, ((info.offsets[0] + start, piece) for start, piece in pieces))
         return True
 
@@ -188,6 +187,7 @@ class Arrivals:
             if error.ticket is None:
                 raise CheckpointError(self._checkpoint.source, [str(error)]) from error
             raise self._failure(self._flying[error.ticket], error) from error
+        self._checked.clear()
         stretch = self._flying.pop(ticket)
         self._in_flight -= stretch.num_bytes
         start = 0
@@ -213,9 +213,11 @@ class Arrivals:
             as_bools(tensor.out)
         self._left[info.file] -= 1
         file = self._files[info.file]
-        if file.is_cheap_to_identify or not self._left[info.file]:
+        is_last = not self._left[info.file]
+        if is_last or (file.is_cheap_to_identify and info.file not in self._checked):
             self._checkpoint.check_identity(file)
-        if not self._left[info.file]:
+            self._checked.add(info.file)
+        if is_last:
             self._files.pop(info.file).close()
 
     def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
