@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -350,3 +351,27 @@ def test_two_streams_of_one_checkpoint_do_not_disturb_each_other(checkpoint: Che
     pairs = list(zip(checkpoint.stream(64 * KIB), checkpoint.stream(1 << 20), strict=True))
     assert [one[0] for one, _ in pairs] == FILE_ORDER
     assert all(one[1].tobytes() == other[1].tobytes() == content(one[0]).tobytes() for one, other in pairs)
+
+
+def test_closing_waits_for_the_pieces_that_are_being_read_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = np.zeros(64 * KIB, np.uint8)
+    plan = {f"t{number:02}": TensorType("U8", (64 * KIB,)) for number in range(64)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 64 * KIB)
+    real, started = os.preadv, []
+
+    def slow(*arguments: Any) -> int:
+        started.append(arguments[-1])
+        time.sleep(0.1)
+        return real(*arguments)
+
+    stream = checkpoint.stream()
+    monkeypatch.setattr(os, "preadv", slow)
+    next(stream)
+    before, begun = time.monotonic(), len(started)
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert time.monotonic() - before < 1
+    assert len(started) <= begun + positioned.thread_count()
+    assert reader_threads() == []
