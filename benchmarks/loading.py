@@ -101,12 +101,12 @@ def reload_jax_model(case: Case, **options: bool) -> Run:
     return run
 
 
-def reload_safetensors(case: Case, backend: str) -> Run:
+def reload_safetensors(case: Case, backend: str, threads: int = 1) -> Run:
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     places = case.destinations()
     tensors = {name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) for name, array in places.items()}
 
@@ -130,7 +130,7 @@ def reload_runai(case: Case, **strategy: str) -> Run:
     os.environ.update(RUNAI | RING | strategy)
     from runai_model_streamer import SafetensorsStreamer
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two wait for each other where there are neighbours
     places = case.destinations()
     tensors = {name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) for name, array in places.items()}
 
@@ -166,6 +166,8 @@ def load_safetensors(case: Case, how: str) -> Run:
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
+
+    torch.set_num_threads(1)
 
     def run() -> list[np.ndarray]:
         found: list[torch.Tensor] = []
@@ -276,6 +278,7 @@ def sections() -> dict[str, dict[str, Callable[[Case], Run]]]:
             "limit": limit,
             "ours: stream(into=)": reload_ours,
             "safetensors, mmap and copy": lambda case: reload_safetensors(case, "mmap"),
+            "safetensors, mmap and copy, 2 threads": lambda case: reload_safetensors(case, "mmap", threads=2),
             "safetensors, pread and copy": lambda case: reload_safetensors(case, "pread"),
             "runai, sync_buffered": lambda case: reload_runai(case, **BUFFERED),
             "runai, its default": reload_runai,
