@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from loaders.quantize import activations_of, open_to_load
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 
+log = logging.getLogger(__name__)
+
 
 def load(
     uri: str | os.PathLike[str],
@@ -37,6 +40,7 @@ def load(
     vision: bool = True,
     activation_quantization: bool | None = None,
     quantize: str | None = None,
+    host_budget_bytes: int | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -53,15 +57,17 @@ def load(
             checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
+        host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
+            its way to devices; None: what the largest needs.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, mesh or stage that makes no sense.
+        ValueError: a dtype, mesh, stage or budget that makes no sense.
     """
     mesh = usable_mesh(mesh)
     checkpoint = open_to_load(uri, quantize)
     activations = activations_of(checkpoint, activation_quantization)
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
-    plan = plan_load(checkpoint, stage_)
+    plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=not stays_on_host(mesh))
     computed = jnp.dtype(compute_dtype(dtype, plan))
     programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)
     table = {spec.name: spec.shape for spec in plan.specs}
@@ -70,6 +76,8 @@ def load(
     filling = Filling(plan)
     weights = dict(read_params(plan, filling, mesh))
     report = filling.finish()
+    devices = {device for array in weights.values() for device in array.devices()}
+    log.info("place: %d parameters on %s", len(weights), ", ".join(sorted(map(str, devices))))
     return Model(
         config=checkpoint.config,
         weights=traverse_util.unflatten_dict(weights, sep="."),
@@ -82,6 +90,12 @@ def load(
         report=report,
         events=(Event("load", 1, str(checkpoint.source)),),
     )
+
+
+def stays_on_host(mesh: Mesh | None) -> bool:
+    """Whether the memory that is read into becomes the parameters: on a CPU, if it is one device."""
+    devices = jax.device_put(0).devices() if mesh is None else set(mesh.devices.flat)
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:

@@ -209,9 +209,11 @@ class Model(Decoding, Adapted, Seeing):
         """A new version with another embedding and head; see ``jax_models.weights``."""
         return life.set_embed_and_head(self, embed, head)
 
-    def update_weights_from_disk(self, uri: str | os.PathLike[str], *, donate: bool = False) -> Model:
+    def update_weights_from_disk(
+        self, uri: str | os.PathLike[str], *, donate: bool = False, host_budget_bytes: int | None = None
+    ) -> Model:
         """A new version with the weights of another checkpoint of the same config; see ``jax_models.weights``."""
-        return life.update_weights_from_disk(self, uri, donate=donate)
+        return life.update_weights_from_disk(self, uri, donate=donate, host_budget_bytes=host_budget_bytes)
 
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""

@@ -110,7 +110,9 @@ def _bits(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value).view(np.uint8)
 
 
-def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donate: bool = False) -> Model:
+def update_weights_from_disk(
+    model: Model, uri: str | os.PathLike[str], *, donate: bool = False, host_budget_bytes: int | None = None
+) -> Model:
     """A new version with the weights of another checkpoint of the same config, without compiling anything.
 
     The checkpoint is checked whole before a byte is read, then read whole into new buffers, then published. Until then,
@@ -123,18 +125,20 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
         model: the model to start from.
         uri: the new checkpoint.
         donate: give up the weights of ``model``, and of every model that shares them.
+        host_budget_bytes: as for ``load``; with ``donate`` one parameter is held on the host in any case.
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
-        ValueError: an adapter is merged into the weights. Nothing was read.
+        ValueError: an adapter is merged into the weights, or the budget is too small. Nothing was read.
         RuntimeError: with ``donate``, reading or placing failed the second time; ``model`` cannot run, but can be
             updated again.
     """
     model.roster.check_unmerged("a reload")
-    from jax_models.load import read_hosted, read_params  # the loader builds models
+    from jax_models.load import read_hosted, read_params, stays_on_host  # the loader builds models
 
     checkpoint = open_to_load(uri, model.quantize)
     live = flatten(model.weights)
     plan = plan_reload(checkpoint, model.config, model.stage, {name: from_numpy(x.dtype) for name, x in live.items()})
+    plan = plan.within(host_budget_bytes, staged=donate or not stays_on_host(model.mesh))
     if donate:
         trial = Filling(plan)
         deque(read_hosted(plan, trial), maxlen=0)  # a loop would keep one while it reads the next

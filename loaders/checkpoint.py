@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,22 +13,18 @@ import numpy as np
 from loaders import dtypes
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
-from loaders.header import Header, TensorInfo, read_header
+from loaders.header import TensorInfo
+from loaders.index import INDEX, files, merge, read_headers, weight_map
 from loaders.memory import aligned_empty, as_bools, fill, is_swapped, pieces
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
-from loaders.sources import Identity, OpenFile, Session, Source, is_plain, open_source
+from loaders.slices import Slice, in_parts
+from loaders.sources import Identity, OpenFile, Session, Source, open_source
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals
 from loaders.strict_json import BadJson, parse_object
 
-CONFIG, SINGLE, INDEX, GENERATION = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "generation_config.json",
-)
+CONFIG, GENERATION = "config.json", "generation_config.json"
 DEFAULT_BUDGET_BYTES = 128 << 20
-AHEAD_BYTES = 4 << 20  # read ahead into destinations that were given
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,21 @@ class Checkpoint:
             self._read_tensor(file, name, out)
         return out
 
+    def read_slice(self, name: str, index: tuple[int | slice, ...], out: np.ndarray | None = None) -> np.ndarray:
+        """``read(name)[index]``, and of the file little more than that.
+
+        Args:
+            name: checkpoint tensor name.
+            index: integers, and slices of step 1; see ``loaders.slices.Slice``.
+            out: C-contiguous array of the part's shape to read into; by default memory of its own.
+        Raises:
+            KeyError, IndexError: no such tensor, or no such part of it.
+            CheckpointError: as ``read``.
+        """
+        part = Slice(name, index)
+        ((_, found),) = self.stream_slices([part], self.num_bytes_of(part), into=None if out is None else lambda _: out)
+        return found
+
     def stream(
         self,
         host_budget_bytes: int | None = None,
@@ -99,20 +109,20 @@ class Checkpoint:
         names: Iterable[str] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Tensors in file order, read ahead by a second thread; from a source that reads many files at once in the
-        order in which they are complete.
+        """Tensors in file order, read ahead by a few threads; from object storage in the order in which they arrive.
 
         Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``. A file that
-        changed is an error: file by file, of a source that reads many before the last tensor of the file is yielded.
+        changed is an error before a tensor of it is yielded; in object storage, where asking is dear, before the last.
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
                 128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor do pieces on their way from
-                a source that reads many files at once: 64 MiB at most.
+                object storage: 64 MiB at most.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
                 straight there and that very array is yielded; None means memory of its own. A view whose last two axes
-                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging.
+                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging
+                for each thread.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
@@ -122,95 +132,103 @@ class Checkpoint:
         chosen = self.tensors.keys() if names is None else set(names)
         if unknown := chosen - self.tensors.keys():
             raise KeyError(min(unknown))
-        wanted = [name for name in self.tensors if name in chosen]
-        largest = max((self.tensors[name].num_bytes for name in wanted), default=0)
-        budget = max(DEFAULT_BUDGET_BYTES, largest) if host_budget_bytes is None else host_budget_bytes
-        if into is None:
-            self._check_budget(wanted, budget)
-        return self._stream(wanted, into, budget)
+        wanted = [Slice(name) for name in self.tensors if name in chosen]
+        given = None if into is None else lambda part: into(part.name)
+        return _named(self._stream(wanted, given, host_budget_bytes))
 
-    def _check_budget(self, owned: list[str], budget: int) -> None:
-        big = {name: size for name in owned if (size := self.tensors[name].num_bytes) > budget}
+    def stream_slices(
+        self,
+        slices: Iterable[Slice],
+        host_budget_bytes: int | None = None,
+        *,
+        into: Callable[[Slice], np.ndarray | None] | None = None,
+    ) -> Iterator[tuple[Slice, np.ndarray]]:
+        """Parts of tensors, as ``stream`` has whole ones: of a file little more is read than what they are.
+
+        Args:
+            slices: what is wanted, see ``loaders.slices.Slice``; also several parts of one tensor, ``slices`` has such.
+            host_budget_bytes: as ``stream``.
+            into: likewise; the destination of a part has to be C-contiguous.
+        Raises:
+            KeyError, IndexError: no such tensor, or no such part of it; said before anything is read.
+            ValueError, CheckpointError: as ``stream``.
+        """
+        order = {name: place for place, name in enumerate(self.tensors)}
+        found = sorted(
+            (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
+        )
+        return self._stream([one for *_, one in found], into, host_budget_bytes)
+
+    def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
+        """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.
+
+        For ``stream_slices``, of tensors that are larger than memory.
+        """
+        for name in self.tensors if names is None else names:
+            itemsize = dtypes.to_numpy(self.tensors[name].dtype).itemsize
+            yield from in_parts(name, self.stored_shape(name), itemsize, most_bytes)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as it is read: packed sub-byte formats as bytes."""
+        info = self.tensors[name]
+        return dtypes.stored_shape(info.dtype, info.shape)
+
+    def num_bytes_of(self, part: Slice) -> int:
+        """Of a part of a tensor, or of all of it."""
+        info = self.tensors[part.name]
+        if not part.index:
+            return info.num_bytes
+        return math.prod(part.shape(self.stored_shape(part.name))) * dtypes.to_numpy(info.dtype).itemsize
+
+    def _check_budget(self, owned: list[Slice], budget: int) -> None:
+        big = {part.name: size for part in owned if (size := self.num_bytes_of(part)) > budget}
         if big:
             raise ValueError(
                 f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {max(big.values())}"
-                f" bytes ({next(iter(big))}). Give a larger budget, or a destination for them (into=)."
+                f" bytes ({next(iter(big))}). Give a larger budget or a destination for them (into=), or read them in"
+                " parts (stream_slices)."
             )
 
     def _stream(
-        self, wanted: list[str], into: Callable[[str], np.ndarray | None] | None, budget: int
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        if (session := self._session()) is not None:
-            yield from Arrivals(self, session, wanted, into, budget)
-            return
-        ahead: deque[tuple[str, int, int, Future[np.ndarray]]] = deque()
-        waiting = deque(wanted)
-        held = given = 0  # bytes of our own, and of destinations that are not yielded yet
-        current: OpenFile | None = None
+        self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int | None
+    ) -> Iterator[tuple[Slice, np.ndarray]]:
+        if budget is None:
+            budget = max(DEFAULT_BUDGET_BYTES, max(map(self.num_bytes_of, wanted), default=0))
+        if into is None:
+            self._check_budget(wanted, budget)
+        return self._arrivals(wanted, into, budget)
 
-        def read(name: str, out: np.ndarray | None) -> np.ndarray:  # only ever runs on the one worker thread
-            nonlocal current
-            info = self.tensors[name]
-            if current is None or current.name != info.file:
-                if current is not None:
-                    current.close()
-                current = None
-                current = self.open_file(info.file)
-            out = self.destination(name) if out is None else out
-            self._read_tensor(current, name, out)
-            return out
+    def _arrivals(
+        self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int
+    ) -> Iterator[tuple[Slice, np.ndarray]]:
+        yield from Arrivals(self, self._session(), wanted, into, budget)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="tandem-read") as reader:
-            try:
-                while waiting or ahead:
-                    while waiting and len(ahead) < 64:
-                        size = self.tensors[waiting[0]].num_bytes
-                        # a destination may be memory that is made when it is asked for: not for all at once
-                        if ahead and (held + size > budget or (len(ahead) > 1 and given + size > AHEAD_BYTES)):
-                            break
-                        name = waiting.popleft()
-                        out = into(name) if into else None
-                        if out is None:
-                            self._check_budget([name], budget)
-                        else:
-                            self.destination(name, out)
-                        cost, lent = (size, 0) if out is None else (0, size)
-                        held, given = held + cost, given + lent
-                        ahead.append((name, cost, lent, reader.submit(read, name, out)))
-                        del out
-                    name, cost, lent, future = ahead.popleft()
-                    yield name, future.result()
-                    del future  # it holds the array just yielded, which no longer counts
-                    held, given = held - cost, given - lent
-            finally:
-                for *_, future in ahead:
-                    future.cancel()
-                reader.shutdown(wait=True)
-                if current is not None:
-                    current.close()
-
-    def _session(self) -> Session | None:
+    def _session(self) -> Session:
         try:
             return self.source.session()
         except OSError as error:
             raise CheckpointError(self.source, [f"it cannot be streamed: {error.strerror or error}"]) from error
 
-    def destination(self, name: str, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
-        """Memory that a tensor may be read into: ``out``, if it fits, or new memory of at most ``budget`` bytes.
+    def destination(self, wanted: str | Slice, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
+        """Memory that a tensor, or a part of it, may be read into: ``out``, or new memory of at most ``budget`` bytes.
 
         Raises:
-            ValueError: ``out`` does not fit, or the tensor is larger than the budget.
+            ValueError: ``out`` does not fit, or what is wanted is larger than the budget.
         """
-        info = self.tensors[name]
-        expected = dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype)
+        part = Slice(wanted) if isinstance(wanted, str) else wanted
+        shape, dtype = self.stored_shape(part.name), dtypes.to_numpy(self.tensors[part.name].dtype)
+        expected = part.shape(shape), dtype
         if out is None:
-            self._check_budget([name], info.num_bytes if budget is None else budget)
+            if budget is not None:
+                self._check_budget([part], budget)
             return aligned_empty(*expected)
-        is_odd = not (out.flags.writeable and (out.flags.c_contiguous or is_swapped(out)))
+        is_whole = not part.index
+        is_odd = not (out.flags.writeable and (out.flags.c_contiguous or (is_whole and is_swapped(out))))
         if (out.shape, out.dtype) != expected or is_odd:
             raise ValueError(
-                f"destination of {name!r} is {out.dtype} {out.shape}{' (read-only or strided)' if is_odd else ''},"
-                f" expected writeable C-contiguous {expected[1]} {expected[0]}, or such with its last two axes swapped"
+                f"destination of {part.name!r} is {out.dtype} {out.shape}{' (read-only or strided)' if is_odd else ''},"
+                f" expected writeable C-contiguous {dtype} {expected[0]}"
+                f"{', or such with its last two axes swapped' if is_whole else ''}"
             )
         return out
 
@@ -254,6 +272,12 @@ class Checkpoint:
         self.check_identity(file)
 
 
+def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    for part, array in parts:
+        yield part.name, array
+        del array  # nobody holds it while the next one is read
+
+
 def _read_swapped(file: OpenFile, start: int, out: np.ndarray) -> None:
     """Read a tensor some rows at a time into a view whose last two axes are swapped."""
     staging = np.empty(0, np.uint8)
@@ -284,10 +308,10 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     quantization = _read_json(source, QUANTIZATION, problems) if QUANTIZATION in present else None
     problems += _generation_problems(generation or {})
     index = _read_json(source, INDEX, problems) if INDEX in present else None
-    weight_map = _weight_map(index, problems) if index is not None else None
-    files = _files(present, weight_map, INDEX in present, problems)
-    headers, identities = _read_headers(source, files, problems)
-    tensors = _merge(headers, weight_map, complete=len(headers) == len(files), problems=problems)
+    mapped = weight_map(index, problems) if index is not None else None
+    names = files(present, mapped, INDEX in present, problems)
+    headers, identities = read_headers(source, names, problems)
+    tensors = merge(headers, mapped, complete=len(headers) == len(names), problems=problems)
     if document is not None:
         config, found = config_from_json(document, beside=quantization, found=tensors)
         problems = found + problems
@@ -317,78 +341,3 @@ def _generation_problems(generation: dict[str, Any]) -> list[str]:
     if pad is not None and type(pad) is not int:
         problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer")
     return problems
-
-
-def _weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        problems.append(f"{INDEX}: weight_map must map tensor names to file names")
-        return {}
-    outside = {file for file in found.values() if not is_plain(file)}
-    problems += [
-        f"{INDEX} names the file {brief(file)}, outside the checkpoint directory. Files are named without a path."
-        for file in sorted(outside)
-    ]
-    return {tensor: file for tensor, file in found.items() if file not in outside}
-
-
-def _files(present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]) -> list[str]:
-    """The safetensors files to read; missing and extra ones become problems."""
-    found = [name for name in present if name.endswith(".safetensors")]
-    if has_index:
-        named = set((weight_map or {}).values())
-        problems += [f"{name} is named in {INDEX} but missing. Download it." for name in sorted(named - set(found))]
-        problems += [
-            f"{name} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."
-            for name in sorted(set(found) - named)
-        ]
-        return sorted(named & set(found))
-    if SINGLE not in found:
-        hint = f" {found[0]} is there: is {INDEX} missing?" if found else ""
-        problems.append(f"neither {SINGLE} nor {INDEX} is in the directory.{hint}")
-        return []
-    problems += [f"{name} is in the directory beside {SINGLE}. Remove one." for name in found if name != SINGLE]
-    return [SINGLE]
-
-
-def _read_headers(
-    source: Source, files: list[str], problems: list[str]
-) -> tuple[dict[str, Header], dict[str, Identity]]:
-    headers: dict[str, Header] = {}
-    identities: dict[str, Identity] = {}
-    for name in files:
-        try:
-            with source.open(name) as file:
-                identities[name] = file.identity()
-                header, found = read_header(file)
-        except OSError as error:
-            problems.append(f"{name} cannot be opened: {error.strerror or error}")
-            continue
-        problems += found
-        if header is not None:
-            headers[name] = header
-    return headers, identities
-
-
-def _merge(
-    headers: dict[str, Header], weight_map: dict[str, str] | None, *, complete: bool, problems: list[str]
-) -> dict[str, TensorInfo]:
-    """All tensors by name, in file order; what index and headers disagree about becomes problems."""
-    tensors: dict[str, TensorInfo] = {}
-    for header in headers.values():
-        for name, info in sorted(header.tensors.items(), key=lambda item: item[1].offsets):
-            if name in tensors:
-                problems.append(f"tensor {name!r} is in {tensors[name].file} and in {info.file}. Which one is meant?")
-            tensors[name] = info
-    if weight_map is None:
-        return tensors
-    for name, file in weight_map.items():
-        if file in headers and name not in headers[file].tensors:
-            problems.append(f"tensor {name!r} is not in {file}, where {INDEX} says it is")
-    if complete:
-        problems += [
-            f"tensor {name!r} of {info.file} is not in {INDEX}"
-            for name, info in tensors.items()
-            if name not in weight_map
-        ]
-    return tensors

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loaders.header import TensorInfo
+from loaders.progress import watched
 
 if TYPE_CHECKING:
     from loaders.plan import LoadPlan
@@ -47,21 +48,30 @@ def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterato
 
 
 def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of a plan, parameter by parameter: those that are begun are no larger than the largest one.
+    """All tensors of a plan; of one that is staged, parameter by parameter: those begun are no larger than the largest.
 
     Of tensors that are quantised while they are read, codes and scales come together.
 
     Args:
-        plan: what to read.
+        plan: what to read, and within which budget.
         into: as for ``Checkpoint.stream``.
     """
+    tensors = plan.checkpoint.tensors
+    num_bytes = sum(tensors[name].num_bytes for name in plan.tensors)
+    yield from watched(_by_parameter(plan, into), num_bytes, str(plan.checkpoint.source))
+
+
+def _by_parameter(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
     checkpoint = plan.checkpoint
+    if not plan.staged:
+        yield from checkpoint.stream(plan.host_budget_bytes, names=plan.tensors, into=into)
+        return
     parts = [Part({name}, {name}) for name in plan.verified]
     for spec in plan.specs:
         if names := {source.tensor for source in spec.sources} & plan.targets.keys():
             parts.append(Part(names, {checkpoint.group_of(name) for name in names}))
     for names in lots_of(parts, checkpoint.tensors):
-        yield from checkpoint.stream(names=names, into=into)
+        yield from checkpoint.stream(plan.host_budget_bytes, names=names, into=into)
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

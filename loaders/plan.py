@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from loaders.parts import missing_parts, part_of, repeated_parts
 from loaders.place import load_fused_expert_weights, weight_loader
 from loaders.spec import ModelConfig, ParamSpec, Source, Specs
 from loaders.stage import Stage
+
+log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
 
@@ -46,6 +49,36 @@ class LoadPlan:
     verified: dict[str, str]  # redundant tied tensor -> the parameter it must equal
     left_out: tuple[str, ...]
     other_stages: int
+    host_budget_bytes: int | None = None  # see ``within``
+    staged: bool = True  # likewise
+
+    def within(self, host_budget_bytes: int | None, *, staged: bool) -> LoadPlan:
+        """The same plan under a hard limit of what it holds on the host beside parameters that stay there.
+
+        Args:
+            host_budget_bytes: the limit; None: whatever the largest needs.
+            staged: parameters are made on the host to be copied from there: they count, and so few are begun at once
+                that they are no larger than the largest.
+        Raises:
+            ValueError: it is no positive number, or less than something needs; says what, and how much.
+        """
+        if host_budget_bytes is None:
+            return dataclasses.replace(self, staged=staged)
+        if type(host_budget_bytes) is not int or host_budget_bytes < 1:
+            raise ValueError(f"host_budget_bytes={host_budget_bytes!r}, expected a positive number of bytes")
+        tensors = self.checkpoint.tensors
+        needed = {name: tensors[name].num_bytes for name in self.verified}
+        if staged:
+            for spec in self.specs:
+                parts = [source.tensor for source in spec.sources if source.tensor in self.targets]
+                needed[spec.name] = sum(tensors[name].num_bytes for name in parts)
+        if big := {name: size for name, size in needed.items() if size > host_budget_bytes}:
+            largest = max(big, key=big.__getitem__)
+            raise ValueError(
+                f"host_budget_bytes={host_budget_bytes} is less than {len(big)} of {len(needed)} parts need that are on"
+                f" the host for a moment, the largest {big[largest]} bytes ({largest}). Give a larger budget."
+            )
+        return dataclasses.replace(self, host_budget_bytes=host_budget_bytes, staged=staged)
 
     @property
     def tensors(self) -> list[str]:
@@ -102,6 +135,7 @@ def plan_load(checkpoint: Checkpoint, stage: Stage) -> LoadPlan:
     plan, problems = _match(checkpoint, checkpoint.config, stage)
     if problems:
         raise CheckpointError(checkpoint.source, problems)
+    _log(plan)
     return plan
 
 
@@ -125,7 +159,21 @@ def plan_reload(checkpoint: Checkpoint, config: ModelConfig, stage: Stage, live:
             problems.append(f"parameter {name!r} is {dtype} in the checkpoint, expected {live[name]} as it is live")
     if problems:
         raise CheckpointError(checkpoint.source, problems)
+    _log(plan)
     return plan
+
+
+def _log(plan: LoadPlan) -> None:
+    report = plan.report()
+    log.info(
+        "plan: %d tensors of %s, %.3f GB, into %d parameters; %d left out, %d of other stages",
+        report.num_tensors,
+        report.checkpoint,
+        report.num_bytes / 1e9,
+        len(plan.dtypes),
+        len(report.left_out),
+        report.other_stages,
+    )
 
 
 def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:

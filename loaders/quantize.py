@@ -23,6 +23,7 @@ from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix, documents, infos, matrices_of
 from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
 from loaders.quantization_config import KEY
+from loaders.slices import Slice
 
 THREADS = 2
 
@@ -126,6 +127,27 @@ class QuantizedCheckpoint(Checkpoint):
             budget = sum(self.plain.tensors[name].num_bytes for name in lot)
             budget = budget if host_budget_bytes is None else host_budget_bytes
             yield from self._of_lot(self.plain.stream(budget, names=lot, into=plain_into), groups, chosen, into)
+
+    def stream_slices(
+        self,
+        slices: Iterable[Slice],
+        host_budget_bytes: int | None = None,
+        *,
+        into: Callable[[Slice], np.ndarray | None] | None = None,
+    ) -> Iterator[tuple[Slice, np.ndarray]]:
+        """As ``Checkpoint.stream_slices``; parts of what is quantised are cut from the whole, which is computed."""
+        wanted: dict[str, list[Slice]] = {}
+        for one in slices:
+            one.bounds(self.stored_shape(one.name))
+            wanted.setdefault(one.name, []).append(one)
+        direct = [one for name, parts in wanted.items() if name not in self._places for one in parts]
+        yield from self.plain.stream_slices(direct, host_budget_bytes, into=into)
+        for name, array in self.stream(host_budget_bytes, names=wanted.keys() & self._places.keys()):
+            for one in wanted[name]:
+                out = self.destination(one, into(one) if into else None)
+                out[...] = array[one.index]
+                yield one, out
+            del array
 
     def _of_lot(
         self,

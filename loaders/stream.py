@@ -1,7 +1,7 @@
-"""Tensors of a source that reads many files at once: each as soon as its last piece has come, in whatever order.
+"""Tensors of a checkpoint, read by a session of its source: each as soon as its last piece is in place.
 
-Nothing that the source lends is kept: every piece is copied to its place before the next is asked for, so a tensor is
-memory of the caller's or of its own, like any other that ``Checkpoint.stream`` yields.
+What lies side by side in a file is read at once, across the bounds of tensors. Nothing that a source lends is kept:
+every piece is copied to its place before the next is asked for, so a tensor is memory of the caller's or of its own.
 """
 
 from __future__ import annotations
@@ -9,32 +9,70 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loaders import memory
 from loaders.errors import CheckpointError
-from loaders.memory import as_bools, fill, pieces
+from loaders.memory import as_bools, fill
+from loaders.slices import Slice, pieces_of
 from loaders.sources import OpenFile, PieceError, Session
 
 if TYPE_CHECKING:
     from loaders.checkpoint import Checkpoint
 
 WINDOW_BYTES = 64 << 20  # on its way at any moment
-MOST_PIECES = 64  # likewise
+MOST_STRETCHES = 64  # likewise
+MOST_PIECES = 512  # in one stretch; a system takes 1024 buffers at once
+MOST_GAP_BYTES = 64 << 10  # read for nothing rather than asked around: what an answer costs
+_SCRAP = np.empty(MOST_GAP_BYTES, np.uint8)  # nobody looks at it, so all may write to it
 
 
 @dataclass
 class _Tensor:
-    """One that was begun: not all of its pieces have come."""
+    """One that was begun: not all of its pieces are in place."""
 
-    name: str
+    wanted: Slice
     out: np.ndarray
     cost: int  # bytes of our own
-    waiting: Iterator[tuple[int, np.ndarray]]
+    waiting: Iterator[tuple[int, np.ndarray]]  # pieces that were not asked for yet, and where in the file they begin
     num_flying: int = 0
-    is_submitted: bool = False
+
+    def __post_init__(self) -> None:
+        self.first = next(self.waiting)  # there is one, if an empty one
+        self.is_asked_for = False
+
+    def advance(self) -> bool:
+        """On to the next piece; False: there is none."""
+        following = next(self.waiting, None)
+        self.is_asked_for, self.first = following is None, following or self.first
+        return not self.is_asked_for
+
+
+@dataclass
+class _Stretch:
+    """Pieces of one tensor or several that follow each other in a file, and what lies between them."""
+
+    file: str
+    position: int
+    parts: list[tuple[_Tensor | None, np.ndarray]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def gap(self, file: str, position: int, piece: np.ndarray) -> int | None:
+        """Bytes to be read for nothing if ``piece`` is read too; None: that is another stretch's."""
+        gap = position - self.position - self.num_bytes
+        fits = len(self.parts) < MOST_PIECES and self.num_bytes + gap + piece.nbytes <= memory.STAGING_BYTES
+        return gap if fits and file == self.file and 0 <= gap <= MOST_GAP_BYTES else None
+
+    def add(self, tensor: _Tensor | None, piece: np.ndarray) -> None:
+        self.parts.append((tensor, piece))
+        self.num_bytes += piece.nbytes
+
+    @property
+    def names(self) -> list[str]:
+        return [tensor.wanted.name for tensor, _ in self.parts if tensor is not None]
 
 
 class Arrivals:
@@ -43,7 +81,7 @@ class Arrivals:
     Args:
         checkpoint: what is read.
         session: of its source; closed at the end.
-        wanted: names, in file order.
+        wanted: whole tensors or parts, in file order.
         into: see ``Checkpoint.stream``.
         budget: bytes of tensors that may be held, destinations that were given apart.
     """
@@ -52,21 +90,22 @@ class Arrivals:
         self,
         checkpoint: Checkpoint,
         session: Session,
-        wanted: list[str],
-        into: Callable[[str], np.ndarray | None] | None,
+        wanted: list[Slice],
+        into: Callable[[Slice], np.ndarray | None] | None,
         budget: int,
     ) -> None:
         self._checkpoint, self._session, self._into, self._budget = checkpoint, session, into, budget
         self._window = min(WINDOW_BYTES, budget)
         self._waiting = deque(wanted)
         self._begun: _Tensor | None = None  # whose pieces are being asked for
-        self._flying: dict[int, tuple[_Tensor, np.ndarray]] = {}
+        self._flying: dict[int, _Stretch] = {}
         self._done: deque[_Tensor] = deque()
         self._held = self._in_flight = 0
         self._files: dict[str, OpenFile] = {}
-        self._left = Counter(checkpoint.tensors[name].file for name in wanted)
+        self._checked: set[str] = set()  # files that were as they had been after the last piece came
+        self._left = Counter(checkpoint.tensors[one.name].file for one in wanted)
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[Slice, np.ndarray]]:
         try:
             with closing(self._session):
                 while self._waiting or self._begun or self._flying or self._done:
@@ -76,9 +115,9 @@ class Arrivals:
                         continue
                     tensor = self._done.popleft()
                     self._finish(tensor)
-                    name, out, cost = tensor.name, tensor.out, tensor.cost
+                    wanted, out, cost = tensor.wanted, tensor.out, tensor.cost
                     del tensor
-                    yield name, out
+                    yield wanted, out
                     del out
                     self._held -= cost
         finally:
@@ -86,61 +125,81 @@ class Arrivals:
                 file.close()
 
     def _submit(self) -> None:
-        """Ask for as many pieces as there is room for; a tensor's all before the next one's."""
-        while len(self._flying) < MOST_PIECES:
-            if self._begun is None and not self._begin():
+        """Ask for as many stretches as there is room for; a tensor's pieces all before the next one's."""
+        while len(self._flying) < MOST_STRETCHES and not (self._flying and self._in_flight >= self._window):
+            stretch = self._next_stretch()
+            if stretch is None:
                 return
+            self._ask_for(stretch)
+
+    def _ask_for(self, stretch: _Stretch) -> None:
+        try:
+            file, pieces = self._file(stretch.file), [piece for _, piece in stretch.parts]
+            ticket = self._session.submit(file, stretch.position, pieces)
+        except OSError as error:
+            raise self._failure(stretch, error) from error
+        self._flying[ticket] = stretch
+        self._in_flight += stretch.num_bytes
+
+    def _next_stretch(self) -> _Stretch | None:
+        """The next pieces that lie side by side in one file; None: there are none, or no room for them."""
+        stretch = None
+        while self._begun is not None or self._begin():
             tensor = self._begun
             assert tensor is not None
-            if self._flying and self._in_flight >= self._window:
-                return
-            found = next(tensor.waiting, None)
-            if found is None:
-                self._begun, tensor.is_submitted = None, True
-                if not tensor.num_flying:
-                    self._done.append(tensor)
-                continue
-            position, piece = found
-            info = self._checkpoint.tensors[tensor.name]
-            file = self._file(info.file)
-            try:
-                ticket = self._session.submit(file, info.offsets[0] + position, piece.nbytes)
-            except OSError as error:
-                raise self._failure(tensor.name, error) from error
-            self._flying[ticket] = tensor, piece
+            position, piece = tensor.first
+            file = self._checkpoint.tensors[tensor.wanted.name].file
+            if stretch is None:
+                stretch = _Stretch(file, position)
+            if (gap := stretch.gap(file, position, piece)) is None and stretch.parts:
+                break
+            if gap:
+                stretch.add(None, _SCRAP[:gap])
+            stretch.add(tensor, piece)
             tensor.num_flying += 1
-            self._in_flight += piece.nbytes
+            if not tensor.advance():
+                self._begun = None
+        return stretch
 
     def _begin(self) -> bool:
         """Take up the next tensor, unless it would go beyond the budget while others may still be let go of."""
         if not self._waiting:
             return False
-        name = self._waiting[0]
-        size = self._checkpoint.tensors[name].num_bytes
-        if self._held + size > self._budget and self._held:
+        wanted = self._waiting[0]
+        info = self._checkpoint.tensors[wanted.name]
+        num_bytes = self._checkpoint.num_bytes_of(wanted)
+        if self._held + num_bytes > self._budget and self._held:
             return False
         self._waiting.popleft()
-        given = self._into(name) if self._into else None
-        out = self._checkpoint.destination(name, given, self._budget)
-        cost = size if given is None else 0
+        given = self._into(wanted) if self._into else None
+        out = self._checkpoint.destination(wanted, given, self._budget)
+        cost = num_bytes if given is None else 0
         self._held += cost
-        self._begun = _Tensor(name, out, cost, pieces(out))
+        pieces = pieces_of(out, wanted, self._checkpoint.stored_shape(wanted.name))
+        self._begun = _Tensor(wanted, out, cost, ((info.offsets[0] + start, piece) for start, piece in pieces))
         return True
 
     def _take(self) -> None:
-        """Put the next piece that comes into its place."""
+        """Put the next pieces that come into their places."""
         try:
             ticket, raw = self._session.next()
         except PieceError as error:
             if error.ticket is None:
                 raise CheckpointError(self._checkpoint.source, [str(error)]) from error
-            raise self._failure(self._flying[error.ticket][0].name, error) from error
-        tensor, piece = self._flying.pop(ticket)
-        fill(piece, raw)
-        self._in_flight -= piece.nbytes
-        tensor.num_flying -= 1
-        if tensor.is_submitted and not tensor.num_flying:
-            self._done.append(tensor)
+            raise self._failure(self._flying[error.ticket], error) from error
+        self._checked.clear()
+        stretch = self._flying.pop(ticket)
+        self._in_flight -= stretch.num_bytes
+        start = 0
+        for tensor, piece in stretch.parts:
+            if raw is not None:
+                fill(piece, raw[start : start + piece.nbytes])
+                start += piece.nbytes
+            if tensor is None:
+                continue
+            tensor.num_flying -= 1
+            if tensor.is_asked_for and not tensor.num_flying:
+                self._done.append(tensor)
 
     def _file(self, name: str) -> OpenFile:
         if name not in self._files:
@@ -148,15 +207,21 @@ class Arrivals:
         return self._files[name]
 
     def _finish(self, tensor: _Tensor) -> None:
-        """With the last tensor of a file, see that it is still the one that was opened."""
-        info = self._checkpoint.tensors[tensor.name]
+        """See that the file is still the one that was opened; where asking is dear, with its last tensor."""
+        info = self._checkpoint.tensors[tensor.wanted.name]
         if info.dtype == "BOOL":
             as_bools(tensor.out)
         self._left[info.file] -= 1
-        if self._left[info.file] == 0 and info.file in self._files:
-            with self._files.pop(info.file) as file:
-                self._checkpoint.check_identity(file)
+        file = self._files[info.file]
+        is_last = not self._left[info.file]
+        if is_last or (file.is_cheap_to_identify and info.file not in self._checked):
+            self._checkpoint.check_identity(file)
+            self._checked.add(info.file)
+        if is_last:
+            self._files.pop(info.file).close()
 
-    def _failure(self, name: str, error: OSError) -> CheckpointError:
-        where = f"tensor {name!r} of {self._checkpoint.tensors[name].file}"
-        return CheckpointError(self._checkpoint.source, [f"{where} cannot be read: {error.strerror or error}"])
+    def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
+        first, last = stretch.names[0], stretch.names[-1]
+        which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
+        problem = f"{which} of {stretch.file} cannot be read: {error.strerror or error}"
+        return CheckpointError(self._checkpoint.source, [problem])

@@ -5,7 +5,7 @@ What runai-model-streamer's own ring does with ``owned=False``, without the luck
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -25,9 +25,9 @@ class Lending:
         self._count = 0
         self._lent = np.empty(0, np.uint8)
 
-    def submit(self, file: OpenFile, position: int, num_bytes: int) -> int:
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
         self._count += 1
-        self._waiting[self._count] = file, position, num_bytes
+        self._waiting[self._count] = file, position, sum(piece.nbytes for piece in pieces)
         return self._count
 
     def next(self) -> tuple[int, np.ndarray]:

@@ -11,6 +11,9 @@ partial or failed update is refused, never derived.
 
 from __future__ import annotations
 
+import logging
+import time
+
 import torch
 from torch import nn
 
@@ -23,6 +26,8 @@ from torch_models.lodging import (
     mark_source,
     move_in,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "alias_or_bind_derived_param",
@@ -46,9 +51,12 @@ def allocate_derived(module: nn.Module, device: torch.device) -> None:
 
 def derive(module: nn.Module) -> None:
     """Compute everything derived anew; after any change of weights."""
+    start, count = time.perf_counter(), 0
     for part in module.modules():
         if callable(compute := getattr(part, "derive", None)):
             compute()
+            count += 1
+    log.info("derive: %d modules in %.2f s", count, time.perf_counter() - start)
 
 
 @torch.inference_mode(False)  # what is bound outlives the caller's mode, and must stay writable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.lots import stream_parameters
+from loaders.memory import prefer_huge_pages
 from loaders.place import place_of
 from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
@@ -26,6 +28,8 @@ from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.storage import DTYPES, host_view
 from torch_models.taps import name_modules
+
+log = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,6 +46,7 @@ def load(
     activation_quantization: bool | None = None,
     quantize: str | None = None,
     kernel: str | None = None,
+    host_budget_bytes: int | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -59,14 +64,16 @@ def load(
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
+        host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
+            its way to a device; None: what the largest needs.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, stage or kernel that makes no sense.
+        ValueError: a dtype, stage, kernel or budget that makes no sense.
     """
     checkpoint = open_to_load(uri, quantize)
     activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
-    plan = plan_load(checkpoint, stage_)
+    plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=torch.device(device).type != "cpu")
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
@@ -88,6 +95,7 @@ def load(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
     model.report = filling.finish()
+    log.info("place: %d parameters on %s", len(built), device)
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source)))
@@ -115,6 +123,7 @@ def read_params(plan: LoadPlan, filling: Filling, *, staged: bool = False) -> It
             make = staging if staged else torch.empty
             host[spec.name] = make(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
             views[spec.name] = host_view(host[spec.name])
+            prefer_huge_pages(views[spec.name])
         return place_of(views[spec.name], spec, source)
 
     for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):

@@ -197,9 +197,9 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """Write another embedding and head in place; see ``torch_models.weights``."""
         return life.set_embed_and_head(self, embed, head)
 
-    def update_weights_from_disk(self, uri: str | os.PathLike[str]) -> Model:
+    def update_weights_from_disk(self, uri: str | os.PathLike[str], *, host_budget_bytes: int | None = None) -> Model:
         """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
-        return life.update_weights_from_disk(self, uri)
+        return life.update_weights_from_disk(self, uri, host_budget_bytes=host_budget_bytes)
 
     def sleep(self) -> Model:
         """Free the weights' storage, with a copy on the host, and drop all graphs; see ``torch_models.sleep``."""

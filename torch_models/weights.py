@@ -132,7 +132,9 @@ def _check_tied(head: torch.Tensor, embed: torch.Tensor) -> None:
     raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
 
 
-def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model:
+def update_weights_from_disk(
+    model: Model, uri: str | os.PathLike[str], *, host_budget_bytes: int | None = None
+) -> Model:
     """Reload all weights from another checkpoint of the same config, in place: no pointer moves.
 
     The checkpoint is checked whole before a byte is read, then read whole, parameter by parameter, to see that all of
@@ -142,9 +144,14 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
     until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was loaded
     with ``quantize`` quantises again.
 
+    Args:
+        model: the model to change.
+        uri: the new checkpoint.
+        host_budget_bytes: the most that is held on the host beside the live weights, one parameter at least; None: what
+            the largest needs.
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
-        ValueError: an adapter is merged into the weights. Nothing was read.
+        ValueError: an adapter is merged into the weights, or the budget is too small. Nothing was read.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
     check_awake(model)
@@ -154,7 +161,7 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str]) -> Model
 
     checkpoint = open_to_load(uri, model.quantize)
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
-    plan = plan_reload(checkpoint, model.config, model.stage, live)
+    plan = plan_reload(checkpoint, model.config, model.stage, live).within(host_budget_bytes, staged=True)
     trial = Filling(plan)
     deque(read_params(plan, trial, staged=True), maxlen=0)  # a loop would keep one while it reads the next
     report = trial.finish()

@@ -1,79 +1,18 @@
-"""A checkpoint directory on a local file system, read by position.
-
-Never by mmap: a mapped file that is truncated kills the process (SIGBUS); one rewritten in place changes weights that
-were loaded long ago. A file's identity is pinned when the checkpoint is opened and checked again around every read.
-"""
+"""A checkpoint directory on a local file system: which of its files may be opened."""
 
 from __future__ import annotations
 
 import os
-import stat
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession, find_library
-from loaders.sources.source import small_file
-
-_CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
+from loaders.sources.source import Session, small_file
 
 
 def is_plain(name: str) -> bool:
     """Whether ``name`` names a file of the directory itself: no path, nothing that cannot be printed."""
     return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What must not change between opening a checkpoint and reading it."""
-
-    device: int
-    inode: int
-    num_bytes: int
-    modified_ns: int
-
-
-class LocalFile:
-    """One open file: read at a position, straight into the caller's memory."""
-
-    def __init__(self, path: Path) -> None:
-        # O_NONBLOCK: opening a FIFO somebody named *.safetensors must fail, not hang
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self.name = path.name
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            self.close()
-            raise OSError("it is not a regular file")
-
-    @property
-    def address(self) -> str:
-        return f"/proc/self/fd/{self._descriptor}"  # the file that was opened, whatever has its name by now
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def __enter__(self) -> LocalFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def identity(self) -> FileIdentity:
-        found = os.fstat(self._descriptor)
-        return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def read_into(self, out: memoryview, position: int) -> None:
-        """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._descriptor, [out[done : done + _CHUNK_BYTES]], position + done)
-            if count == 0:
-                raise OSError(f"it ends at byte {position + done}, expected {position + len(out)}: truncated")
-            done += count
-
-    def read(self, position: int, count: int) -> bytes:
-        out = bytearray(count)
-        self.read_into(memoryview(out), position)
-        return bytes(out)
 
 
 class LocalDirectory:
@@ -111,8 +50,8 @@ class LocalDirectory:
         with self.open(name) as file:
             return small_file(file)
 
-    def session(self) -> RunaiSession | None:
-        return RunaiSession(str(self)) if self.is_streamed else None
+    def session(self) -> Session:
+        return RunaiSession(str(self)) if self.is_streamed else PositionedSession()
 
     def _is_inside(self, target: Path) -> bool:
         root = self.path.resolve()

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +88,7 @@ class RunaiSession:
         self._library = _load(find_library())
         self._streamer = ctypes.c_void_p()
         self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
+        self._empty: list[int] = []  # tickets below zero, which the library has none of
         self._free: list[np.ndarray] = []
         self._lent: np.ndarray | None = None
         self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
@@ -104,7 +105,11 @@ class RunaiSession:
             given = (self._streamer, names, values, len(credentials))
             self._check(self._library.runai_file_streamer_set_credentials(*given))
 
-    def submit(self, file: OpenFile, position: int, num_bytes: int) -> int:
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
+        num_bytes = sum(piece.nbytes for piece in pieces)
+        if not num_bytes:  # the library is not asked for nothing
+            self._empty.append(-1 - len(self._empty))
+            return self._empty[-1]
         buffer = self._buffer(num_bytes)
         ticket = ctypes.c_uint64()
         code = self._library.runai_file_streamer_request(
@@ -118,7 +123,9 @@ class RunaiSession:
         return ticket.value
 
     def next(self) -> tuple[int, np.ndarray]:
-        assert self._flying, "nothing was submitted"
+        assert self._flying or self._empty, "nothing was submitted"
+        if self._empty:
+            return self._empty.pop(), np.empty(0, np.uint8)
         if self._lent is not None and self._lent.size == STAGING_BYTES:
             self._free.append(self._lent)
         self._lent = None

@@ -39,6 +39,8 @@ class ObjectIdentity:
 class S3File:
     """One object, as it was when it was opened: a part of another one is never read."""
 
+    is_cheap_to_identify = False  # a request
+
     def __init__(self, prefix: S3Prefix, name: str) -> None:
         self.name = name
         self._prefix = prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -31,6 +32,11 @@ class OpenFile(Protocol):
         """As the file is now."""
         ...
 
+    @property
+    def is_cheap_to_identify(self) -> bool:
+        """Whether ``identity`` may be asked at every tensor; else it is, once a file."""
+        ...
+
     def read_into(self, out: memoryview, position: int) -> None:
         """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""
         ...
@@ -52,14 +58,17 @@ class PieceError(OSError):
 
 
 class Session(Protocol):
-    """Reads many stretches of files at once, each into memory of its own that is lent for one step."""
+    """Reads many stretches of files at once: straight into place, or into memory of its own, lent for one step."""
 
-    def submit(self, file: OpenFile, position: int, num_bytes: int) -> int:
-        """Ask for a stretch of ``file``, which has to stay open. Does not wait. Returns the ticket it comes with."""
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
+        """Ask for the stretch of ``file``, which has to stay open, that fills ``pieces`` one after the other.
+
+        Does not wait. Returns the ticket it comes with. A piece may be empty, or have its last two axes swapped.
+        """
         ...
 
-    def next(self) -> tuple[int, np.ndarray]:
-        """The next stretch to arrive, in whatever order: its ticket and its bytes (uint8).
+    def next(self) -> tuple[int, np.ndarray | None]:
+        """The next stretch to arrive, in whatever order: its ticket and its bytes (uint8), or None: they are in place.
 
         The array is borrowed: the next call, or ``close``, may overwrite it.
 
@@ -69,7 +78,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Read no more. What is on its way never arrives in memory that is used again."""
+        """Read no more. What is on its way has ended, or never arrives in memory that is used again."""
         ...
 
 
@@ -82,8 +91,8 @@ class Source(Protocol):
         """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         ...
 
-    def session(self) -> Session | None:
-        """What reads many files at once; None: they are best read one after the other."""
+    def session(self) -> Session:
+        """What reads many stretches at once."""
         ...
 
 

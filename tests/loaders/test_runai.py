@@ -76,7 +76,8 @@ def test_a_tensor_larger_than_all_buffers_together_is_read(checkpoint: Checkpoin
 def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(
     directory: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("loaders.stream.MOST_PIECES", 2)  # else all is asked for before it can be replaced
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", SIZE)
+    monkeypatch.setattr("loaders.stream.MOST_STRETCHES", 2)  # else all is asked for before it can be replaced
     checkpoint = open_checkpoint(f"runai://{directory}")
     stream = checkpoint.stream()
     found = [next(stream)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,8 +20,7 @@ from handmade import CONFIG, open_files
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
-from loaders.checkpoint import AHEAD_BYTES
-from loaders.sources import LocalDirectory
+from loaders.sources import LocalDirectory, positioned
 from loaders.writer import TensorType, write_checkpoint
 
 KIB = 1024
@@ -87,7 +87,7 @@ def test_held_bytes_stay_within_the_budget(checkpoint: Checkpoint, budget: int) 
     assert next(stream, None) is None
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
-    assert budget // 2 < peak < budget + 24 * KIB  # the machinery: executor, thread, futures
+    assert budget // 2 < peak < budget + 40 * KIB  # the machinery: executor, threads, futures
 
 
 class AtOnce(ThreadPoolExecutor):
@@ -116,7 +116,7 @@ def test_a_reader_that_is_always_first_stays_within_the_budget(
         return array
 
     monkeypatch.setattr(loaders.checkpoint, "aligned_empty", watched)
-    monkeypatch.setattr(loaders.checkpoint, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(positioned, "ThreadPoolExecutor", AtOnce)
     stream = checkpoint.stream(budget)
     while (found := next(stream, None)) is not None:
         del found
@@ -186,9 +186,13 @@ def test_a_destination_that_does_not_fit_is_refused_before_anything_is_read_into
     assert wrong.tobytes() == before
 
 
-def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(tmp_path: Path) -> None:
+def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reload makes them then, and has let go of the first ones before it comes to the last."""
-    size = AHEAD_BYTES // 8
+    size = 4 * KIB
+    monkeypatch.setattr("loaders.stream.WINDOW_BYTES", 8 * size)
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", size)
     plan = {f"t{number:02}": TensorType("F32", (size // 4,)) for number in range(40)}
     zeros = np.zeros(size // 4, np.float32)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
@@ -200,9 +204,9 @@ def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(tmp_path: 
         return array
 
     for count, (name, array) in enumerate(checkpoint.stream(into=destination), 1):
-        assert len(made) <= count + AHEAD_BYTES // size
+        assert len(made) <= count + 9
         del array
-        assert sum(ref() is not None for ref in made) <= AHEAD_BYTES // size + 1, name
+        assert sum(ref() is not None for ref in made) <= 10, name
 
 
 @pytest.mark.parametrize("kind", [list, set, iter, dict.fromkeys])
@@ -312,7 +316,7 @@ def test_an_iterator_abandoned_half_way_leaves_no_thread_and_no_open_file(checkp
         stream = checkpoint.stream(budget)
         next(stream)
         next(stream)
-        assert len(reader_threads()) == 1
+        assert 1 <= len(reader_threads()) <= positioned.thread_count()
         del stream
         gc.collect()
         assert reader_threads() == []
@@ -347,3 +351,27 @@ def test_two_streams_of_one_checkpoint_do_not_disturb_each_other(checkpoint: Che
     pairs = list(zip(checkpoint.stream(64 * KIB), checkpoint.stream(1 << 20), strict=True))
     assert [one[0] for one, _ in pairs] == FILE_ORDER
     assert all(one[1].tobytes() == other[1].tobytes() == content(one[0]).tobytes() for one, other in pairs)
+
+
+def test_closing_waits_for_the_pieces_that_are_being_read_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = np.zeros(64 * KIB, np.uint8)
+    plan = {f"t{number:02}": TensorType("U8", (64 * KIB,)) for number in range(64)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 64 * KIB)
+    real, started = os.preadv, []
+
+    def slow(*arguments: Any) -> int:
+        started.append(arguments[-1])
+        time.sleep(0.1)
+        return real(*arguments)
+
+    stream = checkpoint.stream()
+    monkeypatch.setattr(os, "preadv", slow)
+    next(stream)
+    before, begun = time.monotonic(), len(started)
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert time.monotonic() - before < 1
+    assert len(started) <= begun + positioned.thread_count()
+    assert reader_threads() == []

@@ -125,17 +125,18 @@ def test_another_config_or_architecture_is_a_good_config_and_the_checkpoint_keep
 
 def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
     """A disk error at the first read of tensor bytes, at the second, ... at the last."""
-    original = LocalFile.read_into
+    original = LocalFile.scatter_into
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 1 << 12)  # else all of it is read at once
     reads = {"left": -1, "done": 0}
 
-    def read_into(self, out, position):
+    def scatter_into(self, outs, position):
         reads["done"] += 1
         if reads["left"] == 0:
             raise OSError(5, "Input/output error")
         reads["left"] -= 1
-        original(self, out, position)
+        original(self, outs, position)
 
-    monkeypatch.setattr(LocalFile, "read_into", read_into)
+    monkeypatch.setattr(LocalFile, "scatter_into", scatter_into)
     before = life.model.digests()
     life.bench.load(life.bench.path("B"))
     total = reads["done"]

@@ -1,0 +1,150 @@
+"""Local files read at a position, by a few threads, straight into the caller's memory.
+
+Never by mmap: a mapped file that is truncated kills the process (SIGBUS); one rewritten in place changes weights that
+were loaded long ago. A file's identity is pinned when the checkpoint is opened and checked again around every read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from loaders.memory import aligned_empty, fill
+from loaders.sources.source import OpenFile, PieceError
+
+_CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What must not change between opening a checkpoint and reading it."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+
+
+class LocalFile:
+    """One open file: read at a position, straight into the caller's memory."""
+
+    def __init__(self, path: Path) -> None:
+        # O_NONBLOCK: opening a FIFO somebody named *.safetensors must fail, not hang
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.name = path.name
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.close()
+            raise OSError("it is not a regular file")
+
+    is_cheap_to_identify = True
+
+    @property
+    def address(self) -> str:
+        return f"/proc/self/fd/{self._descriptor}"  # the file that was opened, whatever has its name by now
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def identity(self) -> FileIdentity:
+        found = os.fstat(self._descriptor)
+        return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def read_into(self, out: memoryview, position: int) -> None:
+        """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""
+        for start in range(0, len(out), _CHUNK_BYTES):
+            self.scatter_into([out[start : start + _CHUNK_BYTES]], position + start)
+
+    def scatter_into(self, outs: Sequence[memoryview], position: int) -> None:
+        """Fill ``outs`` one after the other, likewise."""
+        waiting = deque(outs)
+        end = position + sum(len(out) for out in outs)
+        while position < end:
+            count = os.preadv(self._descriptor, waiting, position)
+            if count == 0:
+                raise OSError(f"it ends at byte {position}, expected {end}: truncated")
+            position += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.popleft())
+            if count:
+                waiting[0] = waiting[0][count:]
+
+    def read(self, position: int, count: int) -> bytes:
+        out = bytearray(count)
+        self.read_into(memoryview(out), position)
+        return bytes(out)
+
+
+def thread_count() -> int:
+    """Two saturate memory on a small machine; more than four only wait for each other's page cache."""
+    return max(2, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+class PositionedSession:
+    """Reads of local files; see ``loaders.sources.source.Session``. Nothing is lent.
+
+    Stretches are done in the order in which they were asked for, so tensors come in file order. A thread holds no lock
+    of Python's while it reads.
+    """
+
+    def __init__(self) -> None:
+        self._readers = ThreadPoolExecutor(thread_count(), thread_name_prefix="tandem-read")
+        self._tickets = itertools.count()
+        self._flying: deque[tuple[int, Future[None]]] = deque()
+        self._local = threading.local()  # staging of a thread
+
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
+        assert isinstance(file, LocalFile), f"{file.name} is another source's"
+        ticket = next(self._tickets)
+        self._flying.append((ticket, self._readers.submit(self._read, file, position, pieces)))
+        return ticket
+
+    def next(self) -> tuple[int, None]:
+        assert self._flying, "nothing was submitted"
+        ticket, future = self._flying.popleft()
+        try:
+            future.result()
+        except OSError as error:
+            raise PieceError(error.strerror or str(error), ticket) from error
+        return ticket, None
+
+    def close(self) -> None:
+        self._flying.clear()
+        self._readers.shutdown(wait=True, cancel_futures=True)  # each thread ends the piece it is at
+
+    def _read(self, file: LocalFile, position: int, pieces: Sequence[np.ndarray]) -> None:
+        buffers: list[memoryview] = []
+        turned: list[tuple[np.ndarray, np.ndarray]] = []
+        used = 0
+        for piece in pieces:
+            if piece.flags.c_contiguous:
+                buffers.append(piece.reshape(-1).view(np.uint8).data)
+            else:
+                raw = self._staging(sum(one.nbytes for one in pieces))[used : used + piece.nbytes]
+                used += piece.nbytes
+                turned.append((piece, raw))
+                buffers.append(raw.data)
+        file.scatter_into(buffers, position)
+        for piece, raw in turned:
+            fill(piece, raw)
+
+    def _staging(self, num_bytes: int) -> np.ndarray:
+        held: np.ndarray | None = getattr(self._local, "staging", None)
+        if held is None or held.size < num_bytes:
+            held = self._local.staging = aligned_empty((num_bytes,), np.dtype(np.uint8))
+        return held

@@ -1,0 +1,86 @@
+"""How far reading is: a bar where a person looks on, nothing where none does, and lines of the log from both loads."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loaders.progress import watched
+from parity.zoo import make_checkpoint
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def tensors(count: int = 4) -> Iterator[tuple[str, np.ndarray]]:
+    yield from ((f"t{number}", np.full(1 << 18, number, np.uint8)) for number in range(count))
+
+
+def test_what_passes_is_what_came() -> None:
+    for stream in (Terminal(), io.StringIO()):
+        found = list(watched(tensors(), 1 << 20, "c", stream))
+        assert [(name, int(array[0])) for name, array in found] == [(f"t{number}", number) for number in range(4)]
+
+
+def test_a_terminal_shows_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    passing = watched(tensors(8), 1 << 21, "the-checkpoint", stream)
+    for _ in range(5):
+        next(passing)
+    import_module("time").sleep(0.25)  # it is drawn ten times a second
+    next(passing)
+    shown = stream.getvalue()
+    assert "the-checkpoint" in shown
+    assert re.search(r"1\.\d/2\.\d MB", shown), shown
+    assert re.search(r"\d [kMG]B/s", shown), shown
+    assert re.search(r"\d:\d\d:\d\d", shown), shown
+    list(passing)
+
+
+def test_nothing_is_shown_where_nobody_looks_or_rich_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    list(watched(tensors(), 1 << 20, "c", stream))
+    assert stream.getvalue() == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    stream = Terminal()
+    list(watched(tensors(), 1 << 20, "c", stream))
+    assert stream.getvalue() == ""
+
+
+def test_an_abandoned_one_says_how_far_it_came_and_holds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "loaders.progress")
+    passing = watched(tensors(), 1 << 20, "c", Terminal())
+    next(passing)
+    next(passing)
+    passing.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "read: 0.000 of 0.001 GB of c in" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_both_loads_log_a_line_per_phase_and_write_nothing_else(
+    backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    path = make_checkpoint("qwen3", tmp_path / "c", num_hidden_layers=1)
+    caplog.set_level(logging.INFO)
+    import_module(f"{backend}_models").load(path)
+    ours = [record.getMessage() for record in caplog.records if record.name.split(".")[0] in (*sys_modules(),)]
+    phases = [message.partition(":")[0] for message in ours]
+    assert phases == ["plan", "read", "place", *(["derive"] if backend == "torch" else [])]
+    assert str(path) in ours[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def sys_modules() -> set[str]:
+    return {"loaders", "torch_models", "jax_models"} & set(sys.modules)

@@ -1,0 +1,81 @@
+"""``host_budget_bytes`` of load and reload: what is held on the host for a moment stays within it, or is refused."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+from lives import BACKENDS
+
+from loaders import Checkpoint, open_checkpoint
+from parity.staged_memory import counted
+from parity.zoo import make_checkpoint
+
+pytestmark = [pytest.mark.usefixtures("young_heap"), pytest.mark.parametrize("backend", BACKENDS)]
+
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Tied, the redundant head in the files: it is read to be compared and has no place of its own."""
+    root = tmp_path_factory.mktemp("budget")
+    options = {"ship_tied_head": True, "num_hidden_layers": 2}
+    return [make_checkpoint("qwen3-tied", root / str(seed), seed=seed, **options) for seed in range(2)]
+
+
+def largest(path) -> int:
+    """The head, and the embedding, are the largest tensors and parameters by far."""
+    return max(info.num_bytes for info in open_checkpoint(path).tensors.values())
+
+
+def donating(backend):
+    return {"donate": True} if backend == "jax" else {}
+
+
+def test_what_a_load_reads_beside_the_parameters_counts(backend, paths):
+    load, size = import_module(f"{backend}_models").load, largest(paths[0])
+    model = load(paths[0], host_budget_bytes=size)
+    assert model.digests() == load(paths[0]).digests()
+    with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than 1 of 1 .* {size} bytes \({HEAD}"):
+        load(paths[0], host_budget_bytes=size - 1)
+    for wrong in (0, -1, 1.5, True, "1"):
+        with pytest.raises(ValueError, match="expected a positive number of bytes"):
+            load(paths[0], host_budget_bytes=wrong)
+
+
+def test_a_reload_stays_within_it(backend, paths):
+    size = largest(paths[0])
+    with counted(backend) as memory:
+        model = import_module(f"{backend}_models").load(paths[0])
+        before = memory.start()
+        model = model.update_weights_from_disk(paths[1], host_budget_bytes=size, **donating(backend))
+        assert 0 < memory.most - before <= size * (1 if backend == "torch" else 2)
+    assert model.version == 2
+
+
+def test_too_small_a_one_is_refused_before_anything_is_read(backend, paths, monkeypatch):
+    model = import_module(f"{backend}_models").load(paths[0])
+    before = model.digests()
+
+    def forbidden(*_, **__):
+        raise AssertionError("something was read")
+
+    monkeypatch.setattr(Checkpoint, "stream", forbidden)
+    with pytest.raises(ValueError, match=r"host_budget_bytes=1000 is less than .* Give a larger budget"):
+        model.update_weights_from_disk(paths[1], host_budget_bytes=1000, **donating(backend))
+    monkeypatch.undo()
+    assert (model.version, model.digests()) == (1, before)
+
+
+def test_the_stream_is_told(backend, paths, monkeypatch):
+    told = []
+    real = Checkpoint.stream
+
+    def watched(self, host_budget_bytes=None, **options):
+        told.append(host_budget_bytes)
+        return real(self, host_budget_bytes, **options)
+
+    monkeypatch.setattr(Checkpoint, "stream", watched)
+    import_module(f"{backend}_models").load(paths[0], host_budget_bytes=1 << 24)
+    assert set(told) == {1 << 24}
