@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +14,12 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
+from jax_models.processes import to_host, together
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint
-from loaders.plan import Filling, plan_reload, specs_of
+from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
 
 if TYPE_CHECKING:
@@ -130,30 +130,38 @@ def update_weights_from_disk(model: Model, uri: str | os.PathLike[str], *, donat
             updated again.
     """
     model.roster.check_unmerged("a reload")
-    from jax_models.load import read_hosted, read_params  # the loader builds models
+    from jax_models.load import read_in_vain, read_params  # the loader builds models
 
-    checkpoint = open_to_load(uri, model.quantize)
     live = flatten(model.weights)
-    plan = plan_reload(checkpoint, model.config, model.stage, {name: from_numpy(x.dtype) for name, x in live.items()})
-    if donate:
-        trial = Filling(plan)
-        deque(read_hosted(plan, trial), maxlen=0)  # a loop would keep one while it reads the next
-        trial.finish()
-    filling = Filling(plan)
-    placed: dict[str, jax.Array] = {}
-    try:
+    dtypes = {name: from_numpy(x.dtype) for name, x in live.items()}
+    given_up: list[str] = []
+
+    def planned() -> LoadPlan:
+        plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, dtypes)
+        if donate:
+            read_in_vain(plan, model.mesh)
+        return plan
+
+    def read() -> tuple[dict[str, jax.Array], LoadReport]:
+        filling, placed = Filling(plan), {}
         for name, array in read_params(plan, filling, model.mesh):
             placed[name] = array
             if donate:
                 live[name].delete()
-        report = filling.finish()
+                given_up.append(name)
+        return placed, filling.finish()
+
+    plan = together(model.mesh, planned)
+    try:
+        placed, report = together(model.mesh, read)
     except Exception as error:
-        if not donate or not placed:
+        if not given_up:
             raise
-        given = f"{len(placed)} of {len(live)} parameters were given up already"
+        given = f"{len(given_up)} of {len(live)} parameters were given up already"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
     weights = traverse_util.unflatten_dict(placed, sep=".")
     check_same_structure(model.weights, weights)
+    checkpoint = plan.checkpoint
     updated = model.published(weights, "reload", str(checkpoint.source))
     return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)
 
@@ -198,14 +206,14 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+    return export_checkpoint(directory, model.checkpoint, specs, lambda name: to_host(flat[name]), left_out)
 
 
 def tensor_reader(model: Model) -> TensorReader:
     """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return TensorReader(model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+    return TensorReader(model.checkpoint, specs, lambda name: to_host(flat[name]))
 
 
 def weight_digests(model: Model) -> dict[str, str]:

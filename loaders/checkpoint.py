@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
 from loaders.memory import aligned_empty, as_bools, fill, is_swapped, pieces
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
+from loaders.slices import Slice, box_of, sizes_of, stream_slices
 from loaders.sources import Identity, OpenFile, Session, Source, is_plain, open_source
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals
@@ -91,6 +92,41 @@ class Checkpoint:
         with self.open_file(info.file) as file:
             self._read_tensor(file, name, out)
         return out
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of one tensor, in memory of its own; little more than its bytes is read, see ``loaders.slices``.
+
+        Args:
+            name: checkpoint tensor name.
+            index: a slice without a step for each axis, inside of the tensor's (packed sub-byte formats: of bytes).
+        Raises:
+            KeyError: no such tensor.
+            ValueError: an index that is none.
+            CheckpointError: as ``read``.
+        """
+        info = self.tensors[name]
+        shape = dtypes.stored_shape(info.dtype, info.shape)
+        box = box_of(index, shape)
+        part = Slice(shape, box, aligned_empty(sizes_of(box), dtypes.to_numpy(info.dtype)))
+        for _ in self.stream_slices({name}, lambda _: [part]):
+            pass
+        return part.out
+
+    def stream_slices(
+        self, names: Collection[str], wanted: Callable[[str], list[Slice]]
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """Parts of tensors, each read straight to where it goes, in file order.
+
+        Args:
+            names: tensors, all of which are yielded, also those of which nothing is wanted.
+            wanted: the parts of one and where they go, asked shortly before they are read.
+        Yields:
+            A tensor's name and its parts' destinations, in the order they were given.
+        Raises:
+            ValueError: a part that is no part of its tensor, or does not fit its destination.
+            CheckpointError: as ``read``.
+        """
+        return stream_slices(self, names, wanted)
 
     def stream(
         self,

@@ -23,6 +23,7 @@ from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix, documents, infos, matrices_of
 from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
 from loaders.quantization_config import KEY
+from loaders.slices import Slice
 
 THREADS = 2
 
@@ -126,6 +127,28 @@ class QuantizedCheckpoint(Checkpoint):
             budget = sum(self.plain.tensors[name].num_bytes for name in lot)
             budget = budget if host_budget_bytes is None else host_budget_bytes
             yield from self._of_lot(self.plain.stream(budget, names=lot, into=plain_into), groups, chosen, into)
+
+    def stream_slices(
+        self, names: Collection[str], wanted: Callable[[str], list[Slice]]
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """See ``Checkpoint.stream_slices``. What is quantised is read whole, as its scale is of the largest of all.
+
+        So is whatever shares a group with it; a group of which nothing is wanted is not read.
+        """
+        direct = {name for name in names if name not in self._places}
+        yield from self.plain.stream_slices(direct, wanted)
+        by_group: dict[str, set[str]] = {}
+        for name in set(names) - direct:
+            by_group.setdefault(self._places[name][0].group, set()).add(name)
+        for group in by_group.values():
+            parts = {name: wanted(name) for name in group}
+            if not any(parts.values()):
+                yield from ((name, []) for name in group)
+                continue
+            for name, array in self.stream(names=group):
+                for part in parts[name]:
+                    part.take(array)
+                yield name, [part.out for part in parts.pop(name)]
 
     def _of_lot(
         self,
