@@ -40,7 +40,7 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
 
     Args:
         mesh: of the processes; all of them have to call this.
-        work: waits for no other process.
+        work: asks the others for nothing, or for the same as they ask, whether it fails or not.
     Raises:
         Exception: as ``work`` does here.
         RuntimeError: it failed on another process only; with what was raised there.

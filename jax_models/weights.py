@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,13 +15,14 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
-from jax_models.processes import to_host, together
+from jax_models.processes import processes_of, to_host, together
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
-from loaders.export import TensorReader, export_checkpoint
+from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
+from loaders.writer import check_free
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -202,11 +204,34 @@ def check_same_structure(live: Weights, new: Weights) -> None:
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``.
+
+    Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
+    """
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: to_host(flat[name]), left_out)
+    processes = processes_of(model.mesh)
+    if len(processes) == 1:
+        return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+    is_writer = jax.process_index() == processes[0]
+    together(model.mesh, lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
+
+    def read_param(name: str) -> np.ndarray:
+        assert waiting.popleft() == name, f"{name} is asked for out of turn"
+        return to_host(flat[name])
+
+    def write() -> None:
+        try:
+            if is_writer:
+                export_checkpoint(directory, model.checkpoint, specs, read_param, left_out)
+        finally:  # whatever became of the writing, nobody may wait for ever
+            while waiting:
+                read_param(waiting[0])
+
+    together(model.mesh, write)
+    return Path(directory)
 
 
 def tensor_reader(model: Model) -> TensorReader:

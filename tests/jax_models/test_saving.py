@@ -170,7 +170,7 @@ def test_killed_in_the_middle_nothing_saved_is_lost_and_nothing_half_is_taken(fr
     for name in ("warm", "complete"):
         assert jax_models.restore(tmp_path / name).digests() == expected
     left = [path for path in tmp_path.iterdir() if path.name not in ("warm", "complete", "cut")]
-    assert left or fraction < 0.1 or (tmp_path / "cut").exists()
+    assert left or fraction < 0.6 or (tmp_path / "cut").exists()  # before that digests are computed
     for path in left:
         with pytest.raises(CheckpointError, match="no complete save"):
             jax_models.restore(path)
