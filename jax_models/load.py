@@ -54,8 +54,9 @@ def load(
     Args:
         uri: checkpoint directory.
         dtype: float32 or bfloat16; None: the checkpoint's own, float32 for a float16 one.
-        mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device. Of
-            several processes each calls this, and reads what its own devices hold; an error of one is raised by all.
+        mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``, ``fsdp``; None: the default
+            device. Of several processes each calls this, and reads what its own devices hold; an error of one is raised
+            by all.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
         vision: load the vision tower of a model that has one (``visual.*``), onto the first stage; False: text alone.

