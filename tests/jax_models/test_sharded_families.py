@@ -12,9 +12,11 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
+import loaders.shards
 from jax_models.sharding import replicated
 from jax_models.weights import flatten
 from loaders import open_checkpoint
+from loaders.memory import aligned_empty
 from loaders.plan import plan_load, specs_of
 from loaders.stage import Stage
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
@@ -174,3 +176,18 @@ def test_weights_are_cut_along_the_width_and_vectors_and_routers_are_not(checkpo
     held = sum(array.addressable_shards[0].data.nbytes for array in flatten(model.weights).values())
     assert held < model.report.num_bytes / 3  # heads of 6 and 3 are whole, and so are vectors
     assert replicated(specs_of(model.config, Stage()).params, model.config.dims(), model.mesh) == []
+
+
+def test_on_cpu_what_was_read_into_is_what_the_devices_hold(checkpoints, monkeypatch):
+    made: dict[int, int] = {}
+
+    def noted(shape, dtype):
+        buffer = aligned_empty(shape, dtype)
+        made[buffer.ctypes.data] = buffer.nbytes
+        return buffer
+
+    monkeypatch.setattr(loaders.shards, "aligned_empty", noted)
+    model = jax_models.load(checkpoints("qwen3 moe")[0], mesh=mesh_of("expert2 fsdp2 tensor2"))
+    held = [shard.data for array in flatten(model.weights).values() for shard in array.addressable_shards]
+    assert {one.unsafe_buffer_pointer() for one in held} == set(made)  # copies of a shard are one buffer
+    assert sum(made.values()) == model.report.num_bytes
