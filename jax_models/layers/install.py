@@ -13,7 +13,8 @@ from jax_models.layers.moe import Experts
 from jax_models.layers.products import Cuts
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
-from jax_models.sharding import gathered, param_spec
+from jax_models.sharding import param_spec
+from loaders.axes import gathered
 from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
 from loaders.spec import Dim, Specs
 
