@@ -82,6 +82,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow_unless("a stage", "a tower and a draft left out")
 def test_so_is_every_kind_of_model(kind, tmp_path):
     name, sizes, options = KINDS[kind]
     path = make_checkpoint(name, tmp_path / "it", **sizes)
@@ -140,6 +141,12 @@ def test_what_is_no_whole_save_is_refused(damage, expected, copy):
             shutil.rmtree(copy / "weights")
     with pytest.raises(CheckpointError, match=expected):
         jax_models.restore(copy)
+
+
+def test_what_orbax_was_still_writing_is_refused_however_much_of_it_is_there(copy):
+    unfinished = copy.rename(copy.with_name("copy.orbax-checkpoint-tmp"))
+    with pytest.raises(CheckpointError, match="it was not finished"):
+        jax_models.restore(unfinished)
 
 
 def test_nothing_that_is_there_is_written_over(saved):
