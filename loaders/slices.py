@@ -127,6 +127,35 @@ def pieces_of(part: Slice, gap_bytes: int) -> Iterator[Piece]:
             yield Piece(position, (count, *shape[axis + 1 :]), (slice(None), *kept), place[row : row + count])
 
 
+def shared_pieces(parts: Collection[Slice]) -> Iterator[tuple[Piece, list[Piece]]]:
+    """Rows that several parts have columns of, each read once for all of them; nothing where that is not worth it.
+
+    It is where the parts together are at least half of those rows: columns for many devices of one process.
+    """
+    shapes = {part.shape for part in parts}
+    if len(parts) < 2 or len(shapes) > 1 or not all(part.out.size for part in parts):
+        return
+    (shape,) = shapes
+    row = math.prod(shape[1:])
+    rows = max(1, STAGING_BYTES // max(1, row * next(iter(parts)).out.itemsize))
+    first, last = min(part.box[0][0] for part in parts), max(part.box[0][1] for part in parts)
+    if all(sizes_of(part.box)[1:] == shape[1:] for part in parts) or row * rows > 4 * STAGING_BYTES:
+        return
+    if 2 * sum(part.out.size for part in parts) < (last - first) * row:
+        return
+    for start in range(first, last, rows):
+        stop = min(start + rows, last)
+        takers = []
+        for part in parts:
+            low, high = max(start, part.box[0][0]), min(stop, part.box[0][1])
+            if low < high:
+                kept = slice(low - start, high - start), *(slice(*ends) for ends in part.box[1:])
+                out = part.out[low - part.box[0][0] : high - part.box[0][0]]
+                takers.append(Piece(start * row * out.itemsize, (stop - start, *shape[1:]), kept, out))
+        if takers:
+            yield takers[0], takers
+
+
 def _is_packed(array: np.ndarray, axis: int) -> bool:
     """Whether nothing lies between the values of ``array[i]``, for indices ``i`` of the axes before ``axis``."""
     return array[(0,) * axis].flags.c_contiguous
@@ -140,18 +169,21 @@ def read_slices(checkpoint: Checkpoint, file: OpenFile, name: str, parts: Collec
     """
     info = checkpoint.tensors[name]
     staging = np.empty(0, np.uint8)
+    pieces = list(shared_pieces(parts)) or [
+        (piece, [piece]) for part in parts for piece in pieces_of(part, checkpoint.source.gap_bytes)
+    ]
     try:
-        for part in parts:
-            for piece in pieces_of(part, checkpoint.source.gap_bytes):
-                position = info.offsets[0] + piece.position
-                if piece.is_direct:
-                    file.read_into(piece.out.reshape(-1).view(np.uint8).data, position)
-                    continue
-                if staging.size < piece.num_bytes:
-                    staging = aligned_empty((piece.num_bytes,), np.dtype(np.uint8))
-                raw = staging[: piece.num_bytes]
-                file.read_into(raw.data, position)
-                piece.take(raw)
+        for piece, takers in pieces:
+            position = info.offsets[0] + piece.position
+            if piece.is_direct and takers == [piece]:
+                file.read_into(piece.out.reshape(-1).view(np.uint8).data, position)
+                continue
+            if staging.size < piece.num_bytes:
+                staging = aligned_empty((piece.num_bytes,), np.dtype(np.uint8))
+            raw = staging[: piece.num_bytes]
+            file.read_into(raw.data, position)
+            for taker in takers:
+                taker.take(raw)
     except OSError as error:
         where = f"tensor {name!r} of {info.file}"
         raise CheckpointError(checkpoint.source, [f"{where} cannot be read: {error.strerror or error}"]) from error

@@ -94,6 +94,21 @@ def test_what_is_read_of_a_file(tmp_path, shape, box, reads, bytes_read):
     assert open_files() == []
 
 
+def test_rows_that_several_parts_share_are_read_once(tmp_path, bytes_read):
+    whole = numbered(6, 4096)
+    path = write(
+        tmp_path, {"model.safetensors": safetensors({"a": entry("U16", whole.shape, 0, whole.nbytes)}, whole.tobytes())}
+    )
+    checkpoint = open_checkpoint(path)
+    bytes_read.clear()
+    boxes = [((low, low + 2), (left, left + 1024)) for low in (1, 3) for left in range(0, 4096, 1024)]
+    parts = [Slice(whole.shape, box, np.empty((2, 1024), np.uint16)) for box in boxes]
+    list(checkpoint.stream_slices({"a"}, lambda _: parts))
+    for box, part in zip(boxes, parts, strict=True):
+        np.testing.assert_array_equal(part.out, whole[slices_of(box)])
+    assert bytes_read == [4 * 8192]  # rows 1 to 4
+
+
 def test_large_rows_go_through_a_bounded_buffer():
     rows = 3 * STAGING_BYTES // 8192 + 1
     part = Slice((rows, 4096), ((0, rows), (0, 4095)), np.empty((rows, 4095), np.uint16))
