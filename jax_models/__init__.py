@@ -2,5 +2,6 @@
 
 from jax_models.load import load
 from jax_models.model import Model
+from jax_models.saving import restore
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "load", "restore"]

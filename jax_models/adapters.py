@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
+from jax_models.processes import to_host
 from jax_models.weights import flatten
 from loaders.adapter_reading import ReadBase
 from loaders.adapters import open_adapter
@@ -67,7 +68,7 @@ def merge_lora(model: Model, name: str) -> Model:
     if problems := merge_problems(adapter, model.config):
         raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     flat = flatten(model.weights)
-    made = merged_weights(adapter, lambda param: np.asarray(flat[param]))
+    made = merged_weights(adapter, lambda param: to_host(flat[param]))
     changes = {param: make for param, make in made.items() if param in flat}
     originals = {param: flat[param] for param in changes}
     flat |= {param: jax.device_put(make(), originals[param].sharding) for param, make in changes.items()}
@@ -100,4 +101,4 @@ def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
 
 def _reader(model: Model) -> ReadBase:
     flat = flatten(model.weights)
-    return lambda name: np.asarray(flat[name]) if name in flat else None
+    return lambda name: to_host(flat[name]) if name in flat else None

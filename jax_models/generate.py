@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_models.processes import to_host
 from loaders.inputs import check_sampling
 from loaders.roster import AdapterOfRows
 
@@ -78,11 +79,11 @@ def generate(
     tokens: list[np.ndarray] = []
     for step in range(max_new_tokens):
         if temperature == 0:
-            token_B = np.asarray(jnp.argmax(logits_BV, axis=-1), np.int32)
+            token_B = to_host(jnp.argmax(logits_BV, axis=-1)).astype(np.int32)
         else:
             step_key = jax.random.fold_in(key, step)
-            drawn = sample(logits_BV, step_key, jnp.float32(temperature), jnp.float32(top_p or 1.0), top_k)
-            token_B = np.asarray(drawn)
+            drawn = sample(logits_BV, step_key, np.float32(temperature), np.float32(top_p or 1.0), top_k)
+            token_B = to_host(drawn)
         tokens.append(np.where(has_ended_B, np.int64(filler), token_B))  # the filler need not be a token: -1 is common
         has_ended_B |= np.isin(token_B, ends)
         if has_ended_B.all() or step == max_new_tokens - 1:

@@ -1,30 +1,39 @@
-"""Checkpoint -> Model: bytes straight into host buffers of whole parameters, each handed to its devices once."""
+"""Checkpoint -> Model: bytes straight into host buffers, each handed to its devices once.
+
+On a mesh a buffer is the part of a parameter that a device holds, and only what lies in those is read: a process with a
+quarter of the devices reads about a quarter of the checkpoint.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jax_models.model import Model
+from jax_models.processes import together
 from jax_models.programs import programs_for
-from jax_models.sharding import param_sharding, usable_mesh
+from jax_models.sharding import param_spec, usable_mesh
 from jax_models.weights import flatten
+from loaders.boxes import Box, box_of
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.lots import stream_parameters
 from loaders.place import place_of
-from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
-from loaders.spec import ParamSpec
+from loaders.shards import Shards, read_shards
+from loaders.spec import Dim, ParamSpec
 from loaders.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -49,7 +58,9 @@ def load(
     Args:
         uri: checkpoint directory.
         dtype: float32 or bfloat16; None: the checkpoint's own, float32 for a float16 one.
-        mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``; None: the default device.
+        mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``, ``fsdp``; None: the default
+            device. Of several processes each calls this, and reads what its own devices hold; an error of one is raised
+            by all.
         stage: (index, count) of a pipeline; None: the whole model.
         mtp: also load the checkpoint's multi-token-prediction draft (``mtp.*``), onto the last stage.
         vision: load the vision tower of a model that has one (``visual.*``), onto the first stage; False: text alone.
@@ -64,18 +75,26 @@ def load(
         ValueError: a dtype, mesh, stage or budget that makes no sense.
     """
     mesh = usable_mesh(mesh)
-    checkpoint = open_to_load(uri, quantize)
-    activations = activations_of(checkpoint, activation_quantization)
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
-    plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=not stays_on_host(mesh))
+
+    def planned() -> LoadPlan:
+        plan = plan_load(open_to_load(uri, quantize), stage_)
+        return plan.within(host_budget_bytes, staged=not stays_on_host(mesh))
+
+    plan = together(mesh, planned)
+    checkpoint = plan.checkpoint
+    activations = activations_of(checkpoint, activation_quantization)
     computed = jnp.dtype(compute_dtype(dtype, plan))
     programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
-    filling = Filling(plan)
-    weights = dict(read_params(plan, filling, mesh))
-    report = filling.finish()
+
+    def read() -> tuple[dict[str, jax.Array], LoadReport]:
+        filling = Filling(plan)
+        return dict(read_params(plan, filling, mesh)), filling.finish()
+
+    weights, report = together(mesh, read)
     devices = {device for array in weights.values() for device in array.devices()}
     log.info("place: %d parameters on %s", len(weights), ", ".join(sorted(map(str, devices))))
     return Model(
@@ -107,15 +126,45 @@ def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     dims = plan.checkpoint.config.dims()
+    if mesh is not None:
+        for spec, shards in read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)):
+            yield spec.name, assembled(spec, shards, dims, mesh)
+        return
     for spec, param in read_hosted(plan, filling):
-        array = jax.device_put(param, param_sharding(spec, dims, mesh))
+        array = jax.device_put(param)
         del param  # the next ones are read while the caller has this one
         # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
         yield spec.name, jax.device_put(array, array.sharding)
 
 
+def read_in_vain(plan: LoadPlan, mesh: Mesh | None) -> None:
+    """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
+    filling = Filling(plan)
+    if mesh is None:
+        deque(read_hosted(plan, filling), maxlen=0)  # a loop would keep one while it reads the next
+    else:
+        dims = plan.checkpoint.config.dims()
+        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)), maxlen=0)
+    filling.finish()
+
+
+def boxes_of(spec: ParamSpec, *, dims: dict[str, Dim], mesh: Mesh) -> set[Box]:
+    """The parts of a parameter that this process's devices hold."""
+    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
+    indices = sharding.addressable_devices_indices_map(spec.shape).values()
+    return {box_of(index or (), spec.shape) for index in indices}
+
+
+def assembled(spec: ParamSpec, shards: Shards, dims: dict[str, Dim], mesh: Mesh) -> jax.Array:
+    """A parameter of its shards here, each put on the devices that hold it; on CPU they are its memory."""
+    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
+    indices = sharding.addressable_devices_indices_map(spec.shape)
+    arrays = [jax.device_put(shards[box_of(index or (), spec.shape)], device) for device, index in indices.items()]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+
+
 def read_hosted(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Likewise, on the host only: what a trial reads."""
+    """Likewise of whole parameters, on the host only."""
     host: dict[str, np.ndarray] = {}
 
     def destination(tensor: str) -> np.ndarray | None:

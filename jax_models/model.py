@@ -219,6 +219,12 @@ class Model(Decoding, Adapted, Seeing):
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
         return life.export(self, directory)
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the weights as they are sharded, with version, digests and events; see ``jax_models.saving``."""
+        from jax_models.saving import save  # which builds models
+
+        save(self, directory)
+
     def digests(self) -> dict[str, str]:
         """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
         return life.weight_digests(self)

@@ -1,36 +1,16 @@
-"""Where arrays live on a mesh: one table from axis letters to mesh axes.
-
-Stored layout never depends on the mesh. An axis whose whole units (heads, experts, rows) the mesh axes do not divide
-stays whole on every device; ``replicated`` names those parameters.
-"""
+"""Where arrays live on a mesh, by the table of ``loaders.axes``."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from loaders.spec import Dim, ParamSpec, dim_of
+from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of, param_cuts
+from loaders.axes import replicated as replicated_params
+from loaders.spec import Dim, ParamSpec
 
-MESH_AXES = ("data", "expert", "tensor")
-# Axis letter (docs/glossary.md) -> mesh axes it is cut by, together where they divide it; others stay whole.
-# Whatever is no expert is cut by "expert" too: those devices would otherwise hold copies of it.
-LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "V": ("expert", "tensor"),
-    "NH": ("expert", "tensor"),
-    "N2H": ("expert", "tensor"),
-    "KH": ("expert", "tensor"),
-    "F": ("expert", "tensor"),
-    "SF": ("expert", "tensor"),
-    "QKV": ("expert", "tensor"),
-    "LV": ("expert", "tensor"),
-    "LN": ("expert", "tensor"),
-    "M": ("tensor",),
-    "E": ("expert",),
-}
-
-Cut = str | tuple[str, ...] | None  # one axis of a PartitionSpec
+MESH_AXES = ("data", "expert", "tensor")  # and FSDP, which few meshes have
 
 
 def usable_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -43,41 +23,15 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     """
     if mesh is None:
         return None
-    unknown = sorted(set(mesh.axis_names) - set(MESH_AXES))
+    unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
     if unknown:
-        raise ValueError(f"mesh has axes {unknown}, expected only {', '.join(MESH_AXES)}")
+        raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")
     return Mesh(mesh.devices, mesh.axis_names)
-
-
-def cut_of(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], units: int) -> Cut:
-    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the last alone, else the first."""
-    present = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
-    for choice in (present, present[-1:], present[:1]):
-        if choice and units % math.prod(mesh.shape[axis] for axis in choice) == 0:
-            return choice[0] if len(choice) == 1 else choice
-    return None
-
-
-def axes_of(cut: Cut) -> tuple[str, ...]:
-    """The mesh axes of a cut."""
-    return (cut,) if isinstance(cut, str) else cut or ()
 
 
 def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Mesh axes of every axis of one parameter."""
-    return PartitionSpec(
-        *(
-            cut_of(mesh, axes, dim.units or dim.size) if axes else None
-            for dim, axes in zip((dim_of(axis, dims) for axis in spec.axes), _wanted(spec), strict=True)
-        )
-    )
-
-
-def _wanted(spec: ParamSpec) -> list[tuple[str, ...]]:
-    """The table's mesh axes for every axis. Only stacks are cut by experts: a router must see all its scores."""
-    is_stack = spec.axes[:1] == ("E",) and len(spec.axes) > 2
-    letters = [axis.partition("/")[0] for axis in spec.axes]  # codes and block scales are cut as their axis is
-    return [() if letter == "E" and not is_stack else LOGICAL_AXES.get(letter, ()) for letter in letters]
+    return PartitionSpec(*param_cuts(spec, dims, mesh.shape))
 
 
 def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> NamedSharding | None:
@@ -86,12 +40,13 @@ def param_sharding(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | None) -> 
 
 
 def entry_sharding(mesh: Mesh | None, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding | None:
-    """Sharding of what a layer keeps: rows over "data", heads as the projections cut them; None without a mesh."""
+    """Sharding of what a layer keeps: rows as a batch's, heads as the projections cut them; None without a mesh."""
     if mesh is None:
         return None
-    wanted = [("data",) if axis == "B" else LOGICAL_AXES.get(axis, ()) for axis in axes]
+    wanted = [LOGICAL_AXES.get(axis, ()) for axis in axes]
     return NamedSharding(
-        mesh, PartitionSpec(*(cut_of(mesh, by, size) if by else None for by, size in zip(wanted, shape, strict=True)))
+        mesh,
+        PartitionSpec(*(cut_of(mesh.shape, by, size) if by else None for by, size in zip(wanted, shape, strict=True))),
     )
 
 
@@ -99,7 +54,7 @@ def row_sharding(mesh: Mesh | None, rows: int | None) -> NamedSharding | None:
     """Sharding of anything [B, ...] of which only rows are cut; ``rows`` None: not even those."""
     if mesh is None:
         return None
-    return NamedSharding(mesh, PartitionSpec(cut_of(mesh, ("data",), rows)) if rows else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(cut_of(mesh.shape, LOGICAL_AXES["B"], rows)) if rows else PartitionSpec())
 
 
 @dataclass(frozen=True)
@@ -118,10 +73,10 @@ def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int, whole: 
 
     ``whole``: columns of the width that must stay together.
     """
-    experts = cut_of(mesh, LOGICAL_AXES["E"], num_experts)
-    inner = cut_of(mesh, LOGICAL_AXES["M"], width // whole)
+    experts = cut_of(mesh.shape, LOGICAL_AXES["E"], num_experts)
+    inner = cut_of(mesh.shape, LOGICAL_AXES["M"], width // whole)
     return ExpertSpecs(
-        rows=PartitionSpec(cut_of(mesh, ("data",), rows)),
+        rows=PartitionSpec(cut_of(mesh.shape, LOGICAL_AXES["B"], rows)),
         gate_up=PartitionSpec(experts, None, inner, None),
         down=PartitionSpec(experts, None, inner),
         summed=(*axes_of(experts), *axes_of(inner)),
@@ -131,5 +86,4 @@ def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int, whole: 
 
 def replicated(params: tuple[ParamSpec, ...], dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> list[str]:
     """Parameters that every device holds whole although the table would cut them."""
-    wanted = {spec.name: any(mesh.shape.get(axis, 1) > 1 for axes in _wanted(spec) for axis in axes) for spec in params}
-    return [spec.name for spec in params if wanted[spec.name] and not any(param_spec(spec, dims, mesh))]
+    return replicated_params(params, dims, mesh.shape)

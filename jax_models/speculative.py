@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_models.processes import to_host
 from loaders.inputs import bucket, check_sampling
 from loaders.roster import AdapterOfRows
 from loaders.speculation import (
@@ -78,12 +79,12 @@ def generate_with_draft(
     filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
 
     def probabilities(logits: jax.Array) -> np.ndarray:
-        return distribution(np.asarray(logits), temperature, top_p or 1.0, top_k)
+        return distribution(to_host(logits), temperature, top_p or 1.0, top_k)
 
     def choose(logits_BV: jax.Array) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row, and the distribution it was drawn from."""
         if temperature == 0:
-            return np.asarray(jnp.argmax(logits_BV, axis=-1), np.int32), None
+            return to_host(jnp.argmax(logits_BV, axis=-1)).astype(np.int32), None
         found_BV = probabilities(logits_BV)
         return draw(found_BV, rng).astype(np.int32), found_BV
 
@@ -115,7 +116,7 @@ def generate_with_draft(
         for guess in range(draft_tokens):
             if guess:
                 logits_BV, state_B1D, cache = programs.draft.step(
-                    weights, drafted[-1], state_B1D, jnp.int32(guess - 1), cache=cache, **given
+                    weights, drafted[-1], state_B1D, np.int32(guess - 1), cache=cache, **given
                 )
             guess_B, found_BV = choose(logits_BV)
             drafted.append(guess_B)
@@ -124,7 +125,7 @@ def generate_with_draft(
         fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
         logits_BTV, hidden_BTD, history, cache = programs.draft.verify(weights, fed_BT, cache=cache, **given)
         if temperature == 0:
-            count_B, token_B = accept_greedy(drafted_BK, np.asarray(jnp.argmax(logits_BTV, axis=-1)))
+            count_B, token_B = accept_greedy(drafted_BK, to_host(jnp.argmax(logits_BTV, axis=-1)))
         else:
             count_B, token_B = accept_sampled(drafted_BK, np.stack(drawn_from, axis=1), probabilities(logits_BTV), rng)
         count_B, token_B = count_B.astype(np.int32), token_B.astype(np.int32)

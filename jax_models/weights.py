@@ -15,12 +15,14 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
+from jax_models.processes import processes_of, to_host, together
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
-from loaders.export import TensorReader, export_checkpoint
-from loaders.plan import Filling, plan_reload, specs_of
+from loaders.export import TensorReader, export_checkpoint, exported_params
+from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
+from loaders.writer import check_free
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -133,31 +135,39 @@ def update_weights_from_disk(
             updated again.
     """
     model.roster.check_unmerged("a reload")
-    from jax_models.load import read_hosted, read_params, stays_on_host  # the loader builds models
+    from jax_models.load import read_in_vain, read_params, stays_on_host  # the loader builds models
 
-    checkpoint = open_to_load(uri, model.quantize)
     live = flatten(model.weights)
-    plan = plan_reload(checkpoint, model.config, model.stage, {name: from_numpy(x.dtype) for name, x in live.items()})
-    plan = plan.within(host_budget_bytes, staged=donate or not stays_on_host(model.mesh))
-    if donate:
-        trial = Filling(plan)
-        deque(read_hosted(plan, trial), maxlen=0)  # a loop would keep one while it reads the next
-        trial.finish()
-    filling = Filling(plan)
-    placed: dict[str, jax.Array] = {}
-    try:
+    dtypes = {name: from_numpy(x.dtype) for name, x in live.items()}
+    given_up: list[str] = []
+
+    def planned() -> LoadPlan:
+        plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, dtypes)
+        plan = plan.within(host_budget_bytes, staged=donate or not stays_on_host(model.mesh))
+        if donate:
+            read_in_vain(plan, model.mesh)
+        return plan
+
+    def read() -> tuple[dict[str, jax.Array], LoadReport]:
+        filling, placed = Filling(plan), {}
         for name, array in read_params(plan, filling, model.mesh):
             placed[name] = array
             if donate:
                 live[name].delete()
-        report = filling.finish()
+                given_up.append(name)
+        return placed, filling.finish()
+
+    plan = together(model.mesh, planned)
+    try:
+        placed, report = together(model.mesh, read)
     except Exception as error:
-        if not donate or not placed:
+        if not given_up:
             raise
-        given = f"{len(placed)} of {len(live)} parameters were given up already"
+        given = f"{len(given_up)} of {len(live)} parameters were given up already"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
     weights = traverse_util.unflatten_dict(placed, sep=".")
     check_same_structure(model.weights, weights)
+    checkpoint = plan.checkpoint
     updated = model.published(weights, "reload", str(checkpoint.source))
     return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)
 
@@ -198,18 +208,41 @@ def check_same_structure(live: Weights, new: Weights) -> None:
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``."""
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``.
+
+    Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
+    """
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+    processes = processes_of(model.mesh)
+    if len(processes) == 1:
+        return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+    is_writer = jax.process_index() == processes[0]
+    together(model.mesh, lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
+
+    def read_param(name: str) -> np.ndarray:
+        assert waiting.popleft() == name, f"{name} is asked for out of turn"
+        return to_host(flat[name])
+
+    def write() -> None:
+        try:
+            if is_writer:
+                export_checkpoint(directory, model.checkpoint, specs, read_param, left_out)
+        finally:  # whatever became of the writing, nobody may wait for ever
+            while waiting:
+                read_param(waiting[0])
+
+    together(model.mesh, write)
+    return Path(directory)
 
 
 def tensor_reader(model: Model) -> TensorReader:
     """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
     flat = flatten(model.weights)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return TensorReader(model.checkpoint, specs, lambda name: np.asarray(flat[name]))
+    return TensorReader(model.checkpoint, specs, lambda name: to_host(flat[name]))
 
 
 def weight_digests(model: Model) -> dict[str, str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from loaders import dtypes
+from loaders.boxes import Region, stream_regions
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.header import TensorInfo
@@ -158,6 +159,22 @@ class Checkpoint:
             (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
         )
         return self._stream([one for *_, one in found], into, host_budget_bytes)
+
+    def stream_regions(
+        self, names: Collection[str], wanted: Callable[[str], list[Region]]
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """Regions of tensors, each read straight to where it goes, strided or not, in file order.
+
+        Args:
+            names: tensors, all of which are yielded, also those of which nothing is wanted.
+            wanted: the regions of one and where they go, asked shortly before they are read.
+        Yields:
+            A tensor's name and its regions' destinations, in the order they were given.
+        Raises:
+            ValueError: a region that is no part of its tensor, or does not fit its destination.
+            CheckpointError: as ``read``.
+        """
+        return stream_regions(self, names, wanted)
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
         """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.

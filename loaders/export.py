@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
+from loaders.header import TensorInfo
 from loaders.memory import bits
 from loaders.place import place_of
 from loaders.plan import as_stored
 from loaders.spec import Source, Specs
-from loaders.writer import write_checkpoint
+from loaders.writer import write_checkpoint, writing_order
 
 
 class TensorReader:
@@ -41,6 +42,15 @@ class TensorReader:
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         return ((tensor, self(tensor)) for tensor in self.places)
+
+    def asked_for(self, tensors: Iterable[str]) -> list[str]:
+        """Parameters that reading these tensors, one after the other from now on, will ask for, in that order."""
+        kept, asked = list(self._kept), []
+        for name in (self.places[tensor][0].name for tensor in tensors):
+            if name not in kept:
+                kept = [*kept[-1:], name]
+                asked.append(name)
+        return asked
 
     def __call__(self, tensor: str) -> np.ndarray:
         spec, source = self.places[tensor]
@@ -73,7 +83,7 @@ def export_checkpoint(
     """
     reader = TensorReader(checkpoint, specs, read_param)
     copied = frozenset(left_out)
-    held = {name: info for name, info in checkpoint.tensors.items() if name in reader.places or name in copied}
+    held = _held(checkpoint, reader, copied)
     return write_checkpoint(
         directory,
         held,
@@ -83,3 +93,15 @@ def export_checkpoint(
         quantization=checkpoint.quantization_document or None,
         files={name: info.file for name, info in held.items()},
     )
+
+
+def exported_params(checkpoint: Checkpoint, reader: TensorReader, left_out: Collection[str] = ()) -> list[str]:
+    """Parameters in the order in which ``export_checkpoint`` reads them: what others have to help it with."""
+    copied = frozenset(left_out)
+    held = _held(checkpoint, reader, copied)
+    order = writing_order(held, {name: info.file for name, info in held.items()})
+    return reader.asked_for(name for name in order if name not in copied)
+
+
+def _held(checkpoint: Checkpoint, reader: TensorReader, copied: frozenset[str]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in checkpoint.tensors.items() if name in reader.places or name in copied}

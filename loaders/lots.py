@@ -50,8 +50,6 @@ def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterato
 def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
     """All tensors of a plan; of one that is staged, parameter by parameter: those begun are no larger than the largest.
 
-    Of tensors that are quantised while they are read, codes and scales come together.
-
     Args:
         plan: what to read, and within which budget.
         into: as for ``Checkpoint.stream``.
@@ -62,16 +60,24 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
 
 
 def _by_parameter(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
-    checkpoint = plan.checkpoint
     if not plan.staged:
-        yield from checkpoint.stream(plan.host_budget_bytes, names=plan.tensors, into=into)
+        yield from plan.checkpoint.stream(plan.host_budget_bytes, names=plan.tensors, into=into)
         return
+    for names in lots_of_plan(plan):
+        yield from plan.checkpoint.stream(plan.host_budget_bytes, names=names, into=into)
+
+
+def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
+    """The tensors of a plan in lots of whole parameters.
+
+    Of tensors that are quantised while they are read, codes and scales come together.
+    """
+    checkpoint = plan.checkpoint
     parts = [Part({name}, {name}) for name in plan.verified]
     for spec in plan.specs:
         if names := {source.tensor for source in spec.sources} & plan.targets.keys():
             parts.append(Part(names, {checkpoint.group_of(name) for name in names}))
-    for names in lots_of(parts, checkpoint.tensors):
-        yield from checkpoint.stream(plan.host_budget_bytes, names=names, into=into)
+    return lots_of(parts, checkpoint.tensors)
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

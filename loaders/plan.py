@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from loaders.stage import Stage
 log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
+Read = TypeVar("Read", np.ndarray, list[np.ndarray])
 
 
 @dataclass(frozen=True)
@@ -313,12 +315,11 @@ class Filling:
         self._expected: dict[str, str] = {}
         self._bad_scales: list[str] = []
 
-    def receive(
-        self, tensors: Iterator[tuple[str, np.ndarray]]
-    ) -> Iterator[tuple[ParamSpec, Source, np.ndarray, bool]]:
+    def receive(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[ParamSpec, Source, Read, bool]]:
         """Pair every tensor with its place; True when it is the last its parameter waits for.
 
-        They may come in any order. Redundant tied tensors are kept back as digests for ``finish``.
+        They may come in any order, whole or as the parts of them that are held here. Redundant tied tensors are kept
+        back as digests for ``finish``.
 
         Raises:
             CheckpointError: a tensor that was not planned, or came twice; says of which expert and shard.
@@ -330,7 +331,7 @@ class Filling:
                 raise CheckpointError(self._plan.checkpoint.source, [f"tensor {name!r} {what}{self._which(name)}"])
             self._seen.add(name)
             if name in self._plan.verified:
-                self._digests[name] = tensor_digest(array)
+                self._digests[name] = _digest(array)
                 continue
             spec, source = self._plan.targets[name]
             self._missing[spec.name] -= 1
@@ -356,10 +357,15 @@ class Filling:
             num_shards = int(spec.axes[1]) if spec.axes[1].isdigit() else 1
             load_fused_expert_weights(param, array, num_shards=num_shards, is_transposed=spec.is_transposed)
 
-    def complete(self, spec: ParamSpec, param: np.ndarray) -> None:
-        """Take note of a whole parameter, as a redundant tied tensor must equal it; it is not kept."""
+    def check(self, spec: ParamSpec, source: Source, parts: Sequence[np.ndarray]) -> None:
+        """Take note of what cannot be right about a tensor whose parts were read straight into place."""
+        if spec.dtype == "F32":
+            self._bad_scales += [problem for part in parts[:1] for problem in _scale_problems(source.tensor, part)]
+
+    def complete(self, spec: ParamSpec, param: np.ndarray | Sequence[np.ndarray]) -> None:
+        """Take note of a parameter, or of its parts here, as a redundant tied tensor must equal it; it is not kept."""
         if spec.name in self._plan.verified.values():
-            self._expected[spec.name] = tensor_digest(param)
+            self._expected[spec.name] = _digest(param)
 
     def finish(self) -> LoadReport:
         """Check that everything arrived, scales can be, and redundant tied tensors equal what they are tied to.
@@ -381,6 +387,11 @@ class Filling:
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)
         return self._plan.report()
+
+
+def _digest(array: np.ndarray | Sequence[np.ndarray]) -> str:
+    parts = [array] if isinstance(array, np.ndarray) else array
+    return " ".join(tensor_digest(part) for part in parts)
 
 
 def _scale_problems(tensor: str, array: np.ndarray) -> list[str]:

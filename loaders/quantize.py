@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from loaders.boxes import Region
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
@@ -148,6 +149,28 @@ class QuantizedCheckpoint(Checkpoint):
                 out[...] = array[one.index]
                 yield one, out
             del array
+
+    def stream_regions(
+        self, names: Collection[str], wanted: Callable[[str], list[Region]]
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """See ``Checkpoint.stream_regions``. What is quantised is read whole, as its scale is of the largest of all.
+
+        So is whatever shares a group with it; a group of which nothing is wanted is not read.
+        """
+        direct = {name for name in names if name not in self._places}
+        yield from self.plain.stream_regions(direct, wanted)
+        by_group: dict[str, set[str]] = {}
+        for name in set(names) - direct:
+            by_group.setdefault(self._places[name][0].group, set()).add(name)
+        for group in by_group.values():
+            parts = {name: wanted(name) for name in group}
+            if not any(parts.values()):
+                yield from ((name, []) for name in group)
+                continue
+            for name, array in self.stream(names=group):
+                for part in parts[name]:
+                    part.take(array)
+                yield name, [part.out for part in parts.pop(name)]
 
     def _of_lot(
         self,

@@ -98,7 +98,7 @@ def write_checkpoint(
             else than planned. Nothing is left behind.
     """
     target = Path(os.path.realpath(directory))
-    _check_free(target)
+    check_free(target)
     if odd := [name for name in copied or {} if not is_plain(name)]:
         raise ValueError(_listed([f"copied names the file {name!r}, expected a plain name" for name in odd]))
     layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
@@ -127,7 +127,17 @@ def write_checkpoint(
     return Path(directory)
 
 
-def _check_free(target: Path) -> None:
+def writing_order(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -> list[str]:
+    """Tensors in the order in which ``write_checkpoint(..., files=files)`` asks for them.
+
+    Raises:
+        ValueError: as it does, before anything is written.
+    """
+    return [name for file in _headers(plan, _given_layout(plan, files), {}) for name in file.tensors]
+
+
+def check_free(target: Path) -> None:
+    """Raises FileExistsError unless a directory is new or empty."""
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty. Write to a new directory, or remove it first.")
     if target.exists() and not target.is_dir():
@@ -138,7 +148,7 @@ def _publish(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except OSError:
-        _check_free(target)  # somebody filled it meanwhile: say so
+        check_free(target)  # somebody filled it meanwhile: say so
         raise
 
 

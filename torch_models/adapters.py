@@ -45,6 +45,7 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     """
     model.check_runnable()
     check_name(name)
+    model.check_alone("an adapter")
     model.roster.check_unmerged("another adapter")
     adapter = open_adapter(uri, model.config, read_base=_reader(model))
     _become(model, model.roster.having(adapter, name, model.version + 1))

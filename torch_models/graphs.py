@@ -194,6 +194,7 @@ class DecodeGraphs:
             CannotCapture: the model's step does what no graph can.
             ValueError: rows or capacity below 1, or a pipeline stage.
         """
+        self._model.check_alone("captured graphs")
         sizes = [rows] if isinstance(rows, int) else list(rows)
         if capacity < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"rows={sizes}, capacity={capacity}, expected at least 1 of each")

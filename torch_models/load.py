@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import aligned_empty
 from loaders.events import Event
@@ -19,14 +20,16 @@ from loaders.families import FAMILIES
 from loaders.lots import stream_parameters
 from loaders.memory import prefer_huge_pages
 from loaders.place import place_of
-from loaders.plan import Filling, LoadPlan, compute_dtype, plan_load
+from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
+from loaders.shards import read_shards
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
-from torch_models.storage import DTYPES, host_view
+from torch_models.parallel import Parallel
+from torch_models.storage import DTYPES, host_view, of_host
 from torch_models.taps import name_modules
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ def load(
     quantize: str | None = None,
     kernel: str | None = None,
     host_budget_bytes: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -66,14 +70,17 @@ def load(
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
             its way to a device; None: what the largest needs.
+        mesh: of all processes of torch.distributed, with axes named among ``expert`` and ``tensor``: each calls this,
+            reads and holds its part, and an error of one is raised by all; see ``torch_models.parallel``.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, stage, kernel or budget that makes no sense.
+        ValueError: a dtype, stage, kernel, budget or mesh that makes no sense, or a model that cannot be cut so.
     """
     checkpoint = open_to_load(uri, quantize)
     activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
     plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=torch.device(device).type != "cpu")
+    parallel = None if mesh is None else Parallel(mesh, plan)
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
@@ -91,27 +98,42 @@ def load(
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     filling = Filling(plan)
-    for name, value in read_params(plan, filling):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
-    model.report = filling.finish()
+
+    def read() -> LoadReport:
+        for name, value in read_params(plan, filling, parallel):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
+        return filling.finish()
+
+    model.report = read() if parallel is None else parallel.together(read)
     log.info("place: %d parameters on %s", len(built), device)
+    if parallel is not None:
+        model.parallel = parallel
+        parallel.install(model)
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source)))
     return model
 
 
-def read_params(plan: LoadPlan, filling: Filling, *, staged: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def read_params(
+    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staged: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
 
     Args:
         plan: what to read.
         filling: accounts for it.
+        parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
         staged: they will be copied and let go of, so their memory is such as goes back to the system at once.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
+    if parallel is not None:
+        for spec, shards in read_shards(plan, filling, lambda spec: [parallel.box_of(spec)]):
+            (part,) = shards.values()
+            yield spec.name, of_host(part)
+        return
     host: dict[str, torch.Tensor] = {}
     views: dict[str, np.ndarray] = {}
 

@@ -28,6 +28,7 @@ from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
+from torch_models.parallel import Parallel
 from torch_models.seeing import Seeing
 from torch_models.storage import parameters_of
 from torch_models.taps import Level, collect
@@ -53,6 +54,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         rounds_cache: keys and values are rounded to FP8.
         quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
         asleep: the bytes of its storages while it sleeps, else None; see ``torch_models.sleep``.
+        parallel: on a mesh, what this rank holds; None: everything is here.
     """
 
     model: Any
@@ -77,6 +79,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         Adapted.__init__(self)
         self._kept_graphs = KeptGraphs(self)
         self.asleep: sleep.HostCopy | None = None
+        self.parallel: Parallel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +114,8 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """A cache with no token in it; ``entries``: of more than this model's layers, where a draft needs them."""
         if entries is None:
             entries = self.cache_entries(self.config, self.stage, rows, capacity)
+        if self.parallel is not None:
+            entries = self.parallel.held_entries(entries, self.config.text_paths[0])
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
@@ -184,13 +189,18 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         Raises:
             ValueError: as the model does; or values to inject that have no such place or another shape, all at once.
         """
+        if level != "layers":
+            self.check_alone(f"taps of {level}")
         given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
         with collect(level, within, inject) as taps:
             out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
 
-    def get_embed_and_head(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
+    def get_embed_and_head(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one.
+
+        On a mesh each is a DTensor of the parameters' own memory.
+        """
         return life.get_embed_and_head(self)
 
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
@@ -230,6 +240,11 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """
         written = tuple((id(param), param._version) for param in parameters_of(self))
         return (*written, (id(self), self.adapter_changes))
+
+    def check_alone(self, what: str) -> None:
+        """Raises ValueError on a mesh, for what only whole weights have."""
+        if self.parallel is not None:
+            raise ValueError(f"this model is cut over a mesh, which {what} cannot be. Load it without mesh.")
 
     def check_runnable(self) -> None:
         """Raises RuntimeError while the model sleeps, or its weights are a mixture of two versions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from loaders import CheckpointError
 from loaders.digest import digests, tensor_digest
 from loaders.events import Event
-from loaders.export import TensorReader, export_checkpoint
-from loaders.plan import Filling, plan_reload, specs_of
+from loaders.export import TensorReader, export_checkpoint, exported_params
+from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
+from loaders.spec import Specs
+from loaders.writer import check_free
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
+from torch_models.parallel import Parallel, on_host
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
 
@@ -37,11 +41,19 @@ def parameters(model: Model) -> dict[str, nn.Parameter]:
     return {spec.name: model.get_parameter(spec.name) for spec in specs_of(model.config, model.stage)}
 
 
-def get_embed_and_head(model: Model) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
+def get_embed_and_head(model: Model) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one.
+
+    On a mesh each is a DTensor of the parameters' own memory.
+    """
     specs = specs_of(model.config, model.stage)
-    embed = model.get_parameter(specs.embedding) if specs.embedding else None
-    return embed, model.get_parameter(specs.head) if specs.head else None
+    embed = _live(model, specs.embedding) if specs.embedding else None
+    return embed, _live(model, specs.head) if specs.head else None
+
+
+def _live(model: Model, name: str) -> torch.Tensor:
+    param = model.get_parameter(name)
+    return param if model.parallel is None else model.parallel.as_dtensor(name, param)
 
 
 def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
@@ -53,7 +65,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
 
     Args:
         model: the model to change.
-        embed: [V, D] in the stored dtype, a tensor of any device, or NumPy.
+        embed: [V, D] in the stored dtype, a tensor of any device, or NumPy; on a mesh all of it, or a DTensor.
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
         ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
@@ -63,6 +75,9 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     model.check_runnable()
     model.roster.check_unmerged("a swap")
     specs = specs_of(model.config, model.stage)
+    if model.parallel is not None:
+        # the memory of live parameters is copied before any of it is written
+        embed, head = (half.full_tensor() if isinstance(half, DTensor) else half for half in (embed, head))
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
@@ -76,17 +91,19 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         problem
         for half, (name, value) in asked.items()
         if half not in quantized
-        for problem in _misfits(half, value, model.get_parameter(name))
+        for problem in _misfits(half, value, _live(model, name))
     ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")
     asked = {half: (name, _tensor(value)) for half, (name, value) in asked.items()}
     if model.config.tie_word_embeddings and "head" in asked:
         name, value = asked.pop("head")
-        _check_tied(value, asked["embed"][1] if "embed" in asked else model.get_parameter(name))
+        _check_tied(value, asked["embed"][1] if "embed" in asked else _whole(model, name))
     for half in ignored:
         log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
     changed = {name: value for name, value in asked.values() if value is not model.get_parameter(name)}
+    if model.parallel is not None:
+        changed = {name: model.parallel.part(name, value) for name, value in changed.items()}
     if not changed:
         if ignored:
             model.events = (*model.events, Event("swap", model.version, "nothing changed", ignored))
@@ -100,9 +117,16 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     return model
 
 
+def _whole(model: Model, name: str) -> torch.Tensor:
+    param = model.get_parameter(name)
+    return param if model.parallel is None else model.parallel.whole(name, param)
+
+
 def _is_live(model: Model, value: torch.Tensor) -> bool:
     """Whether ``value`` lies in storage that a commit may write to (embedding and head handed over crosswise)."""
-    storages = {half.untyped_storage().data_ptr() for half in get_embed_and_head(model) if half is not None}
+    specs = specs_of(model.config, model.stage)
+    halves = [model.get_parameter(name) for name in (specs.embedding, specs.head) if name]
+    storages = {half.untyped_storage().data_ptr() for half in halves}
     return value.untyped_storage().data_ptr() in storages
 
 
@@ -159,18 +183,29 @@ def update_weights_from_disk(
         model.roster.check_unmerged("a reload")
     from torch_models.load import read_params  # the loader builds models
 
-    checkpoint = open_to_load(uri, model.quantize)
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
-    plan = plan_reload(checkpoint, model.config, model.stage, live).within(host_budget_bytes, staged=True)
-    trial = Filling(plan)
-    deque(read_params(plan, trial, staged=True), maxlen=0)  # a loop would keep one while it reads the next
-    report = trial.finish()
+    parallel = model.parallel
+
+    def tried() -> tuple[LoadPlan, LoadReport]:
+        plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
+        plan = plan.within(host_budget_bytes, staged=True)
+        trial = Filling(plan)
+        tensors = read_params(plan, trial, parallel, staged=True)
+        deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
+        return plan, trial.finish()
+
+    plan, report = tried() if parallel is None else parallel.together(tried)
+    checkpoint = plan.checkpoint
     filling = Filling(plan)
     # only under a refusal is one merged here: what was there before it goes, for from now on it would be a mixture
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
-    try:
-        _commit(model, read_params(plan, filling, staged=True), [spec.name for spec in plan.specs])
+
+    def written() -> None:
+        _commit(model, read_params(plan, filling, parallel, staged=True), [spec.name for spec in plan.specs])
         filling.finish()
+
+    try:
+        written() if parallel is None else parallel.together(written)
     except CheckpointError as error:
         if model.refusal is None:
             raise
@@ -235,16 +270,45 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     model.check_runnable()
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
+    if model.parallel is not None:
+        return _export_together(model, model.parallel, specs, left_out, directory)
     return export_checkpoint(
         directory, model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()), left_out
     )
 
 
+def _export_together(
+    model: Model, parallel: Parallel, specs: Specs, left_out: Collection[str], directory: str | os.PathLike[str]
+) -> Path:
+    """The first rank writes, and the others hand it their parts."""
+    is_writer = parallel.mesh.get_rank() == 0
+    parallel.together(lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
+
+    def read_param(name: str) -> np.ndarray:
+        assert waiting.popleft() == name, f"{name} is asked for out of turn"
+        return on_host(parallel, name, stored(model, name))
+
+    def write() -> None:
+        try:
+            if is_writer:
+                export_checkpoint(directory, model.checkpoint, specs, read_param, left_out)
+        finally:  # whatever became of the writing, nobody may wait for ever
+            while waiting:
+                read_param(waiting[0])
+
+    parallel.together(write)
+    return Path(directory)
+
+
 def tensor_reader(model: Model) -> TensorReader:
-    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
+    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype.
+
+    On a mesh all ranks have to ask for the same, in the same order.
+    """
     check_awake(model)
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return TensorReader(model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()))
+    return TensorReader(model.checkpoint, specs, lambda name: on_host(model.parallel, name, stored(model, name)))
 
 
 def weight_digests(model: Model) -> dict[str, str]:

@@ -13,7 +13,7 @@ from jax_models.layers.moe import Experts
 from jax_models.layers.products import Cuts
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
-from jax_models.sharding import param_spec
+from loaders.axes import gathered, param_cuts
 from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
 from loaders.spec import Dim, Specs
 
@@ -38,7 +38,7 @@ def install(
         parent, cuts = module_at(model, owner), Cuts(mesh)
         codes = params.get(f"{path}.{scheme.leaves['codes']}")
         if mesh is not None and codes is not None:
-            cuts = Cuts(mesh, *param_spec(codes, dims, mesh))
+            cuts = Cuts(mesh, *gathered(param_cuts(codes, dims, mesh.shape)))
         setattr(parent, leaf, _quantized(path, getattr(parent, leaf), scheme, cuts, quantizes_inputs))
 
 

@@ -9,12 +9,12 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_models.kernels.nvfp4 import nvfp4_matmul
-from jax_models.sharding import Cut, axes_of, cut_of
+from loaders.axes import LOGICAL_AXES, Cut, axes_of, cut_of
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a weight [N, K] lies on a mesh: which of its axes cut its outputs and its inputs. No mesh: neither."""
+    """How a weight [N, K] lies on a mesh: what cuts its outputs and its inputs when multiplied. No mesh: nothing."""
 
     mesh: Mesh | None
     outputs: Cut = None
@@ -26,7 +26,7 @@ def matmul(x: jax.Array, codes_NJ: jax.Array, scale_NQ: jax.Array, cuts: Cuts) -
     leading = x.shape[:-1]
     if cuts.mesh is None:
         return nvfp4_matmul(x.reshape(-1, x.shape[-1]), codes_NJ, scale_NQ).reshape(*leading, -1)
-    rows = cut_of(cuts.mesh, ("data",), leading[0])
+    rows = cut_of(cuts.mesh.shape, LOGICAL_AXES["B"], leading[0])
     between = (None,) * (len(leading) - 1)
     weight = PartitionSpec(cuts.outputs, cuts.inputs)
 

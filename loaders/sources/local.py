@@ -18,6 +18,8 @@ def is_plain(name: str) -> bool:
 class LocalDirectory:
     """The files of one directory, by plain file name; ``is_streamed``: many at once, by runai-model-streamer."""
 
+    gap_bytes = 4096  # a page, which comes from the disk whole
+
     def __init__(self, path: object, *, is_streamed: bool = False) -> None:
         self.path = Path(str(path))
         self.is_streamed = is_streamed

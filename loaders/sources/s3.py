@@ -95,6 +95,8 @@ class S3Prefix:
         OSError: boto3 or the streamer is not installed, or the address has no bucket.
     """
 
+    gap_bytes = 1 << 20  # a request takes as long as a megabyte does
+
     def __init__(self, path: str) -> None:
         self.bucket, _, prefix = path.partition("/")
         self.prefix = prefix.strip("/")

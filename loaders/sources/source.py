@@ -85,6 +85,11 @@ class Session(Protocol):
 class Source(Protocol):
     """The files of one checkpoint, by plain name. ``str`` of it is the address it was opened by."""
 
+    @property
+    def gap_bytes(self) -> int:
+        """So many bytes between two stretches are read sooner than a second stretch is asked for."""
+        ...
+
     def names(self) -> list[str]: ...
     def open(self, name: str) -> OpenFile: ...
     def read_file(self, name: str) -> bytes:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+Join = Callable[[torch.Tensor], torch.Tensor]  # of what the ranks of a mesh have
 
 
 def empty_param(*shape: int) -> nn.Parameter:
@@ -29,6 +33,8 @@ class Linear(nn.Module):
 
     k_scale: torch.Tensor  # of a key projection, where keys are kept in FP8
     v_scale: torch.Tensor
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # where outputs are, and all are asked for
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -38,15 +44,24 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if self.has_bias else None)
+        bias = self.bias.to(x.dtype) if self.has_bias else None
+        if self.summed is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = self.summed(F.linear(x, self.weight.to(x.dtype)))
+        return y if bias is None else y + bias
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
-        return project(x, self.weight)
+        y = project(x, self.weight)
+        return y if self.gathered is None else self.gathered(y)
 
 
 class Embedding(nn.Module):
     """Rows of a ``[V, D]`` table."""
+
+    summed: Join | None = None  # on a mesh, where rows are cut
+    gathered: Join | None = None
+    held: range | None = None  # the rows that are here; None: all
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
@@ -55,8 +70,14 @@ class Embedding(nn.Module):
         self.embedding_dim = embedding_dim
 
     def forward(self, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return F.embedding(ids_BT, self.weight).to(dtype)
+        if self.held is None or self.summed is None:
+            return F.embedding(ids_BT, self.weight).to(dtype)
+        place_BT = ids_BT - self.held.start
+        is_here_BT1 = ((place_BT >= 0) & (place_BT < len(self.held)))[..., None]
+        x_BTD = F.embedding(place_BT.clamp(0, len(self.held) - 1), self.weight).to(dtype)
+        return self.summed(torch.where(is_here_BT1, x_BTD, 0))  # one rank has each row
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
-        return project(x, self.weight)
+        y = project(x, self.weight)
+        return y if self.gathered is None else self.gathered(y)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_models.layers.linear import empty_param
+from torch_models.layers.linear import Join, empty_param
 from torch_models.layers.lora import ExpertUpdates
 from torch_models.taps import tap, tap_picked, tap_rows
 
@@ -69,6 +69,8 @@ class Experts(nn.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
 
     path: str = ""
+    summed: Join | None = None  # on a mesh, where experts or their width are cut
+    held: range | None = None  # the experts that are here; None: all
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
@@ -90,20 +92,27 @@ class Experts(nn.Module):
         ``updates``: what adapters add to both products.
         """
         x_UD, lead = x_BTD.flatten(0, 1), tuple(experts_BTX.shape)
+        if self.held is not None:
+            experts_BTX = experts_BTX - self.held.start
+            experts_BTX = torch.where(experts_BTX < len(self.held), experts_BTX, -1).clamp(min=-1)  # -1: not here
         if experts_BTX.numel() <= len(self.down_proj):
             out_UXD = self._of_copies(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         elif x_BTD.shape[1] <= STEP_TOKENS:
             out_UXD = self._of_all(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         else:
             out_UXD = self._of_hit(x_UD, experts_BTX.flatten(0, 1), updates, lead)
+        if self.held is not None:
+            out_UXD = torch.where(experts_BTX.flatten(0, 1)[..., None] >= 0, out_UXD, 0)
         # summed in a fixed order: an atomic add would not repeat on a GPU
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
+        out_UD = out_UD if self.summed is None else self.summed(out_UD)
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
 
     def _of_copies(
         self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
     ) -> torch.Tensor:
         experts_A, X = experts_UX.flatten(), experts_UX.shape[1]
+        experts_A = experts_A if self.held is None else experts_A.clamp(min=0)
         x_AD = x_UD.repeat_interleave(X, dim=0)
         gate_A2MD = self.gate_up_proj.index_select(0, experts_A).to(x_UD.dtype)
         gate_up_AF = torch.bmm(gate_A2MD.flatten(1, 2), x_AD[..., None])[..., 0]
@@ -144,6 +153,8 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
         for expert in experts_UX.unique().tolist():
+            if expert < 0:  # another rank's
+                continue
             (place_A,) = (experts_UX.flatten() == expert).nonzero(as_tuple=True)
             token_A = place_A // experts_UX.shape[1]
             rows_AD = x_UD[token_A]

@@ -1,0 +1,75 @@
+"""A mesh of several processes (``jax.distributed``): each holds its part of every array and runs the same program.
+
+What one of them cannot do none of them does: an error of one is raised by all, so that no process waits for ever for
+another one, and no two serve different weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Result = TypeVar("Result")
+MESSAGE_BYTES = 4096
+
+
+def processes_of(mesh: Mesh | None) -> list[int]:
+    """Indices of the processes whose devices a mesh is of; without one, this process alone."""
+    if mesh is None:
+        return [jax.process_index()]
+    return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """All of an array, on this host.
+
+    Where several processes hold parts of it, all of them have to ask for it, and for others in the same order.
+    """
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, if it succeeds on every process of the mesh.
+
+    Args:
+        mesh: of the processes; all of them have to call this.
+        work: asks the others for nothing, or for the same as they ask, whether it fails or not.
+    Raises:
+        Exception: as ``work`` does here.
+        RuntimeError: it failed on another process only; with what was raised there.
+    """
+    if len(processes := processes_of(mesh)) == 1:
+        return work()
+    assert mesh is not None
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+        error = raised
+    told = _tell(mesh, "" if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failed := {index: text for index, text in told.items() if text}:
+        where = "; ".join(f"process {index}: {text}" for index, text in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(processes)} processes failed, so none goes on. {where}")
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _tell(mesh: Mesh, text: str) -> dict[int, str]:
+    """Every process's text, by its index."""
+    raw = text.encode()[:MESSAGE_BYTES]
+    row = np.frombuffer(raw.ljust(MESSAGE_BYTES, b"\0"), np.uint8)[None]
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))  # a row for each device
+    texts = jax.make_array_from_callback((mesh.size, MESSAGE_BYTES), sharding, lambda _: row)
+    rows = to_host(texts)
+    owners = [device.process_index for device in mesh.devices.flat]
+    return {
+        owner: bytes(found).rstrip(b"\0").decode(errors="replace") for owner, found in zip(owners, rows, strict=True)
+    }

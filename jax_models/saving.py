@@ -1,0 +1,212 @@
+"""Sharded weights on disk with Orbax, as they are on the devices: saved by all processes, restored to any mesh.
+
+Beside the arrays lies what a model is besides: version, events, the documents of the checkpoint it came from, and the
+digest of every checkpoint tensor it holds, which must be found again. A save is complete or it is not there: Orbax
+writes beside the directory and renames what is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from jax_models.model import Model
+from jax_models.processes import processes_of, together
+from jax_models.programs import programs_for
+from jax_models.sharding import param_sharding, usable_mesh
+from jax_models.weights import flatten, weight_digests
+from loaders.checkpoint import Checkpoint
+from loaders.dtypes import to_numpy
+from loaders.errors import CheckpointError, brief
+from loaders.events import Event
+from loaders.plan import LoadReport, specs_of
+from loaders.quantization import Activations
+from loaders.remembered import described, remembered
+from loaders.stage import Stage
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import Checkpointer
+
+FORMAT = 1
+WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
+
+
+def save(model: Model, directory: str | os.PathLike[str]) -> None:
+    """Write weights, version, digests, config and events to a directory that does not exist; see ``restore``.
+
+    All processes of a mesh call this, each writes its own part. Killed at any moment it leaves no such directory.
+
+    Raises:
+        FileExistsError: the directory is there. What it holds is left as it is.
+        ValueError: the model has adapters, or its mesh leaves out processes.
+    """
+    import orbax.checkpoint as ocp  # a second, which only those pay who save
+
+    if model.roster.attached:
+        names = ", ".join(repr(one.name) for one in model.roster.attached)
+        raise ValueError(f"adapters are not saved, and {names} would be lost. Save the model that detach_lora returns.")
+    where = _address(directory)
+    together(model.mesh, lambda: _check_new(where))
+    _check_all_here(model.mesh)
+    digests = weight_digests(model)
+    document = {
+        "format": FORMAT,
+        "version": model.version,
+        "events": [dataclasses.asdict(event) for event in model.events],
+        "dtype": jnp.dtype(model.dtype).name,
+        "stage": dataclasses.asdict(model.stage),
+        "activations": model.programs.activations._asdict(),
+        "quantize": model.quantize,
+        "report": dataclasses.asdict(model.report),
+        "checkpoint": described(model.checkpoint),
+        "digests": digests,
+    }
+    document["digest"] = _digest(document)
+    arrays = ocp.args.PyTreeSave(flatten(model.weights))
+    with _checkpointer() as checkpointer:
+        items = {WEIGHTS: arrays, DOCUMENT: ocp.args.JsonSave(document)}
+        checkpointer.save(where, ocp.args.Composite(**items))
+
+
+def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, verify: bool = True) -> Model:
+    """The model that ``save`` wrote, bit for bit, on any devices.
+
+    What it was loaded from need not be there any more, unless tensors that it left out are to be exported.
+
+    Args:
+        directory: of the save.
+        mesh: devices to shard over, as for ``load``; each process reads what its own devices hold.
+        verify: compare the digest of every tensor, for which a mesh of several processes gathers one after the other.
+    Raises:
+        CheckpointError: it is no complete save, or is damaged; names every damaged tensor.
+        ValueError: a mesh that makes no sense.
+    """
+    where, mesh = _address(directory), usable_mesh(mesh)
+    _check_all_here(mesh)
+    document = _document(where)
+    checkpoint = remembered(document["checkpoint"])
+    stage = Stage(**document["stage"])
+    dtype, activations = jnp.dtype(document["dtype"]), Activations(**document["activations"])
+    event = Event("restore", document["version"], str(directory))
+    model = Model(
+        config=checkpoint.config,
+        weights=_weights(where, checkpoint, stage, mesh),
+        version=document["version"],
+        programs=programs_for(checkpoint.config, stage, dtype, mesh, activations),
+        quantize=document["quantize"],
+        stage=stage,
+        mesh=mesh,
+        checkpoint=checkpoint,
+        report=LoadReport(**{key: _tupled(value) for key, value in document["report"].items()}),
+        events=(*(Event(**{key: _tupled(value) for key, value in one.items()}) for one in document["events"]), event),
+    )
+    if verify:
+        _check_digests(where, weight_digests(model), document["digests"])
+    return model
+
+
+def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    dims = checkpoint.config.dims()
+    wanted = {
+        spec.name: jax.ShapeDtypeStruct(
+            spec.shape,
+            to_numpy(checkpoint.tensors[spec.sources[0].tensor].dtype),
+            sharding=param_sharding(spec, dims, mesh) or jax.device_put(np.zeros(0)).sharding,
+        )
+        for spec in specs_of(checkpoint.config, stage, checkpoint.tensors)
+    }
+
+    def read(tree: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        with _checkpointer() as checkpointer:
+            items = {WEIGHTS: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))}
+            return checkpointer.restore(where, ocp.args.Composite(**items))[WEIGHTS]
+
+    try:
+        flat = read(wanted)
+    except Exception as error:
+        raise CheckpointError(where, [f"its arrays cannot be read: {_first_line(error)}"]) from error
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _document(where: str) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    try:
+        if ocp.utils.is_tmp_checkpoint(where):
+            raise ValueError("it was not finished")
+        with _checkpointer() as checkpointer:
+            document = checkpointer.restore(where, ocp.args.Composite(**{DOCUMENT: ocp.args.JsonRestore()}))[DOCUMENT]
+    except Exception as error:
+        what = f"it is no complete save of a model: {_first_line(error)}"
+        raise CheckpointError(where, [f"{what}. Was it cut short? Take the one before."]) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else document
+        raise CheckpointError(where, [f"its format is {brief(found)}, expected {FORMAT}"])
+    digest = document.pop("digest", None)
+    if digest != _digest(document):
+        raise CheckpointError(where, ["what it says of the model is damaged: it has another digest than when saved"])
+    return document
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digests(where: str, found: dict[str, str], expected: dict[str, str]) -> None:
+    problems = [
+        f"tensor {name!r} is damaged: its digest is {found.get(name, 'missing')}, expected {digest} as it was saved"
+        for name, digest in expected.items()
+        if found.get(name) != digest
+    ]
+    if problems:
+        raise CheckpointError(where, problems)
+
+
+def _checkpointer() -> Checkpointer:
+    import orbax.checkpoint as ocp
+
+    # by default the copies of an array are cut, and each writes a piece, for which every shape compiles a program
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers = {
+        WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        DOCUMENT: ocp.JsonCheckpointHandler(),
+    }
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _address(directory: str | os.PathLike[str]) -> str:
+    text = os.fspath(directory)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _check_new(where: str) -> None:
+    if os.path.exists(where):
+        raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
+
+
+def _check_all_here(mesh: Mesh | None) -> None:
+    if len(processes_of(mesh)) != jax.process_count():
+        raise ValueError(
+            f"the mesh has devices of {len(processes_of(mesh))} processes, expected all {jax.process_count()}: Orbax"
+            " waits for every one of them"
+        )
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__  # TensorStore adds its whole setup

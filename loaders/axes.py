@@ -1,0 +1,78 @@
+"""Where parameters are cut on a mesh of devices: one table from axis letters to mesh axes, for both backends.
+
+Stored layout never depends on the mesh. An axis whose whole units (heads, experts, rows) the mesh axes do not divide
+stays whole on every device.
+
+``data`` cuts rows alone, ``expert`` and ``tensor`` cut weights so that each device multiplies what it holds. ``fsdp``
+cuts rows, and weights along the model's width: where they are multiplied they are gathered, or parts are summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from loaders.spec import Dim, ParamSpec, dim_of
+
+FSDP = "fsdp"
+# Axis letter (docs/glossary.md) -> mesh axes it is cut by, together where they divide it; others stay whole.
+# Whatever is no expert is cut by "expert" too: those devices would otherwise hold copies of it.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "B": ("data", FSDP),
+    "D": (FSDP,),
+    "V": ("expert", "tensor"),
+    "NH": ("expert", "tensor"),
+    "N2H": ("expert", "tensor"),
+    "KH": ("expert", "tensor"),
+    "F": ("expert", "tensor"),
+    "SF": ("expert", "tensor"),
+    "QKV": ("expert", "tensor"),
+    "LV": ("expert", "tensor"),
+    "LN": ("expert", "tensor"),
+    "M": ("tensor",),
+    "E": ("expert",),
+}
+
+Cut = str | tuple[str, ...] | None  # what cuts one axis
+Sizes = Mapping[str, int]  # of a mesh: axis -> devices
+
+
+def cut_of(sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
+    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the last alone, else the first."""
+    present = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    for choice in (present, present[-1:], present[:1]):
+        if choice and units % math.prod(sizes[axis] for axis in choice) == 0:
+            return choice[0] if len(choice) == 1 else choice
+    return None
+
+
+def axes_of(cut: Cut) -> tuple[str, ...]:
+    """The mesh axes of a cut."""
+    return (cut,) if isinstance(cut, str) else cut or ()
+
+
+def param_cuts(spec: ParamSpec, dims: dict[str, Dim], sizes: Sizes) -> tuple[Cut, ...]:
+    """What cuts every axis of one parameter."""
+    return tuple(
+        cut_of(sizes, axes, dim.units or dim.size) if axes else None
+        for dim, axes in zip((dim_of(axis, dims) for axis in spec.axes), wanted_axes(spec), strict=True)
+    )
+
+
+def wanted_axes(spec: ParamSpec) -> list[tuple[str, ...]]:
+    """The table's mesh axes for every axis. Routers are whole, for they must see all their scores; so are vectors."""
+    is_router = spec.axes[:1] == ("E",) and len(spec.axes) <= 2
+    letters = [axis.partition("/")[0] for axis in spec.axes]  # codes and block scales are cut as their axis is
+    whole = {"E", "D"} if is_router else {"D"} if len(letters) == 1 else set()
+    return [() if letter in whole else LOGICAL_AXES.get(letter, ()) for letter in letters]
+
+
+def gathered(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
+    """The cuts of a weight where it is multiplied: those along the model's width are undone before."""
+    return tuple(tuple(by for by in axes_of(cut) if by != FSDP) or None for cut in cuts)
+
+
+def replicated(params: Sequence[ParamSpec], dims: dict[str, Dim], sizes: Sizes) -> list[str]:
+    """Parameters that every device holds whole although the table would cut them."""
+    wanted = {spec.name: any(sizes.get(axis, 1) > 1 for axes in wanted_axes(spec) for axis in axes) for spec in params}
+    return [spec.name for spec in params if wanted[spec.name] and not any(param_cuts(spec, dims, sizes))]

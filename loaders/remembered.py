@@ -1,0 +1,97 @@
+"""A checkpoint as a save remembers it: all but the bytes, which are looked for where they were."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loaders.checkpoint import Checkpoint
+from loaders.config import config_from_json
+from loaders.errors import CheckpointError
+from loaders.header import TensorInfo
+from loaders.sources import OpenFile, Session, open_source
+
+
+@dataclass(frozen=True, eq=False)
+class RememberedIdentity:
+    """Of a file, as it was: equal to that of a file which still is so."""
+
+    text: str
+    num_bytes: int
+
+    def __eq__(self, other: object) -> bool:
+        return (repr(other) == self.text) if not isinstance(other, RememberedIdentity) else self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@dataclass(frozen=True)
+class RememberedSource:
+    """The address a model was loaded from. Nothing is looked for there before a file is opened."""
+
+    address: str
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def gap_bytes(self) -> int:
+        return open_source(self.address).gap_bytes
+
+    def names(self) -> list[str]:
+        return open_source(self.address).names()
+
+    def open(self, name: str) -> OpenFile:
+        return open_source(self.address).open(name)
+
+    def read_file(self, name: str) -> bytes:
+        return open_source(self.address).read_file(name)
+
+    def session(self) -> Session:
+        return open_source(self.address).session()
+
+
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is to be remembered of a checkpoint, as JSON."""
+    return {
+        "address": str(checkpoint.source),
+        "config": checkpoint.config_document,
+        "generation": checkpoint.generation_document,
+        "quantization": checkpoint.quantization_document,
+        "metadata": checkpoint.metadata,
+        "tensors": {name: asdict(info) for name, info in checkpoint.tensors.items()},
+        "identities": {
+            file: {"text": _text(found), "num_bytes": found.num_bytes} for file, found in checkpoint.identities.items()
+        },
+    }
+
+
+def remembered(document: dict[str, Any]) -> Checkpoint:
+    """The checkpoint that ``described`` described; its files are opened when a tensor is read, which must be as it was.
+
+    Raises:
+        CheckpointError: config.json can no longer be understood.
+    """
+    tensors = {
+        name: TensorInfo(found["dtype"], tuple(found["shape"]), found["file"], tuple(found["offsets"]))
+        for name, found in document["tensors"].items()
+    }
+    source = RememberedSource(document["address"])
+    config, problems = config_from_json(document["config"], beside=document["quantization"] or None, found=tensors)
+    if config is None or problems:
+        raise CheckpointError(source, problems)
+    return Checkpoint(
+        source=source,
+        config=config,
+        tensors=tensors,
+        config_document=document["config"],
+        generation_document=document["generation"],
+        quantization_document=document["quantization"],
+        metadata=document["metadata"],
+        identities={file: RememberedIdentity(**found) for file, found in document["identities"].items()},
+    )
+
+
+def _text(identity: object) -> str:
+    return identity.text if isinstance(identity, RememberedIdentity) else repr(identity)

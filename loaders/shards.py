@@ -1,0 +1,78 @@
+"""Parameters read as the parts of them that one process holds: of every tensor what lies in those, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+
+from loaders.boxes import Box, Region, sizes_of
+from loaders.dtypes import to_numpy
+from loaders.lots import lots_of_plan
+from loaders.memory import aligned_empty
+from loaders.plan import Filling, LoadPlan
+from loaders.spec import ParamSpec, Source
+
+Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
+
+
+def region_of(spec: ParamSpec, source: Source, box: Box, shard: np.ndarray) -> Region | None:
+    """What a tensor has for a shard: its part, and where in the shard it goes; None: nothing.
+
+    Args:
+        spec: the parameter.
+        source: the tensor's place in it.
+        box: which part of the parameter the shard is.
+        shard: of the box's shape.
+    """
+    held = zip(source.index, box, strict=False)
+    if any(not start <= index < stop for index, (start, stop) in held):
+        return None
+    lead = len(source.index)
+    place = shard[(*(index - box[axis][0] for axis, index in enumerate(source.index)), ...)]
+    shape, inner = spec.shape[lead:], box[lead:]
+    if not spec.is_transposed:
+        return Region(shape, inner, place)
+    # the tensor's last two axes are swapped: the parameter's last one comes before those its second last is merged of
+    axes = list(range(len(shape)))
+    axes.insert(len(spec.tensor_shape) - 2, axes.pop())
+    return Region(tuple(shape[axis] for axis in axes), tuple(inner[axis] for axis in axes), place.transpose(axes))
+
+
+def read_shards(
+    plan: LoadPlan, filling: Filling, boxes_of: Callable[[ParamSpec], Collection[Box]]
+) -> Iterator[tuple[ParamSpec, Shards]]:
+    """Read every planned parameter's shards, one parameter after the other as they are complete. None is kept.
+
+    Args:
+        plan: what to read.
+        filling: its accounting.
+        boxes_of: the parts of a parameter that are held here, disjoint. A redundant tied tensor is held against those.
+    Raises:
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
+    """
+    specs = {spec.name: spec for spec in plan.specs}
+    begun: dict[str, Shards] = {}
+
+    def empty(spec: ParamSpec) -> Shards:
+        dtype = to_numpy(plan.dtypes[spec.name])
+        return {box: aligned_empty(sizes_of(box), dtype) for box in boxes_of(spec)}
+
+    def wanted(tensor: str) -> list[Region]:
+        if tensor in plan.verified:
+            return [
+                Region(specs[plan.verified[tensor]].shape, *one) for one in empty(specs[plan.verified[tensor]]).items()
+            ]
+        spec, source = plan.targets[tensor]
+        if spec.name not in begun:
+            begun[spec.name] = empty(spec)
+        found = (region_of(spec, source, box, shard) for box, shard in begun[spec.name].items())
+        return [part for part in found if part is not None]
+
+    tensors = (one for names in lots_of_plan(plan) for one in plan.checkpoint.stream_regions(names, wanted))
+    for spec, source, parts, is_complete in filling.receive(tensors):
+        filling.check(spec, source, parts)
+        if is_complete:
+            filling.complete(spec, list(begun[spec.name].values()))
+            parts.clear()  # views of the shards, which are the caller's from here on
+            yield spec, begun.pop(spec.name)

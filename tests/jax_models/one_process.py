@@ -1,0 +1,111 @@
+"""Run as a program, once for each process of a mesh: all that happens to a weight, and what came of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import jax_models
+from jax_models.processes import to_host, together
+from jax_models.weights import flatten
+from loaders import open_checkpoint
+from loaders.plan import Filling, plan_load
+from loaders.shards import read_shards
+from loaders.sources.local import LocalDirectory, LocalFile
+from loaders.stage import Stage
+
+bytes_read = 0
+read_plainly = LocalFile.read_into
+
+
+def read_counted(self: LocalFile, out: memoryview, position: int) -> None:
+    global bytes_read
+    bytes_read += len(out)
+    read_plainly(self, out, position)
+
+
+def share_read(work: Any, checkpoint: str) -> tuple[Any, float]:
+    """What ``work`` returns, and how much it read, as a share of the checkpoint's tensors; headers apart."""
+    global bytes_read
+    opened = open_checkpoint(checkpoint)
+    headers = sum(file.stat().st_size for file in Path(checkpoint).iterdir()) - opened.num_bytes
+    bytes_read = 0
+    result = work()
+    return result, max(0, bytes_read - headers) / opened.num_bytes
+
+
+def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
+    """Whether every shard here is a slice of the checkpoint, bit for bit."""
+    plan = plan_load(open_checkpoint(checkpoint), Stage())
+    flat = flatten(model.weights)
+    for spec, whole in read_shards(plan, Filling(plan), lambda spec: [tuple((0, size) for size in spec.shape)]):
+        (param,) = whole.values()
+        for shard in flat[spec.name].addressable_shards:
+            if np.asarray(shard.data).tobytes() != param[shard.index].tobytes():
+                return False
+    return True
+
+
+def error_of(work: Any) -> str:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - it is the result
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def main(job: dict[str, Any], process: int) -> dict[str, Any]:
+    devices = np.array(jax.devices())
+    assert len(devices) == 2 * len(jax.local_devices())
+    mesh = Mesh(devices.reshape(job["sizes"]), job["axes"])
+    LocalDirectory.gap_bytes = 0  # rows of these models are shorter than a page
+    LocalFile.read_into = read_counted
+    first, second = job["checkpoints"]
+    work = Path(job["directory"])
+    inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
+    found: dict[str, Any] = {}
+    model, found["share"] = share_read(lambda: jax_models.load(first, mesh=mesh, **job["options"]), first)
+    found["loaded"] = is_the_checkpoints(model, first) if not job["options"] else None
+    logits = to_host(model(**inputs))
+    found["tokens"] = np.asarray(model.generate(**inputs, max_new_tokens=4, ignore_eos=True)).tolist()
+    found["sampled"] = np.asarray(model.generate(**inputs, max_new_tokens=2, temperature=0.7, top_p=0.9)).tolist()
+    changed, found["reloaded share"] = share_read(lambda: model.update_weights_from_disk(second), second)
+    found["reloaded"] = is_the_checkpoints(changed, second) if not job["options"] else None
+    changed_logits = to_host(changed(**inputs))
+    found["digests"], found["changed digests"] = model.digests(), changed.digests()
+    embed = to_host(model.get_embed_and_head()[0])
+    swapped = changed.set_embed_and_head(embed[::-1].copy())
+    found["swapped"] = to_host(swapped.get_embed_and_head()[0]).tobytes() == embed[::-1].tobytes()
+    if job["adapter"]:
+        adapted = model.attach_lora(job["adapter"], "a")
+        adapted_logits = to_host(adapted(**inputs))
+        found["detached"] = to_host(adapted.detach_lora("a")(**inputs)).tobytes() == logits.tobytes()
+    changed.export(work / "export")
+    found["export again"] = error_of(lambda: changed.export(work / "export"))
+    changed.save(work / "save")
+    restored = jax_models.restore(work / "save", mesh)
+    found["restored"] = restored.digests() == found["changed digests"]
+    other = jax_models.restore(job["saved by one"], mesh)
+    found["restored from one"] = other.digests() == found["digests"]
+    found["bad on one"] = error_of(lambda: model.update_weights_from_disk(job["bad"] if process else second))
+    found["failed on one"] = error_of(lambda: together(mesh, lambda: 1 / process))
+    found["still serving"] = to_host(model(**inputs)).tobytes() == logits.tobytes()
+    given = changed.update_weights_from_disk(first, donate=True)
+    found["donated"] = given.digests() == found["digests"]
+    if process == 0:
+        extra = {"adapted": adapted_logits} if job["adapter"] else {}
+        np.savez(work / "logits.npz", logits=logits, changed=changed_logits, **extra)
+    return found
+
+
+if __name__ == "__main__":
+    job_, process_ = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    jax.distributed.initialize(f"127.0.0.1:{job_['port']}", num_processes=2, process_id=process_)
+    (Path(job_["directory"]) / f"found{process_}.json").write_text(json.dumps(main(job_, process_)))
+    jax.distributed.shutdown()

@@ -1,0 +1,186 @@
+"""A save is the model: to any mesh the same bits, killed in the middle nothing, damaged refused by name."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jax_models
+from jax_models.weights import flatten
+from loaders import CheckpointError
+from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
+from parity.zoo_adapters import make_adapter
+
+
+def mesh_of(**axes: int) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(list(axes.values())))])
+    return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
+
+
+def bits_of(model) -> dict[str, bytes]:
+    return {name: np.asarray(array).tobytes() for name, array in flatten(model.weights).items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint("qwen3-moe", tmp_path_factory.mktemp("checkpoint") / "it", num_experts=4)
+
+
+@pytest.fixture(scope="module")
+def saved(checkpoint, tmp_path_factory):
+    """A model on a mesh, at its second version, and where it was saved."""
+    model = jax_models.load(checkpoint, mesh=mesh_of(expert=2, tensor=2))
+    model = model.set_embed_and_head(np.asarray(model.get_embed_and_head()[0])[::-1].copy())
+    directory = tmp_path_factory.mktemp("saves") / "second"
+    model.save(directory)
+    return model, directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved[1], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("axes", [{}, {"tensor": 3}, {"data": 2, "expert": 4}, {"expert": 2, "tensor": 2}])
+def test_a_save_is_restored_to_any_mesh_bit_for_bit(axes, saved):
+    model, directory = saved
+    mesh = mesh_of(**axes) if axes else None
+    restored = jax_models.restore(directory, mesh)
+    assert bits_of(restored) == bits_of(model)
+    assert restored.version == model.version == 2
+    assert [event.kind for event in restored.events] == ["load", "swap", "restore"]
+    assert (restored.config, restored.report, restored.dtype) == (model.config, model.report, model.dtype)
+    expected = jax_models.load(model.report.checkpoint, mesh=mesh)
+    shardings = {name: array.sharding for name, array in flatten(restored.weights).items()}
+    assert shardings == {name: array.sharding for name, array in flatten(expected.weights).items()}
+    assert restored.programs is expected.programs  # so that nothing is compiled
+
+
+def test_a_restored_model_lives_on(saved, checkpoint, tmp_path):
+    restored = jax_models.restore(saved[1])
+    assert restored.update_weights_from_disk(checkpoint).digests() == jax_models.load(checkpoint).digests()
+    again = jax_models.load(restored.export(tmp_path / "export"))
+    assert bits_of(again) == bits_of(restored)
+    restored.save(tmp_path / "third")
+    assert jax_models.restore(tmp_path / "third", verify=False).events[-1].detail == str(tmp_path / "third")
+
+
+KINDS = {
+    "nvfp4": ("qwen3-moe", {"quantization": ZooQuantization(), **block_sizes("qwen3-moe")}, {}),
+    "quantised while read": ("qwen3", block_sizes("qwen3"), {"quantize": "nvfp4"}),
+    "a stage": ("qwen3", {}, {"stage": (1, 2)}),
+    "a tower and a draft left out": ("qwen3_5-wrapped", {}, {"vision": False}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow_unless("a stage", "a tower and a draft left out")
+def test_so_is_every_kind_of_model(kind, tmp_path):
+    name, sizes, options = KINDS[kind]
+    path = make_checkpoint(name, tmp_path / "it", **sizes)
+    model = jax_models.load(path, mesh=mesh_of(tensor=2), **options)
+    model.save(tmp_path / "save")
+    restored = jax_models.restore(tmp_path / "save")
+    assert restored.digests() == model.digests()
+    assert (restored.stage, restored.quantize, restored.kernels) == (model.stage, model.quantize, model.kernels)
+    first, second = model.export(tmp_path / "a"), restored.export(tmp_path / "b")
+    assert {file.name: file.read_bytes() for file in first.iterdir()} == {
+        file.name: file.read_bytes() for file in second.iterdir()
+    }
+    if kind == "a tower and a draft left out":
+        shutil.rmtree(path)
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            restored.export(tmp_path / "c")
+
+
+def test_every_array_that_is_damaged_is_named(copy):
+    data = max((file for file in copy.glob("weights/ocdbt.process_0/d/*")), key=lambda file: file.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    for place in range(200, len(raw) - 200, len(raw) // 8):
+        raw[place] ^= 0x10
+    data.write_bytes(raw)
+    with pytest.raises(CheckpointError) as caught:
+        jax_models.restore(copy)
+    assert len(caught.value.problems) > 1 or "cannot be read" in caught.value.problems[0]
+    assert "model.layers." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("a digit of the document", "what it says of the model is damaged"),
+        ("half a document", "it is no complete save"),
+        ("no document", "it is no complete save"),
+        ("another format", "its format is 7, expected 1"),
+        ("no arrays", "its arrays cannot be read"),
+    ],
+)
+def test_what_is_no_whole_save_is_refused(damage, expected, copy):
+    document = copy / "model" / "metadata"
+    text = document.read_text()
+    match damage:
+        case "a digit of the document":
+            document.write_text(
+                text.replace('"version": 2', '"version": 3', 1).replace('"version":2', '"version":3', 1)
+            )
+        case "half a document":
+            document.write_text(text[: len(text) // 2])
+        case "no document":
+            shutil.rmtree(copy / "model")
+        case "another format":
+            document.write_text('{"format": 7}')
+        case "no arrays":
+            shutil.rmtree(copy / "weights")
+    with pytest.raises(CheckpointError, match=expected):
+        jax_models.restore(copy)
+
+
+def test_what_orbax_was_still_writing_is_refused_however_much_of_it_is_there(copy):
+    unfinished = copy.rename(copy.with_name("copy.orbax-checkpoint-tmp"))
+    with pytest.raises(CheckpointError, match="it was not finished"):
+        jax_models.restore(unfinished)
+
+
+def test_nothing_that_is_there_is_written_over(saved):
+    model, directory = saved
+    before = {file: file.stat().st_mtime_ns for file in directory.rglob("*")}
+    with pytest.raises(FileExistsError, match="Save to a new directory"):
+        model.save(directory)
+    assert {file: file.stat().st_mtime_ns for file in directory.rglob("*")} == before
+
+
+def test_adapters_are_not_lost_in_silence(checkpoint, tmp_path):
+    model = jax_models.load(checkpoint)
+    adapted = model.attach_lora(make_adapter(checkpoint, tmp_path / "adapter"), "a")
+    with pytest.raises(ValueError, match="'a' would be lost. Save the model that detach_lora returns"):
+        adapted.save(tmp_path / "save")
+    adapted.detach_lora("a").save(tmp_path / "save")
+    assert jax_models.restore(tmp_path / "save").digests() == model.digests()
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.9, 0.97, 0.995])
+@pytest.mark.slow_unless("0.6")
+def test_killed_in_the_middle_nothing_saved_is_lost_and_nothing_half_is_taken(fraction, checkpoint, tmp_path):
+    program = Path(__file__).with_name("kill_saving.py")
+    command = [sys.executable, str(program), str(checkpoint), str(tmp_path), str(fraction)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "complete\n"), done.stderr
+    expected = jax_models.load(checkpoint).digests()
+    for name in ("warm", "complete"):
+        assert jax_models.restore(tmp_path / name).digests() == expected
+    left = [path for path in tmp_path.iterdir() if path.name not in ("warm", "complete", "cut")]
+    assert left or fraction < 0.6 or (tmp_path / "cut").exists()  # before that digests are computed
+    for path in left:
+        with pytest.raises(CheckpointError, match="no complete save"):
+            jax_models.restore(path)
+    if not (tmp_path / "cut").exists():
+        jax_models.restore(tmp_path / "complete").save(tmp_path / "cut")  # leftovers are in nobody's way
+    assert jax_models.restore(tmp_path / "cut").digests() == expected

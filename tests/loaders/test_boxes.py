@@ -1,0 +1,271 @@
+"""Parts of tensors: the bytes of a plain index, of which little more is read than there are."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from handmade import entry, open_files, safetensors, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaders import CheckpointError, open_checkpoint
+from loaders.boxes import STAGING_BYTES, Region, box_of, pieces_of, sizes_of
+from loaders.dtypes import to_numpy
+from loaders.plan import Filling, plan_load
+from loaders.quantize import quantized
+from loaders.shards import read_shards, region_of
+from loaders.sources.local import LocalDirectory, LocalFile
+from loaders.spec import ParamSpec, Source
+from loaders.stage import Stage
+from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Lengths of all reads of tensors from here on."""
+    found: list[int] = []
+    plain = LocalFile.read_into
+
+    def counted(self, out, position):
+        found.append(len(out))
+        plain(self, out, position)
+
+    monkeypatch.setattr(LocalFile, "read_into", counted)
+    return found
+
+
+def numbered(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
+
+
+def read_region(checkpoint, name, box):
+    info = checkpoint.tensors[name]
+    region = Region(info.shape, box, np.empty(sizes_of(box), to_numpy(info.dtype)))
+    list(checkpoint.stream_regions({name}, lambda _: [region]))
+    return region.out
+
+
+def slices_of(box):
+    return tuple(slice(*ends) for ends in box)
+
+
+@st.composite
+def boxes(draw):
+    """A shape, and a part of it."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), max_size=4)))
+    ends = [sorted((draw(st.integers(0, size)), draw(st.integers(0, size)))) for size in shape]
+    return shape, tuple((start, stop) for start, stop in ends)
+
+
+@given(boxes(), st.integers(0, 40), st.booleans())
+def test_pieces_together_are_the_plain_index(case, gap_bytes, is_strided):
+    shape, box = case
+    whole = numbered(*shape)
+    sizes = sizes_of(box)
+    out = np.empty(sizes[::-1], np.uint16).T if is_strided else np.empty(sizes, np.uint16)
+    raw, read = whole.reshape(-1).view(np.uint8), 0
+    for piece in pieces_of(Region(shape, box, out), gap_bytes):
+        found = raw[piece.position : piece.position + piece.num_bytes]
+        assert found.size == piece.num_bytes
+        read += piece.num_bytes
+        piece.take(found)
+        if piece.is_direct:
+            assert piece.out.tobytes() == found.tobytes()
+    np.testing.assert_array_equal(out, whole[slices_of(box)])
+    assert read == out.nbytes or gap_bytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "reads"),
+    [
+        ((64, 8), ((16, 32), (0, 8)), [256]),  # rows: one range
+        ((4, 4, 16), ((1, 3), (0, 4), (0, 16)), [256]),
+        ((4, 4, 4096), ((1, 3), (2, 4), (0, 4096)), [16384] * 2),  # of each expert a range
+        ((4, 4098), ((0, 4), (0, 2049)), [4098] * 4),  # more than a page between columns: row by row
+        ((4, 4096), ((0, 4), (0, 2048)), [4 * 8192]),  # less: read through
+        ((), (), [2]),
+        ((3, 0), ((1, 2), (0, 0)), []),
+        ((5, 4), ((2, 2), (0, 4)), []),
+    ],
+)
+def test_what_is_read_of_a_file(tmp_path, shape, box, reads, bytes_read):
+    whole = numbered(*shape)
+    path = write(
+        tmp_path, {"model.safetensors": safetensors({"a": entry("U16", shape, 0, whole.nbytes)}, whole.tobytes())}
+    )
+    checkpoint = open_checkpoint(path)
+    bytes_read.clear()
+    np.testing.assert_array_equal(read_region(checkpoint, "a", box), whole[slices_of(box)])
+    assert bytes_read == reads
+    assert open_files() == []
+
+
+def test_rows_that_several_parts_share_are_read_once(tmp_path, bytes_read):
+    whole = numbered(6, 4096)
+    path = write(
+        tmp_path, {"model.safetensors": safetensors({"a": entry("U16", whole.shape, 0, whole.nbytes)}, whole.tobytes())}
+    )
+    checkpoint = open_checkpoint(path)
+    bytes_read.clear()
+    boxes = [((low, low + 2), (left, left + 1024)) for low in (1, 3) for left in range(0, 4096, 1024)]
+    parts = [Region(whole.shape, box, np.empty((2, 1024), np.uint16)) for box in boxes]
+    list(checkpoint.stream_regions({"a"}, lambda _: parts))
+    for box, part in zip(boxes, parts, strict=True):
+        np.testing.assert_array_equal(part.out, whole[slices_of(box)])
+    assert bytes_read == [4 * 8192]  # rows 1 to 4
+
+
+def test_large_rows_go_through_a_bounded_buffer():
+    rows = 3 * STAGING_BYTES // 8192 + 1
+    part = Region((rows, 4096), ((0, rows), (0, 4095)), np.empty((rows, 4095), np.uint16))
+    sizes = [piece.num_bytes for piece in pieces_of(part, 4096)]
+    assert sizes == [STAGING_BYTES] * 3 + [8192]
+    experts = Region((2, 3, STAGING_BYTES), ((0, 2), (0, 3), (0, 9)), np.empty((9, 3, 2), np.uint16).T)
+    assert max(piece.num_bytes for piece in pieces_of(experts, 1 << 40)) <= 2 * STAGING_BYTES
+
+
+@pytest.mark.parametrize(
+    "index", [(slice(0, 2),), (slice(0, 3, 2), slice(None)), (slice(0, 4), slice(None)), (0, slice(None))]
+)
+def test_an_index_that_is_no_part_is_a_value_error(index):
+    with pytest.raises(ValueError, match=r"expected a slice without a step for each axis of \(3, 2\)"):
+        box_of(index, (3, 2))
+
+
+def test_a_destination_that_does_not_fit_is_a_value_error(tmp_path):
+    path = write(tmp_path, {"model.safetensors": safetensors({"a": entry("U8", [4], 0, 4)}, b"abcd")})
+    wrong = Region((4,), ((0, 2),), np.empty(3, np.uint8))
+    with pytest.raises(ValueError, match=r"goes to uint8 \(3,\), expected uint8 \(2,\)"):
+        list(open_checkpoint(path).stream_regions({"a"}, lambda _: [wrong]))
+
+
+def test_a_file_that_changed_is_an_error_also_of_a_slice(tmp_path):
+    files = {"model.safetensors": safetensors({"a": entry("U8", [4], 0, 4)}, b"abcd")}
+    checkpoint = open_checkpoint(write(tmp_path, files))
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        read_region(checkpoint, "a", ((0, 2),))
+    assert open_files() == []
+
+
+def test_a_file_that_changes_while_a_slice_is_read_is_an_error(tmp_path, monkeypatch):
+    files = {"model.safetensors": safetensors({"a": entry("U8", [4], 0, 4)}, b"abcd")}
+    checkpoint = open_checkpoint(write(tmp_path, files))
+    plain = LocalFile.read_into
+
+    def disturbed(self, out, position):
+        plain(self, out, position)
+        os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(LocalFile, "read_into", disturbed)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        read_region(checkpoint, "a", ((0, 2),))
+    assert open_files() == []
+
+
+def test_bools_of_a_slice_are_ones_that_numpy_knows(tmp_path):
+    path = write(tmp_path, {"model.safetensors": safetensors({"a": entry("BOOL", [4], 0, 4)}, b"\0\2\1\7")})
+    found = read_region(open_checkpoint(path), "a", ((1, 4),))
+    assert found.tobytes() == b"\1\1\1"
+
+
+E, M, D = 4, 6, 10
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    "box", [((1, 3), (0, 2), (0, M), (0, D)), ((1, 3), (0, 2), (3, 6), (0, D)), ((0, 4), (1, 2), (2, 4), (5, 10))]
+)
+def test_a_shard_of_fused_experts_is_a_slice_of_their_tensor(is_transposed, box):
+    param = numbered(E, 2, M, D)
+    fused = param.reshape(E, 2 * M, D)
+    stored = np.ascontiguousarray(fused.transpose(0, 2, 1)) if is_transposed else fused
+    spec = ParamSpec("p", param.shape, (), (Source("t"),), stored.shape, is_transposed=is_transposed)
+    shard = np.empty(sizes_of(box), np.uint16)
+    part = region_of(spec, spec.sources[0], box, shard)
+    assert part is not None
+    part.take(stored)
+    np.testing.assert_array_equal(shard, param[slices_of(box)])
+
+
+def test_an_expert_of_another_device_has_nothing_for_a_shard():
+    spec = ParamSpec("p", (E, 2, M, D), (), (Source("t", 3, 1),), (M, D))
+    shard = np.zeros((2, 2, M, D), np.uint16)
+    assert region_of(spec, Source("t", 3, 1), ((0, 2), (0, 2), (0, M), (0, D)), shard) is None
+    part = region_of(spec, Source("t", 3, 1), ((2, 4), (0, 2), (0, M), (0, D)), shard)
+    assert part is not None
+    part.take(numbered(M, D))
+    np.testing.assert_array_equal(shard[1, 1], numbered(M, D))
+    assert not shard[0].any()
+    assert not shard[1, 0].any()
+
+
+def halves(spec, half):
+    """The first axis that can be cut in two, cut in two; all of what cannot be."""
+    cut = next((axis for axis, size in enumerate(spec.shape) if size % 2 == 0 and size > 2), None)
+    ends = [(0, size) for size in spec.shape]
+    if cut is not None:
+        size = spec.shape[cut] // 2
+        ends[cut] = half * size, (half + 1) * size
+    return [tuple(ends)]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3_5-moe", "qwen3_vl-moe", "gemma3"])
+@pytest.mark.slow_unless("qwen3_vl-moe-False", "qwen3-moe-True")
+def test_halves_of_every_parameter_are_read_at_half_the_price(name, quantize, tmp_path, bytes_read, monkeypatch):
+    monkeypatch.setattr(LocalDirectory, "gap_bytes", 0)  # rows of these models are shorter than a page
+    path = make_checkpoint(name, tmp_path / "it", **(block_sizes(name) if quantize else {}))
+    checkpoint = quantized(open_checkpoint(path)) if quantize else open_checkpoint(path)
+    plan = plan_load(checkpoint, Stage())
+    whole = {spec.name: next(iter(shards.values())) for spec, shards in read_shards(plan, Filling(plan), everything)}
+    for half in range(2):
+        bytes_read.clear()
+        filling = Filling(plan)
+        expected = 0
+        for spec, shards in read_shards(plan, filling, lambda spec, half=half: halves(spec, half)):
+            ((box, shard),) = shards.items()
+            expected += shard.nbytes
+            assert shard.tobytes() == whole[spec.name][slices_of(box)].tobytes(), spec.name
+        filling.finish()
+        if not quantize:  # else matrices are read whole: their scale is of all of them
+            assert expected <= sum(bytes_read) < 1.01 * expected
+
+
+def everything(spec):
+    return [tuple((0, size) for size in spec.shape)]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_redundant_tied_tensor_is_held_against_the_part_that_is_here(half, tmp_path):
+    path = make_checkpoint("qwen3-tied", tmp_path / "it", vocab_size=208, ship_tied_head=True)
+    info = open_checkpoint(path).tensors["lm_head.weight"]
+    with open(path / info.file, "r+b") as file:
+        file.seek(info.offsets[1] - 1)  # of the last row
+        last = file.read(1)
+        file.seek(info.offsets[1] - 1)
+        file.write(bytes([last[0] ^ 1]))
+    filling = Filling(plan := plan_load(open_checkpoint(path), Stage()))
+    for _ in read_shards(plan, filling, lambda spec: halves(spec, half)):
+        pass
+    if half == 0:
+        filling.finish()
+        return
+    with pytest.raises(CheckpointError, match="'lm_head.weight' differs from 'model.embed_tokens.weight'"):
+        filling.finish()
+
+
+def test_a_scale_that_cannot_be_is_told_of_a_shard_too(tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "it", quantization=ZooQuantization(), **block_sizes("qwen3"))
+    name = "model.layers.1.mlp.up_proj.weight_scale_2"
+    info = open_checkpoint(path).tensors[name]
+    with open(path / info.file, "r+b") as file:
+        file.seek(info.offsets[0])
+        file.write(np.float32(-1).tobytes())
+    filling = Filling(plan := plan_load(open_checkpoint(path), Stage()))
+    for _ in read_shards(plan, filling, lambda spec: halves(spec, 0)):
+        pass
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' is -1.0, expected a scale above zero"):
+        filling.finish()

@@ -1,0 +1,87 @@
+"""Run as a program, once for each rank of a mesh: all that happens to a weight, and what came of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import torch_models
+from loaders.sources.local import LocalDirectory, LocalFile
+from torch_models.census import moved, pointer_census
+
+bytes_read = 0
+read_plainly = LocalFile.read_into
+
+
+def read_counted(self: LocalFile, out: memoryview, position: int) -> None:
+    global bytes_read
+    bytes_read += len(out)
+    read_plainly(self, out, position)
+
+
+def error_of(work: Any) -> str:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - it is the result
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    global bytes_read
+    mesh = init_device_mesh("cpu", tuple(job["axes"].values()), mesh_dim_names=tuple(job["axes"]))
+    LocalDirectory.gap_bytes = 0  # rows of these models are shorter than a page
+    LocalFile.read_into = read_counted
+    first, second = job["checkpoints"]
+    work = Path(job["directory"])
+    inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
+    found: dict[str, Any] = {}
+    model = torch_models.load(first, mesh=mesh)
+    found["held"] = sum(param.nbytes for param in model.parameters()) / model.report.num_bytes
+    found["read"] = bytes_read / model.report.num_bytes
+    logits = model(**inputs).numpy().copy()
+    found["tokens"] = model.generate(**inputs, max_new_tokens=4, ignore_eos=True).tolist()
+    found["one by one"] = model.generate(inputs["input_ids"][:1], max_new_tokens=4, ignore_eos=True).tolist()
+    found["digests"] = model.digests()
+    embed, head = model.get_embed_and_head()
+    full = embed.full_tensor().clone()
+    found["embed"] = list(embed.shape) == list(full.shape)
+    before = pointer_census(model)
+    model.set_embed_and_head(full.flip(0), None if model.config.tie_word_embeddings else head)
+    found["swapped"] = torch.equal(model.get_embed_and_head()[0].full_tensor(), full.flip(0))
+    model.update_weights_from_disk(second)
+    found["moved"] = moved(before, pointer_census(model))
+    changed = model(**inputs).numpy().copy()
+    found["changed digests"] = model.digests()
+    found["bad on one"] = error_of(lambda: model.update_weights_from_disk(job["bad"] if rank else first))
+    found["still serving"] = model(**inputs).numpy().tobytes() == changed.tobytes()
+    model.export(work / "export")
+    found["export again"] = error_of(lambda: model.export(work / "export"))
+    found["adapter"] = error_of(lambda: model.attach_lora(first))
+    found["graphs"] = error_of(lambda: model.generate(**inputs, graphs=True))
+    found["taps"] = error_of(lambda: model.with_taps(**inputs, level="operations"))
+    found["uneven"] = error_of(lambda: torch_models.load(job["uneven"], mesh=mesh))
+    model.update_weights_from_disk(first)
+    found["back"] = model(**inputs).numpy().tobytes() == logits.tobytes()
+    model.sleep().wake()
+    found["slept"] = model(**inputs).numpy().tobytes() == logits.tobytes()
+    if rank == 0:
+        np.savez(work / "logits.npz", logits=logits, changed=changed)
+    return found
+
+
+if __name__ == "__main__":
+    job_, rank_ = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    store = dist.FileStore(str(Path(job_["directory"]) / "store"), job_["ranks"])
+    dist.init_process_group("gloo", store=store, rank=rank_, world_size=job_["ranks"])
+    with torch.no_grad():
+        (Path(job_["directory"]) / f"found{rank_}.json").write_text(json.dumps(main(job_, rank_)))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,196 @@
+"""Tensor and expert parallelism: which part of each parameter a rank holds, and what joins what it computes of it.
+
+A rank runs the same modules on its part of the weights: some of the heads, of an MLP's width, of the experts, of the
+vocabulary. Parts of sums are added where a layer's inputs were cut, logits put side by side. Every rank says
+the same. Transport is torch.distributed's, over the mesh's own groups: gloo on CPUs, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from loaders.axes import Cut, axes_of, param_cuts
+from loaders.boxes import Box
+from loaders.plan import LoadPlan
+from loaders.spec import ParamSpec
+from torch_models.layers.linear import Embedding, Linear
+from torch_models.layers.moe import Experts
+from torch_models.layers.step import Entry
+from torch_models.storage import host_view
+
+MESH_AXES = ("expert", "tensor")
+CUT_LETTERS = {"V", "NH", "KH", "F", "M", "E"}  # layers of others would have to know that they hold a part
+Result = TypeVar("Result")
+
+
+class Parallel:
+    """A mesh as one of its ranks sees it.
+
+    Args:
+        mesh: with named axes among ``expert`` and ``tensor``, of all processes.
+        plan: what is loaded; says how every parameter is cut.
+    Raises:
+        ValueError: axes without meaning, or a model that cannot be cut so; lists everything.
+    """
+
+    def __init__(self, mesh: DeviceMesh, plan: LoadPlan) -> None:
+        names = mesh.mesh_dim_names or ()
+        if not names or set(names) - set(MESH_AXES):
+            raise ValueError(f"mesh has axes {list(names)}, expected names among {', '.join(MESH_AXES)}")
+        if mesh.size() != dist.get_world_size():
+            raise ValueError(f"mesh has {mesh.size()} ranks, expected all {dist.get_world_size()} processes")
+        place = mesh.get_coordinate()
+        assert place is not None, "the mesh is of all processes"
+        self.mesh = mesh
+        self.sizes = dict(zip(names, mesh.shape, strict=True))
+        self.place = dict(zip(names, place, strict=True))
+        dims = plan.checkpoint.config.dims()
+        self.params = {spec.name: spec for spec in plan.specs}
+        self.cuts = {spec.name: param_cuts(spec, dims, self.sizes) for spec in plan.specs}
+        if problems := self._problems(plan):
+            raise ValueError("; ".join(problems))
+
+    def box_of(self, spec: ParamSpec) -> Box:
+        """The part of a parameter that is here."""
+        return tuple(self._ends(size, cut) for size, cut in zip(spec.shape, self.cuts[spec.name], strict=True))
+
+    def install(self, model: nn.Module) -> None:
+        """Tell the layers of a loaded model what they hold, and what joins it."""
+        for path, module in model.named_modules():
+            if isinstance(module, Linear):
+                by_output, by_input = self._cuts(f"{path}.weight")
+                module.summed, module.gathered = self.sum_over(by_input), self.gather_over(by_output)
+            elif isinstance(module, Embedding):
+                by_row, _ = self._cuts(f"{path}.weight")
+                module.summed, module.gathered = self.sum_over(by_row), self.gather_over(by_row)
+                module.held = range(*self._ends(module.num_embeddings, by_row)) if by_row else None
+            elif isinstance(module, Experts):
+                by_expert, _, by_width = self._cuts(f"{path}.down_proj")
+                module.summed = self.sum_over((*axes_of(by_expert), *axes_of(by_width)))
+                module.held = range(*self._ends(module.num_experts, by_expert)) if by_expert else None
+
+    def sum_over(self, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What adds the parts that ranks along ``cut`` have, in float32; None: there is one part."""
+        groups = [self.mesh.get_group(axis) for axis in axes_of(cut)]
+
+        def summed(x: torch.Tensor) -> torch.Tensor:
+            total = x.float() if x.dtype != torch.float32 else x.clone()
+            for group in groups:
+                dist.all_reduce(total, group=group)
+            return total.to(x.dtype)
+
+        return summed if groups else None
+
+    def gather_over(self, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What puts the parts along ``cut`` side by side on the last axis; None: there is one part."""
+        return (lambda x: self._joined(x, cut, x.ndim - 1)) if cut else None
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A parameter of its parts, which all ranks have to hand over at the same time."""
+        for axis, cut in enumerate(self.cuts[name]):
+            part = self._joined(part, cut, axis) if cut else part
+        return part
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What is here of a parameter's new value."""
+        return whole[tuple(slice(*ends) for ends in self.box_of(self.params[name]))].contiguous()
+
+    def as_dtensor(self, name: str, part: torch.Tensor) -> DTensor:
+        """A parameter as all ranks hold it together; its memory is the parameter's."""
+        placements: list[Any] = [Replicate()] * len(self.sizes)
+        for axis, cut in enumerate(self.cuts[name]):
+            for mesh_axis in axes_of(cut):
+                placements[list(self.sizes).index(mesh_axis)] = Shard(axis)
+        return DTensor.from_local(part, self.mesh, placements, run_check=False)
+
+    def held_entries(self, entries: dict[str, dict[str, Entry]], text: str) -> dict[str, dict[str, Entry]]:
+        """What layers keep, [B, S, K, H], of the heads that are here. ``text``: path of the text model."""
+        held = {}
+        for layer, parts in entries.items():
+            (cut, _) = self._cuts(f"{text}.layers.{layer}.self_attn.k_proj.weight")
+            count = math.prod(self.sizes[axis] for axis in axes_of(cut))
+            held[layer] = {
+                key: dataclasses.replace(one, shape=(*one.shape[:2], one.shape[2] // count, *one.shape[3:]))
+                for key, one in parts.items()
+            }
+        return held
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, if it succeeds on every rank; it must wait for no other.
+
+        Raises:
+            Exception: as ``work`` does here.
+            RuntimeError: it failed on another rank only; with what was raised there.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+            error = raised
+        told: list[str] = [""] * self.mesh.size()
+        dist.all_gather_object(told, "" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if failed := {rank: text for rank, text in enumerate(told) if text}:
+            where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+            raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
+        return result  # pyright: ignore[reportReturnType]
+
+    def _joined(self, part: torch.Tensor, cut: Cut, axis: int) -> torch.Tensor:
+        for mesh_axis in reversed(axes_of(cut)):  # the first of them is the outermost
+            parts = [
+                torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.sizes[mesh_axis])
+            ]
+            dist.all_gather([_bytes(one) for one in parts], _bytes(part), group=self.mesh.get_group(mesh_axis))
+            part = torch.cat(parts, dim=axis)
+        return part
+
+    def _cuts(self, name: str) -> tuple[Cut, ...]:
+        """Of a parameter that is loaded; a layer's whose weight is none (a tied head's second name) have no cuts."""
+        return self.cuts.get(name, (None, None, None) if name.endswith("down_proj") else (None, None))
+
+    def _ends(self, size: int, cut: Cut) -> tuple[int, int]:
+        index, count = 0, 1
+        for axis in axes_of(cut):
+            index, count = index * self.sizes[axis] + self.place[axis], count * self.sizes[axis]
+        return index * size // count, (index + 1) * size // count
+
+    def _problems(self, plan: LoadPlan) -> list[str]:
+        config = plan.checkpoint.config
+        problems = [] if config.quantization is None else ["quantised weights are not cut over a mesh"]
+        problems += ["a draft is not cut over a mesh"] if any(name.startswith("mtp.") for name in self.params) else []
+        letters = {
+            letter: spec.name
+            for spec in plan.specs
+            for letter, cut in zip(spec.axes, self.cuts[spec.name], strict=True)
+            if cut and letter not in CUT_LETTERS
+        }
+        problems += [f"{name} would be cut along {letter}, which its layer cannot" for letter, name in letters.items()]
+        for name, cuts in self.cuts.items():
+            keys = name.replace(".q_proj.", ".k_proj.")
+            if keys != name and keys in self.cuts and self.cuts[keys][:1] != cuts[:1]:
+                problems.append(
+                    f"{name} is cut by {cuts[0]} and {keys} by {self.cuts[keys][0]}, expected alike: use a mesh that"
+                    " divides num_key_value_heads"
+                )
+                break
+        return problems
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def on_host(parallel: Parallel | None, name: str, part: torch.Tensor) -> np.ndarray:
+    """All of a parameter on this host; see ``Parallel.whole``."""
+    return host_view((part if parallel is None else parallel.whole(name, part)).cpu().contiguous())
