@@ -161,7 +161,7 @@ class Programs:
         vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Fill an empty cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
+        """Fill an empty cache with T tokens; logits [B, V] of the last, or a stage's hidden states [B, T, D]."""
         with self.module(weights, adapters) as module:
             x_BTD, _, cache = self.read_into(module, inputs, mask_BT, position_ids, cache, vision)
             return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
