@@ -84,7 +84,7 @@ def test_shallow_programs_have_the_layers_of_the_model_in_its_proportions(dense)
 
 
 def program(size: int, count: int, temp: int) -> dict:
-    figures = {name: size for name in ("weight_bytes", "cache_bytes", "peak_bytes", "hbm_read_bytes")}
+    figures = dict.fromkeys(("weight_bytes", "cache_bytes", "peak_bytes", "hbm_read_bytes"), size)
     sent = {"all-reduce": {"count": count, "bytes": size}}
     return figures | {"temp_bytes": temp, "collectives": sent, "lower_s": 1.0, "compile_s": 2.0}
 
