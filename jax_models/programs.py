@@ -161,7 +161,7 @@ class Programs:
         vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Fill the cache with T tokens; logits [B, V] of the last one only, or a stage's hidden states [B, T, D]."""
+        """Fill an empty cache with T tokens; logits [B, V] of the last, or a stage's hidden states [B, T, D]."""
         with self.module(weights, adapters) as module:
             x_BTD, _, cache = self.read_into(module, inputs, mask_BT, position_ids, cache, vision)
             return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
@@ -175,10 +175,13 @@ class Programs:
         cache: Cache,
         vision: VisionArrays | None,
     ) -> tuple[jax.Array, Seen | None, Cache]:
-        """Inside a program: final hidden states of a prompt, [B, T, D], what it shows, and the cache that holds it."""
+        """Inside a program: final hidden states of a prompt, [B, T, D], what it shows, and the cache that holds it.
+
+        The cache must be empty.
+        """
         key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
         x_BTD, seen = self.enter_seeing(module, inputs, vision)
-        x_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, seen=seen)
+        x_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, is_first=True, seen=seen)
         if vision is not None:  # an image takes fewer positions than tokens
             cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
         return x_BTD, seen, self.placed(cache)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from loaders import dtypes
 from loaders.checkpoint import Checkpoint
-from loaders.expand import expand
+from loaders.expand import NOTHING, Shaped, expand
 from loaders.families import family_module
 from loaders.header import TensorInfo
 from loaders.quantization import BLOCK, Scheme
 from loaders.quantization_patterns import FUSED
 from loaders.quantized_rules import EXPERTS
-from loaders.spec import Rule
+from loaders.spec import ModelConfig, Rule, Specs
 from loaders.stage import Stage
 
 VERSION = "0.1.0"
@@ -37,13 +38,8 @@ class Matrix:
 
 def matrices_of(checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, str]]:
     """What to quantise, by module; and the modules of matrices that stay as they are, with the reason."""
-    config, tensors = checkpoint.config, checkpoint.tensors
-    stage = Stage(mtp=bool(config.num_mtp_layers))
-    specs = expand(family_module(config.architecture).RULES, config, stage, tensors)
-    shapes = {source.tensor: spec.tensor_shape for spec in specs for source in spec.sources}
-    reasons = {tensor: _reason(rule, shapes.get(tensor, ())) for tensor, rule in specs.rules.items()}
-    # the experts of a layer are quantised all or none
-    left = {_exporters_name(tensor): reason for tensor, reason in reasons.items() if reason}
+    tensors = checkpoint.tensors
+    specs, left = _left_alone(checkpoint.config, tensors)
     found: dict[str, Matrix] = {}
     for tensor, rule in specs.rules.items():
         module = tensor.removesuffix(".weight")
@@ -54,6 +50,21 @@ def matrices_of(checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, st
         elif rule.is_linear:
             found[module] = Matrix(module, tensor, _group(module))
     return found, left
+
+
+def config_documents(config: ModelConfig) -> tuple[dict, dict]:
+    """``documents`` of a model of which there is no checkpoint yet: weights alone in NVFP4, as ``load`` makes them."""
+    return documents(Scheme("nvfp4", activations=False), sorted(_left_alone(config, NOTHING)[1]))
+
+
+def _left_alone(config: ModelConfig, tensors: Mapping[str, Shaped]) -> tuple[Specs, dict[str, str]]:
+    """What the model is made of, and the modules of matrices that stay as they are, with the reason."""
+    stage = Stage(mtp=bool(config.num_mtp_layers))
+    specs = expand(family_module(config.architecture).RULES, config, stage, tensors)
+    shapes = {source.tensor: spec.tensor_shape for spec in specs for source in spec.sources}
+    reasons = {tensor: _reason(rule, shapes.get(tensor, ())) for tensor, rule in specs.rules.items()}
+    # the experts of a layer are quantised all or none
+    return specs, {_exporters_name(tensor): reason for tensor, reason in reasons.items() if reason}
 
 
 def _exporters_name(tensor: str) -> str:

@@ -14,6 +14,7 @@ from parity.errors import DeviceNotFound
 VERBS: tuple[tuple[str, str, str], ...] = (
     ("demo", "parity.commands.demo", "every lifecycle event on both backends, on two small checkpoints, with a report"),
     ("inspect", "parity.commands.inspect", "what a checkpoint holds, and what would be loaded where"),
+    ("plan", "parity.commands.plan", "compile for a TPU that is not there: does it fit, what moves, how fast at best"),
     ("record", "parity.commands.record", "run one backend and write a trace"),
     ("run", "parity.commands.run", "record two backends and the oracle, and compare"),
     ("export", "parity.commands.export", "load a checkpoint and write its tensors back, bit for bit"),

@@ -21,15 +21,14 @@ def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int
     return {"key": Entry(shape, axes), "value": Entry(shape, axes)}
 
 
-def remembered(
-    k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCache | None
-) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-    """All keys and values so far, [B, S, K, H], those given among them, and the cache that holds them."""
+def remembered(k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCache | None) -> LayerCache | None:
+    """The cache with the keys and values given in their slots; None without one."""
     if cache is None:
-        return k_BTKH, v_BTKH, None
-    k_BSKH = jax.lax.dynamic_update_slice_in_dim(cache["key"], k_BTKH, step.start, axis=1)
-    v_BSKH = jax.lax.dynamic_update_slice_in_dim(cache["value"], v_BTKH, step.start, axis=1)
-    return k_BSKH, v_BSKH, {"key": k_BSKH, "value": v_BSKH}
+        return None
+    return {
+        "key": jax.lax.dynamic_update_slice_in_dim(cache["key"], k_BTKH, step.start, axis=1),
+        "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], v_BTKH, step.start, axis=1),
+    }
 
 
 def attend(
@@ -53,13 +52,54 @@ def attend(
     """
     if softcap is None:
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], scale=scale)
+    scores_BKGTS = _scores(q_BTNH, k_BSKH, visible_BTS, scale, softcap)
+    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+
+
+def attend_cached(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    step: Step,
+    cache: LayerCache | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """``attend`` over what the cache held before these tokens, and over their own keys and values, [B, T, N, H].
+
+    The two are parts of one softmax, so that nothing reads the cache after it is written. Otherwise XLA for TPU brings
+    the cache of every other layer to VMEM, writes the new row there and all of it back: 295 MB a step and device beside
+    4.4 GB (Qwen3-8B on four v5e, B=8, S=2048).
+    """
+    if cache is None or step.is_first:
+        return attend(q_BTNH, k_BTKH, v_BTKH, step.visible_BTS, scale=scale, softcap=softcap)
+    k_BSKH, v_BSKH = cache["key"], cache["value"]
+    is_held_S = jnp.arange(k_BSKH.shape[1]) < step.start
+    own_BTT = jax.lax.dynamic_slice_in_dim(step.visible_BTS, step.start, k_BTKH.shape[1], axis=2)
+    held_BKGTS = _scores(q_BTNH, k_BSKH, step.visible_BTS & is_held_S, scale, softcap)
+    own_BKGTT = _scores(q_BTNH, k_BTKH, own_BTT, scale, softcap)
+    top_BKGT1 = jnp.maximum(held_BKGTS.max(axis=-1, keepdims=True), own_BKGTT.max(axis=-1, keepdims=True))
+    held_BKGTS, own_BKGTT = jnp.exp(held_BKGTS - top_BKGT1), jnp.exp(own_BKGTT - top_BKGT1)
+    total_BKGT1 = held_BKGTS.sum(axis=-1, keepdims=True) + own_BKGTT.sum(axis=-1, keepdims=True)
+    mixed = [
+        jnp.einsum("bkgts,bskh->btkgh", (exp / total_BKGT1).astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for exp, v in ((held_BKGTS, v_BSKH), (own_BKGTT, v_BTKH))
+    ]
+    return (mixed[0] + mixed[1]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+def _scores(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array, scale: float | None, softcap: float | None
+) -> jax.Array:
+    """Scaled, capped and masked scores, float32 [B, K, G, T, S]."""
     q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3])
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKGTS * (q_BTNH.shape[3] ** -0.5 if scale is None else scale)
-    scores_BKGTS = jnp.tanh(scores_BKGTS / softcap) * softcap
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+    if softcap is not None:
+        scores_BKGTS = jnp.tanh(scores_BKGTS / softcap) * softcap
+    return jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
 
 
 class Attention(nnx.Module):
@@ -117,7 +157,7 @@ class Attention(nnx.Module):
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
-        k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
-        out_BTNH = tap(self.path, "attention", out_BTNH)
+        options = {"scale": self.scale, "softcap": self.softcap}
+        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, **options))
+        cache = remembered(k_BTKH, v_BTKH, step, cache)
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))), cache

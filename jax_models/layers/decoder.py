@@ -51,6 +51,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         *,
         keep_history: bool = False,
+        is_first: bool = False,
         seen: Seen | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the stage, [B, T, D], and the cache that replaces the one given.
@@ -61,6 +62,7 @@ class Decoder(nnx.Module):
             key_mask_BS: bool, real tokens; with a cache of all its slots, these tokens included.
             cache: what came before; None: nothing did.
             keep_history: leave in the cache what undoing some of these tokens takes.
+            is_first: the cache is empty.
             seen: what the vision tower made of images among these tokens.
         """
         indices = self.stage.layers(self.config.num_hidden_layers)  # by number: the names sort as text
@@ -73,6 +75,7 @@ class Decoder(nnx.Module):
             length=x_BTD.shape[1],
             is_cached=cache is not None,
             keep_history=keep_history,
+            is_first=is_first,
         )
         layer_caches: dict[str, LayerCache] = {} if cache is None else dict(cache.layers)
         for layer in indices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jax_models.layers.attention import remembered
+from jax_models.layers.attention import attend_cached, remembered
 from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm
@@ -50,8 +50,7 @@ class GatedAttention(nnx.Module):
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
-        k_BSKH, v_BSKH, cache = remembered(k_BTKH, v_BTKH, step, cache)
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=step.visible_BTS[:, None])
-        out_BTNH = tap(self.path, "attention", out_BTNH)
+        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache))
+        cache = remembered(k_BTKH, v_BTKH, step, cache)
         out_BTNH = tap(self.path, "gated", out_BTNH * jax.nn.sigmoid(gate_BTNH))
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*rows, -1))), cache

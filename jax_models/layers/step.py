@@ -37,6 +37,7 @@ class Step:
         mask_BT: bool, which tokens are real.
         start: slot of the first token in the cache, an integer or int32 [].
         keep_history: leave what undoing some of the tokens takes (``Cache.keep``).
+        is_first: nothing is in the cache before these tokens; ``visible_BTS`` is of them alone, S = T.
     """
 
     cos_BTR: jax.Array
@@ -45,6 +46,7 @@ class Step:
     mask_BT: jax.Array
     start: jax.Array | int
     keep_history: bool = False
+    is_first: bool = False
 
 
 def visible(key_mask_BS: jax.Array, start: jax.Array | int, length: int, window: int | None) -> jax.Array:
@@ -71,6 +73,7 @@ def steps(
     length: int,
     is_cached: bool,
     keep_history: bool = False,
+    is_first: bool = False,
 ) -> dict[int, Step]:
     """The step of each of ``layers``; layers with one rotary embedding and one window share theirs.
 
@@ -83,7 +86,10 @@ def steps(
         length: T.
         is_cached: there may be tokens before these.
         keep_history: see ``Step``.
+        is_first: see ``Step``; only the first T slots are looked at then.
     """
+    if is_first:
+        start, key_mask_BS = 0, key_mask_BS[:, :length]
     positions_BT = position_ids if position_ids.ndim == 2 else position_ids[0]
     # a frequency that depends on the length: over the batch, as transformers; with a cache, each row as if alone
     length_B = jnp.max(positions_BT, axis=1) + 1
@@ -99,6 +105,6 @@ def steps(
                 rope, config.rotary_dim, config.max_position_embeddings, position_ids, length_B
             )
             seen_BTS = visible(key_mask_BS, start, length, window)
-            found[rope, window] = Step(cos_BTR, sin_BTR, seen_BTS, mask_BT, start, keep_history)
+            found[rope, window] = Step(cos_BTR, sin_BTR, seen_BTS, mask_BT, start, keep_history, is_first)
         by_layer[layer] = found[rope, window]
     return by_layer

@@ -95,7 +95,7 @@ def test_there_are_enough_mutants_of_every_kind_and_on_both_backends():
     assert min(kinds.values()) >= 5
     assert len(counted) >= 160
     assert sum("jax" in mutant.backends for mutant in counted) >= 80
-    origins = ("parity", "law", "issue", "sglang", "vllm")
+    origins = ("parity", "law", "issue", "planted", "sglang", "vllm")
     assert all(mutant.source.split()[0] in origins and mutant.says for mutant in MUTANTS.values())
     assert {backend for mutant in counted for backend in mutant.backends} == set(BACKENDS)
 

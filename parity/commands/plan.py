@@ -1,0 +1,57 @@
+"""``tandem plan``: what a model will do on a TPU that is not there. Compiles with the real compiler; needs libtpu."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+DOES_NOT_FIT = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
+    parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
+    parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that fits")
+    parser.add_argument("--mesh", metavar="M", help="data=2,expert=4,tensor=2; default: what leaves devices the least")
+    parser.add_argument("--batch", metavar="B", type=int, default=8, help="rows at a time; default: 8")
+    parser.add_argument("--context", metavar="S", type=int, default=8192, help="slots of the cache; default: 8192")
+    parser.add_argument("--prompt", metavar="T", type=int, help="tokens a row that prefill reads; default: up to 1024")
+    parser.add_argument("--quant", choices=("nvfp4",), help="quantise weights while they are read")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--exact", action="store_true", help="compile every layer rather than extrapolate from a few")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: it fits; 1: it does not."""
+    from parity.planning.chips import chip_of
+    from parity.planning.environment import check_installed
+
+    problems = [
+        f"--{name} is {value}, expected at least 1"
+        for name in ("batch", "context", "prompt")
+        if (value := getattr(args, name)) is not None and value < 1
+    ]
+    if args.prompt is not None and args.prompt > args.context:
+        problems.append(f"--prompt is {args.prompt}, expected at most the {args.context} slots of --context")
+    if problems:
+        raise ValueError("; ".join(problems))
+    chip = chip_of(args.chip)
+    if args.topology is not None:
+        chip.num_devices(args.topology)
+    check_installed()
+    from parity.planning.meshes import Load, parse_mesh
+    from parity.planning.plan import Request, plan
+    from parity.planning.subject import config_to_plan
+    from parity.planning.text import plan_text
+
+    sizes = None if args.mesh is None else parse_mesh(args.mesh)
+    load = Load(args.batch, args.context, args.prompt or min(args.context, 1024), args.dtype)
+    config = config_to_plan(args.checkpoint, args.quant)
+    request = Request(args.checkpoint, config, args.quant, chip, load, is_exact=args.exact)
+    found = plan(request, args.topology, sizes)
+    print(plan_text(found))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0 if found["fits"] else DOES_NOT_FIT

@@ -1,0 +1,123 @@
+"""Compile serving programs for TPUs that are not there, and read off what the compiler made of them.
+
+Call ``parity.planning.environment.prepare_environment`` before this is imported.
+Needs ``libtpu`` (the ``tpu-compiler`` extra), no TPU and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
+from jax_models.programs import programs_for
+from jax_models.sharding import MESH_AXES
+from loaders.quantization import WEIGHTS_ONLY, Activations
+from loaders.spec import ModelConfig
+from loaders.stage import Stage
+from parity.hlo.traffic import traffic_of
+from parity.planning.chips import Chip
+from parity.planning.meshes import Load, held_bytes
+
+PROGRAMS = ("prefill", "decode")
+# of the compiler: what is in use beside arguments, or in all
+_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_FLOATS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
+
+
+def mesh_on(chip: Chip, topology: str, sizes: dict[str, int]) -> Mesh:
+    """A mesh over the first devices of a slice that need not exist.
+
+    Raises:
+        ValueError: the slice has fewer devices than the mesh, or is none of this chip.
+    """
+    shape, devices = tuple(sizes.get(axis, 1) for axis in MESH_AXES), chip.num_devices(topology)
+    if math.prod(shape) > devices:
+        spelled = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"the mesh {spelled} takes {math.prod(shape)} devices; {chip.name}:{topology} has {devices}")
+    is_part = devices < chip.num_devices(chip.host)
+    found = topologies.get_topology_desc(f"{chip.name}:{chip.host if is_part else topology}", platform="tpu").devices
+    return Mesh(np.array(found[: math.prod(shape)]).reshape(shape), MESH_AXES)
+
+
+def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Load, mesh: Mesh) -> jax.stages.Lowered:
+    """Prefill of a prompt into an empty cache, or one decode step over a full one."""
+    dtype = jnp.dtype(load.dtype)
+    quantization = config.quantization
+    activations = WEIGHTS_ONLY
+    if quantization is not None:
+        activations = Activations(quantization.has_activations, quantization.kv_cache is not None)
+    programs = programs_for(config, stage, dtype, mesh, activations)
+    weights = abstract_weights(config, mesh, dtype, stage)
+    cache = abstract_cache(config, load.rows, load.context, dtype, mesh, stage)
+    if program == "decode":
+        return programs.decode.lower(weights, abstract_rows((load.rows, 1), jnp.int32, mesh), cache=cache)
+    ids = abstract_rows((load.rows, load.prompt), jnp.int32, mesh)
+    mask = abstract_rows((load.rows, load.prompt), jnp.bool_, mesh)
+    return programs.prefill.lower(weights, ids, mask, ids, cache=cache)
+
+
+def measured(
+    config: ModelConfig, program: str, load: Load, mesh: Mesh, stage: Stage | None = None, *, hlo: str | None = None
+) -> dict[str, Any]:
+    """What the compiler made of one program, per device.
+
+    ``hlo``: file to write the optimised program to. A program that needs more memory than a device has is compiled no
+    further: ``out_of_memory_bytes`` is then all there is besides times and what is held.
+    """
+    stage, dtype = stage or Stage(), jnp.dtype(load.dtype)
+    started = time.perf_counter()
+    found: dict[str, Any] = {
+        "layers": len(stage.layers(config.num_hidden_layers)),
+        "weight_bytes": held_bytes(abstract_weights(config, mesh, dtype, stage)),
+        "cache_bytes": held_bytes(abstract_cache(config, load.rows, load.context, dtype, mesh, stage)),
+    }
+    with jax.set_mesh(mesh):  # kernels ask it which chip they are for
+        lowered = lowered_of(config, stage, program, load, mesh)
+        found["lower_s"] = time.perf_counter() - started
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _EXHAUSTED.search(str(error))
+            if needed is None:
+                raise
+            found["compile_s"] = time.perf_counter() - started - found["lower_s"]
+            return found | {"out_of_memory_bytes": int(float(needed[1]) * _UNITS[needed[2]])}
+    found["compile_s"] = time.perf_counter() - started - found["lower_s"]
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    if hlo:
+        Path(hlo).write_text(text, encoding="utf-8")
+    traffic = traffic_of(text)
+    names = ("argument", "temp", "output", "alias")
+    found |= {f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes") for name in names}
+    return found | {
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "hbm_read_bytes": traffic.read_bytes,
+        "hbm_written_bytes": traffic.written_bytes,
+        "collectives": traffic.collectives,
+        "unknown_loops": traffic.unknown_loops,
+        "full_vocabulary": []
+        if program == "decode"
+        else full_vocabulary(text, config.vocab_size, load.prompt, mesh.size),
+        "hlo_lines": text.count("\n"),
+    }
+
+
+def full_vocabulary(hlo: str, vocab_size: int, length: int, parts: int) -> list[str]:
+    """Arrays that have an axis of the vocabulary (or a device's part of it) and one of the prompt."""
+    vocabulary = {vocab_size, vocab_size // parts}
+    shapes = {f"{kind}[{dims}]" for kind, dims in _FLOATS.findall(hlo)}
+    sizes = {shape: {int(size) for size in shape[shape.index("[") + 1 : -1].split(",") if size} for shape in shapes}
+    return sorted(shape for shape, found in sizes.items() if found & vocabulary and length in found)

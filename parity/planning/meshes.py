@@ -1,0 +1,118 @@
+"""How a model is cut over a slice, and what each device then holds: arithmetic alone, nothing is compiled."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jax_models.abstract import abstract_cache
+from jax_models.sharding import MESH_AXES, param_sharding
+from loaders.dtypes import to_numpy
+from loaders.plan import specs_of
+from loaders.spec import Dim, ModelConfig, ParamSpec, Specs
+from loaders.stage import Stage
+
+LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model.
+
+    Attributes:
+        rows: sequences at a time.
+        context: slots of the cache, for each row.
+        prompt: tokens of each row that prefill reads.
+        dtype: what is computed in, and what plain weights are stored in.
+    """
+
+    rows: int
+    context: int
+    prompt: int
+    dtype: str
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``expert=2,tensor=4`` as sizes of axes.
+
+    Raises:
+        ValueError: listing every part that is not understood.
+    """
+    sizes: dict[str, int] = {}
+    problems = []
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not size.isdigit() or int(size) < 1:
+            problems.append(repr(part))
+        else:
+            sizes[axis] = int(size)
+    if problems:
+        expected = f"axis=size of {', '.join(MESH_AXES)}, each at most once"
+        raise ValueError(f"--mesh {text}: {', '.join(problems)} not understood, expected {expected}")
+    return sizes
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on one device."""
+    shapes = ((leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in shapes)
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+@functools.lru_cache(maxsize=8)
+def specs_for(config: ModelConfig, stage: Stage) -> Specs:
+    """``specs_of``, kept: hundreds of experts in a hundred layers take seconds to list."""
+    return specs_of(config, stage)
+
+
+def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, dtype: str) -> tuple[int, int]:
+    """Elements and bytes of one parameter on one device."""
+    sharding = param_sharding(spec, dims, mesh)
+    assert sharding is not None
+    elements = math.prod(sharding.shard_shape(spec.shape))
+    return elements, elements * (to_numpy(spec.dtype) if spec.dtype else jax.numpy.dtype(dtype)).itemsize
+
+
+def held(config: ModelConfig, load: Load, sizes: dict[str, int], stage: Stage | None = None) -> tuple[int, int]:
+    """Bytes of weights and of the cache on one device."""
+    mesh: Any = abstract_mesh(sizes)
+    stage, dims = stage or Stage(), config.dims()
+    weights = sum(weight_size(spec, dims, mesh, load.dtype)[1] for spec in specs_for(config, stage))
+    cache = abstract_cache(config, load.rows, load.context, jax.numpy.dtype(load.dtype), mesh, stage)
+    return weights, held_bytes(cache)
+
+
+def default_mesh(config: ModelConfig, devices: int, load: Load) -> dict[str, int]:
+    """The cut that leaves the least on each device, which is also the least that a decode step reads.
+
+    Experts are spread before they are cut, and never into parts narrower than a register; rows are spread where heads
+    no longer can be: keys and values that no axis cuts lie on every device.
+    """
+    dims = config.dims()
+    widths = [dims[letter].size for letter in ("M",) if letter in dims]
+
+    def cost(sizes: dict[str, int]) -> tuple[Any, ...]:
+        tensor = sizes.get("tensor", 1)
+        is_narrow = tensor > 1 and any(width // tensor % LANES for width in widths)
+        return is_narrow, sum(held(config, load, sizes)), len(sizes), tensor
+
+    return min(_cuts(devices, load.rows, dims["E"].size if "E" in dims else 1), key=cost)
+
+
+def _cuts(devices: int, rows: int, experts: int) -> Iterator[dict[str, int]]:
+    """Every mesh of so many devices whose axes divide what they are to spread."""
+    for data in (size for size in range(1, devices + 1) if devices % size == 0 and rows % size == 0):
+        rest = devices // data
+        for expert in (size for size in range(1, rest + 1) if rest % size == 0 and experts % size == 0):
+            sizes = {"data": data, "expert": expert, "tensor": rest // expert}
+            yield {axis: size for axis, size in sizes.items() if size > 1}

@@ -1,0 +1,105 @@
+"""The least a program can move and compute on one device: every weight once, what is cached once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jax_models.abstract import abstract_cache
+from jax_models.programs import model_class
+from loaders.spec import ModelConfig, ParamSpec, Specs
+from loaders.stage import Stage
+from parity.planning.meshes import Load, abstract_mesh, specs_for, weight_size
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Per device, of one run.
+
+    Attributes:
+        weight_bytes: every weight that is used, once; of the embedding only a tied head reads more than rows.
+        expert_bytes: those of them that are experts'.
+        distinct_expert_bytes: of the experts that so many tokens are expected to choose.
+        cache_bytes: decode reads keys and values once, and reads and writes states; prefill writes its tokens'.
+        flops: products and sums.
+    """
+
+    weight_bytes: int
+    expert_bytes: int
+    distinct_expert_bytes: int
+    cache_bytes: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        """With all experts."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def distinct_bytes(self) -> int:
+        """With the experts that are expected to be chosen."""
+        return self.bytes - self.expert_bytes + self.distinct_expert_bytes
+
+
+def minimum_of(
+    config: ModelConfig, program: str, load: Load, sizes: dict[str, int], stage: Stage | None = None
+) -> Minimum:
+    """Of ``prefill`` or ``decode``."""
+    stage = stage or Stage()
+    mesh: Any = abstract_mesh(sizes)
+    specs, dims = specs_for(config, stage), config.dims()
+    rows = load.rows // (sizes.get("data", 1) if load.rows % sizes.get("data", 1) == 0 else 1)
+    tokens = rows * (load.prompt if program == "prefill" else 1)
+    share = _chosen_share(config)
+    chosen = 1 - (1 - share) ** tokens
+    weights = experts = flops = 0
+    for spec in specs:
+        if _is_unused(spec, specs):
+            continue
+        held, size = weight_size(spec, dims, mesh, load.dtype)
+        is_expert = spec.axes[:1] == ("E",) and len(spec.axes) > 2
+        weights += size
+        experts += size if is_expert else 0
+        if is_expert or specs.rules[spec.sources[0].tensor].is_linear or spec.name == specs.head:
+            inner = spec.axes[-1] if spec.axes else ""  # codes are two to a byte, block scales beside them
+            numbers = held * (2 if inner.endswith("/2") else 0 if inner.endswith("/16") else 1)
+            times = rows if spec.name == specs.head else tokens * share if is_expert else tokens
+            flops += int(2 * numbers * times)
+    cached, attended = _cached(config, program, load, mesh, stage)
+    return Minimum(weights, experts, int(experts * chosen), cached, flops + attended)
+
+
+def _chosen_share(config: Any) -> float:
+    """Of a layer's experts, what one token is sent to; without experts all there is."""
+    count = config.dims()["E"].size if "E" in config.dims() else 0
+    return config.num_experts_per_tok / count if count else 1.0
+
+
+def _is_unused(spec: ParamSpec, specs: Specs) -> bool:
+    """Weights that no text program reads whole: a table of embeddings, a vision tower."""
+    is_table = spec.name == specs.embedding and specs.head != specs.embedding
+    return is_table or specs.rules[spec.sources[0].tensor].is_visual
+
+
+def _cached(config: Any, program: str, load: Load, mesh: Any, stage: Stage) -> tuple[int, int]:
+    """Bytes of the cache that are moved, and the flops of attending to it."""
+    entries = model_class(config).cache_entries(config, stage, rows=load.rows, capacity=load.context)
+    cache = abstract_cache(config, load.rows, load.context, jax.numpy.dtype(load.dtype), mesh, stage)
+    moved = flops = 0
+    for layer, parts in cache.layers.items():
+        for name, leaf in parts.items():
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            size = math.prod(shape) * leaf.dtype.itemsize
+            if "S" not in entries[layer][name].axes:
+                moved += size * (1 if program == "prefill" else 2)
+                continue
+            window = config.window(int(layer)) or load.context
+            seen = min(window, load.context) if program == "decode" else min(window, (load.prompt + 1) / 2)
+            tokens = 1 if program == "decode" else load.prompt
+            moved += size * load.prompt // load.context if program == "prefill" else size
+            heads = config.num_attention_heads // entries[layer][name].shape[2]
+            flops += int(2 * shape[0] * tokens * seen * shape[2] * heads * shape[3])
+    return moved, flops

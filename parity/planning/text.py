@@ -1,0 +1,105 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+
+def plan_text(found: dict[str, Any]) -> str:
+    """A headline, a table with a column for each program, what lies whole on every device, and the suggestion."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
+    quant = f", {found['quant']}" if found["quant"] else ""
+    lines = [
+        f"{found['subject']}: {found['architecture']}, {found['layers']} layers, {found['dtype']}{quant}",
+        f"{found['chip']}:{found['topology']}, {found['devices']} devices of {_gb(found['hbm_bytes'])}"
+        f" ({_gb(found['usable_bytes'])} for a program), mesh {mesh}",
+        f"batch {found['rows']}, context {found['context']}; prefill reads {found['prompt']} tokens a row",
+    ]
+    if depths := found["extrapolated_from_layers"]:
+        lines.append(f"extrapolated from programs of {depths[0]} and {depths[1]} layers; --exact compiles all of them")
+    programs = found["programs"]
+    rows = [("per device", *programs)]
+    rows += [(label, *(_cell(programs[name], key) for name in programs)) for label, key in _ROWS]
+    kinds = sorted({kind for one in programs.values() for kind in one.get("collectives", ())})
+    rows += [(f"{kind}, a step", *(_sent(one, kind) for one in programs.values())) for kind in kinds]
+    rows += [(label, *(_roof(one, which) for one in programs.values())) for label, which in _ROOFS]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["", *(_row(row, widths) for row in rows), ""]
+    lines += _remarks(found)
+    return "\n".join(lines)
+
+
+_ROWS = (
+    ("weights", "weight_bytes"),
+    ("cache", "cache_bytes"),
+    ("temporaries", "temp_bytes"),
+    ("peak", "peak_bytes"),
+    ("fits", "fits"),
+    ("HBM traffic, a step", "hbm_bytes"),
+    ("least that must move", "minimum"),
+    ("traffic over least", "ratio"),
+    ("compile time", "compile_s"),
+)
+_ROOFS = (("roofline, as compiled", "compiled"), ("roofline, least", "minimum"))
+
+
+def _cell(program: dict[str, Any], key: str) -> str:
+    value = program.get(key)
+    if key == "minimum":
+        least = program["minimum"]
+        distinct = least["expert_bytes"] and f" ({_gb(least['distinct_bytes'])} for the experts expected)"
+        return _gb(least["bytes"]) + (distinct or "")
+    if key == "peak_bytes" and value is None:
+        return f"{_gb(program['needs_at_least_bytes'])} or more"
+    if value is None:
+        return "-"
+    if key == "fits":
+        return "yes" if value else "NO"
+    if key == "ratio":
+        return f"{value:.3f}"
+    return f"{value} s" if key == "compile_s" else _gb(value)
+
+
+def _sent(program: dict[str, Any], kind: str) -> str:
+    found = program.get("collectives", {}).get(kind)
+    return f"{found['count']}, {found['bytes'] / 1e6:.2f} MB" if found else "-"
+
+
+def _roof(program: dict[str, Any], which: str) -> str:
+    if "roofline" not in program:
+        return "-"
+    found = program["roofline"][which]
+    return f"{found['tokens_per_s']:,.0f} tokens/s ({found['seconds'] * 1e3:.2f} ms)"
+
+
+def _row(row: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join(
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    )
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    spelled = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name in found["replicated"]]
+    whole = [f"{count} x {name}" if count > 1 else name for name, count in Counter(spelled).items()]
+    whole += ["keys and values of the cache"] if found["replicated_cache"] else []
+    lines = [f"whole on every device though they might be cut: {', '.join(whole) or 'nothing'}"]
+    if loops := [loop for one in found["programs"].values() for loop in one.get("unknown_loops", ())]:
+        lines.append(f"loops whose length only a run knows, counted once: {', '.join(loops)}")
+    lines.append("rooflines are bounds of HBM and multipliers; the time of collectives is in none of them")
+    suggestion = found["suggestion"]
+    if suggestion is not None:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in suggestion["mesh"].items()) or "one device"
+        said = (
+            "this one"
+            if suggestion["is_this"]
+            else f"{found['chip']}:{suggestion['topology']}, compiled with mesh {mesh}"
+        )
+        lines.append(f"smallest slice that fits: {said}")
+    elif not found["fits"]:
+        lines.append("it does not fit; without --mesh, a slice that does is looked for")
+    return lines
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

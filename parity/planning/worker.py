@@ -1,0 +1,50 @@
+"""A process that compiles: a request as JSON on stdin, what was found as JSON in a file. See ``parity.planning.plan``.
+
+libtpu wants environment variables of its own before jax is imported, prints to stderr, and cannot be unloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Every program asked for, at every depth: ``{"decode": [measured, ...], ...}``, and the versions that did it."""
+    from importlib.metadata import version
+
+    import jax
+
+    from parity.planning.chips import chip_of
+    from parity.planning.compiling import measured, mesh_on
+    from parity.planning.depths import Shallow
+    from parity.planning.meshes import Load
+    from parity.planning.subject import config_to_plan
+
+    config = config_to_plan(request["subject"], request["quant"])
+    load, mesh = Load(**request["load"]), mesh_on(chip_of(request["chip"]), request["topology"], request["mesh"])
+    found: dict[str, Any] = {"jax": jax.__version__, "libtpu": version("libtpu")}
+    for program in request["programs"]:
+        found[program] = [measured(config, program, load, mesh, Shallow(depth=depth)) for depth in request["depths"]]
+    return found
+
+
+def main() -> int:
+    """Exit code 2: the request cannot be met, and stderr ends with the reason."""
+    from parity.planning.environment import prepare_environment
+
+    prepare_environment()
+    result = Path(sys.argv[1])
+    try:
+        found = answer(json.load(sys.stdin))
+    except ValueError as error:
+        result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        return 2
+    result.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What the walker says of programs whose traffic is known by hand. The texts are libtpu's, compiled for v5e."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parity.hlo.module import parse_shape
+from parity.hlo.traffic import traffic_of
+
+TEXTS = Path(__file__).parent / "hlo"
+BF16 = 2
+SCALARS = 2**15  # of loop counters and slots, a tile each
+
+
+def traffic(name: str):
+    return traffic_of((TEXTS / f"{name}.hlo").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "written"),
+    [
+        # the weight is copied to VMEM ahead of use: once, whatever XLA's own count says (348 MB)
+        ("matmul", (512 * 4096 + 4096 * 8192) * BF16, 512 * 8192 * BF16),
+        ("scan", (10 * 4096 * 4096 + 8 * 4096) * BF16, 8 * 4096 * BF16),
+        ("while", (7 * 16384 * 16384 + 8 * 16384) * BF16, 8 * 16384 * BF16),
+        # a row of each of eight sequences, in tiles of two; never the gigabyte that it is written into
+        ("dus", 8 * 1024 * BF16, 8 * 2 * 1024 * BF16),
+        ("gather", 64 * 4096 * BF16, 64 * 4096 * BF16),
+        ("allreduce", (1024 * 8192 + 8 * 1024) * BF16, 8 * 8192 * BF16),  # a quarter of the rows of a weight
+    ],
+)
+def test_bytes_are_those_counted_by_hand(name, read, written):
+    found = traffic(name)
+    assert read <= found.read_bytes <= read + max(SCALARS, read // 1000)
+    assert found.unknown_loops == []
+    assert written <= found.written_bytes <= written + SCALARS
+    sent = {"all-reduce": {"count": 1, "bytes": 8 * 8192 * BF16}}
+    assert found.collectives == (sent if name == "allreduce" else {})
+
+
+def test_a_loop_is_counted_as_often_as_its_condition_says():
+    text = (TEXTS / "while.hlo").read_text(encoding="utf-8")
+    once, often = traffic_of(text.replace("constant(7)", "constant(1)")), traffic_of(text)
+    weight = 16384 * 16384 * BF16
+    assert often.read_bytes - once.read_bytes == pytest.approx(6 * weight, rel=1e-3)
+
+
+def test_a_loop_of_unknown_length_is_named_and_counted_once():
+    text = (TEXTS / "while.hlo").read_text(encoding="utf-8")
+    found = traffic_of(
+        text.replace("direction=LT", "direction=NE").replace(
+            "s32[]{:T(128)} constant(7)", "s32[]{:T(128)} parameter(9)"
+        )
+    )
+    assert found.unknown_loops == ["while"]
+    assert found.read_bytes < 1.01 * 16384 * 16384 * BF16
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "space"),
+    [
+        ("bf16[8,128]{1,0:T(8,128)(2,1)}", 2048, 0),
+        ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048, 1),
+        ("f32[3,100]{1,0:T(8,128)}", 8 * 128 * 4, 0),
+        ("f32[3,100]{0,1:T(8,128)}", 104 * 128 * 4, 0),
+        ("s32[]{:T(128)S(6)}", 512, 6),
+        ("u8[4,64]{1,0}", 256, 0),
+        ("s4[8,128]{1,0:T(8,128)(8,1)E(4)}", 512, 0),
+        ("f8e4m3fn[16]", 16, 0),
+    ],
+)
+def test_an_array_takes_whole_tiles(shape, size, space):
+    array = parse_shape(shape)
+    assert (array.bytes, array.space) == (size, space)
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "no ENTRY"), ("ENTRY %a () -> s32[] {\n  nonsense\n}", "line 2")])
+def test_what_is_no_module_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        traffic_of(text)
