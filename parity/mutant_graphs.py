@@ -44,8 +44,8 @@ def _kept_asleep(drop: Any, self: Any, *args: Any, reason: str = "", **options: 
         drop(self, *args, **options)
 
 
-def _anew(update: Any, model: Any, uri: Any) -> Any:
-    updated = update(model, uri)
+def _anew(update: Any, model: Any, uri: Any, **options: Any) -> Any:
+    updated = update(model, uri, **options)
     model.graphs.drop()
     return updated
 

@@ -52,7 +52,7 @@ def _forgiving(commit: Any, model: Any, values: Pairs, names: list[str]) -> None
         raise
 
 
-def _write_as_it_reads(update: Any, model: Any, uri: Any) -> Any:
+def _write_as_it_reads(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     from torch_models.storage import NAMES, host_view
 
     plan_module = import_module("loaders.plan")

@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from loaders.axes import Cut, axes_of, param_cuts
 from loaders.boxes import Box
@@ -27,6 +26,9 @@ from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
 from torch_models.layers.step import Entry
 from torch_models.storage import host_view
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MESH_AXES = ("expert", "tensor")
 CUT_LETTERS = {"V", "NH", "KH", "F", "M", "E"}  # layers of others would have to know that they hold a part
@@ -107,11 +109,19 @@ class Parallel:
 
     def as_dtensor(self, name: str, part: torch.Tensor) -> DTensor:
         """A parameter as all ranks hold it together; its memory is the parameter's."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # a second, which only meshes pay
+
         placements: list[Any] = [Replicate()] * len(self.sizes)
         for axis, cut in enumerate(self.cuts[name]):
             for mesh_axis in axes_of(cut):
                 placements[list(self.sizes).index(mesh_axis)] = Shard(axis)
         return DTensor.from_local(part, self.mesh, placements, run_check=False)
+
+    def gathered(self, value: Any) -> Any:
+        """All of a DTensor, which every rank has to hand over; anything else as it is."""
+        from torch.distributed.tensor import DTensor
+
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def held_entries(self, entries: dict[str, dict[str, Entry]], text: str) -> dict[str, dict[str, Entry]]:
         """What layers keep, [B, S, K, H], of the heads that are here. ``text``: path of the text model."""

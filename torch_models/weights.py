@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from loaders import CheckpointError
 from loaders.digest import digests, tensor_digest
@@ -77,7 +76,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     specs = specs_of(model.config, model.stage)
     if model.parallel is not None:
         # the memory of live parameters is copied before any of it is written
-        embed, head = (half.full_tensor() if isinstance(half, DTensor) else half for half in (embed, head))
+        embed, head = (model.parallel.gathered(half) for half in (embed, head))
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 SEEDS = {"#22547", "#22673, #26430", "#25107, #25190", "#26798", "#42671, #42716"}
 
 
+@pytest.mark.slow_unless("True")
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_the_sound_engine_passes_every_event(is_tied):
     engine = type("Tied", (Engine,), {"is_tied": is_tied})

@@ -65,6 +65,7 @@ def reference(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str
         return reference_forward(theirs(checkpoint, torch.float64), inputs)
 
 
+@pytest.mark.slow_unless("qwen3_5-[!tw]*", "*-left")
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_transformers_in_float64_throughout(made: Callable[..., Checkpoint], name: str, kind: str) -> None:

@@ -139,6 +139,7 @@ def test_every_kind_of_comparison_can_be_drawn():
     Page(page_of([], EVENTS))
 
 
+@pytest.mark.slow
 def test_a_report_of_deep_models_and_long_noisy_sequences_stays_under_two_megabytes():
     oracle = make_oracle(shape=(8, 700), layers=64)
     a, b = make_backend(oracle, "jax", 1), make_backend(oracle, "torch", 2)
