@@ -138,7 +138,8 @@ def test_it_loads_the_same_from_a_source_that_lends_its_buffers(made: Any, backe
 # How much memory it takes
 
 PEAK = """
-import sys
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 backend, uri, small = sys.argv[1:]
@@ -158,13 +159,16 @@ print(status("VmHWM") - before, sum(info.num_bytes for info in model.checkpoint.
 )
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_no_second_copy_of_a_stack_is_made(made: Any, backend: str, form: Form, tmp_path: Path) -> None:
-    """The largest tensor has 48 MiB of 72: a copy of it is 24 beyond. The bar allows it, and 256 MiB."""
+    """The largest tensor has 48 MiB of 72: a copy of it is 24 beyond. The bar allows it, and 256 MiB.
+
+    What is stored transposed goes through 8 MiB of staging in each of the two threads that read on two cores.
+    """
     sizes = {"hidden_size": 512, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 1}
     path = large_checkpoint(tmp_path / "c", form, sizes | {"layer_types": ["full_attention"]})
     command = [sys.executable, "-c", PEAK, backend, str(path), str(made(form))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     growth, parameters = map(int, done.stdout.split())
-    assert growth < parameters + (12 << 20)
+    assert growth < parameters + (20 << 20)
 
 
 def large_checkpoint(to: Path, form: Form, sizes: dict[str, Any]) -> Path:

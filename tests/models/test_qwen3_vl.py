@@ -227,12 +227,14 @@ def test_a_tower_that_is_not_there_is_asked_about_once(seeing, side, tmp_path):
 def test_both_backends_pass_the_ruler_in_bfloat16(tmp_path):
     from parity.backends import open_backend
     from parity.compare import compare
-    from parity.record import record
+    from parity.record import default_inputs, record
     from parity.record_oracle import record_oracle
 
     path = make_checkpoint("qwen3_vl", tmp_path / "a", dtype="BF16")
-    ours, theirs = (record(path, open_backend(side)) for side in SIDES)
-    found = compare(ours, theirs, record_oracle(loaders.open_checkpoint(path), pictures_of(path), probes=0))
+    checkpoint = loaders.open_checkpoint(path)
+    inputs = default_inputs(checkpoint)
+    ours, theirs = (record(path, open_backend(side), inputs) for side in SIDES)
+    found = compare(ours, theirs, record_oracle(checkpoint, inputs, probes=0))
     assert found.verdict == "PASS", str(found)
 
 

@@ -147,7 +147,7 @@ class LifeOfAModel(RuleBasedStateMachine):
 @pytest.mark.slow_unless("torch")
 def test_any_life_of_a_model_ends_as_a_cold_load_of_what_it_holds(backend, benches):
     run_state_machine_as_test(
-        partial(LifeOfAModel, benches, backend), settings=settings(STEADY, stateful_step_count=15)
+        partial(LifeOfAModel, benches, backend), settings=settings(STEADY, stateful_step_count=12)
     )
 
 

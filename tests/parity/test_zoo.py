@@ -59,6 +59,7 @@ def test_the_zoo_needs_numpy_alone() -> None:
 # Repeatable
 
 
+@pytest.mark.slow_unless("qwen3", "qwen3_5-moe", "qwen3_vl")
 @pytest.mark.parametrize("name", ZOO)
 def test_name_and_seed_decide_every_bit(zoo: Callable[..., Checkpoint], tmp_path: Path, name: str) -> None:
     first, second = zoo(name), open_checkpoint(make_checkpoint(name, tmp_path / "again", max_file_bytes=40_000))

@@ -124,6 +124,7 @@ def test_the_head_is_quantised_on_demand(tmp_path):
     assert checkpoint.config.quantization.table["lm_head"] == Scheme("nvfp4", True)
 
 
+@pytest.mark.slow_unless("qwen3", "qwen3-moe", "qwen3_5-moe", "gemma3")
 @pytest.mark.parametrize("name", ZOO)
 def test_odd_sizes_are_odd_and_aligned_sizes_take_the_alias_path(name, tmp_path):
     for aligned in (False, True):
