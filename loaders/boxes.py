@@ -130,7 +130,7 @@ def pieces_of(part: Region, gap_bytes: int) -> Iterator[Piece]:
 def shared_pieces(parts: Collection[Region]) -> Iterator[tuple[Piece, list[Piece]]]:
     """Rows that several parts have columns of, each read once for all of them; nothing where that is not worth it.
 
-    It is where the parts together are at least half of those rows: columns for many devices of one process.
+    It is where the parts together are more than half of those rows: columns for many devices of one process.
     """
     shapes = {part.shape for part in parts}
     if len(parts) < 2 or len(shapes) > 1 or not all(part.out.size for part in parts):
@@ -141,7 +141,7 @@ def shared_pieces(parts: Collection[Region]) -> Iterator[tuple[Piece, list[Piece
     first, last = min(part.box[0][0] for part in parts), max(part.box[0][1] for part in parts)
     if all(sizes_of(part.box)[1:] == shape[1:] for part in parts) or row * rows > 4 * STAGING_BYTES:
         return
-    if 2 * sum(part.out.size for part in parts) < (last - first) * row:
+    if 2 * sum(part.out.size for part in parts) <= (last - first) * row:
         return
     for start in range(first, last, rows):
         stop = min(start + rows, last)
