@@ -28,9 +28,10 @@ from loaders.boxes import Box, box_of
 from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
+from loaders.filling import Filling
 from loaders.lots import stream_parameters
 from loaders.place import place_of
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load
+from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
 from loaders.shards import Shards, read_shards
 from loaders.spec import Dim, ParamSpec

@@ -20,7 +20,8 @@ from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
-from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
+from loaders.filling import Filling
+from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from loaders.writer import check_free
 

@@ -207,17 +207,20 @@ def check_region(checkpoint: Checkpoint, name: str, part: Region) -> None:
 
 
 def stream_regions(
-    checkpoint: Checkpoint, names: Collection[str], wanted: Callable[[str], list[Region]]
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    wanted: Callable[[str], list[Region]],
+    host_budget_bytes: int | None = None,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
     """See ``Checkpoint.stream_regions``."""
     waiting = deque(name for name in checkpoint.tensors if name in names)
     ahead: deque[tuple[str, list[Region], int, Future[None] | None]] = deque()
     open_files: dict[str, OpenFile] = {}
-    lent = 0
+    lent, most = 0, min(AHEAD_BYTES, AHEAD_BYTES if host_budget_bytes is None else host_budget_bytes)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="tandem-read") as readers:
         try:
             while waiting or ahead:
-                while waiting and (not ahead or lent < AHEAD_BYTES):
+                while waiting and (not ahead or lent < most):
                     name = waiting.popleft()
                     parts = wanted(name)
                     for part in parts:

@@ -161,20 +161,21 @@ class Checkpoint:
         return self._stream([one for *_, one in found], into, host_budget_bytes)
 
     def stream_regions(
-        self, names: Collection[str], wanted: Callable[[str], list[Region]]
+        self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None = None
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
         """Regions of tensors, each read straight to where it goes, strided or not, in file order.
 
         Args:
             names: tensors, all of which are yielded, also those of which nothing is wanted.
             wanted: the regions of one and where they go, asked shortly before they are read.
+            host_budget_bytes: of destinations that are asked for before they are wanted; at least one tensor's are.
         Yields:
             A tensor's name and its regions' destinations, in the order they were given.
         Raises:
             ValueError: a region that is no part of its tensor, or does not fit its destination.
             CheckpointError: as ``read``.
         """
-        return stream_regions(self, names, wanted)
+        return stream_regions(self, names, wanted, host_budget_bytes)
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
         """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.

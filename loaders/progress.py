@@ -9,23 +9,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import numpy as np
 
 log = logging.getLogger(__name__)
 
-Tensors = Iterator[tuple[str, np.ndarray]]
+Read = TypeVar("Read", np.ndarray, list[np.ndarray])
 
 
-def watched(tensors: Tensors, num_bytes: int, what: str, stream: TextIO | None = None) -> Tensors:
-    """The same tensors, counted as they pass.
+def watched(
+    tensors: Iterator[tuple[str, Read]], num_bytes: int, what: str, stream: TextIO | None = None
+) -> Iterator[tuple[str, Read]]:
+    """The same tensors, whole or in the parts that are held here, counted as they pass.
 
     A bar is drawn if ``stream`` is a terminal and rich is installed (the extra ``progress``). What was read, how fast
     and how much of the time was the consumer's is logged at the end, also of what was abandoned.
 
     Args:
-        tensors: pairs of name and array.
+        tensors: pairs of name and array, or name and arrays.
         num_bytes: of all of them.
         what: is read, for people.
         stream: where the bar goes; default: stderr as it is now.
@@ -34,7 +36,7 @@ def watched(tensors: Tensors, num_bytes: int, what: str, stream: TextIO | None =
     with _bar(num_bytes, what, sys.stderr if stream is None else stream) as advance:
         try:
             for name, array in tensors:
-                num = array.nbytes
+                num = array.nbytes if isinstance(array, np.ndarray) else sum(part.nbytes for part in array)
                 left = time.perf_counter()
                 yield name, array
                 consumer_s += time.perf_counter() - left

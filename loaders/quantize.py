@@ -151,14 +151,14 @@ class QuantizedCheckpoint(Checkpoint):
             del array
 
     def stream_regions(
-        self, names: Collection[str], wanted: Callable[[str], list[Region]]
+        self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None = None
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
         """See ``Checkpoint.stream_regions``. What is quantised is read whole, as its scale is of the largest of all.
 
         So is whatever shares a group with it; a group of which nothing is wanted is not read.
         """
         direct = {name for name in names if name not in self._places}
-        yield from self.plain.stream_regions(direct, wanted)
+        yield from self.plain.stream_regions(direct, wanted, host_budget_bytes)
         by_group: dict[str, set[str]] = {}
         for name in set(names) - direct:
             by_group.setdefault(self._places[name][0].group, set()).add(name)
@@ -167,7 +167,7 @@ class QuantizedCheckpoint(Checkpoint):
             if not any(parts.values()):
                 yield from ((name, []) for name in group)
                 continue
-            for name, array in self.stream(names=group):
+            for name, array in self.stream(host_budget_bytes, names=group):
                 for part in parts[name]:
                     part.take(array)
                 yield name, [part.out for part in parts.pop(name)]

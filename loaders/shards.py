@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
 from loaders.boxes import Box, Region, sizes_of
 from loaders.dtypes import to_numpy
+from loaders.filling import Filling
 from loaders.lots import lots_of_plan
 from loaders.memory import aligned_empty
-from loaders.plan import Filling, LoadPlan
+from loaders.plan import LoadPlan
+from loaders.progress import watched
 from loaders.spec import ParamSpec, Source
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
@@ -69,8 +72,16 @@ def read_shards(
         found = (region_of(spec, source, box, shard) for box, shard in begun[spec.name].items())
         return [part for part in found if part is not None]
 
-    tensors = (one for names in lots_of_plan(plan) for one in plan.checkpoint.stream_regions(names, wanted))
-    for spec, source, parts, is_complete in filling.receive(tensors):
+    def held_bytes(spec: ParamSpec) -> int:
+        return sum(math.prod(sizes_of(box)) for box in boxes_of(spec)) * to_numpy(plan.dtypes[spec.name]).itemsize
+
+    tensors = (
+        one
+        for names in lots_of_plan(plan)
+        for one in plan.checkpoint.stream_regions(names, wanted, plan.host_budget_bytes)
+    )
+    num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
+    for spec, source, parts, is_complete in filling.receive(watched(tensors, num_bytes, str(plan.checkpoint.source))):
         filling.check(spec, source, parts)
         if is_complete:
             filling.complete(spec, list(begun[spec.name].values()))

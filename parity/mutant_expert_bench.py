@@ -12,7 +12,8 @@ import numpy as np
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import tensor_digest
-from loaders.plan import Filling, plan_load
+from loaders.filling import Filling
+from loaders.plan import plan_load
 from loaders.spec import Form
 from loaders.stage import Stage
 from loaders.writer import TensorType, write_checkpoint

@@ -96,7 +96,7 @@ EXPERT_MUTANTS: list[Mutant] = [
     ),
     _of(
         "expert_halves_swapped",
-        wrapped("loaders.plan:Filling.write", _halves_swapped),
+        wrapped("loaders.filling:Filling.write", _halves_swapped),
         "up is written before gate",
         backends=BOTH,
     ),
@@ -116,7 +116,7 @@ EXPERT_MUTANTS: list[Mutant] = [
     _counted("missing_expert_unnoticed", wrapped("loaders.plan:missing_parts", _none), "a missing expert passes"),
     _counted(
         "expert_counters_not_reset",
-        wrapped("loaders.plan:Filling._begin", _only_once),
+        wrapped("loaders.filling:Filling._begin", _only_once),
         "a second load goes on counting where the first ended",
     ),
     _counted(

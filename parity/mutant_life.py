@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from loaders import CheckpointError, open_checkpoint, plan
+from loaders import CheckpointError, filling, open_checkpoint
 from loaders.checkpoint import Checkpoint, aligned_empty
 from parity.mutant_bench import Bench, Subject, differences, load, logits
 
@@ -57,7 +57,7 @@ class _Life:
     def _positional_ids(self) -> Iterator[str]:
         target = np.zeros((2, 3), np.float32)
         try:
-            plan.weight_loader(target, np.ones(3, np.float32), 1)  # pyright: ignore[reportCallIssue]
+            filling.weight_loader(target, np.ones(3, np.float32), 1)  # pyright: ignore[reportCallIssue]
         except TypeError:
             return
         yield "a shard_id given by position was taken without a word"

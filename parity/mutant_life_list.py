@@ -307,7 +307,7 @@ LIFE: list[Mutant] = [
     _of(
         "positional_ids_lost",
         "law 3",
-        wrapped("loaders.plan:weight_loader", _any_id),
+        wrapped("loaders.filling:weight_loader", _any_id),
         "a shard_id given by position is swallowed",
     ),
 ]

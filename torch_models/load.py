@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
+from loaders.filling import Filling
 from loaders.lots import stream_parameters
 from loaders.memory import prefer_huge_pages
 from loaders.place import place_of
-from loaders.plan import Filling, LoadPlan, LoadReport, compute_dtype, plan_load
+from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
 from loaders.shards import read_shards

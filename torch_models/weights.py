@@ -18,7 +18,8 @@ from loaders import CheckpointError
 from loaders.digest import digests, tensor_digest
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
-from loaders.plan import Filling, LoadPlan, LoadReport, plan_reload, specs_of
+from loaders.filling import Filling
+from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from loaders.spec import Specs
 from loaders.writer import check_free

@@ -15,7 +15,8 @@ import jax_models
 from jax_models.processes import to_host, together
 from jax_models.weights import flatten
 from loaders import open_checkpoint
-from loaders.plan import Filling, plan_load
+from loaders.filling import Filling
+from loaders.plan import plan_load
 from loaders.shards import read_shards
 from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.stage import Stage

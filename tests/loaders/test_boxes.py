@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from loaders import CheckpointError, open_checkpoint
 from loaders.boxes import STAGING_BYTES, Region, box_of, pieces_of, sizes_of
 from loaders.dtypes import to_numpy
-from loaders.plan import Filling, plan_load
+from loaders.filling import Filling
+from loaders.plan import plan_load
 from loaders.quantize import quantized
 from loaders.shards import read_shards, region_of
 from loaders.sources.local import LocalDirectory, LocalFile

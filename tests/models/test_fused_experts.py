@@ -18,7 +18,8 @@ from loaders.config import config_from_json
 from loaders.digest import digests
 from loaders.expand import expand
 from loaders.families import family_module
-from loaders.plan import Filling, LoadPlan, plan_load
+from loaders.filling import Filling
+from loaders.plan import LoadPlan, plan_load
 from loaders.spec import Form
 from loaders.stage import Stage
 from loaders.writer import TensorType, write_checkpoint
