@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jax_models
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
-from loaders.plan import weight_loader
+from loaders.place import weight_loader
 from parity.zoo import make_checkpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

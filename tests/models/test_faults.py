@@ -18,7 +18,7 @@ import jax_models
 from loaders import CheckpointError
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
-from loaders.plan import weight_loader
+from loaders.place import weight_loader
 from loaders.sources.local import LocalFile
 from parity.faults import (
     FAULTS,

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import torch_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.plan import weight_loader
+from loaders.place import weight_loader
 from parity.zoo import make_checkpoint
 from torch_models.census import pointer_census
 from torch_models.storage import host_view
