@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from parity.comparison import Comparison
-from parity.comparison_text import number
-from parity.findings import Divergence, TensorRow, Top1
+from parity.findings import Divergence, Top1
+from parity.nearest import outstanding
+from parity.wording import number, share, times
 
 WIDTH = 110
 INDENT = 11
@@ -21,9 +22,11 @@ def failure(comparison: Comparison, reproduce: str) -> str:
         comparison: any; also one that passes.
         reproduce: a command.
     """
-    head = comparison.verdict + (f" ({comparison.cause})" if comparison.cause else "")
-    blocks = [textwrap.fill(f"parity {head}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
+    blocks = [textwrap.fill(f"parity {comparison.kind}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
     lines = [*_first(comparison), *_layers(comparison), *(_top1(comparison, count) for count in comparison.top1)]
+    if alike := outstanding(comparison.nearest_mutant()):
+        pattern = f"its pattern of errors is {alike.similarity:.0%} the same"
+        lines.append(("looks like", f"the planted bug {alike.name} ({alike.says}): {pattern}"))
     if len(comparison.reasons) > 1:
         lines += [("because", reason) for reason in comparison.reasons[:REASONS_SHOWN]]
     lines.append(("reproduce", reproduce))
@@ -39,11 +42,6 @@ def bar(used: float) -> str:
     return BARS[step]
 
 
-def used(row: TensorRow) -> float:
-    """The share of its limit that a tensor uses, by the worst of itself and its worst token."""
-    return 1 - min(row.margin, row.token_margin)
-
-
 def _line(name: str, text: str) -> str:
     filled = f"{name:<{INDENT}}{text}"
     if name in ("reproduce", "layers"):  # to be copied, or aligned
@@ -55,10 +53,9 @@ def _first(comparison: Comparison) -> list[tuple[str, str]]:
     found = comparison.divergence
     if found is None:
         return []
-    layer = "" if found.layer is None else " (embeddings)" if found.layer == 0 else f" (decoder layer {found.layer})"
-    suspect = f"; look at {found.suspect}" if found.suspect and found.suspect != found.tensor else ""
+    suspect = f"; look at {found.suspect_module}" if found.suspect_module not in (None, found.module) else ""
     return [
-        ("first", f"{found.tensor}{layer}, row {found.row}, token {found.position}{suspect}"),
+        ("first", f"{found.module}, row {found.row}, position {found.position}{suspect}"),
         ("error", f"{_whose(comparison, found)}{_growth(found)}"),
     ]
 
@@ -72,21 +69,23 @@ def _growth(found: Divergence) -> str:
     where = "local" if found.local > found.inherited else "inherited"
     return (
         f"{number(found.before)} before, {number(found.after)} after: {number(found.local)} local,"
-        f" {number(found.inherited)} inherited, so {where} (grew {found.growth:.3g}x, usual {found.usual_growth:.3g}x)"
+        f" {number(found.inherited)} inherited, so {where} (grew {times(found.growth)}x, usual"
+        f" {times(found.usual_growth)}x)"
     )
 
 
 def _layers(comparison: Comparison) -> list[tuple[str, str]]:
     rows = [row for row in comparison.rows if row.verdict != "SKIP"]
-    if not rows:
+    worst = comparison.worst_row
+    if worst is None:
         return []
-    worst = max(rows, key=used)
-    bars = "".join(bar(used(row)) for row in rows)
-    names = f"{rows[0].name} ... {rows[-1].name}" if len(rows) > 1 else rows[0].name
-    text = f"{bars}  error over limit, {names}; largest {used(worst):.3g}x at {worst.name}"
+    bars = "".join(bar(row.used) for row in rows)
+    names = f"{rows[0].module} ... {rows[-1].module}" if len(rows) > 1 else rows[0].module
+    text = f"{bars}  share of the limit used, {names}; {share(worst.used)} at {worst.module}"
     return [("layers", text)]
 
 
 def _top1(comparison: Comparison, count: Top1) -> tuple[str, str]:
-    who = {"a": comparison.labels[0], "b": comparison.labels[1], "both": "a against b"}[count.side]
+    a, b = comparison.labels
+    who = {"a": a, "b": b, "both": f"{a} against {b}"}[count.side]
     return "top-1", f"{who}: {count.agree} of {count.decidable} decidable tokens agree, {count.ties} ties"

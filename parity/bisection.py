@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from parity.wording import number, share, told_share
+
+WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Step:
     blame: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bisection:
     """What was found.
 
@@ -77,7 +82,7 @@ class Bisection:
             worst = max(steps, key=lambda step: step.used)
             return (
                 f"Nothing stands out: each of {len(steps)} steps, judged alone, stays within its limit;"
-                f" {worst.path} comes nearest, at {worst.used:.2g} of it."
+                f" {worst.path} comes nearest, at {told_share(worst.used)}."
                 f"{' What is too small for a layer to show, --everywhere may.' if len(self.tables) == 1 else ''}"
             )
         return f"{self._who(culprit)}{self._inside(culprit)} {self._rest(culprit)}"
@@ -91,7 +96,19 @@ class Bisection:
         lines: list[str] = []
         for name, steps in self.tables:
             lines += [f"{name}:", *_table(steps, self.names), ""]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), self.summary])
+        told = [textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (*self._noted(), self.summary)]
+        return "\n".join([*lines, *told])
+
+    def _noted(self) -> list[str]:
+        return [f"note: {note}" for note in self.notes]
+
+    def __repr__(self) -> str:
+        return self.to_text()
+
+    def _repr_html_(self) -> str:
+        from parity.report_tables import bisection_tables
+
+        return bisection_tables(self)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON holds it; errors that are not finite as text."""
@@ -105,17 +122,18 @@ class Bisection:
 
     def _who(self, step: Step) -> str:
         a, b = self.names
-        limit = f"(limit {step.limit:.2g})"
+        limit = f"({told_share(step.used)} of {number(step.limit)})"
         if step.blame == "unknown":
             fed = max(one for one in (step.fed_a, step.fed_b) if one is not None)
-            return f"{a} and {b} compute {step.path} differently: fed the same, they are {fed:.2g} apart {limit}."
+            return f"{a} and {b} compute {step.path} differently: fed the same, they are {number(fed)} apart {limit}."
         errors = [error if error is not None else 0.0 for error in (step.local_a, step.local_b)]
         if step.blame == "both":
-            off = f"{errors[0]:.2g} and {errors[1]:.2g}"
+            off = f"{number(errors[0])} and {number(errors[1])}"
             return f"{a} and {b} both compute {step.path} differently from the oracle: local errors {off} {limit}."
         who, other = (a, b) if step.blame == "a" else (b, a)
         error, peer = errors if step.blame == "a" else errors[::-1]
-        return f"{who} computes {step.path} differently: local error {error:.2g} against {peer:.2g} of {other} {limit}."
+        local = f"local error {number(error)} against {number(peer)} of {other}"
+        return f"{who} computes {step.path} differently: {local} {limit}."
 
     def _inside(self, step: Step) -> str:
         if len(self.tables) == 1:
@@ -142,21 +160,26 @@ def _is_within(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
 
 
-def _table(steps: tuple[Step, ...], names: tuple[str, str]) -> list[str]:
-    """Lines of a table; columns that nothing stands in are left out."""
+def columns(steps: tuple[Step, ...], names: tuple[str, str]) -> list[list[str]]:
+    """A table of steps by column, each with its head; columns that nothing stands in are left out."""
     a, b = names
     heads = ["step", "free run", f"{a} fed {b}'s", f"{b} fed {a}'s", f"{a} local", f"{b} local", "limit", "used", ""]
     rows = [heads]
     for step in steps:
-        numbers = (step.free, step.fed_a, step.fed_b, step.local_a, step.local_b, step.limit)
+        errors = (step.free, step.fed_a, step.fed_b, step.local_a, step.local_b, step.limit)
         blame = {"a": f"<- {a}", "b": f"<- {b}", "both": "<- both", "unknown": "<- differ", None: ""}[step.blame]
-        said = ["" if number is None else f"{number:.2g}" for number in numbers]
-        rows.append([step.path, *said, f"{step.used:.2f}", blame])
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    is_text = [column[0] in ("step", "") for column in columns]
+        said = ["" if error is None else number(error) for error in errors]
+        rows.append([step.path, *said, share(step.used), blame])
+    return [list(column) for column in zip(*rows, strict=True) if any(column[1:])]
+
+
+def _table(steps: tuple[Step, ...], names: tuple[str, str]) -> list[str]:
+    """Lines of a table."""
+    table = columns(steps, names)
+    widths = [max(map(len, column)) for column in table]
+    is_text = [column[0] in ("step", "") for column in table]
     lines = []
-    for row in zip(*columns, strict=True):
+    for row in zip(*table, strict=True):
         cells = [x.ljust(w) if left else x.rjust(w) for x, w, left in zip(row, widths, is_text, strict=True)]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines

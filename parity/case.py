@@ -52,6 +52,23 @@ class Case:
         a, b = self.a.backend, self.b.backend
         return (a, b) if a != b else (f"{a} (a)", f"{b} (b)")
 
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Names of weights and modules that the traces mention: what there is to know of the architecture."""
+        traces = [trace for trace in (self.a, self.b, self.oracle_a) if trace is not None]
+        digests = [name for trace in traces for name in (trace.meta.get("weights") or {}).get("digests", {})]
+        probes = [str(probe["module"]) for trace in traces for probe in trace.meta.get("probes") or []]
+        return frozenset((*digests, *probes))
+
+    @cached_property
+    def text_path(self) -> str:
+        """Of the text model, in the checkpoint's words."""
+        return trace_layout.text_path(sorted(self.modules))
+
+    def module_of(self, name: str) -> str:
+        """The module whose result a tensor is."""
+        return trace_layout.module_of(name, self.text_path)
+
     def has_oracle(self, name: str) -> bool:
         return all(oracle is not None and name in oracle.tensors for oracle in (self.oracle_a, self.oracle_b))
 

@@ -88,7 +88,7 @@ def _same_shapes(a: Trace, other: Trace, label: str) -> list[str]:
         if name in other.tensors and a.tensors[name].shape != other.tensors[name].shape:
             shapes = f"{list(a.tensors[name].shape)} against {list(other.tensors[name].shape)}"
             number = trace_layout.routing_of(name)
-            place = "" if number is None else f" (experts a token of decoder layer {number}, model.layers.{number - 1})"
+            place = "" if number is None else f" (experts a token in model.layers.{number - 1})"
             reasons.append(f"shape of {name}{place} differs from {label}: {shapes}.")
     return reasons
 

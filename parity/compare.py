@@ -6,6 +6,7 @@ NumPy and safetensors alone, so a trace from a TPU job is compared wherever a pe
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -15,19 +16,20 @@ import numpy as np
 
 from parity import trace_layout
 from parity.case import Case
-from parity.comparability import find_reasons, listed
+from parity.comparability import find_reasons
 from parity.comparison import Comparison
 from parity.decidable import LOGITS, compare_generated, count_top1, picks
 from parity.divergence import first_divergence
 from parity.findings import Probe, TensorRow
-from parity.nearest import nearest, outstanding
+from parity.nearest import parts_of
 from parity.profile import profile
 from parity.reproduce import bisect_command
 from parity.router_flips import Router, study
 from parity.rows import judge_tensor
 from parity.sensitivity import study_probes
 from parity.trace import Trace
-from parity.verdict import Evidence, decide, likeness
+from parity.verdict import Evidence, decide
+from parity.wording import joined
 
 Given = Trace | str | os.PathLike[str]
 
@@ -64,9 +66,12 @@ def compare(a: Given, b: Given, oracle: Given | None = None, *, oracle_b: Given 
     reasons, notes = find_reasons(a, b, oracles)
     case = Case(a, b, oracle, oracle_b)
     if reasons:
-        summary = "Not comparable: " + " ".join(f"({number}) {text}" for number, text in enumerate(reasons, 1))
+        headline = f"{case.labels[0]} and {case.labels[1]} cannot be compared"
+        told = [f"({number}) {text}" if len(reasons) > 1 else text for number, text in enumerate(reasons, 1)]
+        summary = f"{headline}: {' '.join(told)}"
         return Comparison(
             verdict="INVALID",
+            headline=headline,
             summary=summary,
             labels=case.labels,
             meta=_meta(case),
@@ -106,13 +111,13 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
     looks = profile(case, evidence.rows, evidence.divergence, router, evidence.top1, router.report)
     decision = decide(evidence)
     has_failed = decision.verdict == "FAIL"
-    alike = outstanding(nearest(looks)) if has_failed and looks else None
     command = bisect_command(case, evidence.divergence) if has_failed else None
     return Comparison(
         verdict=decision.verdict,
         cause=decision.cause,
         whose=decision.whose,
-        summary=decision.summary + (f" {likeness(alike)}" if alike else ""),
+        headline=decision.headline,
+        summary=decision.summary,
         labels=case.labels,
         meta=_meta(case),
         dtype=evidence.dtype,
@@ -126,9 +131,11 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         routing=router.report,
         probes=evidence.probes,
         profile=looks if has_failed else None,
+        parts=_parts(case),
+        text_path=case.text_path,
         commands=(command,) if command else (),
         reasons=decision.reasons,
-        notes=tuple(notes + _notes(case, router, evidence.probes)),
+        notes=tuple(notes + _notes(case, router, evidence.probes, has_failed=has_failed)),
         token_used=pictures,
     )
 
@@ -142,11 +149,18 @@ def _worst_token(evidence: Evidence) -> Any:
     return min(tokens, key=lambda token: token.margin, default=None)
 
 
+def _parts(case: Case) -> tuple[str, ...] | None:
+    """What is known of the architecture; None where the traces say nothing of it."""
+    routers = {".mlp.gate"} if trace_layout.routing_layers(case.a.tensors) else set()
+    return tuple(sorted(parts_of(case.modules) | routers)) if case.modules else None
+
+
 def _has_digests(case: Case) -> bool:
     return all(trace.meta.get("weights") for trace in (case.a, case.b))
 
 
-def _notes(case: Case, router: Router, probes: tuple[Probe, ...]) -> list[str]:
+def _notes(case: Case, router: Router, probes: tuple[Probe, ...], *, has_failed: bool) -> list[str]:
+    """What a reader should know beside the verdict; of a failure not what else would have been seen."""
     notes = []
     if case.oracle_a is None:
         notes.append(
@@ -155,15 +169,17 @@ def _notes(case: Case, router: Router, probes: tuple[Probe, ...]) -> list[str]:
         )
     else:
         direct = [name for name in case.names if not case.has_oracle(name)]
-        if not case.oracle_a.meta.get("probes"):
+        if not case.oracle_a.meta.get("probes") and not has_failed:
             notes.append("the oracle tried no faults, so how small a one this run would have seen is unknown.")
         if direct:
-            notes.append(f"the oracle lacks {listed(direct)}: only the distance of the two is judged there.")
-    absorbed = [probe.module for probe in probes if probe.kind == "noise"]
-    if absorbed:
+            lacking = joined([case.module_of(name) for name in direct])
+            notes.append(f"the oracle lacks {lacking}: only the distance of the two is judged there.")
+    absorbed = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", probe.module) for probe in probes if probe.kind == "noise")
+    if absorbed and not has_failed:
+        digests = ", and are equal" if _has_digests(case) else ", but are not in both traces"
         notes.append(
-            f"a wrong scale of {listed(absorbed)} is taken out again by a norm behind it, so no activation shows it:"
-            f" digests of the weights do{', and are equal' if _has_digests(case) else ', but are not in both traces'}."
+            f"a wrong scale of {joined(list(absorbed))} is taken out again by a norm behind it, so no activation shows"
+            f" it: digests of the weights do{digests}."
             " Noise was tried there instead."
         )
     traces = {"the first trace": case.a, "the second trace": case.b, "the oracle": case.oracle_a}

@@ -11,6 +11,8 @@ import numpy as np
 
 from parity.findings import Divergence, Generated, Probe, Routing, TensorRow, TokenError, Top1
 from parity.ruler import Cause, Limits, Side
+from parity.trace_layout import module_of
+from parity.wording import cause_word
 
 if TYPE_CHECKING:
     from parity.case import Case
@@ -31,11 +33,16 @@ class Comparison:
     In a notebook it shows itself, and ``table``, ``plot_layers``, ``token``, ``heat`` and ``inject`` look closer.
 
     Attributes:
+        headline: the same in one clause: whose fault it is and where. summary: this, and then why.
         cause: what a FAIL is; on other verdicts what kept it from being a plain pass (``tie``, ``router flip``).
         whose: the side at fault, ``a`` is ours and ``b`` the peer; None when nobody is, or nobody knows.
         labels: what a and b are called. meta: facts about them (and the oracle), without digests.
         probes: faults that the oracle tried, and whether they would have been seen here; empty where it tried none.
         profile: of a FAIL with an oracle, what it looks like (``parity.profile``), for ``nearest_mutant``.
+        parts: of the architecture (``parity.nearest.PARTS``); planted bugs of others are left out. None: not known.
+        text_path: where the checkpoint has its text model, so ``model`` of ``model.layers.3``.
+        experiment: what was done to one side on purpose, where that was: then the verdict is of the experiment, not of
+            the backends as they are.
         commands: what shows a FAIL again, and takes it apart.
         reasons: why an INVALID, INCONCLUSIVE or SKIP is one. notes: what a reader should know beside the verdict.
         token_used: share of its limit that every token used, float32 [B, T] by tensor; NaN where not judged.
@@ -47,6 +54,8 @@ class Comparison:
     summary: str
     cause: Cause | None = None
     whose: Side | None = None
+    headline: str = ""
+    experiment: str | None = None
     labels: tuple[str, str] = ("a", "b")
     meta: tuple[dict[str, Any], ...] = ()
     dtype: str = ""
@@ -60,6 +69,8 @@ class Comparison:
     routing: Routing | None = None
     probes: tuple[Probe, ...] = ()
     profile: dict[str, float] | None = None
+    parts: tuple[str, ...] | None = None
+    text_path: str = "model"
     commands: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -75,13 +86,40 @@ class Comparison:
     @classmethod
     def skipped(cls, reason: str) -> Comparison:
         """A comparison that could not take place, because a device or a backend is missing."""
-        return cls(verdict="SKIP", summary=f"Skipped: {reason}", reasons=(reason,))
+        return cls(verdict="SKIP", headline="Skipped", summary=f"Skipped: {reason}", reasons=(reason,))
+
+    @property
+    def detail(self) -> str:
+        """The summary without the headline."""
+        return self.summary.removeprefix(self.headline).lstrip(".: ")
+
+    @property
+    def kind(self) -> str:
+        """The verdict as a reader is told it: ``PASS``, ``FAIL (bug)``; an experiment is said to be one."""
+        word = cause_word(self.cause)
+        told = self.verdict + (f" ({word})" if word else "")
+        return f"EXPERIMENT, {told}" if self.experiment else told
+
+    @property
+    def worst_row(self) -> TensorRow | None:
+        """The tensor to look at: the first that fails, since later ones inherit from it, else nearest to its limit."""
+        judged = [row for row in self.rows if row.verdict != "SKIP"]
+        first = self.divergence.tensor if self.divergence else None
+        return next((row for row in judged if row.name == first), max(judged, key=lambda row: row.used, default=None))
+
+    def module_of(self, tensor: str) -> str:
+        """The module whose result a tensor of the trace is: what a reader knows it by."""
+        return module_of(tensor, self.text_path)
 
     def nearest_mutant(self, count: int = 3) -> list[Likeness]:
-        """The planted bugs that this failure looks most like, by falling similarity; none where nothing failed."""
-        from parity.nearest import nearest  # reads its library
+        """The planted bugs that this failure looks most like, by falling similarity; none where nothing failed.
 
-        return nearest(self.profile)[:count] if self.profile else []
+        Only those that a model of this architecture can have, and no match that is not a good one.
+        """
+        from parity.nearest import FLOOR, nearest  # reads its library
+
+        found = nearest(self.profile, parts=self.parts)[:count] if self.profile else []
+        return [one for one in found if one.similarity >= FLOOR]
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON values; NaN and infinities become strings, since JSON has none."""
@@ -131,7 +169,7 @@ class Comparison:
     def heat(self, name: str | None = None) -> Heat:
         """Tokens by rows, coloured by the share of its limit that each uses; None: the rows, and the worst by tensor.
 
-        ``name``: a tensor of the trace (``hidden_states.7``), or the layer it is read after (``layers.6``).
+        ``name``: the module whose result to look at (``layers.6``, ``lm_head``), or a tensor of the trace.
 
         Raises:
             ValueError: that tensor was not judged; says which were.

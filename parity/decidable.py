@@ -1,7 +1,8 @@
 """Tokens: who picks which, counted only where rounding cannot decide it.
 
-A token is decidable when the reference's margin between its two best logits is above twice the largest error that the
-other backend shows: no rounding of that size can turn it. There 100 % agreement is owed; elsewhere a difference is a
+A token is decidable when the reference's margin between its two best logits is above twice the largest error of the
+side that shows less of it: no rounding of that size can turn it, and what the other side is off beyond that is no
+rounding, so it excuses neither. There 100 % agreement is owed; elsewhere a difference is a
 tie and proves nothing.
 """
 
@@ -67,11 +68,14 @@ def _margin(logits_NV: np.ndarray) -> np.ndarray:
 
 
 def count_top1(found: tuple[Picks, ...], keep: np.ndarray) -> tuple[Top1, ...]:
-    """Hold each side's picks against its reference's, with the other side's error for a bound."""
+    """Hold each side's picks against its reference's, with the error of the better side for a bound of both.
+
+    So an innocent side is judged by its own error, and a guilty one by what rounding is seen to do.
+    """
     places = np.argwhere(keep)
+    bound = min((one.error for one in found), default=0.0)
     out = []
     for index, one in enumerate(found):
-        bound = found[1 - index].error if len(found) == 2 else one.error
         decidable = one.margin > 2 * bound
         same = one.own == one.reference
         missed = places[decidable & ~same]

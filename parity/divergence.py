@@ -34,6 +34,7 @@ def first_divergence(case: Case, rows: Sequence[TensorRow]) -> Divergence | None
     usual = [_usual_growth(case, rows, by_tensor, side, i) for i in range(index + 1)]
     # What fails may have been handed down: the step to look at is the one that stands out most on the way here.
     step = max(range(index + 1), key=lambda i: growths[i] / usual[i])
+    stands_out = growths[step] > STEP * usual[step]
     inherited = min(after, before * usual[index])
     return Divergence(
         tensor=row.name,
@@ -47,7 +48,9 @@ def first_divergence(case: Case, rows: Sequence[TensorRow]) -> Divergence | None
         usual_growth=usual[index],
         inherited=inherited,
         local=math.inf if math.isinf(after) else math.sqrt(after**2 - inherited**2),
-        suspect=rows[step].name if growths[step] > STEP * usual[step] else None,
+        suspect=rows[step].name if stands_out else None,
+        module=row.module,
+        suspect_module=rows[step].module if stands_out else None,
     )
 
 

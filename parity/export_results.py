@@ -14,9 +14,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from parity.comparison import EXIT_CODES, Comparison, Verdict
-from parity.comparison_text import number
 from parity.events import EventResult, timeline
 from parity.findings import TensorRow
+from parity.nearest import looks_like
+from parity.wording import cause_word, number, share
 
 Comparisons = Sequence[tuple[str, Comparison]]
 _SEVERITY: tuple[Verdict, ...] = ("FAIL", "INVALID", "INCONCLUSIVE", "PASS", "SKIP")
@@ -65,15 +66,16 @@ def to_markdown(comparisons: Comparisons, events: Sequence[EventResult] = ()) ->
     """A summary for a pull request or a CI job page."""
     lines = []
     for title, comparison in comparisons:
-        lines += [f"### {_MARKS[comparison.verdict]} {_cell(title)}: {comparison.verdict}", "", comparison.summary, ""]
+        lines += [f"### {_MARKS[comparison.verdict]} {_cell(title)}: {comparison.kind}", "", comparison.summary, ""]
+        lines += [f"Experiment: {comparison.experiment}", ""] if comparison.experiment else []
         lines += [f"`{command}`" for command in comparison.commands] + ([""] if comparison.commands else [])
         if comparison.rows:
             a, b = (_cell(label) for label in comparison.labels)
-            lines += [f"| tensor | e({a}) | e({b}) | {a} to {b} | limit | margin | |", "|---|--:|--:|--:|--:|--:|---|"]
+            lines += [f"| output of | e({a}) | e({b}) | {a} to {b} | limit | used | |", "|---|--:|--:|--:|--:|--:|---|"]
             lines += [_markdown_row(row) for row in comparison.rows]
             lines.append("")
-        alike = [f"{one.name} ({one.says}), {one.similarity:.2f}" for one in comparison.nearest_mutant()]
-        notes = [*(["looks like " + "; ".join(alike)] if alike else []), *comparison.notes]
+        alike = [f"looks like {looks_like(comparison.nearest_mutant())}"] if comparison.profile else []
+        notes = [*alike, *comparison.notes]
         lines += [f"- {_cell(note)}" for note in notes] + ([""] if notes else [])
     if events:
         backends, rows = timeline(events)
@@ -97,6 +99,7 @@ _KINDS = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 def _case_of_row(title: str, row: TensorRow) -> ElementTree.Element:
     case = ElementTree.Element("testcase", classname=_clean(title), name=row.name)
     values: dict[str, Any] = {
+        "used": row.used,
         "margin": row.margin,
         "token_margin": row.token_margin,
         "limit": row.limit,
@@ -129,6 +132,7 @@ def _properties_of(comparison: Comparison) -> dict[str, Any]:
     """Of a verdict: how near the nearest limit was, how small a fault would have been seen, what it looks like."""
     judged = [min(row.margin, row.token_margin) for row in comparison.rows if row.verdict != "SKIP"]
     found: dict[str, Any] = {"margin": min(judged)} if judged else {}
+    found |= {"experiment": comparison.experiment} if comparison.experiment else {}
     if comparison.probes:
         found |= {"places_seen": sum(probe.is_seen for probe in comparison.probes), "places": len(comparison.probes)}
         found["least_fault_seen"] = max(probe.least for probe in comparison.probes)
@@ -169,8 +173,8 @@ def _cell(text: str) -> str:
 
 def _markdown_row(row: TensorRow) -> str:
     numbers = " | ".join(number(value) for value in (row.e_a, row.e_b, row.direct, row.limit))
-    last = row.verdict if row.cause is None else f"**{row.verdict}** {row.cause}"
-    return f"| `{row.name}` | {numbers} | {min(row.margin, row.token_margin):.0%} | {last} |"
+    last = row.verdict if row.cause is None else f"**{row.verdict}** {cause_word(row.cause)}"
+    return f"| `{row.module}` | {numbers} | {share(row.used)} | {last} |"
 
 
 def _markdown_event(result: EventResult | None) -> str:

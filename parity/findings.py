@@ -28,6 +28,7 @@ class TensorRow:
 
     Attributes:
         layer: decoder layer it is read after, from 1; 0 the embeddings; None after the layers.
+        module: whose result it is, by its path in the checkpoint.
         basis: ``oracle``, or ``direct`` where no oracle has this tensor (then e_a and e_b are None).
         tokens: how many were judged; the rest is padding or follows a router flip.
         direct: relative L2 distance of a and b. ratio: the larger error over the smaller (or over the floor).
@@ -53,6 +54,12 @@ class TensorRow:
     blame: Side | None = None
     worst_token: TokenError | None = None
     nonfinite: str | None = None
+    module: str = ""
+
+    @property
+    def used(self) -> float:
+        """The share of its limit that it uses, above 1 where it fails: the worse of itself and of its worst token."""
+        return 1 - min(self.margin, self.token_margin)
 
     @property
     def by_token(self) -> bool:
@@ -71,6 +78,7 @@ class Divergence:
         inherited: what ``before`` would have become at the usual growth; local: the rest, in quadrature.
         suspect: the tensor on the way here over which the error grew out of the ordinary, so where to look; None when
             no step stands out.
+        module, suspect_module: the same two by their paths in the checkpoint.
     """
 
     tensor: str
@@ -85,6 +93,8 @@ class Divergence:
     inherited: float
     local: float
     suspect: str | None
+    module: str = ""
+    suspect_module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,7 @@ class Top1:
     """Top-1 agreement of one side with its reference, on the tokens where rounding cannot decide it.
 
     Attributes:
-        bound: largest absolute logit error that the other side shows (or the lid allows).
+        bound: largest absolute logit error of the side that shows less of it (or what the lid allows).
         decidable: tokens whose reference margin is above 2 * bound; agree: those with the reference's top-1.
         ties: the others, which prove nothing; ties_agree: of those.
         first_miss: (row, position) of the first decidable token that disagrees.
@@ -135,7 +145,7 @@ class Routing:
         tokens: unpadded tokens; excluded: those of the logits at or after a flip of their row.
         first: (decoder layer, row, position) of the first flip that excludes.
         broken: what is wrong with a router, when the flips are too many for rounding.
-        broken_side: whose.
+        broken_side: whose. broken_module: the router's path.
     """
 
     layer_tokens: int
@@ -147,6 +157,7 @@ class Routing:
     first: tuple[int, int, int] | None = None
     broken: str | None = None
     broken_side: Side | None = None
+    broken_module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

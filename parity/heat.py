@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Collection
 
 import numpy as np
 
-from parity.chart import short_name
 from parity.comparison import Comparison
-from parity.comparison_text import times
+from parity.wording import short_name, told_share
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
 LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
 COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
 LABELLED = 16  # lines named along the edge, at most
-WIDTH, LEFT, CELL = 1040, 54, 11
+WIDTH, LEFT, RIGHT, CELL = 1040, 62, 14, 11
+TICK = 40.0  # pixels between two numbers along the positions, at least
 GLYPHS = "\u00b7\u2591\u2592\u2593xX# "  # by level; the last, level -1, is what was not judged
 TEXT_COLUMNS = 96
 
 
 def heat_map(comparison: Comparison) -> str:
     """The strips of all batch rows, and tensor by tensor the row with the worst token; empty without any token."""
-    used = {name: array for name, array in comparison.token_used.items() if array.size and array.shape[1]}
+    named = {comparison.module_of(name): array for name, array in comparison.token_used.items()}
+    used = {name: array for name, array in named.items() if array.size and array.shape[1]}
     worst = comparison.worst_token
     if not used or worst is None:
         return ""
@@ -37,11 +39,13 @@ def heat_map(comparison: Comparison) -> str:
     strips = len(lines)
     lines += _by_tensor({name: array[worst.row] for name, array in padded.items()})
     rows = "every row, then " if batch > 1 else ""
-    title = f"<h3>Tokens: share of the limit used, {rows}row {worst.row} tensor by tensor</h3>"
+    title = f"<h3>Tokens: share of its limit that each uses, {rows}row {worst.row} module by module</h3>"
     css = "mark-text" if worst.margin < 0 else "calm"
-    line = strips + list(padded).index(worst.tensor) // _group(padded)
+    module = comparison.module_of(worst.tensor)
+    line = strips + list(padded).index(module) // _group(padded)
     drawn = _svg(lines, strips, (line, worst.position), css)
-    where = f"<p class='key'>Columns are positions. Framed: the worst token, of {html.escape(worst.tensor)}.</p>"
+    where = f"<p class='key'>Across: positions. Framed: position {worst.position} in {html.escape(module)}, which uses"
+    where += f" {told_share(1 - worst.margin)}, {'the most there' if css == 'mark-text' else 'the most of all'}.</p>"
     return f'<div class="heat">{title}{drawn}{where}{_legend()}</div>'
 
 
@@ -60,8 +64,8 @@ def heat_of(name: str, used_BT: np.ndarray) -> str:
     lines = [(f"row {index}", used_BT[index]) for index in chosen]
     css = "mark-text" if used_BT[row, position] > 1 else "calm"
     title = f"<h3>{html.escape(name)}: share of its limit that each token uses</h3>"
-    most = times(float(used_BT[row, position]))
-    where = f"<p class='key'>Columns are positions. Worst: row {row}, position {position}, {most} times its limit."
+    most = told_share(float(used_BT[row, position]))
+    where = f"<p class='key'>Across: positions. Framed, the worst: row {row}, position {position}, {most}."
     where += f" {len(order) - len(chosen)} rows that use less are left out." if len(order) > ROWS else ""
     drawn = _svg(lines, 0, (chosen.index(row), position), css)
     return f'<div class="heat">{title}{drawn}{where}</p>{_legend()}</div>'
@@ -73,7 +77,7 @@ def heat_text(name: str, used_BT: np.ndarray) -> str:
         return f"{name}: no token was judged"
     row, position = worst_place(used_BT)
     group = -(-used_BT.shape[1] // TEXT_COLUMNS)
-    head = f"{name}: worst at row {row}, position {position}, {times(float(used_BT[row, position]))} of its limit"
+    head = f"{name}: worst at row {row}, position {position}, {told_share(float(used_BT[row, position]))}"
     lines = ["".join(GLYPHS[level] for level in _levels(values, group)) for values in used_BT[:ROWS]]
     key = "  ".join(f"{glyph} {label}" for glyph, label in zip(GLYPHS, LABELS, strict=False))
     each = "" if group == 1 else f"  (a character is the worst of {group} positions)"
@@ -91,7 +95,7 @@ def _by_tensor(tensors: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
     names = list(tensors)
     group = _group(names)
     parts = [names[i : i + group] for i in range(0, len(names), group)]
-    return [(short_name(part[0]), np.fmax.reduce([tensors[name] for name in part])) for part in parts]
+    return [(html.escape(short_name(part[0])), np.fmax.reduce([tensors[name] for name in part])) for part in parts]
 
 
 def _pad(array: np.ndarray, width: int) -> np.ndarray:
@@ -104,7 +108,7 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
     length = len(lines[0][1])
     group = -(-length // COLUMNS)
     columns = -(-length // group)
-    size = min((WIDTH - LEFT) / columns, 26)
+    size = min((WIDTH - LEFT - RIGHT) / columns, 26)
     paths: dict[int, list[str]] = {}
     texts, y, ring = [], 14, ""
     every = -(-len(lines) // LABELLED)
@@ -120,15 +124,32 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
             paths[level].append(f"h{-((end - start) * size - 0.7):.1f}z")
         if index == worst[0]:
             kind, x = "frame over" if css == "mark-text" else "frame", LEFT + (position // group) * size - 1
-            ring = f'<rect class="{kind}" x="{x:.1f}" y="{y - 1}" width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"/>'
+            box = f'x="{x:.1f}" y="{y - 1}" width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"'
+            ring = f'<rect class="halo" {box}/><rect class="{kind}" {box}/>'  # to be seen on pale and on dark cells
         y += CELL
     drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))
     at = LEFT + (position // group + 0.5) * size
-    mark = f'<text class="{css}" x="{at:.1f}" y="10" text-anchor="middle">\u25be {position}</text>'
-    width = LEFT + columns * size  # a short sequence is drawn small, not stretched
-    head = f'<svg viewBox="0 0 {width:.0f} {y + 4}" style="max-width:{width:.0f}px" role="img"'
+    width = LEFT + columns * size + RIGHT  # a short sequence is drawn small, not stretched
+    near_end = at > width - 30  # the number goes where it has room
+    x, side = (at + 4, "end") if near_end else (at - 4, "start")
+    told = f"{position} \u25be" if near_end else f"\u25be {position}"
+    mark = f'<text class="{css}" x="{x:.1f}" y="10" text-anchor="{side}">{told}</text>'
+    texts += _ticks(length, group, size, y)
+    head = f'<svg viewBox="0 0 {width:.0f} {y + 18}" style="max-width:{width:.0f}px" role="img"'
     head += ' aria-label="heat map of tokens">'
     return f'<div class="scroll">{head}{mark}{"".join(texts)}{drawn}{ring}</svg></div>'
+
+
+def _ticks(length: int, group: int, size: float, y: int) -> list[str]:
+    """Numbers of positions under the cells, as many as there is room for."""
+    step = next((s for s in (1, 2, 4, 8, 16, 32, 64) if s / group * size >= TICK), 0)
+    step = step or 128 * math.ceil(TICK * group / size / 128)
+    parts = []
+    for position in range(0, length, step):
+        x = LEFT + (position // group + 0.5) * size
+        parts.append(f'<path class="grid" d="M{x:.1f} {y + 1}v4"/>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 14}" text-anchor="middle">{position}</text>')
+    return parts
 
 
 def _levels(values: np.ndarray, group: int) -> np.ndarray:

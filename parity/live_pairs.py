@@ -71,11 +71,11 @@ class LivePair:
             trace = record_backend(replace(target, inject={path: given}), self.inputs)
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
-        note = f"{target.name} went on from {source.name}'s value at {path}, and what follows was judged: "
-        return replace(after, notes=(note + _told(before, after), *after.notes))
+        done = f"{target.name} went on from {source.name}'s output of {path} in the place of its own"
+        return replace(after, experiment=f"{done}, and what follows was judged: {_told(before, after, path)}")
 
     def path_of(self, given: str) -> str:
-        """The module path of what a user calls ``layers.7`` or ``hidden_states.8``."""
+        """The module path of what a user calls ``layers.7``, or a tensor of the trace."""
         paths = {name: path for path, name in trace_names(self.checkpoint).items()}
         text = self.checkpoint.config.text_paths[0]
         is_short = given.partition(".")[0] in ("layers", "embed_tokens", "norm")
@@ -166,10 +166,10 @@ def _after(path: str, trace: Trace) -> Trace:
     return Trace({name: array for name, array in trace.tensors.items() if name not in names}, trace.meta)
 
 
-def _told(before: Comparison, after: Comparison) -> str:
+def _told(before: Comparison, after: Comparison, path: str) -> str:
     """What the second comparison says about the first."""
     if before.verdict != "FAIL":
-        return "all was within its limits before, too."
+        return "all was within its limits before, too"
     if after.verdict == "FAIL":
-        return "it is still wrong, so something after it is wrong by itself."
-    return "it is right, so what was wrong came from there or from before."
+        return f"still wrong, so something after {path} is wrong by itself"
+    return f"right, so what was wrong came from {path} or from before it"

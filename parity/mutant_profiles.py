@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from loaders import open_checkpoint
 from parity.mutant_bench import Subject, as_trace, forward, load, record
 from parity.mutants import Mutant, all_mutants
+from parity.nearest import parts_of
 from parity.oracle import oracle_forward
 from parity.trace import Trace
 from parity.zoo import make_checkpoint, prompts
@@ -76,24 +77,30 @@ def profiled() -> list[Mutant]:
     return [m for m in known if m.detector is forward and "torch" in m.backends and not m.equivalent and not m.refusal]
 
 
-def make_library(mutants: Iterable[Mutant], settings: Iterable[tuple[int, int]] = SETTINGS) -> dict[str, Any]:
+def make_library(mutants: Iterable[Mutant], settings: Sequence[tuple[int, int]] = SETTINGS) -> dict[str, Any]:
     """Profiles of ``mutants`` in every setting, as ``parity.nearest.as_library`` takes them."""
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
+    parts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as directory:
         profiler = Profiler(Path(directory))
         for mutant in mutants:
             profiles = [profiler.profile(mutant, seed, layers) for seed, layers in settings]
             if kept := [one for one in profiles if one]:
                 found[mutant.name] = mutant.says, kept
-    return as_document(found)
+                path, _, _ = profiler.clean(deepened(mutant.subject, settings[0][1]), settings[0][0])
+                parts[mutant.name] = sorted(parts_of(open_checkpoint(path).tensors))
+    return as_document(found, parts)
 
 
-def as_document(found: Mapping[str, tuple[str, list[dict[str, float]]]]) -> dict[str, Any]:
-    """Profiles by mutant, with the features' names said once."""
+def as_document(
+    found: Mapping[str, tuple[str, list[dict[str, float]]]], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Profiles by mutant, with the features' names said once, and the parts that its model has."""
     features = sorted({feature for _, profiles in found.values() for one in profiles for feature in one})
     mutants = {
         name: {
             "says": says,
+            "parts": list(parts[name]),
             "profiles": [[round(one.get(feature, 0.0), 2) for feature in features] for one in profiles],
         }
         for name, (says, profiles) in sorted(found.items())

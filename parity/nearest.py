@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from parity.wording import joined
+
 LIBRARY = "mutant_profiles.json"
+FLOOR = 0.6  # less alike is no match: profiles left out of the library are recognised in 45 % of cases, in 63 % above
+TIE = 0.05  # mutants so near each other cannot be told apart
+# Parts of an architecture, as their weights are called: a bug in a part is none of a model that lacks it.
+PARTS = (".mlp.gate", ".shared_expert", ".linear_attn", ".pre_feedforward_layernorm", ".q_proj.bias")
 NAMED = 0.7  # as similar as this, and
 AHEAD = 0.1  # so much more than the next, to be named without being asked: then 19 of 20 are right, else 2 of 3
 WIDTH = 0.5  # root mean square distance of two profiles, in standard deviations, at which they are 0.6 alike
@@ -22,7 +28,12 @@ WIDTH = 0.5  # root mean square distance of two profiles, in standard deviations
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """A mutant that a failure looks like. ``says``: what its bug is. ``similarity``: 1 is the same profile, 0 none."""
+    """A mutant that a failure looks like.
+
+    Attributes:
+        says: what its bug is.
+        similarity: of the two patterns of errors over layers, tokens and channels: 1 is the same one, 0 none in common.
+    """
 
     name: str
     says: str
@@ -31,10 +42,14 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Library:
-    """Profiles of mutants: [n, features], each feature divided by its standard deviation over all."""
+    """Profiles of mutants: [n, features], each feature divided by its standard deviation over all.
+
+    ``parts``: what of ``PARTS`` a model needs to have, by mutant.
+    """
 
     names: tuple[str, ...]
     says: Mapping[str, str]
+    parts: Mapping[str, frozenset[str]]
     features: tuple[str, ...]
     profiles: np.ndarray
     scales: np.ndarray
@@ -49,24 +64,38 @@ def library() -> Library:
 
 
 def as_library(document: Mapping[str, Any]) -> Library:
-    """A library from its document: ``features`` by name, and of every mutant what it ``says`` and its ``profiles``."""
+    """A library from its document: ``features`` by name, and of every mutant ``says``, ``parts`` and ``profiles``."""
     mutants: dict[str, Any] = document["mutants"]
     pairs = [(name, values) for name, entry in mutants.items() for values in entry["profiles"]]
     profiles = np.array([values for _, values in pairs], float)
     scales = np.maximum(profiles.std(axis=0), 0.05)  # of a feature that hardly varies, noise is not to be blown up
     says = {name: str(entry["says"]) for name, entry in mutants.items()}
-    return Library(tuple(name for name, _ in pairs), says, tuple(document["features"]), profiles / scales, scales)
+    parts = {name: frozenset(entry.get("parts", ())) for name, entry in mutants.items()}
+    names, features = tuple(name for name, _ in pairs), tuple(document["features"])
+    return Library(names, says, parts, features, profiles / scales, scales)
 
 
-def nearest(profile: Mapping[str, float], among: Library | None = None) -> list[Likeness]:
-    """Every mutant by falling similarity; of several profiles of one, its nearest."""
+def parts_of(modules: Iterable[str]) -> frozenset[str]:
+    """Which of ``PARTS`` a model has, from the names of its weights or modules."""
+    names = [f"{name}." for name in modules]
+    return frozenset(part for part in PARTS if any(f"{part}." in name for name in names))
+
+
+def nearest(
+    profile: Mapping[str, float], among: Library | None = None, *, parts: Collection[str] | None = None
+) -> list[Likeness]:
+    """Every mutant by falling similarity; of several profiles of one, its nearest.
+
+    ``parts``: of the model that failed: mutants of others are left out. None: they are unknown, so none is left out.
+    """
     among = library() if among is None else among
     own = np.array([profile.get(feature, 0.0) for feature in among.features]) / among.scales
     distances = np.sqrt(np.square(among.profiles - own).mean(axis=1))
     best: dict[str, float] = {}
     for name, distance in zip(among.names, distances, strict=True):
         best[name] = min(best.get(name, math.inf), float(distance))
-    order = sorted(best, key=lambda name: best[name])
+    possible = [name for name in best if parts is None or among.parts[name] <= set(parts)]
+    order = sorted(possible, key=lambda name: best[name])
     return [Likeness(name, among.says[name], math.exp(-0.5 * (best[name] / WIDTH) ** 2)) for name in order]
 
 
@@ -75,3 +104,17 @@ def outstanding(found: list[Likeness]) -> Likeness | None:
     if not found or found[0].similarity < NAMED:
         return None
     return found[0] if len(found) == 1 or found[0].similarity - found[1].similarity >= AHEAD else None
+
+
+def looks_like(found: list[Likeness]) -> str:
+    """What a failure looks like, in half a sentence a reader who has seen no such number understands."""
+    alike = [one for one in found if one.similarity >= FLOOR]
+    if not alike:
+        return "no planted bug: none leaves errors over layers and tokens in a pattern that is a good match"
+    ties = [one for one in alike if alike[0].similarity - one.similarity <= TIE]
+    told = [f"{one.name} ({one.says})" for one in {one.says: one for one in reversed(ties)}.values()][::-1]
+    which = "the planted bug" if len(told) == 1 else "planted bugs too alike to tell apart:"
+    return (
+        f"{which} {joined(told, 'or')}: its errors over layers and tokens have a pattern {alike[0].similarity:.0%} like"
+        " this one's (100% is the same)"
+    )

@@ -19,7 +19,6 @@ from parity.heat import heat_map, heat_of, heat_text
 from parity.report_parts import timeline_table
 from parity.report_style import framed, standalone_svg
 from parity.report_tables import tensor_rows
-from parity.trace_layout import layer_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # pyright: ignore[reportMissingImports]
@@ -34,7 +33,8 @@ class Table:
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns by name, one value for each tensor in the order of computation; errors are relative L2."""
         rows = self._comparison.rows
-        names = ("name", "layer", "e_a", "e_b", "direct", "ratio", "limit", "lid", "margin", "token_margin")
+        names = ("name", "module", "layer", "e_a", "e_b", "direct", "ratio", "limit", "lid")
+        names += ("used", "margin", "token_margin")
         columns = {name: [getattr(row, name) for row in rows] for name in names}
         columns |= {name: [getattr(row, name) for row in rows] for name in ("verdict", "cause", "blame", "tokens")}
         places = [(None, None) if row.worst_token is None else _place(row.worst_token) for row in rows]
@@ -95,15 +95,19 @@ class Heat:
 
     def __init__(self, comparison: Comparison, name: str | None = None) -> None:
         known = {one: used for one, used in comparison.token_used.items() if used.size}
-        self.name = None if name is None else _tensor(name, known)
+        self.name = None if name is None else _tensor(name, known, comparison)
         self._comparison = comparison
         self.used = known[self.name] if self.name else _worst(known)
 
     def __repr__(self) -> str:
-        return heat_text(self.name or "all tensors", self.used)
+        return heat_text(self._title, self.used)
+
+    @property
+    def _title(self) -> str:
+        return f"output of {self._comparison.module_of(self.name)}" if self.name else "all modules"
 
     def _repr_html_(self) -> str:
-        drawn = heat_map(self._comparison) if self.name is None else heat_of(self.name, self.used)
+        drawn = heat_map(self._comparison) if self.name is None else heat_of(self._title, self.used)
         return framed(drawn or "<p>No token was judged.</p>")
 
 
@@ -130,18 +134,18 @@ def _worst(known: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.fmax.reduce(padded) if padded else np.zeros((0, 0), np.float32)
 
 
-def _tensor(given: str, known: Mapping[str, np.ndarray]) -> str:
-    """The tensor that is read after a layer, where that is what was given.
+def _tensor(given: str, known: Mapping[str, np.ndarray], comparison: Comparison) -> str:
+    """The tensor that is the result of a module, where that is what was given.
 
     Raises:
         ValueError: nothing by that name was judged.
     """
-    if given in known:
-        return given
-    before, _, number = given.rpartition("layers.")
-    if number.isdigit() and before in ("", "model.") and f"hidden_states.{int(number) + 1}" in known:
-        return f"hidden_states.{int(number) + 1}"
-    deepest = [name for name in known if layer_of(name) is not None]
-    listed = [name for name in known if name not in deepest]
-    span = f"{deepest[0]} to {deepest[-1]}, " if deepest else ""
-    raise ValueError(f"{given!r} was not judged, expected one of {span}{', '.join(listed)}".rstrip(", ") + ".")
+    modules = {comparison.module_of(name): name for name in known}
+    path = given if given in modules else f"{comparison.text_path}.{given}"
+    if given in known or path in modules:
+        return modules.get(path, given)
+    layers = [path for path in modules if ".layers." in path]
+    span = [f"{layers[0]} to {layers[-1]}"] if len(layers) > 1 else layers
+    listed = [*(path for path in modules if path not in layers)]
+    listed[1:1] = span
+    raise ValueError(f"{given!r} was not judged, expected one of {', '.join(listed)}.")

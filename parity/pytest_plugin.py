@@ -115,11 +115,12 @@ def _on_comparison(item: pytest.Item, held: Held) -> str | None:
     item.user_properties.append((f"{name}.verdict", found.verdict))
     if margins:
         item.user_properties.append((f"{name}.margin", f"{min(margins):.6g}"))
+    again = None if found.verdict == "PASS" or not held.is_asserted else _keep(item, held)
     if item.config.option.parity_html is not None:
         from parity.plugin_report import of_comparison
 
-        item.stash[FOUND].append(of_comparison(held, item.nodeid))
-    return None if found.verdict == "PASS" or not held.is_asserted else _keep(item, held)
+        item.stash[FOUND].append(of_comparison(held, item.nodeid, again))
+    return again
 
 
 def _keep(item: pytest.Item, held: Held) -> str | None:

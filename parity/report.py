@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from parity.comparison import Comparison
 from parity.events import EventResult
 from parity.export_results import overall
-from parity.report_parts import comparison_section, glance, timeline_section
+from parity.report_parts import anchor, commands, comparison_section, glance, timeline_section
 from parity.report_style import CSS, framed
+from parity.wording import share
 
 WORDS = {
     "PASS": "Everything agrees",
@@ -18,6 +19,8 @@ WORDS = {
     "INCONCLUSIVE": "Inconclusive",
     "SKIP": "Nothing could be run",
 }
+NAMED = 4  # different values of one fact, at most
+Line = Mapping[str, str]  # of the index: title, verdict, kind, headline, used
 
 
 def render_html(
@@ -29,14 +32,17 @@ def render_html(
 ) -> str:
     """The report as one HTML document: inline styles and SVG, no scripts, nothing fetched.
 
-    ``facts`` are shown under the title: machine, versions, checkpoint, command.
+    ``facts`` are shown under the title, before those that the comparisons know: machine, checkpoint, command.
     """
+    known = merged([about(comparison) for _, comparison in comparisons])
+    is_alone = len(comparisons) == 1 and not events
     body = [
         banner(comparisons, events),
+        index([line_of(name, comparison) for name, comparison in comparisons]),
         timeline_section(events) if events else "",
-        *(comparison_section(name, comparison) for name, comparison in comparisons),
+        *(comparison_section(name, comparison, is_told=is_alone) for name, comparison in comparisons),
     ]
-    return render_page(title, body, facts)
+    return render_page(title, body, {**facts, **{k: v for k, v in known.items() if k not in facts}})
 
 
 def render_page(title: str, body: Sequence[str], facts: Mapping[str, str]) -> str:
@@ -59,9 +65,9 @@ def render_fragment(comparison: Comparison) -> str:
 
 
 def banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[EventResult]) -> str:
-    """The worst verdict in words, how many pass, and what the first of the others say."""
+    """What was found, and of one comparison why and what to run next; of several how many pass."""
     verdict = overall(comparisons, events)
-    lines = []
+    lines, word, after = [], WORDS[verdict], ""
     if events:
         counts = {name: sum(event.verdict == name for event in events) for name in ("pass", "fail", "skip")}
         told = [
@@ -71,10 +77,61 @@ def banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[Event
         ]
         lines.append(f"Lifecycle: {', '.join(told)} of {len(events)} events.")
     if len(comparisons) == 1:
-        lines.append(comparisons[0][1].summary)
+        found = comparisons[0][1]
+        if found.headline and not events:
+            word, after = found.headline, commands(found)
+        lines.append(found.detail if word == found.headline else found.summary)
+        lines += [f"Experiment: {found.experiment}."] if found.experiment else []
     elif comparisons:
-        found = [(name, comparison) for name, comparison in comparisons if comparison.verdict != "PASS"]
-        lines.append(f"Comparisons: {len(comparisons) - len(found)} of {len(comparisons)} pass.")
-        lines += [f"{name}: {comparison.summary}" for name, comparison in found[:3]]
+        passing = sum(comparison.verdict == "PASS" for _, comparison in comparisons)
+        lines.append(f"Comparisons: {passing} of {len(comparisons)} pass.")
     text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-    return f'<div class="banner {verdict.lower()}"><div class="word">{WORDS[verdict]}</div>{text}</div>'
+    return f'<div class="banner {verdict.lower()}"><div class="word">{html.escape(word)}</div>{text}{after}</div>'
+
+
+def line_of(title: str, comparison: Comparison) -> dict[str, str]:
+    """A comparison in the index."""
+    worst = comparison.worst_row
+    used = "" if worst is None else share(worst.used)
+    headline = comparison.headline or comparison.summary
+    return {"title": title, "verdict": comparison.verdict, "kind": comparison.kind, "headline": headline, "used": used}
+
+
+def index(lines: Sequence[Line]) -> str:
+    """Every comparison in a line that leads to its section, those that do not pass first; nothing of a single one."""
+    if len(lines) < 2:
+        return ""
+    rows = "".join(
+        f'<tr><td><span class="pill {html.escape(line["verdict"].lower())}">{html.escape(line["kind"])}</span></td>'
+        f'<td><a href="#{anchor(line["title"])}">{html.escape(line["title"])}</a></td>'
+        f'<td>{html.escape(line["headline"])}</td><td class="num">{html.escape(line["used"])}</td></tr>'
+        for line in sorted(lines, key=lambda line: line["verdict"] in ("PASS", "SKIP"))
+    )
+    head = '<tr><th></th><th>comparison</th><th>finding</th><th class="num">of its limit</th></tr>'
+    return f'<nav class="card"><div class="scroll"><table class="index">{head}{rows}</table></div></nav>'
+
+
+def about(comparison: Comparison) -> dict[str, str]:
+    """What was compared: backends with their versions, dtype, checkpoint, prompt."""
+    if len(comparison.meta) < 2:
+        return {}
+    told = []
+    for label, meta in zip(comparison.labels, comparison.meta, strict=False):
+        versions = ", ".join(f"{name} {version}" for name, version in (meta.get("versions") or {}).items())
+        told.append(f"{label}: {versions}" if versions else "")
+    names = dict.fromkeys(str(meta.get("checkpoint") or "") for meta in comparison.meta[:2])
+    shape = comparison.meta[0].get("shape") or []
+    tokens = max((row.tokens for row in comparison.rows), default=0)
+    prompt = f"{shape[0]} rows of {shape[1]} positions, {tokens} tokens judged" if len(shape) > 1 else ""
+    found = {"dtype": comparison.dtype, "checkpoint": ", ".join(filter(None, names)), "prompt": prompt}
+    return {key: value for key, value in (found | {"versions": "; ".join(filter(None, told))}).items() if value}
+
+
+def merged(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Facts of several comparisons: each value once, the first few of many."""
+    out: dict[str, str] = {}
+    for key in dict.fromkeys(key for one in facts for key in one):
+        values = list(dict.fromkeys(one[key] for one in facts if key in one))
+        more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
+        out[key] = "; ".join(values[:NAMED]) + more
+    return out

@@ -42,8 +42,8 @@ _DRAWN = """
 .tandem svg .pa{fill:var(--a)}
 .tandem svg .pb{fill:var(--b)}
 .tandem svg .ring{fill:none;stroke:var(--fail);stroke-width:2}
-.tandem svg .frame{fill:none;stroke:var(--ink);stroke-width:1.6}
-.tandem svg .frame.over{stroke:var(--fail)}
+.tandem svg .halo{fill:none;stroke:var(--card);stroke-width:5}
+.tandem svg .frame{fill:none;stroke:var(--ink);stroke-width:2.2}
 .tandem svg .mark{stroke:var(--fail);stroke-width:1;stroke-dasharray:2 3}
 .tandem svg .calm{fill:var(--ink);font-weight:650}
 .tandem svg .mark-text{fill:var(--fail);font-weight:650}
@@ -97,8 +97,18 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .bar i{display:block;height:100%}
 .tandem .key{font-size:12px;color:var(--muted)}
 .tandem .dot{display:inline-block;width:9px;height:9px;border-radius:2px;margin:0 5px 0 0}
-.tandem .head{display:flex;gap:12px;align-items:baseline;flex-wrap:wrap;margin:0 0 6px}
+.tandem .head{display:flex;gap:12px;align-items:baseline;flex-wrap:wrap;margin:0 0 10px}
 .tandem .head h2{margin:0}
+.tandem .headline{font-size:17px;font-weight:650;margin:0 0 8px}
+.tandem .experiment{border:1.5px dashed var(--warn);background:var(--warn-bg);border-radius:8px;padding:6px 12px;
+  margin:0 0 12px;max-width:92ch}
+.tandem .next{display:flex;gap:12px;align-items:baseline;margin:10px 0 12px}
+.tandem .next span{font-size:12px;letter-spacing:.06em;text-transform:uppercase;font-weight:600;color:var(--muted)}
+.tandem .next code{display:block;padding:4px 10px;margin:0 0 4px;border-radius:6px;background:var(--soft);
+  overflow-wrap:anywhere}
+.tandem .banner .next code{background:var(--card)}
+.tandem a{color:var(--a);text-decoration:none;overflow-wrap:anywhere}
+.tandem a:hover{text-decoration:underline}
 .tandem .sentence{margin:0 0 18px;max-width:92ch}
 .tandem .card>h2:first-child,.tandem .card>.heat:first-child{margin-top:0}
 .tandem .scroll+h3{margin-top:16px}
@@ -124,7 +134,7 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem tr.bad td{background:var(--fail-bg)}
 .tandem tr.differs td{background:var(--warn-bg)}
 .tandem .pair{table-layout:fixed}
-.tandem .pair th:first-child{width:24%}
+.tandem .pair th:first-child{width:37%}
 .tandem .pair td{overflow-wrap:anywhere}
 .tandem .flags{margin-top:22px}
 .tandem details{margin-top:14px}

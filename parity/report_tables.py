@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from parity.bisection import Bisection, columns
 from parity.comparison import Comparison
-from parity.comparison_text import number
 from parity.findings import TensorRow
+from parity.report_style import framed
 from parity.ruler import REASONS
-from parity.verdict import shown
+from parity.wording import cause_word, number, share, shown
 
 esc = html.escape
 ABSENT = "\u2013"
 HOW_TO_READ = (
-    "hidden_states.0 are the embeddings, hidden_states.i what decoder layer i (from 1; model.layers.i-1) hands on."
-    " Errors are relative L2 distances from the float64 oracle, over the tokens that count. Ratio: the larger error"
-    " over the smaller. Margin: what is left of the limit, negative where it is exceeded; for the tensor, and for its"
-    " worst token (row, position)."
+    "Each line is what a module hands on. Errors are relative L2 distances from the float64 oracle, over the tokens"
+    " that count. Used: the share of the limit, in percent or, where it is exceeded, in times; for the whole, and for"
+    " its worst token (row, position). The limit is that of the side nearer to its own."
 )
 
 
@@ -28,20 +28,22 @@ def flags_tables(comparison: Comparison) -> str:
         return ""
     sides = [_flat(meta) for meta in comparison.meta[:2]]
     lines: tuple[list[str], list[str]] = ([], [])
+    tinted = 0
     for key in sorted({*sides[0], *sides[1]}, key=_order):
         values = [side.get(key, ABSENT) for side in sides]
         shared = key.startswith("precision.") or key in ("dtype", "root", "input_hash", "shape")
         differs = shared and values[0] != values[1] and ABSENT not in values
         cells = "".join(f'<td class="mono">{esc(value)}</td>' for value in values)
         folded = not (differs or key in ("device", "dtype") or key.startswith("precision."))
+        tinted += differs
         lines[folded].append(f'<tr class="{"differs" if differs else ""}"><td>{esc(key)}</td>{cells}</tr>')
     head = "".join(f"<th>{esc(label)}</th>" for label in comparison.labels)
-    shown, rest = (
+    visible, rest = (
         f'<div class="scroll"><table class="pair"><tr><th></th>{head}</tr>{"".join(part)}</table></div>'
         for part in lines
     )
     return (
-        f'<div class="flags"><h3>Arithmetic; what differs is tinted</h3>{shown}</div>'
+        f'<div class="flags"><h3>Arithmetic{"; what differs is tinted" if tinted else ""}</h3>{visible}</div>'
         f"<details><summary>Versions, checkpoint, digests</summary>{rest}</details>"
     )
 
@@ -65,17 +67,17 @@ def _flat(meta: Mapping[str, Any]) -> dict[str, str]:
 def tensor_table(comparison: Comparison) -> str:
     """Every tensor, folded away."""
     return (
-        f"<details><summary>All {len(comparison.rows)} tensors in numbers</summary>{tensor_rows(comparison)}</details>"
+        f"<details><summary>All {len(comparison.rows)} modules in numbers</summary>{tensor_rows(comparison)}</details>"
     )
 
 
 def tensor_rows(comparison: Comparison) -> str:
     """A line for every tensor."""
     a, b = map(esc, comparison.labels)
-    heads = (f"error of {a}", f"error of {b}", f"{a} to {b}", "ratio", "limit", "margin", "worst token", "its margin")
+    heads = (f"error of {a}", f"error of {b}", f"{a} to {b}", "limit", "used", "worst token", "used there")
     head = "".join(f'<th class="num">{name}</th>' for name in heads)
     lines = "".join(_tensor_line(row) for row in comparison.rows)
-    table = f'<div class="scroll"><table><tr><th>tensor</th>{head}<th></th></tr>{lines}</table></div>'
+    table = f'<div class="scroll"><table><tr><th>output of</th>{head}<th></th></tr>{lines}</table></div>'
     return f"{table}<p class='key'>{esc(HOW_TO_READ)}</p>"
 
 
@@ -100,12 +102,12 @@ def probes_table(comparison: Comparison) -> str:
 
 def _tensor_line(row: TensorRow) -> str:
     token = f"{row.worst_token.row}, {row.worst_token.position}" if row.worst_token else ""
-    values = [number(row.e_a), number(row.e_b), number(row.direct), "" if row.ratio is None else f"{row.ratio:.2f}x"]
-    values += [number(row.limit), f"{row.margin:.0%}", token, f"{row.token_margin:.0%}"]
+    values = [number(row.e_a), number(row.e_b), number(row.direct), number(row.limit)]
+    values += [share(1 - row.margin), token, share(1 - row.token_margin)]
     cells = "".join(f'<td class="num">{value}</td>' for value in values)
-    last = esc(row.nonfinite or row.cause or row.verdict.lower())
+    last = esc(row.nonfinite or cause_word(row.cause) or row.verdict.lower())
     bad = ' class="bad"' if row.verdict == "FAIL" else ""
-    return f"<tr{bad}><td><code>{esc(row.name)}</code></td>{cells}<td>{last}</td></tr>"
+    return f"<tr{bad}><td><code>{esc(row.module)}</code></td>{cells}<td>{last}</td></tr>"
 
 
 def constants_table(comparison: Comparison) -> str:
@@ -115,8 +117,29 @@ def constants_table(comparison: Comparison) -> str:
         return ""
     values = {"u": limits.u, "k": limits.k, "k_token": limits.k_token, "c": limits.c}
     lines = "".join(
-        f"<tr><td><code>{k}</code></td><td>{v:.3g}</td><td>{esc(REASONS[k])}</td></tr>" for k, v in values.items()
+        f"<tr><td><code>{k}</code></td><td>{number(v)}</td><td>{esc(REASONS[k])}</td></tr>" for k, v in values.items()
     )
     how = "e(x) = \u2016x \u2212 oracle\u2016 / \u2016oracle\u2016 must stay under k \u00b7 max(e(other), u) and under"
     how += f" the lid c \u00b7 u \u00b7 \u221aL, L = {comparison.num_layers}, {esc(comparison.dtype)}."
     return f"<details><summary>The ruler</summary><p class='key'>{how}</p><table>{lines}</table></details>"
+
+
+def bisection_tables(found: Bisection) -> str:
+    """What a bisection found, for a notebook: the sentence, and from the model down each step by itself."""
+    tables = []
+    for name, steps in found.tables:
+        head, *rows = zip(*columns(steps, found.names), strict=True)
+        bad = [' class="bad"' if step.blame else "" for step in steps]
+        lines = "".join(f"<tr{mark}>{_cells('td', row)}</tr>" for mark, row in zip(bad, rows, strict=True))
+        table = f'<div class="scroll"><table><tr>{_cells("th", head)}</tr>{lines}</table></div>'
+        tables.append(f"<h3>{esc(name)}</h3>{table}")
+    notes = "".join(f"<li>{esc(note)}</li>" for note in found.notes)
+    tone = "pass" if found.culprit is None else "fail"
+    notes = f'<ul class="notes">{notes}</ul>' if notes else ""
+    return framed(f'<div class="banner {tone}"><p>{esc(found.summary)}</p></div>{notes}{"".join(tables)}')
+
+
+def _cells(tag: str, texts: Sequence[str]) -> str:
+    """A line of a table whose first column is text and whose others are numbers."""
+    first, *rest = texts
+    return f"<{tag}>{esc(first)}</{tag}>" + "".join(f'<{tag} class="num">{esc(text)}</{tag}>' for text in rest)

@@ -79,7 +79,7 @@ def study(case: Case) -> Router:
         return Router(None, (), None)
     against = [flips for flips in (flips_a, flips_b) if flips]
     excluding = tuple(against) if against else (between,)
-    broken, side = _broken(case, flips_a, flips_b, between, mask)
+    broken, side, layer = _broken(case, flips_a, flips_b, between, mask)
     router = Router(None, excluding, between)
     report = Routing(
         layer_tokens=int(mask.sum()) * len(between.sets),
@@ -91,6 +91,7 @@ def study(case: Case) -> Router:
         first=_first(excluding),
         broken=broken,
         broken_side=side,
+        broken_module=None if layer is None else f"{case.module_of(f'hidden_states.{layer}')}.mlp.gate",
     )
     return Router(report, excluding, between)
 
@@ -107,14 +108,16 @@ def _first(excluding: tuple[Flips, ...]) -> tuple[int, int, int] | None:
 
 def _broken(
     case: Case, flips_a: Flips | None, flips_b: Flips | None, between: Flips, mask: np.ndarray
-) -> tuple[str | None, Side | None]:
-    """What is wrong with a router and whose it is: seen against an oracle that ran free, else only between the two."""
+) -> tuple[str | None, Side | None, int | None]:
+    """What is wrong with a router, whose it is, and in which layer: seen against an oracle that ran free, else only
+    between the two.
+    """
     twice = [_repeating_layer(trace, mask) for trace in (case.a, case.b)]
     if any(twice):
         side: Side | None = "both" if all(twice) else "a" if twice[0] else "b"
         who = " and ".join(label for label, layer in zip(case.labels, twice, strict=True) if layer)
         layer = min(filter(None, twice))
-        return f"{who} gave tokens one expert twice in decoder layer {layer}, model.layers.{layer - 1}", side
+        return f"{who} gave tokens one expert twice in {case.module_of(f'hidden_states.{layer}')}", side, layer
     pairs = {f"{case.labels[0]} and its oracle": flips_a, f"{case.labels[1]} and its oracle": flips_b}
     pairs["the two backends"] = between
     found = [_wrong_layer(flips, mask) if flips else None for flips in pairs.values()]
@@ -122,9 +125,9 @@ def _broken(
         if wrong:
             layer, share = wrong
             side = "both" if found[0] and found[1] else "a" if found[0] else "b" if found[1] else None
-            where = f"decoder layer {layer}, model.layers.{layer - 1}"
-            return f"{who} differ in {share:.0%} of the experts chosen in {where}", side
-    return None, None
+            where = case.module_of(f"hidden_states.{layer}")
+            return f"{who} differ in {share:.0%} of the experts chosen in {where}", side, layer
+    return None, None, None
 
 
 def _repeating_layer(trace: Trace, mask: np.ndarray) -> int | None:

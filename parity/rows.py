@@ -122,6 +122,7 @@ def _row(case: Case, name: str, errors: Errors, worst: TokenError | None, tokens
     return TensorRow(
         name=name,
         layer=trace_layout.layer_of(name),
+        module=case.module_of(name),
         basis="direct" if e_a is None else "oracle",
         tokens=tokens,
         e_a=e_a,

@@ -6,42 +6,48 @@ import html
 import math
 from collections.abc import Sequence
 
-from parity.chart import short_name
 from parity.comparison import Comparison
-from parity.comparison_text import times
 from parity.heat import LEVELS
+from parity.wording import MOST, share, short_name, times, told_share
 
-WIDTH, HEIGHT, TOP, BOTTOM, RIGHT = 720, 104, 16, 18, 56
+WIDTH, HEIGHT, TOP, BOTTOM, RIGHT = 720, 120, 18, 18, 84
 NAMES = 12  # along the axis, at most
-WIDEST = 26.0
-MOST = 1e9  # what is not finite is drawn so high
-CAPTION = "Share of its limit that each tensor uses, in the order of computation. A bar over the line fails."
+WIDEST = 58.0
+ROOM = 64  # pixels that a name needs
+CAPTION = "Share of its limit that each module's result uses, in the order of computation. A bar over the line fails."
+ABOVE = " Above the line heights are logarithmic: a step for every power of ten."
 
 
 def sparkline(comparison: Comparison) -> str:
     """The bars of one comparison, with their caption; empty when nothing was judged."""
     rows = [row for row in comparison.rows if row.verdict != "SKIP"]
-    shares = [1 - min(row.margin, row.token_margin) for row in rows]
-    return bars([row.name for row in rows], shares, CAPTION)
+    marked = rows.index(comparison.worst_row) if comparison.worst_row in rows else None
+    return bars([row.module for row in rows], [row.used for row in rows], CAPTION, marked)
 
 
-def bars(names: Sequence[str], shares: Sequence[float], caption: str) -> str:
-    """One bar for each tensor: up to the line as high as its share, above it by the logarithm; empty without any."""
+def bars(names: Sequence[str], shares: Sequence[float], caption: str, marked: int | None = None) -> str:
+    """One bar for each tensor: up to the line as high as its share, above it by the logarithm; empty without any.
+
+    ``marked``: the bar that has its share written over it; None: the highest.
+    """
     if not names:
         return ""
-    shares = [min(share, MOST) if not math.isnan(share) else MOST for share in shares]
+    shares = [min(one, MOST) if not math.isnan(one) else MOST for one in shares]
     scale = _Scale(len(names), max(shares))
     parts = [f'<path class="lid" d="M0 {scale.y(1):.1f}H{scale.end + 4:.1f}"/>']
     parts.append(f'<text class="lid-text" x="{scale.end + 8:.1f}" y="{scale.y(1) + 4:.1f}">limit</text>')
-    for index, (name, share) in enumerate(zip(names, shares, strict=True)):
-        x, y = scale.x(index), scale.y(share)
-        level = sum(share > edge for edge in LEVELS)
-        told = f"{html.escape(name)}: {told_share(share)}"
+    parts += scale.ticks()
+    for index, (name, one) in enumerate(zip(names, shares, strict=True)):
+        x, y = scale.x(index), scale.y(one)
+        level = sum(one > edge for edge in LEVELS)
+        told = f"{html.escape(name)}: {told_share(one)}"
         parts.append(
             f'<path class="h{level}" d="M{x:.1f} {HEIGHT - BOTTOM}V{y:.1f}h{scale.bar:.1f}V{HEIGHT - BOTTOM}z">'
             f"<title>{told}</title></path>"
         )
-    parts += _texts(names, shares, scale)
+    marked = shares.index(max(shares)) if marked is None else marked
+    parts += _texts(names, shares, scale, marked)
+    caption += ABOVE if max(shares) > 1 else ""
     label = html.escape(f"{caption} Highest: {told_share(max(shares))} at {names[shares.index(max(shares))]}.")
     width = round(scale.end + RIGHT)  # few bars are drawn small, not stretched
     return (
@@ -49,13 +55,6 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str) -> str:
         f' aria-label="{label}">{"".join(parts)}</svg>'
         f'<p class="key">{html.escape(caption)}</p></div>'
     )
-
-
-def told_share(share: float) -> str:
-    """A share in words: percent below the limit, times above it."""
-    if share >= MOST:
-        return "not finite"
-    return f"{share:.0%} of its limit" if share <= 1 else f"{times(share)} times its limit"
 
 
 class _Scale:
@@ -68,6 +67,18 @@ class _Scale:
         self.line = 0.5 if highest > 1 else 0.85
         self.decades = max(1.0, math.log10(max(highest, 1)))
 
+    def ticks(self) -> list[str]:
+        """Numbers beside the bars: zero and, where any is over the limit, powers of ten above it."""
+        heights = {"0": HEIGHT - BOTTOM}
+        powers = range(1, math.floor(self.decades) + 1) if self.line < 0.8 else ()
+        every = math.ceil(len(powers) / 3) or 1
+        heights |= {f"{times(10.0**power)}x": self.y(10.0**power) for power in powers[every - 1 :: every]}
+        end = self.end
+        return [
+            f'<path class="grid" d="M{end:.1f} {y:.1f}h4"/><text x="{end + 8:.1f}" y="{y + 4:.1f}">{text}</text>'
+            for text, y in heights.items()
+        ]
+
     def x(self, index: int) -> float:
         return index * self.step
 
@@ -77,20 +88,18 @@ class _Scale:
         return HEIGHT - BOTTOM - max(part, 0.02) * (HEIGHT - TOP - BOTTOM)
 
 
-def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale) -> list[str]:
-    """Names along the axis, and over the highest bar how high it is."""
-    every = -(-len(names) * 44 // int(max(scale.step * len(names), 1))) if scale.step < 44 else 1
+def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale, marked: int) -> list[str]:
+    """Names along the axis, and over the marked bar how high it is."""
+    every = -(-len(names) * ROOM // int(max(scale.step * len(names), 1))) if scale.step < ROOM else 1
     every = max(every, -(-len(names) // NAMES) if len(names) > NAMES else 1)
     parts = []
     for index in range(0, len(names), every):
         x = scale.x(index) + scale.bar / 2
-        parts.append(
-            f'<text x="{max(x, 18):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{short_name(names[index])}</text>'
-        )
-    worst = max(shares)
-    index = list(shares).index(worst)
-    x = min(max(scale.x(index) + scale.bar / 2, 20), scale.end - 20)
-    text = "not finite" if worst >= MOST else f"{worst:.0%}" if worst <= 1 else f"{times(worst)}x"
+        name = html.escape(short_name(names[index]))
+        parts.append(f'<text x="{max(x, 33):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{name}</text>')
+    worst = shares[marked]
+    x = min(max(scale.x(marked) + scale.bar / 2, 24), scale.end - 24)
+    text = share(worst)
     css = "mark-text" if worst > 1 else "calm"
     parts.append(f'<text class="{css}" x="{x:.1f}" y="{scale.y(worst) - 4:.1f}" text-anchor="middle">{text}</text>')
     return parts

@@ -11,9 +11,9 @@ import numpy as np
 from parity import ruler
 from parity.case import Case
 from parity.comparison import Comparison
-from parity.comparison_text import number
 from parity.report_style import framed
-from parity.sparkline import bars, told_share
+from parity.sparkline import bars
+from parity.wording import number, told_share
 
 LOGITS = "logits"
 
@@ -49,7 +49,7 @@ class Speaker:
 class Stage:
     """One tensor at this token: relative errors of both sides, their distance, and the share of the limit used.
 
-    Errors are None without an oracle; the share is None where the token was not judged.
+    ``module`` is whose result it is. Errors are None without an oracle, the share where the token was not judged.
     """
 
     tensor: str
@@ -57,6 +57,7 @@ class Stage:
     e_b: float | None
     direct: float
     used: float | None
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class TokenView:
     def _repr_html_(self) -> str:
         judged = [stage for stage in self.stages if stage.used is not None]
         drawn = bars(
-            [stage.tensor for stage in judged],
+            [stage.module for stage in judged],
             [stage.used or 0.0 for stage in judged],
-            "Share of its limit that this token uses in each tensor, in the order of computation. A bar over the line"
-            " fails.",
+            "Share of its limit that this token uses in each module's result, in the order of computation. A bar over"
+            " the line fails.",
         )
         said = (
             f"<h3>What each would say next: token id, probability (logit)</h3>{_html(_said(self), marked=True)}"
@@ -157,7 +158,7 @@ def _stage(case: Case, name: str, row: int, position: int, used: dict[str, np.nd
         r_a, r_b = (o.tensors[name][row, position].astype(np.float64) for o in (case.oracle_a, case.oracle_b))
         e_a, e_b = _relative(a, r_a), _relative(b, r_b)
     share = float(used.get(name, np.float32(np.nan)))
-    return Stage(name, e_a, e_b, _relative(a, b), None if np.isnan(share) else share)
+    return Stage(name, e_a, e_b, _relative(a, b), None if np.isnan(share) else share, case.module_of(name))
 
 
 def _relative(x: np.ndarray, reference: np.ndarray) -> float:
@@ -218,10 +219,10 @@ def _said(view: TokenView) -> list[list[str]]:
 
 def _stages(view: TokenView) -> list[list[str]]:
     a, b = view.labels
-    lines = [["tensor", f"e({a})", f"e({b})", f"{a} to {b}", "used"]]
+    lines = [["output of", f"e({a})", f"e({b})", f"{a} to {b}", "used"]]
     for one in view.stages:
         used = "not judged" if one.used is None else told_share(one.used)
-        lines.append([one.tensor, number(one.e_a), number(one.e_b), number(one.direct), used])
+        lines.append([one.module, number(one.e_a), number(one.e_b), number(one.direct), used])
     return lines
 
 

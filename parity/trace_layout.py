@@ -44,6 +44,24 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def module_of(name: str, text_path: str = "model") -> str:
+    """The module whose result a tensor is, by its path in the checkpoint: what a reader is told instead of its name.
+
+    ``text_path``: of the text model, where the checkpoint puts it.
+    """
+    if layer := layer_of(name):
+        return f"{text_path}.layers.{layer - 1}"
+    paths = {"hidden_states.0": f"{text_path}.embed_tokens", "final_hidden_state": f"{text_path}.norm"}
+    paths |= {"logits": "lm_head", "mtp.hidden_state": "mtp.norm", "mtp.logits": "mtp.lm_head"}
+    return paths.get(name, name)
+
+
+def text_path(weights: Iterable[str]) -> str:
+    """Where a checkpoint puts its text model, from the names of its weights or modules; ``model`` where none says."""
+    found = (re.match(r"(?!mtp\.)(.+?)\.layers\.(?:\d+|\*)\.", name) for name in weights)
+    return next((match[1] for match in found if match), "model")
+
+
 def routing_of(name: str) -> int | None:
     """The sparse decoder layer (from 1) whose choice of experts this is; None for any other tensor."""
     match = ROUTING.fullmatch(name)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from parity.comparison import Verdict
 from parity.findings import Divergence, Generated, Probe, Routing, TensorRow, Top1
-from parity.nearest import Likeness
 from parity.ruler import MIN_REMAINING, Cause, Limits, Side
-from parity.trace_layout import layer_of
+from parity.wording import joined, number, shown, times, told_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +24,26 @@ class Evidence:
     routing: Routing | None
     probes: tuple[Probe, ...] = ()
 
+    def module_of(self, tensor: str) -> str:
+        """The module whose result a tensor is."""
+        return next((row.module for row in self.rows if row.name == tensor), tensor)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """A verdict; ``headline`` says whose fault it is and where in one clause, ``detail`` why, in sentences."""
+
     verdict: Verdict
-    summary: str
+    headline: str
+    detail: str
     cause: Cause | None = None
     whose: Side | None = None
     reasons: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """Both."""
+        return f"{self.headline}. {self.detail}"
 
 
 def decide(evidence: Evidence) -> Decision:
@@ -48,45 +59,50 @@ def _nonfinite(evidence: Evidence) -> Decision | None:
     row = next((row for row in evidence.rows if row.nonfinite), None)
     if row is None:
         return None
-    who = _who(evidence, row.blame)
-    return Decision("FAIL", f"Bug in {who}: {row.name}{_place(row.layer)} has {row.nonfinite}.", "bug", row.blame)
+    headline = f"{_is_wrong(evidence, row.blame)} in {row.module}"
+    return Decision("FAIL", headline, f"What it hands on has {row.nonfinite}.", "bug", row.blame)
 
 
 def _tensors(evidence: Evidence) -> Decision | None:
     failing = [row for row in evidence.rows if row.verdict == "FAIL"]
-    if not failing or evidence.divergence is None:
+    found = evidence.divergence
+    if not failing or found is None:
         return None
-    first, where = failing[0], _where(evidence.divergence)
+    first = failing[0]
+    a, b = evidence.labels
+    where = f"in {found.suspect_module}" if found.suspect_module else f"by {found.module}"
+    worst = f"worst token: row {found.row}, position {found.position}"
     if first.basis == "direct":
-        summary = (
-            f"Bug, but whose is unknown without an oracle: the two are {failing[0].direct:.2g} apart {where}, more than"
-            f" both can be off by rounding ({first.limit:.2g}). {_story(evidence)} Pass an oracle to learn whose."
+        detail = (
+            f"What {first.module} hands on is {number(first.direct)} apart, {told_share(first.used)}, {worst}: more"
+            f" than both can be off by rounding ({number(first.limit)}). {_story(evidence)}"
+            " Pass an oracle to learn whose."
         )
-        return Decision("FAIL", summary, "bug", None)
+        headline = f"{a} and {b} differ {where}, and whose fault it is is unknown without an oracle"
+        return Decision("FAIL", headline, detail, "bug", None)
     both = next((row for row in failing if row.cause == "both wrong"), None)
     if both is not None:
-        summary = (
-            f"Both are wrong: at {both.name} the errors are {_pair(evidence, both)}, and no correct backend in"
-            f" {evidence.dtype} exceeds {both.lid:.2g}; first {where}. Suspect the checkpoint, the oracle, or a"
-            " misreading that the two share."
+        detail = (
+            f"What {both.module} hands on is off by {_pair(evidence, both)}, and no correct backend in"
+            f" {evidence.dtype} exceeds {number(both.lid)}; {worst} of {first.module}. Suspect the checkpoint, the"
+            " oracle, or a misreading that the two share."
         )
-        return Decision("FAIL", summary, "both wrong", "both")
+        return Decision("FAIL", f"{a} and {b} are both wrong {where}", detail, "both wrong", "both")
     who, other = _who(evidence, first.blame), _who(evidence, "b" if first.blame == "a" else "a")
     cause = first.cause
     if cause == "rounding" and any(row.cause == "bug" and row.blame == first.blame for row in failing):
         cause = "bug"
-    over = f"its error there is {_times(evidence, first, other)}"
+    its = "its" if found.suspect == first.name else f"its {first.module}'s"
+    at = f"at row {found.row}, position {found.position}" if first.by_token else f"({worst})"
+    over = f"There {its} error is {told_share(first.used)} {at}; {other} is within its own"
+    detail = f"{over}. {_story(evidence)}"
+    headline = f"{who} is wrong {where}"
     if cause == "rounding":
-        summary = f"Rounding-sized, but too much of it, in {who}, first {where}: {over}, yet under the lid of"
-        summary += f" {first.lid:.2g}. {_story(evidence)}"
-        if evidence.divergence.suspect:
-            summary += " Rounding does not step like that: suspect a small bug there."
-    elif cause == "bug":
-        summary = f"Bug in {who}, first {where}: {over}. {_story(evidence)}"
-    else:
-        summary = f"The peer, {who}, is the outlier, first {where}: {over}, so {other} is not at fault."
-        summary += f" {_story(evidence)}"
-    return Decision("FAIL", summary, cause, first.blame)
+        headline = f"{who} is off by more than its rounding {where}"
+        detail = f"{over}. It is rounding-sized, under the lid of {number(first.lid)}. {_story(evidence)}"
+        if found.suspect:
+            detail += " Rounding does not step like that: suspect a small bug there."
+    return Decision("FAIL", headline, detail, cause, first.blame)
 
 
 def _top1(evidence: Evidence) -> Decision | None:
@@ -95,13 +111,13 @@ def _top1(evidence: Evidence) -> Decision | None:
         return None
     who = _who(evidence, None if missed.side == "both" else missed.side)
     row, position = missed.first_miss
-    summary = (
-        f"Bug in {who}: every tensor is within its limit, but {missed.decidable - missed.agree} of {missed.decidable}"
+    detail = (
+        f"Every tensor is within its limit, but {missed.decidable - missed.agree} of {missed.decidable}"
         f" decidable tokens have another top-1 than the reference, first at row {row}, position {position}."
     )
-    if missed.side == "b":
-        return Decision("FAIL", summary, "peer is the outlier", "b")
-    return Decision("FAIL", summary, "bug", "a" if missed.side == "a" else None)
+    cause: Cause = "peer is the outlier" if missed.side == "b" else "bug"
+    whose: Side | None = None if missed.side == "both" else missed.side
+    return Decision("FAIL", f"{who} picks wrong tokens in lm_head", detail, cause, whose)
 
 
 def _generated(evidence: Evidence) -> Decision | None:
@@ -109,21 +125,24 @@ def _generated(evidence: Evidence) -> Decision | None:
     if found is None or found.outcome != "differs" or found.first is None:
         return None
     row, step = found.first
-    who = _who(evidence, found.blame) if found.blame else "one of the two (whose is unknown)"
-    summary = (
-        f"Bug in {who}: the tensors of the prompt agree, but generated tokens differ first at row {row}, step {step},"
+    a, b = evidence.labels
+    headline = f"{a} and {b} generate different tokens, and whose fault it is is unknown"
+    if found.blame:
+        headline = f"{_who(evidence, found.blame)} generates wrong tokens"
+    detail = (
+        f"The tensors of the prompt agree, but generated tokens differ first at row {row}, step {step},"
         " where the reference is not in doubt. Suspect decoding: cache, positions or sampling."
     )
-    return Decision("FAIL", summary, "peer is the outlier" if found.blame == "b" else "bug", found.blame)
+    return Decision("FAIL", headline, detail, "peer is the outlier" if found.blame == "b" else "bug", found.blame)
 
 
 def _router(evidence: Evidence) -> Decision | None:
     routing = evidence.routing
     if routing is None or routing.broken is None:
         return None
-    who = _who(evidence, routing.broken_side)
-    summary = f"Router bug in {who}: {routing.broken}, with nothing flipped before; rounding turns only near ties."
-    return Decision("FAIL", summary, "router flip", routing.broken_side)
+    headline = f"{_who(evidence, routing.broken_side)} chose wrong experts in {routing.broken_module}"
+    detail = f"{routing.broken}, with nothing flipped before; rounding turns only near ties."
+    return Decision("FAIL", headline, detail, "router flip", routing.broken_side)
 
 
 def _factor(evidence: Evidence) -> Decision | None:
@@ -136,13 +155,13 @@ def _factor(evidence: Evidence) -> Decision | None:
     alike = [one.module for one in first if one.blame == probe.blame and _surety(one) > 0.98 * _surety(probe)]
     factor = _factor_of(probe)
     off = f"{100 * abs(factor):.2f} % too {'large' if factor > 0 else 'small'}"
-    what = f"{' or '.join(alike)} were {off}" if probe.kind == "scale" else f"{probe.module} had a known fault"
-    summary = (
-        f"{'Both are wrong' if probe.blame == 'both' else f'Bug in {_who(evidence, probe.blame)}'}: its errors are of"
-        f" the size of rounding, yet that of {probe.tensor}{_place(layer_of(probe.tensor))} is as if {what} (give or"
+    what = f"{joined(alike, 'or')} were {off}" if probe.kind == "scale" else f"{probe.module} had a known fault"
+    module = evidence.module_of(probe.tensor)
+    detail = (
+        f"The error is of the size of rounding, yet what {module} hands on is as if {what} (give or"
         f" take {100 * (probe.deviation or 0.0):.2f} %). Rounding has no direction."
     )
-    return Decision("FAIL", summary, probe.cause, probe.blame)
+    return Decision("FAIL", f"{_is_wrong(evidence, probe.blame)} in {module}", detail, probe.cause, probe.blame)
 
 
 def _surety(probe: Probe) -> float:
@@ -181,32 +200,36 @@ def _undecided(evidence: Evidence) -> Decision | None:
         )
     if not reasons:
         return None
-    return Decision("INCONCLUSIVE", f"Inconclusive: {' '.join(reasons)}", cause, None, tuple(reasons))
+    told = " ".join(f"{reason[0].upper()}{reason[1:]}" for reason in reasons)
+    return Decision("INCONCLUSIVE", _unknown(evidence), told, cause, None, tuple(reasons))
+
+
+def _unknown(evidence: Evidence) -> str:
+    a, b = evidence.labels
+    return f"Inconclusive: this run cannot tell whether {a} and {b} agree"
 
 
 def _passed(evidence: Evidence) -> Decision:
     a, b = evidence.labels
     judged = [row for row in evidence.rows if row.verdict == "PASS"]
     if not judged:
-        reason = "no token was left to judge."
-        return Decision("INCONCLUSIVE", f"Inconclusive: {reason}", reasons=(reason,))
-    tightest = min(judged, key=lambda row: row.margin)
+        reason = "No token was left to judge."
+        return Decision("INCONCLUSIVE", _unknown(evidence), reason, reasons=(reason,))
+    tightest = max(judged, key=lambda row: row.used)
+    token, at = tightest.worst_token, ""
+    if tightest.by_token and token is not None:
+        at = f" (at row {token.row}, position {token.position})"
+    detail = f"Nearest to its limit comes {tightest.module}, with {tightest.used:.0%} of it used{at}."
+    headline = f"{a} and {b} agree to within rounding ({evidence.dtype})"
     if tightest.basis == "direct":
-        summary = (
-            f"{a} and {b} agree as far as can be told without an oracle: they are at most {tightest.direct:.2g} apart"
-            f" ({tightest.name}, limit {tightest.limit:.2g}). Rounding or a small bug, and whose, is unknown."
-        )
-    else:
-        summary = (
-            f"{a} and {b} agree to within rounding ({evidence.dtype}): nearest to its limit is {tightest.name}, with"
-            f" errors of {_pair(evidence, tightest)} (limit {tightest.limit:.2g}, lid {tightest.lid:.2g})."
-        )
-    summary += f" {sensitivity(evidence.probes)}" if evidence.probes else ""
+        headline = f"{a} and {b} agree as far as can be told without an oracle"
+        detail += " Rounding or a small bug, and whose, is unknown."
+    detail += f" {sensitivity(evidence.probes)}" if evidence.probes else ""
     cause: Cause | None = None
     if evidence.generated and evidence.generated.outcome in ("tie", "router flip"):
         cause = "tie" if evidence.generated.outcome == "tie" else "router flip"
-        summary += f" Generated tokens part at a {cause}, which proves nothing."
-    return Decision("PASS", summary, cause)
+        detail += f" Generated tokens part at a {cause}, which proves nothing."
+    return Decision("PASS", headline, detail, cause)
 
 
 def blind_blocks(probes: tuple[Probe, ...]) -> list[str]:
@@ -225,45 +248,18 @@ def sensitivity(probes: tuple[Probe, ...]) -> str:
     )
 
 
-def likeness(found: Likeness) -> str:
-    """Which planted bug it looks like, in one sentence."""
-    return f"It looks like the planted bug {found.name!r} ({found.says}; similarity {found.similarity:.2f})."
-
-
-def shown(size: float) -> str:
-    """The size of a fault in percent, as short as it can be told."""
-    return "no size" if size == float("inf") else f"{100 * size:.2g} %"
-
-
 def _who(evidence: Evidence, side: Side | None) -> str:
-    names = {"a": evidence.labels[0], "b": evidence.labels[1], "both": "both", None: "one of the two"}
-    return names[side]
+    a, b = evidence.labels
+    return {"a": a, "b": b, "both": f"{a} and {b}", None: f"{a} or {b}"}[side]
+
+
+def _is_wrong(evidence: Evidence, side: Side | None) -> str:
+    return f"{_who(evidence, side)} {'are both wrong' if side == 'both' else 'is wrong'}"
 
 
 def _pair(evidence: Evidence, row: TensorRow) -> str:
     a, b = evidence.labels
-    return f"{row.e_a or 0.0:.2g} ({a}) and {row.e_b or 0.0:.2g} ({b})"
-
-
-def _times(evidence: Evidence, row: TensorRow, other: str) -> str:
-    """How many times the peer's error, of the tensor or, where one token tells more, of that token."""
-    limits, token = evidence.limits, row.worst_token
-    e_a, e_b, k, what = row.e_a or 0.0, row.e_b or 0.0, limits.k, ""
-    if row.by_token and token is not None:
-        e_a, e_b, k, what = token.e_a or 0.0, token.e_b or 0.0, limits.k_token, "at that token "
-    ratio = max(e_a, e_b) / max(min(e_a, e_b), limits.u)
-    return f"{what}{ratio:.3g}x {other}'s (limit {k:g}x)"
-
-
-def _where(divergence: Divergence) -> str:
-    token = f"row {divergence.row}, position {divergence.position}"
-    return f"at {divergence.tensor}{_place(divergence.layer)}, worst at {token}"
-
-
-def _place(layer: int | None) -> str:
-    if layer is None:
-        return ""
-    return " (the embeddings)" if layer == 0 else f" (after decoder layer {layer}, model.layers.{layer - 1})"
+    return f"{number(row.e_a or 0.0)} ({a}) and {number(row.e_b or 0.0)} ({b})"
 
 
 def _story(evidence: Evidence) -> str:
@@ -272,9 +268,9 @@ def _story(evidence: Evidence) -> str:
     if found is None:
         return ""
     what = "distance" if found.side is None else "error"
-    growth = f"The {what} grows {found.growth:.3g}x in this step against {found.usual_growth:.2g}x in the others"
+    growth = f"The {what} grows {times(found.growth)}x in this step and {times(found.usual_growth)}x in the others"
     if found.suspect == found.tensor:
         return f"{growth}, so it begins here."
-    if found.suspect is not None:
-        return f"{growth}: it is inherited, and began at {found.suspect}."
+    if found.suspect_module is not None:
+        return f"{growth}: it is inherited, and began in {found.suspect_module}."
     return f"{growth}, so no single step stands out: it builds up."

@@ -34,7 +34,7 @@ def test_traces_that_differ_return_one_and_the_answer_is_the_first_line(traces, 
     wrong = str(a.save(tmp_path / "wrong.trace"))
     assert main(["compare", wrong, traces[1], "--oracle", traces[2], "--quiet"]) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("FAIL: Bug in jax, first at hidden_states.3")
+    assert line.startswith("FAIL: jax is wrong in model.layers.2. ")
 
 
 def test_traces_of_other_inputs_return_three(traces, tmp_path):

@@ -7,12 +7,13 @@ import json
 import pytest
 from synthetic_traces import add_error, trio
 
+import parity.nearest
 from parity import cli
 from parity.compare import compare
 from parity.export_results import to_json, to_junit, to_markdown
 from parity.mutant_profiles import Profiler, deepened, profiled
 from parity.mutants import all_mutants
-from parity.nearest import AHEAD, NAMED, Likeness, library, nearest, outstanding
+from parity.nearest import AHEAD, NAMED, PARTS, Likeness, library, looks_like, nearest, outstanding, parts_of
 from parity.report import render_html
 
 QUICK = ("theta_wrong", "rope_sign", "sees_next_token", "gelu_for_silu", "kv_heads_tiled", "final_norm_dropped")
@@ -80,10 +81,47 @@ def failing():
     return compare(a, b, oracle)
 
 
-def test_every_failure_names_the_command_that_takes_it_apart_and_what_it_looks_like():
+def test_a_match_that_is_none_is_said_to_be_none():
+    found = failing()
+    assert found.nearest_mutant() == []
+    for text in (found.to_text(), to_markdown([("x", found)]), found._repr_html_()):
+        assert "ooks like no planted bug" in text
+
+
+def test_bugs_of_parts_that_a_model_lacks_are_no_candidates():
+    assert parts_of(["model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"]) == set()
+    moe = parts_of(["model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.bias"])
+    assert moe == {".mlp.gate", ".q_proj.bias"}
+    profile = dict.fromkeys(library().features, 0.5)
+    dense, sparse, any_ = ({one.name for one in nearest(profile, parts=parts)} for parts in ((), (".mlp.gate",), None))
+    assert "qk_norm_swapped" in dense < sparse < any_
+    assert not dense & {"sigmoid_router", "conv_late", "bias_dropped", "ropes_exchanged"}
+    assert "sigmoid_router" in sparse
+    assert failing().parts == ()
+
+
+def test_the_library_knows_which_parts_a_bug_needs():
+    assert library().parts["sigmoid_router"] == {".mlp.gate"}
+    assert set().union(*library().parts.values()) == set(PARTS)
+
+
+def test_what_a_failure_looks_like_is_explained_and_near_ties_are_told_together():
+    ties = [Likeness("x", "one bug", 0.85), Likeness("y", "another", 0.82), Likeness("z", "a third", 0.7)]
+    told = looks_like(ties)
+    assert "x (one bug) or y (another)" in told
+    assert "z" not in told
+    assert "85%" in told
+    assert "too alike" in told
+    assert "too alike" not in looks_like(ties[1:])
+    same = [Likeness("x", "one bug", 0.85), Likeness("w", "one bug", 0.84)]
+    assert "w" not in looks_like(same).partition(":")[0]
+
+
+def test_every_failure_names_the_command_that_takes_it_apart_and_what_it_looks_like(monkeypatch):
     found = failing()
     command = "tandem bisect '/some where/checkpoint' --a jax --b torch --dtype bfloat16 --layer 2"
     assert found.commands == (command,)  # after decoder layer 3, which is model.layers.2
+    monkeypatch.setattr(parity.nearest, "FLOOR", 0.0)  # numbers made up are like no bug
     alike = found.nearest_mutant()
     assert len(alike) == 3
     for text in (found.to_text(), to_markdown([("x", found)]), to_json([("x", found)])):

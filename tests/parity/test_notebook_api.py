@@ -11,7 +11,9 @@ from synthetic_traces import add_error, make_backend, make_oracle, trio
 from test_report import Page
 
 import parity
+from parity.export_results import to_junit, to_markdown
 from parity.notebook import Table, Timeline
+from parity.report import render_html
 from parity.sparkline import bars
 from parity.zoo import make_checkpoint
 
@@ -60,9 +62,9 @@ def test_a_comparison_shows_its_sentence_and_a_bar_for_each_tensor_and_folds_the
     page = failing._repr_html_()
     Page(page)
     seen, _, folded = page.partition("<details>")
-    assert "Bug in jax, first at hidden_states.3" in seen
+    assert "jax is wrong in model.layers.2" in seen
     assert seen.count("<title>") == len(failing.rows)
-    assert "Error by tensor" in folded
+    assert "Error by module" in folded
     assert repr(failing) == failing.to_text()
     assert "to_dict" not in failing.to_json()
 
@@ -185,7 +187,7 @@ def test_a_token_has_its_errors_tensor_by_tensor(failing):
         assert stage.direct == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b))
         assert stage.used == failing.token_used[stage.tensor][1, 7]
     assert "Where its error comes from" in view._repr_html_()
-    assert "hidden_states.3" in repr(view)
+    assert "model.layers.2" in repr(view)
     assert view.to_dict()["stages"][0]["tensor"] == "hidden_states.0"
 
 
@@ -235,7 +237,7 @@ def test_heat_is_what_each_token_uses_of_its_limit(failing):
     assert heat._repr_html_().count('class="frame over"') == 1  # the worst token
     assert np.nanmax(failing.heat().used) >= np.nanmax(heat.used)
     with pytest.raises(
-        ValueError, match=r"expected one of hidden_states\.0 to hidden_states\.4, final_hidden_state, logits"
+        ValueError, match=r"expected one of model.embed_tokens, model.layers.0 to model.layers.3, model.norm, lm_head\."
     ):
         failing.heat("layers.9")
 
@@ -248,14 +250,39 @@ def test_a_healed_value_says_on_which_side_of_it_the_bug_is(pair, broken):
     healed, still = broken.inject("layers.0"), broken.inject("embed_tokens")
     assert healed.verdict == "PASS"
     assert healed.rows[0].name == "hidden_states.2"
-    assert "it is right" in healed.notes[0]
+    assert "so what was wrong came from model.layers.0 or from before it" in healed.experiment
     assert still.verdict == "FAIL"
     assert still.rows[0].name == "hidden_states.1"
-    assert "it is still wrong" in still.notes[0]
+    assert "still wrong, so something after model.embed_tokens is wrong by itself" in still.experiment
     assert broken.inject("hidden_states.1").rows == healed.rows
     assert broken.inject("model.layers.0.mlp").verdict == "PASS"  # the very module, healed
     assert broken.inject("norm").rows[0].name == "logits"
     assert healed.inject("layers.0").verdict == "PASS"
+
+
+def test_an_experiment_is_told_from_a_plain_pass_wherever_it_is_shown(broken):
+    healed = broken.inject("layers.0")
+    assert (healed.verdict, healed.kind, broken.experiment) == ("PASS", "EXPERIMENT, PASS", None)
+    assert repr(healed).startswith("Experiment: torch (b) went on from torch (a)'s output of model.layers.0")
+    junit = to_junit([("x", healed)])
+    for text in (repr(healed), healed._repr_html_(), healed.to_json(), junit, to_markdown([("x", healed)])):
+        assert "output of model.layers.0" in text
+    page = render_html("x", comparisons=[("x", healed)], events=[], facts={})
+    assert page.index("Experiment: torch (b)") < page.index("<section")
+    assert "EXPERIMENT" not in broken.to_text() + broken._repr_html_()
+
+
+def test_a_bisection_shows_its_sentence_and_its_tables_and_wraps_between_words(pair, broken):
+    found = parity.bisect(pair.a, pair.b, pair.inputs, checkpoint=pair.checkpoint, crossed=False)
+    page = found._repr_html_()
+    Page(page)
+    assert found.culprit.path in page
+    assert page.count('<tr class="bad">') == sum(step.blame is not None for _, steps in found.tables for step in steps)
+    assert repr(found) == found.to_text()
+    told = found.to_text().splitlines()[-4:]
+    assert " ".join(told).endswith(found.summary)
+    assert max(map(len, told)) <= 110
+    assert not re.search(r"\de[+-]\d", page + repr(found))
 
 
 def test_a_bug_spreads_to_the_side_that_takes_its_value(pair, broken):

@@ -80,9 +80,9 @@ def test_a_failed_assertion_is_about_ten_lines_that_say_where_how_much_and_how_t
     assert len(told) <= 12
     text = "\n".join(told).removeprefix("AssertionError: ")
     assert text.startswith("parity FAIL (bug): ")
-    assert re.search(r"^first +hidden_states\.2 \(decoder layer 2\), row \d, token \d", text, re.MULTILINE)
+    assert re.search(r"^first +model\.layers\.1, row \d, position \d", text, re.MULTILINE)
     assert re.search(r"^error .* local, .* inherited, so local", text, re.MULTILINE)
-    bars = re.search(r"^layers +(\S+)  error over limit, hidden_states.0 ... logits", text, re.MULTILINE)[1]
+    bars = re.search(r"^layers +(\S+)  share of the limit used, model.embed_tokens ... lm_head", text, re.MULTILINE)[1]
     assert [bar in "▁▂▃▄" for bar in bars] == [True, True, False, False, False, False]
     command = re.search(r"^reproduce +tandem (compare .*)$", text, re.MULTILINE)[1]
     assert "def assert_parity" not in done.stdout.str()  # whose code is not the reader's
@@ -179,6 +179,15 @@ def test_only_measured(ruler):
     assert [title for title in titles if "::" in title] == [*asserted, measured]
     assert "Something differs" in page
     assert "Comparisons: 3 of 4 pass." in page
+    assert "rows of 6 positions" in page
+    assert "float32" in page
+    index, _, sections = page.partition("<section")
+    links = re.findall(r'<a href="#([^"]*)">(.*?)</a>', index)
+    assert sorted(title for _, title in links) == sorted([*asserted, measured])
+    assert links[0][1].startswith("test_it.py::test_differs")  # what does not pass comes first
+    assert [link for link, _ in links if f'id="{link}"' not in page] == []
+    assert "<code>pytest test_it.py::test_differs</code>" in sections  # alone
+    assert sections.count("<code>tandem compare ") == 1  # the traces that were kept
     assert not re.findall(r"<(?:script|link|img)|src=|@import", page)  # self-contained
 
 

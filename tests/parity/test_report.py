@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -8,9 +9,13 @@ import pytest
 from synthetic_traces import add_error, make_backend, make_oracle, trio
 
 from parity import Comparison, EventResult, compare
+from parity.chart import colours, error_chart
 from parity.events import render_text, timeline
 from parity.export_results import overall, to_json, to_junit, to_markdown
+from parity.findings import Probe
+from parity.heat import heat_map
 from parity.report import render_html
+from parity.sparkline import bars
 
 ROOT_A, ROOT_B = "3fa2c1d4" * 8, "9be01177" * 8
 EVENTS = [
@@ -70,7 +75,11 @@ def test_the_report_is_one_well_formed_file_that_fetches_nothing_and_runs_nothin
     page = page_of([("one", failing), ("two", passing)], EVENTS)
     parsed = Page(page)
     assert not any(tag in ("script", "link", "img", "iframe") for tag, _, _ in parsed.attributes)
-    assert not any(name in ("src", "href") or name.startswith("on") for _, name, _ in parsed.attributes)
+    assert not any(name == "src" or name.startswith("on") for _, name, _ in parsed.attributes)
+    ids = {value for _, name, value in parsed.attributes if name == "id"}
+    links = [value for _, name, value in parsed.attributes if name == "href"]
+    assert links  # to the sections of this page
+    assert all(link.startswith("#") and link[1:] in ids for link in links)
     assert "http" not in page
     assert "url(" not in page
     assert "@import" not in page
@@ -81,18 +90,77 @@ def test_the_report_is_one_well_formed_file_that_fetches_nothing_and_runs_nothin
 def test_everything_a_reader_needs_is_in_sight(failing):
     text = " ".join(Page(page_of([("reload", failing)], EVENTS)).text)
     for part in (
-        "A title", "machine", "here", "Something differs", failing.summary, "First divergence", "hidden_states.3",
-        "reload B", "derived scale is stale", "v2", ROOT_B[:8], "no CUDA device", "lid", "limit", "precision.matmul",
+        "A title", "machine", "here", "Something differs", failing.headline, failing.detail, "Where it begins",
+        "model.layers.2", "reload B", "derived scale is stale", "v2", ROOT_B[:8], "no CUDA device", "lid", "limit",
+        "precision.matmul",
     ):  # fmt: skip
         assert part in text, part
-    assert text.count("FAIL: bug") == 1
+    assert text.count("FAIL (bug)") == 1
 
 
 def test_a_pass_says_so_and_shows_what_came_nearest(passing):
     text = " ".join(Page(page_of([("load", passing)])).text)
-    assert "Everything agrees" in text
+    assert "jax and torch agree to within rounding" in text
     assert "Nearest to its limit" in text
-    assert "First divergence" not in text
+    assert "Where it begins" not in text
+
+
+def test_the_finding_is_said_once_and_before_anything_else_with_what_to_run_next():
+    a, b, oracle = trio()
+    for trace in (a, b, oracle):
+        trace.meta["checkpoint"] = "some/checkpoint"
+    add_error(b, oracle, from_layer=3, times=10)
+    found = compare(a, b, oracle)
+    page = page_of([("x", found)])
+    banner, _, rest = page.partition("<section")
+    assert '<div class="word">torch is wrong in model.layers.2</div>' in banner
+    assert "tandem bisect some/checkpoint" in banner
+    assert page.count("so it begins here") == page.count("tandem bisect") == 1
+    assert "outlier" not in page
+    two = page_of([("x", found), ("y", found)])
+    section = two.partition("<section")[2]
+    assert section.index("torch is wrong in") < section.index("tandem bisect") < section.index("so it begins here")
+
+
+def test_what_people_read_has_one_name_for_a_place_and_no_powers_of_ten_as_computers_write_them():
+    a, b, oracle = trio(dtype="float32")
+    add_error(a, oracle, from_layer=3, times=1e6)
+    found = compare(a, b, oracle)
+    texts = [page_of([("x", found)]), found.to_text(), to_markdown([("x", found)])]
+    texts += [one._repr_html_() for one in (found, found.token(3), found.heat(), found.table(), found.plot_layers())]
+    for text in texts:
+        assert "model.layers.2" in text or ">layers.2<" in text
+        assert "hidden_state" not in text
+        assert not re.search(r"\de[+-]\d", text)
+    assert "×10⁻" in texts[0]
+
+
+def test_a_place_is_called_as_the_checkpoint_calls_it_also_inside_a_multimodal_wrapper():
+    a, b, oracle = trio()
+    names = ("model.visual.blocks.0.w", "model.language_model.layers.0.mlp.up_proj.weight", "mtp.layers.0.w")
+    for trace in (a, b, oracle):
+        trace.meta["weights"] = {"digests": dict.fromkeys(names, "aa"), "root": "cafe" * 16}
+    add_error(a, oracle, from_layer=3, times=10)
+    found = compare(a, b, oracle)
+    assert found.headline == "jax is wrong in model.language_model.layers.2"
+    assert found.heat("layers.2").name == "hidden_states.3"
+
+
+def test_beside_a_failure_nothing_is_said_of_other_faults_that_would_have_been_seen(passing):
+    probe = Probe("model.layers.0.mlp", "noise", 0.01, "hidden_states.1", 0.0, 0.0, 0.001, 0.0, 0.001)
+    a, b, oracle = trio()
+    add_error(a, oracle, from_layer=3, times=10)
+    failing = replace(compare(a, b, oracle), probes=(probe,))
+    assert '<div class="tile"><b>1 / 1</b>' in page_of([("x", replace(passing, probes=(probe,)))])
+    assert '<div class="tile"><b>1 / 1</b>' not in page_of([("x", failing)])
+    assert not any("tried" in note for note in failing.notes)
+
+
+def test_the_arithmetic_is_said_to_be_tinted_only_where_something_is(passing):
+    assert "tinted" not in page_of([("x", passing)])
+    a, b, oracle = trio()
+    b.meta["precision"] = {"matmul": "tf32"}
+    assert "tinted" in page_of([("x", compare(a, b, oracle))])
 
 
 def test_text_from_outside_is_escaped_everywhere():
@@ -120,8 +188,59 @@ def test_the_chart_draws_both_errors_the_limit_the_lid_and_a_ring_where_it_fails
     page = page_of([("x", failing)])
     for css in ("ea", "eb", "limit", "lid", "mark"):
         assert page.count(f'class="{css}"') == 1
+    assert ">jax&#x27;s limit</text>" in page  # which is made of what torch is off
     assert page.count('class="ring"') == sum(row.verdict == "FAIL" for row in failing.rows)
     assert page.count('class="pa"') == len(failing.rows)
+
+
+def heights(chart: str, css: str) -> list[float]:
+    points = re.search(rf'<polyline class="{css}" points="([^"]*)"', chart)[1].split()
+    return [float(point.split(",")[1]) for point in points]
+
+
+def test_the_limit_and_the_lid_are_drawn_as_they_are_told_tensor_by_tensor(passing):
+    lids = [row.lid * (3 if row.layer == 2 else 1) for row in passing.rows]
+    rows = tuple(replace(row, lid=lid) for row, lid in zip(passing.rows, lids, strict=True))
+    chart = error_chart(replace(passing, rows=rows))
+    drawn = heights(chart, "lid")
+    assert len(drawn) == len(rows)
+    assert drawn[2] < min(drawn[:2] + drawn[3:])  # higher up
+    swapped = [replace(row, e_a=row.e_b, e_b=row.e_a) for row in passing.rows]
+    assert heights(chart, "limit") != heights(error_chart(replace(passing, whose="a")), "lid")
+    of_a = heights(error_chart(replace(passing, whose="a")), "limit")
+    of_b = heights(error_chart(replace(passing, whose="b", rows=tuple(swapped))), "limit")
+    assert of_a == of_b
+
+
+def test_a_backend_keeps_its_colour_whichever_side_it_is():
+    a, b, oracle = trio()
+    one, other = error_chart(compare(a, b, oracle)), error_chart(compare(b, a, oracle))
+    for chart in (one, other):
+        assert re.search(r'class="la"[^>]*>jax<', chart)
+        assert re.search(r'class="lb"[^>]*>torch<', chart)
+    assert (colours(("torch (a)", "torch (b)")), colours(("x", "y"))) == (("a", "b"), ("a", "b"))
+    assert heights(one, "ea") == heights(other, "ea")
+
+
+def test_the_heat_map_has_positions_along_its_edge_and_room_for_the_worst_at_the_end(passing):
+    used = {name: np.full((1, 96), 0.1, np.float32) for name in passing.token_used}
+    used["logits"][0, 95] = 0.2
+    worst = replace(passing.worst_token, tensor="logits", row=0, position=95, margin=0.8)
+    drawn = heat_map(replace(passing, token_used=used, worst_token=worst))
+    width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
+    x, side, told = re.search(r'class="calm" x="([\d.]+)"[^>]*text-anchor="(\w+)">([^<]*)<', drawn).groups()
+    assert (side, told.split()[0]) == ("end", "95")
+    assert float(x) < width
+    assert all(f">{position}</text>" in drawn for position in (0, 48, 92))
+
+
+def test_bars_above_the_limit_have_a_scale_and_say_which():
+    drawn = bars(["model.embed_tokens", "model.layers.0"], [0.5, 5000.0], "caption")
+    assert re.findall(r'x="[\d.]+" y="[\d.]+">(\d[\d,]*x?)</text>', drawn) == ["0", "10x", "100x", "1,000x"]
+    assert "logarithmic" in drawn
+    calm = bars(["model.embed_tokens"], [0.5], "caption")
+    assert "logarithmic" not in calm
+    assert "10x" not in calm
 
 
 def test_every_kind_of_comparison_can_be_drawn():
