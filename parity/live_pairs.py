@@ -72,7 +72,7 @@ class LivePair:
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
         done = f"{target.name} went on from {source.name}'s output of {path} in the place of its own"
-        return replace(after, experiment=f"{done}, and what follows was judged: {_told(before, after, path)}")
+        return replace(after, experiment=f"{done}; what follows is {_told(before, after, path)}")
 
     def path_of(self, given: str) -> str:
         """The module path of what a user calls ``layers.7``, or a tensor of the trace."""
@@ -169,7 +169,7 @@ def _after(path: str, trace: Trace) -> Trace:
 def _told(before: Comparison, after: Comparison, path: str) -> str:
     """What the second comparison says about the first."""
     if before.verdict != "FAIL":
-        return "all was within its limits before, too"
+        return "as it was: within its limits before, too"
     if after.verdict == "FAIL":
         return f"still wrong, so something after {path} is wrong by itself"
     return f"right, so what was wrong came from {path} or from before it"

@@ -112,19 +112,21 @@ def index(lines: Sequence[Line]) -> str:
 
 
 def about(comparison: Comparison) -> dict[str, str]:
-    """What was compared: backends with their versions, dtype, checkpoint, prompt."""
+    """What was compared: checkpoint, dtype, prompt, and what each backend ran on."""
     if len(comparison.meta) < 2:
         return {}
-    told = []
-    for label, meta in zip(comparison.labels, comparison.meta, strict=False):
-        versions = ", ".join(f"{name} {version}" for name, version in (meta.get("versions") or {}).items())
-        told.append(f"{label}: {versions}" if versions else "")
+    versions = {}
+    for meta in comparison.meta[:2]:
+        known = {name: version for name, version in (meta.get("versions") or {}).items() if name != "python"}
+        versions[f"{meta['backend']} ran on"] = ", ".join(
+            [*(f"{name} {version}" for name, version in known.items()), *filter(None, [meta.get("device")])]
+        )
     names = dict.fromkeys(str(meta.get("checkpoint") or "") for meta in comparison.meta[:2])
     shape = comparison.meta[0].get("shape") or []
     tokens = max((row.tokens for row in comparison.rows), default=0)
     prompt = f"{shape[0]} rows of {shape[1]} positions, {tokens} tokens judged" if len(shape) > 1 else ""
-    found = {"dtype": comparison.dtype, "checkpoint": ", ".join(filter(None, names)), "prompt": prompt}
-    return {key: value for key, value in (found | {"versions": "; ".join(filter(None, told))}).items() if value}
+    found = {"checkpoint": ", ".join(filter(None, names)), "dtype": comparison.dtype, "prompt": prompt}
+    return {key: value for key, value in (found | versions).items() if value}
 
 
 def merged(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -86,7 +86,8 @@ def commands(comparison: Comparison) -> str:
 
 
 def _heading(title: str, comparison: Comparison) -> str:
-    pill = f'<span class="pill {comparison.verdict.lower()}">{esc(comparison.kind)}</span>'
+    tone = "inconclusive" if comparison.experiment else comparison.verdict.lower()  # it is no plain pass
+    pill = f'<span class="pill {tone}">{esc(comparison.kind)}</span>'
     done = ""
     if comparison.experiment:
         done = f'<p class="experiment"><b>Experiment:</b> {esc(comparison.experiment)}.</p>'

@@ -12,8 +12,9 @@ from parity.wording import MOST, share, short_name, times, told_share
 
 WIDTH, HEIGHT, TOP, BOTTOM, RIGHT = 720, 120, 18, 18, 84
 NAMES = 12  # along the axis, at most
-WIDEST = 58.0
-ROOM = 64  # pixels that a name needs
+WIDEST = 72.0
+ROOM = 76  # pixels that a name needs
+LEADING = 13.0  # from a number to the one above it
 CAPTION = "Share of its limit that each module's result uses, in the order of computation. A bar over the line fails."
 ABOVE = " Above the line heights are logarithmic: a step for every power of ten."
 
@@ -70,8 +71,8 @@ class _Scale:
     def ticks(self) -> list[str]:
         """Numbers beside the bars: zero and, where any is over the limit, powers of ten above it."""
         heights = {"0": HEIGHT - BOTTOM}
-        powers = range(1, math.floor(self.decades) + 1) if self.line < 0.8 else ()
-        every = math.ceil(len(powers) / 3) or 1
+        powers = range(1, math.floor(self.decades + 1e-9) + 1) if self.line < 0.8 else ()
+        every = math.ceil(LEADING / ((self.y(1) - TOP) * 0.85 / self.decades))
         heights |= {f"{times(10.0**power)}x": self.y(10.0**power) for power in powers[every - 1 :: every]}
         end = self.end
         return [
@@ -96,7 +97,7 @@ def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale, marked:
     for index in range(0, len(names), every):
         x = scale.x(index) + scale.bar / 2
         name = html.escape(short_name(names[index]))
-        parts.append(f'<text x="{max(x, 33):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="{max(x, 37):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{name}</text>')
     worst = shares[marked]
     x = min(max(scale.x(marked) + scale.bar / 2, 24), scale.end - 24)
     text = share(worst)

@@ -104,7 +104,8 @@ class TokenView:
             else ""
         )
         table = f"<details><summary>Errors of this token in numbers</summary>{_html(_stages(self))}</details>"
-        return framed(f"<h2>{html.escape(self._title())}</h2>{said}<h3>Where its error comes from</h3>{drawn}{table}")
+        drawn = f"<h3>Where its error comes from</h3>{drawn}" if drawn else ""
+        return framed(f"<h2>{html.escape(self._title())}</h2>{said}{drawn}{table}")
 
     def _title(self) -> str:
         what = "" if self.token_id is None else f", token id {self.token_id}"

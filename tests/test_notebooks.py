@@ -56,7 +56,13 @@ def test_two_backends_are_compared_and_a_bug_of_one_percent_is_found_where_it_wa
 def test_the_life_of_a_weight_ends_with_what_was_loaded(tmp_path):
     text = shown(executed(nbformat.read(NOTEBOOKS[1], as_version=4), tmp_path))
     assert "2 of 25 tensors differ" in text
-    assert "swap embedding and head of B in" in text
+    assert "swap in embedding and head of B" in text
+    # the timeline is drawn from what was checked: every step on both backends, the quantised ones and the export too
+    table = next(part for part in text.split("<table") if "timeline" in part[:30])
+    assert table.count("<tr>") == 1 + 13
+    assert table.count("<b>pass</b>") == 2 * 13
+    for step in ("refuse a broken B", "unmerge it", "reload A quantised", "export"):
+        assert f"<td>{step}</td>" in table
     assert "exported twice, and equal to what was loaded" in text
 
 

@@ -42,10 +42,6 @@ def run(args: argparse.Namespace) -> int:
     oracle_b = record_oracle(checkpoint, inputs, like=b, probes=0, **common)  # faults are asked of the first alone
     comparison = compare(a, b, oracle_a, oracle_b=oracle_b)
     print(f"{comparison.verdict}: {comparison.summary}" if args.quiet else comparison.to_text())
-    facts = {
-        "checkpoint": args.checkpoint,
-        "a": f"{args.a} on {a.meta['device']}",
-        "b": f"{args.b} on {b.meta['device']}",
-    }
+    facts = {"checkpoint": args.checkpoint}
     write_reports(args, "tandem run", [(f"{args.a} against {args.b}", comparison)], [], facts)
     return comparison.exit_code

@@ -236,7 +236,7 @@ def test_the_heat_map_has_positions_along_its_edge_and_room_for_the_worst_at_the
 
 def test_bars_above_the_limit_have_a_scale_and_say_which():
     drawn = bars(["model.embed_tokens", "model.layers.0"], [0.5, 5000.0], "caption")
-    assert re.findall(r'x="[\d.]+" y="[\d.]+">(\d[\d,]*x?)</text>', drawn) == ["0", "10x", "100x", "1,000x"]
+    assert re.findall(r'x="[\d.]+" y="[\d.]+">(\d[\d,]*x?)</text>', drawn) == ["0", "100x"]  # those there is room for
     assert "logarithmic" in drawn
     calm = bars(["model.embed_tokens"], [0.5], "caption")
     assert "logarithmic" not in calm
