@@ -16,7 +16,7 @@ LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up t
 COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
 LABELLED = 16  # lines named along the edge, at most
 WIDTH, LEFT, RIGHT, CELL = 1040, 76, 14, 11
-TICK = 40.0  # pixels between two numbers along the positions, at least
+TICK = 36.0  # pixels between two numbers along the positions, at least
 GLYPHS = "\u00b7\u2591\u2592\u2593xX# "  # by level; the last, level -1, is what was not judged
 TEXT_COLUMNS = 96
 
