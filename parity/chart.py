@@ -15,7 +15,7 @@ from parity.wording import number, short_name
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 54, 116, 18, 34
 TICKS = 12  # names along the axis, at most
-WIDE = 9  # so many names have room for ``layers.3``; of more the layers are told by number
+WIDE = 8  # so many names have room for ``layers.3``; of more the layers are told by number
 Point = tuple[float, float]
 Which = Literal["a", "b"]
 
