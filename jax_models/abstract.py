@@ -6,6 +6,8 @@ for a device mesh that need not exist (``jax.experimental.topologies``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,15 +23,22 @@ from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
 
-def abstract_weights(config: ModelConfig, mesh: Mesh | None, dtype: Any, stage: Stage | None = None) -> Weights:
-    """What ``load`` would place, all in one stored ``dtype`` but for codes and scales."""
-    dims = config.dims()
-    flat = {
-        spec.name: jax.ShapeDtypeStruct(
-            spec.shape, to_numpy(spec.dtype) if spec.dtype else dtype, sharding=param_sharding(spec, dims, mesh)
-        )
-        for spec in specs_of(config, stage or Stage())
-    }
+def abstract_weights(
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtype: Any,
+    stage: Stage | None = None,
+    stored: Mapping[str, str] = MappingProxyType({}),
+) -> Weights:
+    """What ``load`` would place: codes and scales in their own dtypes, plain weights in ``dtype``.
+
+    ``stored``: safetensors dtype of the plain weights that have another, by parameter.
+    """
+    dims, flat = config.dims(), {}
+    for spec in specs_of(config, stage or Stage()):
+        named = spec.dtype or stored.get(spec.name)
+        sharding = param_sharding(spec, dims, mesh)
+        flat[spec.name] = jax.ShapeDtypeStruct(spec.shape, to_numpy(named) if named else dtype, sharding=sharding)
     return traverse_util.unflatten_dict(flat, sep=".")
 
 

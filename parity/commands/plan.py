@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", metavar="S", type=int, default=8192, help="slots of the cache; default: 8192")
     parser.add_argument("--prompt", metavar="T", type=int, help="tokens a row that prefill reads; default: up to 1024")
     parser.add_argument("--quant", choices=("nvfp4",), help="quantise weights while they are read")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in; default: as stored")
     parser.add_argument("--exact", action="store_true", help="compile every layer rather than extrapolate from a few")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON")
 
@@ -43,13 +43,14 @@ def run(args: argparse.Namespace) -> int:
     check_installed()
     from parity.planning.meshes import Load, parse_mesh
     from parity.planning.plan import Request, plan
-    from parity.planning.subject import config_to_plan
+    from parity.planning.subject import planned
     from parity.planning.text import plan_text
 
     sizes = None if args.mesh is None else parse_mesh(args.mesh)
-    load = Load(args.batch, args.context, args.prompt or min(args.context, 1024), args.dtype)
-    config = config_to_plan(args.checkpoint, args.quant)
-    request = Request(args.checkpoint, config, args.quant, chip, load, is_exact=args.exact)
+    subject = planned(args.checkpoint, args.quant)
+    prompt, dtype = args.prompt or min(args.context, 1024), args.dtype or subject.dtype
+    load = Load(args.batch, args.context, prompt, dtype, subject.plain, subject.stored)
+    request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
     found = plan(request, args.topology, sizes)
     print(plan_text(found))
     if args.json:

@@ -10,6 +10,7 @@ Bytes are those of whole tiles, as the arrays lie in memory.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from parity.hlo.loops import trips
@@ -76,10 +77,12 @@ def traffic_of(text: str) -> Traffic:
         ValueError: it is not the text of an HLO module.
     """
     module = Module.parse(text)
-    return _Walk(module).run(module.entry)
+    return Walk(module).run(module.entry)
 
 
-class _Walk:
+class Walk:
+    """Over the computations of a module, each counted once."""
+
     def __init__(self, module: Module) -> None:
         self.module = module
         self.done: dict[str, Traffic] = {}
@@ -87,13 +90,18 @@ class _Walk:
     def run(self, name: str) -> Traffic:
         """What running a computation once costs."""
         if name not in self.done:
-            inside, total = self.module.computations[name], Traffic()
-            repeated = _fetched_again(inside)
-            for one in inside.instructions.values():
-                if one.name not in repeated:
-                    total.add(self.instruction(one, inside))
+            total = Traffic()
+            for _, found in self.each(name):
+                total.add(found)
             self.done[name] = total
         return self.done[name]
+
+    def each(self, name: str) -> Iterator[tuple[Instruction, Traffic]]:
+        """The instructions of a computation in the order they run, and what each costs."""
+        inside = self.module.computations[name]
+        repeated = _fetched_again(inside)
+        for one in inside.instructions.values():
+            yield one, Traffic() if one.name in repeated else self.instruction(one, inside)
 
     def instruction(self, one: Instruction, inside: Computation) -> Traffic:
         opcode = one.opcode

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from jax.sharding import Mesh
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES
+from loaders.dtypes import to_numpy
 from loaders.quantization import WEIGHTS_ONLY, Activations
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
-from parity.hlo.traffic import traffic_of
+from parity.hlo.layers import traffic_by_layer
+from parity.hlo.traffic import Traffic
 from parity.planning.chips import Chip
 from parity.planning.meshes import Load, held_bytes
 
@@ -58,7 +61,7 @@ def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Load, mesh
     if quantization is not None:
         activations = Activations(quantization.has_activations, quantization.kv_cache is not None)
     programs = programs_for(config, stage, dtype, mesh, activations)
-    weights = abstract_weights(config, mesh, dtype, stage)
+    weights = abstract_weights(config, mesh, to_numpy(load.plain), stage, load.stored)
     cache = abstract_cache(config, load.rows, load.context, dtype, mesh, stage)
     if program == "decode":
         return programs.decode.lower(weights, abstract_rows((load.rows, 1), jnp.int32, mesh), cache=cache)
@@ -76,10 +79,11 @@ def measured(
     further: ``out_of_memory_bytes`` is then all there is besides times and what is held.
     """
     stage, dtype = stage or Stage(), jnp.dtype(load.dtype)
+    weights = abstract_weights(config, mesh, to_numpy(load.plain), stage, load.stored)
     started = time.perf_counter()
     found: dict[str, Any] = {
         "layers": len(stage.layers(config.num_hidden_layers)),
-        "weight_bytes": held_bytes(abstract_weights(config, mesh, dtype, stage)),
+        "weight_bytes": held_bytes(weights),
         "cache_bytes": held_bytes(abstract_cache(config, load.rows, load.context, dtype, mesh, stage)),
     }
     with jax.set_mesh(mesh):  # kernels ask it which chip they are for
@@ -99,20 +103,42 @@ def measured(
     assert text is not None
     if hlo:
         Path(hlo).write_text(text, encoding="utf-8")
-    traffic = traffic_of(text)
+    by_layer, traffic = traffic_by_layer(text, _layer_names(config)), Traffic()
+    for one in by_layer.values():
+        traffic.add(one)
     names = ("argument", "temp", "output", "alias")
     found |= {f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes") for name in names}
     return found | {
         "peak_bytes": memory.peak_memory_in_bytes,
-        "hbm_read_bytes": traffic.read_bytes,
-        "hbm_written_bytes": traffic.written_bytes,
-        "collectives": traffic.collectives,
+        **moved(traffic),
+        "by_layer": {str(layer): moved(one) for layer, one in sorted(by_layer.items())},
         "unknown_loops": traffic.unknown_loops,
         "full_vocabulary": []
         if program == "decode"
         else full_vocabulary(text, config.vocab_size, load.prompt, mesh.size),
         "hlo_lines": text.count("\n"),
     }
+
+
+def moved(traffic: Traffic) -> dict[str, Any]:
+    """As figures have it."""
+    return {
+        "hbm_read_bytes": traffic.read_bytes,
+        "hbm_written_bytes": traffic.written_bytes,
+        "collectives": traffic.collectives,
+    }
+
+
+def _layer_names(config: ModelConfig) -> Callable[[str], int | None]:
+    """The decoder layer of an argument of ``Programs`` by what JAX calls it."""
+    path = "".join(f"['{part}']" for part in config.text_paths[0].split("."))
+    name = re.compile(rf"(?:weights{re.escape(path)}\['layers'\]|cache\.layers)\['(\d+)'\]")
+
+    def layer_of(source: str) -> int | None:
+        found = name.match(source)
+        return int(found[1]) if found else None
+
+    return layer_of
 
 
 def full_vocabulary(hlo: str, vocab_size: int, length: int, parts: int) -> list[str]:

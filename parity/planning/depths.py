@@ -1,8 +1,9 @@
-"""Few layers that stand for many: what a program costs is linear in how often a pattern of layers repeats.
+"""Few layers that stand for many: every repetition of a pattern of layers costs what those before it do.
 
-A compiler takes minutes over a hundred unrolled layers, and every repetition of them is compiled alike. So two shallow
-programs are compiled, one with some repetitions more, and the rest is their difference. What is not alike (leading
-dense layers, a pattern cut short at the end) is in both.
+A compiler takes minutes over a hundred unrolled layers, and compiles repetitions of them alike, but for the last few:
+where no more weights are to be fetched ahead, caches lie in VMEM and are written back (of Qwen3-8B on four v5e three or
+four, 8.4 MB each, whether it has 8 layers or 36). So a program deep enough to have layers before that is compiled, and
+those are what the missing ones cost. Memory grows with depth as a whole: a line through it and a shallower program.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.meshes import specs_for
 
-LEAST_LAYERS = 4  # in the shallower program: the first and the last few are not like the others
+LEAST_LAYERS = 4  # in the shallower program
+MORE_LAYERS = 12  # in the deeper one
+LAST_LAYERS = 8  # of the deeper one, compiled unlike those before
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +34,55 @@ class Shallow(Stage):
 
 @dataclass(frozen=True, slots=True)
 class Depths:
-    """Which depths to compile, and how often the second has what the first has not before the model is complete.
+    """Which depths to compile, and what of them stands for the layers that are in neither.
 
-    ``weight``: value(model) = value(shallow) + weight * (value(deeper) - value(shallow)); 0: the first is the model.
+    Attributes:
+        shallow: layers of the first program.
+        deeper: of the second; the same: it is the whole model.
+        count: of the model.
+        period: layers after which kinds of them repeat.
+        typical: layers of the second program, some repetitions, that cost what missing ones do.
     """
 
     shallow: int
     deeper: int
-    weight: float
+    count: int
+    period: int
+    typical: range
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is missing."""
+        return self.deeper == self.count
+
+    @property
+    def weight(self) -> float:
+        """value(model) = value(shallow) + weight * (value(deeper) - value(shallow)), of what grows as a line."""
+        return 1.0 if self.is_exact else (self.count - self.shallow) / (self.deeper - self.shallow)
+
+    @property
+    def missing(self) -> int:
+        """Repetitions that the model has more than the second program."""
+        return (self.count - self.deeper) // self.period
+
+    @property
+    def repetitions(self) -> list[range]:
+        """Those of ``typical``."""
+        starts = range(self.typical.start, self.typical.stop, self.period)
+        return [range(start, start + self.period) for start in starts]
 
 
 def depths_of(config: ModelConfig, *, is_exact: bool = False) -> Depths:
     """Depths whose layers are the model's, in its proportions."""
     count = config.num_hidden_layers
-    kinds = layer_kinds(config)
-    start, period = pattern(kinds)
+    start, period = pattern(layer_kinds(config))
     rest = start + (count - start) % period
     first = rest + -(-max(LEAST_LAYERS - rest, 1) // period) * period
-    second = first + -(-LEAST_LAYERS // period) * period
+    second = first + -(-MORE_LAYERS // period) * period
     if is_exact or second >= count:
-        return Depths(count, count, 0.0)
-    return Depths(first, second, (count - first) / (second - first))
+        return Depths(count, count, count, period, range(0))
+    stop = second - LAST_LAYERS
+    return Depths(first, second, count, period, range(stop - (stop - max(start, 1)) // period * period, stop))
 
 
 def layer_kinds(config: ModelConfig) -> list[Hashable]:

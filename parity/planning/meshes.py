@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from jax_models.abstract import abstract_cache
 from jax_models.sharding import MESH_AXES, param_sharding
-from loaders.dtypes import to_numpy
+from loaders.dtypes import bits, to_numpy
 from loaders.plan import specs_of
 from loaders.spec import Dim, ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
@@ -29,13 +30,17 @@ class Load:
         rows: sequences at a time.
         context: slots of the cache, for each row.
         prompt: tokens of each row that prefill reads.
-        dtype: what is computed in, and what plain weights are stored in.
+        dtype: what is computed in, and keys and values are kept in.
+        plain: safetensors dtype of weights that are neither codes nor scales.
+        stored: and of those of them that have another, by parameter.
     """
 
     rows: int
     context: int
     prompt: int
     dtype: str
+    plain: str = "BF16"
+    stored: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -75,19 +80,28 @@ def specs_for(config: ModelConfig, stage: Stage) -> Specs:
     return specs_of(config, stage)
 
 
-def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, dtype: str) -> tuple[int, int]:
+def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, load: Load) -> tuple[int, int]:
     """Elements and bytes of one parameter on one device."""
     sharding = param_sharding(spec, dims, mesh)
     assert sharding is not None
     elements = math.prod(sharding.shard_shape(spec.shape))
-    return elements, elements * (to_numpy(spec.dtype) if spec.dtype else jax.numpy.dtype(dtype)).itemsize
+    return elements, elements * to_numpy(spec.dtype or load.stored.get(spec.name, load.plain)).itemsize
+
+
+def stored_bytes(config: ModelConfig, load: Load, stage: Stage | None = None) -> dict[str, int]:
+    """Bytes of all devices' weights by safetensors dtype, most first."""
+    sizes: Counter[str] = Counter()
+    for spec in specs_for(config, stage or Stage()):
+        name = spec.dtype or load.stored.get(spec.name, load.plain)
+        sizes[name] += math.prod(spec.shape) * bits(name) // 8
+    return dict(sizes.most_common())
 
 
 def held(config: ModelConfig, load: Load, sizes: dict[str, int], stage: Stage | None = None) -> tuple[int, int]:
     """Bytes of weights and of the cache on one device."""
     mesh: Any = abstract_mesh(sizes)
     stage, dims = stage or Stage(), config.dims()
-    weights = sum(weight_size(spec, dims, mesh, load.dtype)[1] for spec in specs_for(config, stage))
+    weights = sum(weight_size(spec, dims, mesh, load)[1] for spec in specs_for(config, stage))
     cache = abstract_cache(config, load.rows, load.context, jax.numpy.dtype(load.dtype), mesh, stage)
     return weights, held_bytes(cache)
 

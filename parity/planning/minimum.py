@@ -59,7 +59,7 @@ def minimum_of(
     for spec in specs:
         if _is_unused(spec, specs):
             continue
-        held, size = weight_size(spec, dims, mesh, load.dtype)
+        held, size = weight_size(spec, dims, mesh, load)
         is_expert = spec.axes[:1] == ("E",) and len(spec.axes) > 2
         weights += size
         experts += size if is_expert else 0

@@ -23,7 +23,8 @@ from parity.planning.chips import Chip
 from parity.planning.compiling import PROGRAMS
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import ENVIRONMENT
-from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for
+from parity.planning.extrapolating import joined
+from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
 _SPARE = 0.03  # of what is held, for temporaries nobody has compiled yet
@@ -100,6 +101,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "layers": config.num_hidden_layers,
         "quant": request.quant,
         "dtype": load.dtype,
+        "stored": stored_bytes(config, load),
         "rows": load.rows,
         "context": load.context,
         "prompt": load.prompt,
@@ -109,7 +111,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "mesh": {axis: sizes[axis] for axis in MESH_AXES if sizes.get(axis, 1) > 1},
         "hbm_bytes": chip.hbm_bytes,
         "usable_bytes": chip.usable_bytes,
-        "extrapolated_from_layers": [depths.shallow, depths.deeper] if depths.weight else None,
+        "extrapolated_from_layers": None if depths.is_exact else [depths.shallow, depths.deeper],
         "fits": all(found["fits"] for found in programs.values()),
         "replicated": replicated(specs.params, config.dims(), whole),
         "replicated_cache": _whole_cache(config, load, whole),
@@ -127,31 +129,6 @@ def _whole_cache(config: ModelConfig, load: Load, mesh: Any) -> bool:
     tensor = mesh.shape["expert"] * mesh.shape["tensor"]
     kept = [leaf for parts in cache.layers.values() for name, leaf in parts.items() if name in ("key", "value")]
     return tensor > 1 and any(leaf.sharding.shard_shape(leaf.shape)[2] == leaf.shape[2] for leaf in kept)
-
-
-def joined(found: list[dict[str, Any]], depths: Depths) -> dict[str, Any]:
-    """The figures of the whole model, from those of two depths of it. Times are what was really spent."""
-    first, last = found[0], found[-1]
-    times = {name: round(sum(one[name] for one in found), 1) for name in ("lower_s", "compile_s")}
-    if any("out_of_memory_bytes" in one for one in found):
-        needed = max(one.get("out_of_memory_bytes", 0) for one in found)
-        held = {name: _line(first[name], last[name], depths) for name in ("weight_bytes", "cache_bytes")}
-        return times | held | {"peak_bytes": None, "needs_at_least_bytes": needed}
-    if not depths.weight:
-        return last | times
-    linear = {name: _line(first[name], last[name], depths) for name in first if name.endswith("_bytes")}
-    kinds = first["collectives"].keys() | last["collectives"].keys()
-    nothing = {"count": 0, "bytes": 0}
-    sent = [[one["collectives"].get(kind, nothing) for one in (first, last)] for kind in sorted(kinds)]
-    lines = [{key: _line(shallow[key], deeper[key], depths) for key in nothing} for shallow, deeper in sent]
-    collectives = dict(zip(sorted(kinds), lines, strict=True))
-    # temporaries are shared by layers: they grow with depth or they do not, but never shrink
-    linear["temp_bytes"] = max(linear["temp_bytes"], last["temp_bytes"])
-    return last | linear | times | {"collectives": collectives}
-
-
-def _line(shallow: int, deeper: int, depths: Depths) -> int:
-    return round(shallow + depths.weight * (deeper - shallow))
 
 
 def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, program: str) -> dict[str, Any]:

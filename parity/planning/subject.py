@@ -1,22 +1,58 @@
-"""The configuration to plan for: a checkpoint's, or that of a config.json alone, quantised on request."""
+"""What to plan for: a checkpoint, or a config.json alone, quantised on request, and what its weights are stored in."""
 
 from __future__ import annotations
 
-from loaders import CheckpointError
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from loaders import CheckpointError, Stage
 from loaders.config import config_from_json
+from loaders.plan import compute_dtype, plan_load
 from loaders.quantizable import config_documents
 from loaders.quantization_config import KEY
 from loaders.spec import ModelConfig
-from parity.inspection import open_subject
+from parity.inspection import PLAIN, Subject, open_subject
+
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # config.json's words
 
 
-def config_to_plan(path: str, quant: str | None) -> ModelConfig:
-    """As ``load(path, quantize=quant)`` would have it.
+@dataclass(frozen=True)
+class Planned:
+    """A configuration, and what weights are stored in.
+
+    Attributes:
+        config: as ``load(path, quantize=)`` would have it.
+        dtype: what ``load`` would compute in.
+        plain: safetensors dtype of most weights that are neither codes nor scales.
+        stored: of those that have another, by parameter.
+    """
+
+    config: ModelConfig
+    dtype: str
+    plain: str
+    stored: dict[str, str]
+
+
+def planned(path: str, quant: str | None) -> Planned:
+    """A checkpoint's weights are stored in what its files say, of a config.json alone in its ``dtype``, else bfloat16.
 
     Raises:
         CheckpointError: it cannot be used, or is quantised already.
     """
     subject = open_subject(path)
+    config = _quantized(path, subject, quant)
+    if subject.checkpoint is None:
+        plain = _of_config(subject.document)
+        return Planned(config, "bfloat16" if plain == "BF16" else "float32", plain, {})
+    plan = plan_load(subject.checkpoint, Stage())
+    found = {spec.name: plan.dtypes[spec.name] for spec in plan.specs if spec.dtype is None}
+    plain = Counter(found.values()).most_common(1)[0][0] if found else PLAIN
+    others = {name: dtype for name, dtype in found.items() if dtype != plain}
+    return Planned(config, compute_dtype(None, plan), plain, others)
+
+
+def _quantized(path: str, subject: Subject, quant: str | None) -> ModelConfig:
     if quant is None:
         return subject.config
     if subject.config.quantization is not None:
@@ -26,3 +62,10 @@ def config_to_plan(path: str, quant: str | None) -> ModelConfig:
     if config is None:
         raise CheckpointError(path, problems)
     return config
+
+
+def _of_config(document: dict[str, Any]) -> str:
+    """Of either spelling, at the top or of the text part."""
+    parts = [document, document.get("text_config")]
+    found = (part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype"))
+    return next((_STORED[word] for word in found if isinstance(word, str) and word in _STORED), PLAIN)

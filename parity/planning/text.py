@@ -10,8 +10,10 @@ def plan_text(found: dict[str, Any]) -> str:
     """A headline, a table with a column for each program, what lies whole on every device, and the suggestion."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
     quant = f", {found['quant']}" if found["quant"] else ""
+    stored = ", ".join(f"{_gb(size)} of {name}" for name, size in found["stored"].items())
     lines = [
-        f"{found['subject']}: {found['architecture']}, {found['layers']} layers, {found['dtype']}{quant}",
+        f"{found['subject']}: {found['architecture']}, {found['layers']} layers{quant}; {stored}; computed in"
+        f" {found['dtype']}",
         f"{found['chip']}:{found['topology']}, {found['devices']} devices of {_gb(found['hbm_bytes'])}"
         f" ({_gb(found['usable_bytes'])} for a program), mesh {mesh}",
         f"batch {found['rows']}, context {found['context']}; prefill reads {found['prompt']} tokens a row",
@@ -54,6 +56,8 @@ def _cell(program: dict[str, Any], key: str) -> str:
         return f"{_gb(program['needs_at_least_bytes'])} or more"
     if value is None:
         return "-"
+    if key == "hbm_bytes" and (bounds := program["hbm_bytes_range"]) and _gb(bounds[0]) != _gb(bounds[1]):
+        return f"{_gb(value)} ({_gb(bounds[0])} to {_gb(bounds[1])})"
     if key == "fits":
         return "yes" if value else "NO"
     if key == "ratio":

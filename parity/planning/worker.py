@@ -21,9 +21,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from parity.planning.compiling import measured, mesh_on
     from parity.planning.depths import Shallow
     from parity.planning.meshes import Load
-    from parity.planning.subject import config_to_plan
+    from parity.planning.subject import planned
 
-    config = config_to_plan(request["subject"], request["quant"])
+    config = planned(request["subject"], request["quant"]).config
     load, mesh = Load(**request["load"]), mesh_on(chip_of(request["chip"]), request["topology"], request["mesh"])
     found: dict[str, Any] = {"jax": jax.__version__, "libtpu": version("libtpu")}
     for program in request["programs"]:

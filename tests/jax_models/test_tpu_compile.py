@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from parity.planning.depths import depths_of
+from parity.planning.extrapolating import joined
+from parity.planning.subject import planned
+
 ROOT = Path(__file__).parents[2]
 LAYERS = {"qwen3-8b": 36, "qwen3-30b-a3b": 48, "qwen3.5-9b": 4, "qwen3.5-35b-a3b": 4}
 MESH = {"qwen3-8b": "tensor=4", "qwen3-30b-a3b": "expert=4", "qwen3.5-9b": "tensor=4", "qwen3.5-35b-a3b": "expert=4"}
@@ -45,11 +49,11 @@ def measure(tmp_path_factory):
     """What benchmarks/tpu_compile.py found of a program, in a process of its own: libtpu cannot be unloaded."""
 
     @functools.cache
-    def found(model, program):
+    def found(model, program, layers=None):
         result = tmp_path_factory.mktemp("tpu") / "found.json"
         script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
         options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(result)]
-        options += ["--layers", str(LAYERS[model])]
+        options += ["--layers", str(layers or LAYERS[model])]
         done = subprocess.run(script + options, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         print(done.stdout)
@@ -88,6 +92,16 @@ def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measure
         # XLA's choice for a shared expert in prefill: its width is gathered, 1 MB each, rather than its output summed
         assert counts.pop("all-gather", 0) <= 2 * measured["layers"]
     assert counts == {"all-reduce": 2 * measured["layers"] + 1}
+
+
+def test_a_plan_from_few_layers_says_what_all_of_them_move(measure):
+    whole = measure("qwen3-8b", "decode")
+    depths = depths_of(planned(str(ROOT / "benchmarks" / "configs" / "qwen3-8b.json"), None).config)
+    found = joined([measure("qwen3-8b", "decode", depth) for depth in (depths.shallow, depths.deeper)], depths)
+    total = found["hbm_read_bytes"] + found["hbm_written_bytes"]
+    assert total == pytest.approx(whole["hbm_read_bytes"] + whole["hbm_written_bytes"], rel=0.01)
+    assert found["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)
+    assert found["collectives"] == whole["collectives"]
 
 
 def test_prefill_computes_the_logits_of_the_last_position_only(measure, model):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from jax_models.abstract import abstract_weights
+from loaders import Stage, open_checkpoint
 from parity.cli import main
 from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
-from parity.planning.meshes import Load, default_mesh, held, parse_mesh
+from parity.planning.extrapolating import joined
+from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
-from parity.planning.plan import Request, joined, judged, smallest
-from parity.planning.subject import config_to_plan
+from parity.planning.plan import Request, judged, smallest
+from parity.planning.subject import planned
+from parity.zoo import make_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 LOAD = Load(rows=8, context=2048, prompt=1024, dtype="bfloat16")
@@ -22,13 +29,13 @@ LOAD = Load(rows=8, context=2048, prompt=1024, dtype="bfloat16")
 
 @pytest.fixture(scope="module")
 def dense():
-    return config_to_plan(str(CONFIGS / "qwen3-8b.json"), None)
+    return planned(str(CONFIGS / "qwen3-8b.json"), None).config
 
 
 @pytest.fixture(scope="module")
 def experts():
     """Qwen3-30B-A3B, of which four layers show all there is."""
-    config = config_to_plan(str(CONFIGS / "qwen3-30b-a3b.json"), None)
+    config = planned(str(CONFIGS / "qwen3-30b-a3b.json"), None).config
     return dataclasses.replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
 
 
@@ -77,28 +84,73 @@ def test_the_shortest_pattern_is_found(kinds, found):
 
 
 def test_shallow_programs_have_the_layers_of_the_model_in_its_proportions(dense):
-    hybrid = config_to_plan(str(CONFIGS / "qwen3.5-9b.json"), None)
-    assert depths_of(dense) == Depths(4, 8, 8.0)
-    assert depths_of(hybrid) == Depths(4, 8, 7.0)
-    assert depths_of(dense, is_exact=True) == Depths(36, 36, 0.0)
+    hybrid = planned(str(CONFIGS / "qwen3.5-9b.json"), None).config
+    assert depths_of(dense) == Depths(4, 16, count=36, period=1, typical=range(1, 8))
+    assert depths_of(hybrid) == Depths(4, 16, count=32, period=4, typical=range(4, 8))
+    assert depths_of(dense, is_exact=True).is_exact
+    assert depths_of(dense, is_exact=True).deeper == 36
 
 
-def program(size: int, count: int, temp: int) -> dict:
+def program(size: int, count: int, temp: int, layers: tuple[int, ...] = ()) -> dict:
+    """``layers``: bytes that each of them reads, in a program that reads ``size``."""
     figures = dict.fromkeys(("weight_bytes", "cache_bytes", "peak_bytes", "hbm_read_bytes"), size)
-    sent = {"all-reduce": {"count": count, "bytes": size}}
-    return figures | {"temp_bytes": temp, "collectives": sent, "lower_s": 1.0, "compile_s": 2.0}
+    figures |= {"hbm_written_bytes": 0, "temp_bytes": temp, "lower_s": 1.0, "compile_s": 2.0}
+    by_layer = {str(layer): moved(read, 2) for layer, read in enumerate(layers)}
+    return figures | moved(size, count) | {"by_layer": by_layer}
+
+
+def moved(read: int, sums: int) -> dict:
+    return {
+        "hbm_read_bytes": read,
+        "hbm_written_bytes": 0,
+        "collectives": {"all-reduce": {"count": sums, "bytes": read}},
+    }
+
+
+SIX = (100, 100, 100, 110, 500, 90)  # reads of layers: the last few are not like the others
+DEPTHS = Depths(2, 6, count=36, period=1, typical=range(1, 4))
 
 
 def test_figures_of_two_depths_make_those_of_the_whole():
-    found = joined([program(400, 9, 70), program(800, 17, 50)], Depths(4, 8, 8.0))
+    found = joined([program(200, 5, 70), program(600, 13, 50, SIX)], DEPTHS)
     assert found["peak_bytes"] == 36 * 100
-    assert found["collectives"] == {"all-reduce": {"count": 73, "bytes": 3600}}
     assert found["temp_bytes"] == 50  # what layers share never shrinks
     assert (found["lower_s"], found["compile_s"]) == (2.0, 4.0)
 
 
+def test_missing_layers_move_what_typical_ones_do_however_unlike_the_last_are():
+    found = joined([program(200, 5, 0), program(1000, 13, 0, SIX)], DEPTHS)
+    assert found["hbm_read_bytes"] == 1000 + 30 * 310 / 3
+    assert found["hbm_bytes_range"] == [1000 + 30 * 100, 1000 + 30 * 110]
+    assert found["collectives"] == {"all-reduce": {"count": 73, "bytes": 1000 + 30 * 310 / 3}}
+    assert "by_layer" not in found
+
+
+def test_sixteen_layers_of_qwen3_8b_say_what_36_of_them_move(dense):
+    """Figures of libtpu 0.0.42.1, decode on four v5e; all 36 layers compiled move 4,416,439,296 bytes."""
+    reads = [113_301_504, *[113_285_120] * 5, 113_301_504, *[113_285_120] * 3, *[113_276_928] * 5, 424_445_952]
+    writes = [*[20_480] * 11, *[8_404_992] * 4, 1_224_704]
+    layers = {
+        str(layer): moved(read, 2) | {"hbm_written_bytes": written}
+        for layer, (read, written) in enumerate(zip(reads, writes, strict=True))
+    }
+    outside = {"hbm_read_bytes": sum(reads) + 120_320, "hbm_written_bytes": sum(writes) + 29_184}
+    deeper = program(1, 33, 0) | outside | {"by_layer": layers}
+    found = joined([program(1, 9, 0), deeper], depths_of(dense))
+    assert found["hbm_read_bytes"] + found["hbm_written_bytes"] == pytest.approx(4_416_439_296, rel=0.01)
+    low, high = found["hbm_bytes_range"]
+    assert high - low < 0.001 * low
+    assert found["collectives"]["all-reduce"]["count"] == 73
+
+
+def test_a_program_of_all_layers_is_what_it_is():
+    depths = Depths(36, 36, count=36, period=1, typical=range(0))
+    found = joined([program(600, 13, 50, SIX)], depths)
+    assert (found["hbm_read_bytes"], found["hbm_bytes_range"]) == (600, None)
+
+
 def test_a_program_too_large_to_compile_does_not_fit():
-    found = joined([program(400, 9, 0), program(800, 17, 0) | {"out_of_memory_bytes": 9000}], Depths(4, 8, 8.0))
+    found = joined([program(400, 9, 0), program(800, 17, 0) | {"out_of_memory_bytes": 9000}], DEPTHS)
     assert (found["peak_bytes"], found["needs_at_least_bytes"]) == (None, 9000)
     assert not judged(found, Minimum(1, 0, 0, 1, 1), CHIPS["v5e"], LOAD, "decode")["fits"]
 
@@ -119,10 +171,47 @@ def test_it_fits_up_to_what_a_program_may_use(spare, fits):
 
 
 def test_quantised_on_request_as_loading_would(dense):
-    config = config_to_plan(str(CONFIGS / "qwen3-8b.json"), "nvfp4")
+    config = planned(str(CONFIGS / "qwen3-8b.json"), "nvfp4").config
     assert config.quantization is not None
     assert len(config.quantization.table) == 36 * 7
     assert held(config, LOAD, {})[0] < 0.4 * held(dense, LOAD, {})[0]
+
+
+def test_weights_are_stored_in_what_files_say(tmp_path):
+    path = make_checkpoint("qwen3_5", tmp_path, dtype="BF16", num_hidden_layers=4)
+    found = planned(str(path), None)
+    assert (found.dtype, found.plain) == ("bfloat16", "BF16")
+    own = {name: info.dtype for name, info in open_checkpoint(path).tensors.items() if info.dtype != "BF16"}
+    assert set(found.stored.values()) == {"F32"}
+    assert found.stored == {name: dtype for name, dtype in own.items() if not name.startswith("mtp.")}
+    load = Load(1, 64, 64, found.dtype, found.plain, found.stored)
+    extra = sum(math.prod(spec.shape) * 2 for spec in specs_for(found.config, Stage()) if spec.name in found.stored)
+    plain = Load(1, 64, 64, found.dtype, found.plain)
+    assert held(found.config, load, {})[0] == held(found.config, plain, {})[0] + extra
+    assert stored_bytes(found.config, load)["F32"] == 2 * extra
+    abstract = abstract_weights(found.config, None, jnp.bfloat16, stored=found.stored)
+    assert held_bytes_of(abstract) == held(found.config, load, {})[0]
+
+
+def held_bytes_of(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"torch_dtype": "float32"}, ("float32", "F32")),
+        ({"dtype": "float16"}, ("float32", "F16")),
+        ({"dtype": "bfloat16"}, ("bfloat16", "BF16")),
+        ({}, ("bfloat16", "BF16")),
+    ],
+)
+def test_of_a_config_alone_in_what_it_says(said, found, tmp_path):
+    document = json.loads((CONFIGS / "qwen3-8b.json").read_text(encoding="utf-8"))
+    del document["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(document | said), encoding="utf-8")
+    subject = planned(str(tmp_path), None)
+    assert (subject.dtype, subject.plain) == found
 
 
 @pytest.mark.parametrize("text", ["model=4", "tensor", "tensor=0", "tensor=2,tensor=2"])
