@@ -1,0 +1,79 @@
+"""Every family compiles for every generation of TPU, with no TPU: a few layers of sizes that tiles allow."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.zoo_models import ZOO, zoo_config
+
+ROOT = Path(__file__).parents[2]
+CHIPS = ["v5e", "v6e", "tpu7x"]
+FAMILIES = ["qwen3", "qwen3-moe", "qwen3_5", "qwen3_5-moe", "qwen3_vl", "qwen3_vl-moe", "gemma3"]
+QUANTISED = ["qwen3-nvfp4", "qwen3-moe-nvfp4"]
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "query_pre_attn_scalar": 128,
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'"
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=CHIPS)
+def compiled(request, tmp_path_factory):
+    """What compile_families.py found for one chip, in a process of its own: libtpu cannot be unloaded."""
+    directory = tmp_path_factory.mktemp(request.param)
+    paths = []
+    for name in FAMILIES + QUANTISED:
+        zoo = name.removesuffix("-nvfp4")
+        sizes = {key: size for key, size in SIZES.items() if key in ZOO[zoo].config}
+        if "layer_types" not in ZOO[zoo].config:  # all alike, but for a dense one among experts
+            sizes["num_hidden_layers"] = 2
+        config = zoo_config(zoo, dtype="BF16", **sizes)
+        paths.append(directory / f"{name}.json")
+        paths[-1].write_text(json.dumps(config), encoding="utf-8")
+    result = directory / "found"
+    script = [sys.executable, str(ROOT / "tests" / "jax_models" / "compile_families.py"), request.param, str(result)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*script, *map(str, paths)], env=environment, capture_output=True, text=True, timeout=2400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("name", FAMILIES + QUANTISED)
+def test_it_compiles_and_updates_its_cache_in_place(compiled, name, program):
+    found = compiled[f"{name} {program}"]
+    assert "out_of_memory_bytes" not in found
+    assert found["unknown_loops"] == []
+    assert abs(found["alias_bytes"] - found["cache_bytes"]) < 2**16
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl-moe"])
+def test_a_prompt_with_images_compiles(compiled, name):
+    assert compiled[f"{name} images"]
