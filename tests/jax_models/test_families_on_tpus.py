@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,38 +43,44 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=CHIPS)
+# libtpu 0.0.42.1 overflows its own stack and takes the process with it
+CRASHES = {("tpu7x", "qwen3_5-moe")}
+
+
+@pytest.fixture(scope="module", params=[(chip, name) for chip in CHIPS for name in FAMILIES + QUANTISED], ids="-".join)
 def compiled(request, tmp_path_factory):
-    """What compile_families.py found for one chip, in a process of its own: libtpu cannot be unloaded."""
-    directory = tmp_path_factory.mktemp(request.param)
-    paths = []
-    for name in FAMILIES + QUANTISED:
-        zoo = name.removesuffix("-nvfp4")
-        sizes = {key: size for key, size in SIZES.items() if key in ZOO[zoo].config}
-        if "layer_types" not in ZOO[zoo].config:  # all alike, but for a dense one among experts
-            sizes["num_hidden_layers"] = 2
-        config = zoo_config(zoo, dtype="BF16", **sizes)
-        paths.append(directory / f"{name}.json")
-        paths[-1].write_text(json.dumps(config), encoding="utf-8")
-    result = directory / "found"
-    script = [sys.executable, str(ROOT / "tests" / "jax_models" / "compile_families.py"), request.param, str(result)]
+    """What compile_families.py found, in a process of its own: libtpu cannot be unloaded, and may crash."""
+    chip, name = request.param
+    zoo = name.removesuffix("-nvfp4")
+    sizes = {key: size for key, size in SIZES.items() if key in ZOO[zoo].config}
+    if "layer_types" not in ZOO[zoo].config:  # all alike, but for a dense one among experts
+        sizes["num_hidden_layers"] = 2
+    config = tmp_path_factory.mktemp("families") / f"{name}.json"
+    config.write_text(json.dumps(zoo_config(zoo, dtype="BF16", **sizes)), encoding="utf-8")
+    result = config.with_suffix(".found")
+    script = [
+        sys.executable,
+        str(ROOT / "tests" / "jax_models" / "compile_families.py"),
+        chip,
+        str(result),
+        str(config),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*script, *map(str, paths)], env=environment, capture_output=True, text=True, timeout=2400, check=False
-    )
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    if request.param in CRASHES and done.returncode == -signal.SIGSEGV:
+        pytest.xfail("libtpu 0.0.42.1 overflows its stack")
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(result.read_text(encoding="utf-8"))
+    return {program.removeprefix(f"{name} "): found for program, found in json.loads(result.read_text("utf-8")).items()}
 
 
-@pytest.mark.parametrize("program", ["prefill", "decode"])
-@pytest.mark.parametrize("name", FAMILIES + QUANTISED)
-def test_it_compiles_and_updates_its_cache_in_place(compiled, name, program):
-    found = compiled[f"{name} {program}"]
-    assert "out_of_memory_bytes" not in found
-    assert found["unknown_loops"] == []
-    assert abs(found["alias_bytes"] - found["cache_bytes"]) < 2**16
+def test_it_compiles_and_updates_its_cache_in_place(compiled):
+    for program in ("prefill", "decode"):
+        found = compiled[program]
+        assert "out_of_memory_bytes" not in found
+        assert found["unknown_loops"] == []
+        assert abs(found["alias_bytes"] - found["cache_bytes"]) < 2**16
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl-moe"])
-def test_a_prompt_with_images_compiles(compiled, name):
-    assert compiled[f"{name} images"]
+def test_a_prompt_with_images_compiles(compiled, request):
+    sees = "qwen3_vl" in request.node.callspec.id
+    assert compiled.get("images") is (True if sees else None)
