@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import resource
+from collections.abc import Iterator
 
 from parity.errors import DeviceNotFound
 
@@ -19,6 +22,21 @@ ENVIRONMENT = {
 def prepare_environment() -> None:
     """For this process, before jax is imported. ``tandem plan`` compiles in another one, so as not to change yours."""
     os.environ.update(ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def deep_stack() -> Iterator[None]:
+    """Processes started within may use all the stack they like: libtpu recurses through a program, 64 MiB and deeper.
+
+    So it does over prefill of Qwen3.5's experts for tpu7x, and dies by SIGSEGV under the usual 8 MiB. A limit that may
+    not be raised stays.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
 
 
 def check_installed() -> None:

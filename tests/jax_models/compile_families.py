@@ -38,7 +38,7 @@ ROWS_OF_PATCHES, PATCHES = 2, 64
 
 def seen(config: Any, mesh: jax.sharding.Mesh) -> bool:
     """Whether a prompt with images compiles."""
-    tower = config.vision_config
+    tower = config.vision
     numbers = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -73,7 +73,7 @@ def main() -> None:
             figures = measured(config, program, LOAD, mesh)
             least = minimum_of(config, program, LOAD, MESH).bytes
             found[f"{path.stem} {program}"] = figures | {"least_bytes": least}
-        if getattr(config, "vision_config", None) is not None:
+        if getattr(config, "vision", None) is not None:
             with jax.set_mesh(mesh):
                 found[f"{path.stem} images"] = seen(config, mesh)
     result.write_text(json.dumps(found), encoding="utf-8")

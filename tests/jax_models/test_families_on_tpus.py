@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from parity.planning.environment import deep_stack
 from parity.zoo_models import ZOO, zoo_config
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +43,6 @@ pytestmark = [
 ]
 
 
-# libtpu 0.0.42.1 overflows its own stack and takes the process with it
-CRASHES = {("tpu7x", "qwen3_5-moe")}
-
-
 @pytest.fixture(scope="module", params=[(chip, name) for chip in CHIPS for name in FAMILIES + QUANTISED], ids="-".join)
 def compiled(request, tmp_path_factory):
     """What compile_families.py found, in a process of its own: libtpu cannot be unloaded, and may crash."""
@@ -66,9 +62,8 @@ def compiled(request, tmp_path_factory):
         str(config),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    if request.param in CRASHES and done.returncode == -signal.SIGSEGV:
-        pytest.xfail("libtpu 0.0.42.1 overflows its stack")
+    with deep_stack():
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return {program.removeprefix(f"{name} "): found for program, found in json.loads(result.read_text("utf-8")).items()}
 

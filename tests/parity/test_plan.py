@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
+import subprocess
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from loaders import Stage, open_checkpoint
 from parity.cli import main
 from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
+from parity.planning.environment import deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
@@ -238,6 +241,15 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", str(CONFIGS / "qwen3-8b.json"), "--topology", "2x2"]) == 5
     assert "pip install '.[jax,tpu-compiler]'" in capsys.readouterr().err
+
+
+def test_the_compiler_may_use_all_the_stack_there_is_and_we_as_before():
+    before = resource.getrlimit(resource.RLIMIT_STACK)
+    with deep_stack():
+        shown = subprocess.run(["sh", "-c", "ulimit -Ss; ulimit -Hs"], capture_output=True, text=True, check=True)
+    soft, hard = shown.stdout.split()
+    assert soft == hard
+    assert resource.getrlimit(resource.RLIMIT_STACK) == before
 
 
 def test_published_configs_are_json_that_loads():
