@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.filling import Filling
 from loaders.lots import stream_parameters
-from loaders.memory import prefer_huge_pages
+from loaders.memory import aligned_empty, prefer_huge_pages
 from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4

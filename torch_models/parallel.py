@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.axes import Cut, axes_of, param_cuts
-from loaders.boxes import Box
+from loaders.regions import Box
 from loaders.plan import LoadPlan
 from loaders.spec import ParamSpec
 from torch_models.layers.linear import Embedding, Linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.stage import Stage
 
 bytes_read = 0
-read_plainly = LocalFile.read_into
+read_plainly = LocalFile.scatter_into
 
 
-def read_counted(self: LocalFile, out: memoryview, position: int) -> None:
+def read_counted(self: LocalFile, outs: Sequence[memoryview], position: int) -> None:
     global bytes_read
-    bytes_read += len(out)
-    read_plainly(self, out, position)
+    bytes_read += sum(map(len, outs))
+    read_plainly(self, outs, position)
 
 
 def share_read(work: Any, checkpoint: str) -> tuple[Any, float]:
@@ -66,7 +67,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     assert len(devices) == 2 * len(jax.local_devices())
     mesh = Mesh(devices.reshape(job["sizes"]), job["axes"])
     LocalDirectory.gap_bytes = 0  # rows of these models are shorter than a page
-    LocalFile.read_into = read_counted
+    LocalFile.scatter_into = read_counted
     first, second = job["checkpoints"]
     work = Path(job["directory"])
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}

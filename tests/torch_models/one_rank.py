@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from loaders.sources.local import LocalDirectory, LocalFile
 from torch_models.census import moved, pointer_census
 
 bytes_read = 0
-read_plainly = LocalFile.read_into
+read_plainly = LocalFile.scatter_into
 
 
-def read_counted(self: LocalFile, out: memoryview, position: int) -> None:
+def read_counted(self: LocalFile, outs: Sequence[memoryview], position: int) -> None:
     global bytes_read
-    bytes_read += len(out)
-    read_plainly(self, out, position)
+    bytes_read += sum(map(len, outs))
+    read_plainly(self, outs, position)
 
 
 def error_of(work: Any) -> str:
@@ -38,7 +39,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     global bytes_read
     mesh = init_device_mesh("cpu", tuple(job["axes"].values()), mesh_dim_names=tuple(job["axes"]))
     LocalDirectory.gap_bytes = 0  # rows of these models are shorter than a page
-    LocalFile.read_into = read_counted
+    LocalFile.scatter_into = read_counted
     first, second = job["checkpoints"]
     work = Path(job["directory"])
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
