@@ -239,7 +239,7 @@ class Checkpoint:
         try:
             return self.source.session()
         except OSError as error:
-            raise CheckpointError(self.source, [f"it cannot be streamed: {error.strerror or error}"]) from error
+            raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
 
     def destination(self, wanted: str | Slice, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
         """Memory that a tensor, or a part of it, may be read into: ``out``, or new memory of at most ``budget`` bytes.

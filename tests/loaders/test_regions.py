@@ -123,6 +123,7 @@ def test_rows_that_several_parts_share_are_read_once(tmp_path, bytes_read):
     for box, part in zip(boxes, parts, strict=True):
         np.testing.assert_array_equal(part.out, whole[slices_of(box)])
     assert bytes_read == [4 * 8192]  # rows 1 to 4
+    assert len(list(pieces_of(parts, gap_bytes=4096))) == 2  # two rows for four parts, and not row by row for each
 
 
 def test_large_rows_go_through_a_bounded_buffer():
