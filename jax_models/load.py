@@ -24,15 +24,15 @@ from jax_models.processes import together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_spec, usable_mesh
 from jax_models.weights import flatten
-from loaders.boxes import Box, box_of
-from loaders.checkpoint import aligned_empty
 from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.filling import Filling
 from loaders.lots import stream_parameters
+from loaders.memory import aligned_empty
 from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
+from loaders.regions import Box, box_of
 from loaders.shards import Shards, read_shards
 from loaders.spec import Dim, ParamSpec
 from loaders.stage import Stage

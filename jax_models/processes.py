@@ -53,7 +53,7 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
         error = raised
-    told = _tell(mesh, "" if error is None else f"{type(error).__name__}: {error}")
+    told = told_by_all(mesh, "" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     if failed := {index: text for index, text in told.items() if text}:
@@ -62,8 +62,10 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
     return result  # pyright: ignore[reportReturnType]
 
 
-def _tell(mesh: Mesh, text: str) -> dict[int, str]:
-    """Every process's text, by its index."""
+def told_by_all(mesh: Mesh | None, text: str) -> dict[int, str]:
+    """Every process's text, its first ``MESSAGE_BYTES``, by its index; all of the mesh have to call this."""
+    if mesh is None or len(processes_of(mesh)) == 1:
+        return {jax.process_index(): text}
     raw = text.encode()[:MESSAGE_BYTES]
     row = np.frombuffer(raw.ljust(MESSAGE_BYTES, b"\0"), np.uint8)[None]
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))  # a row for each device

@@ -34,7 +34,7 @@ from loaders.remembered import described, remembered
 from loaders.stage import Stage
 
 if TYPE_CHECKING:
-    from orbax.checkpoint import Checkpointer
+    from orbax.checkpoint import Checkpointer, CompositeCheckpointHandler
 
 FORMAT = 1
 WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
@@ -84,7 +84,8 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
 
     Args:
         directory: of the save.
-        mesh: devices to shard over, as for ``load``; each process reads what its own devices hold.
+        mesh: devices to shard over, as for ``load``; each process reads what its own devices hold, and an error of one
+            is raised by all.
         verify: compare the digest of every tensor, for which a mesh of several processes gathers one after the other.
     Raises:
         CheckpointError: it is no complete save, or is damaged; names every damaged tensor.
@@ -92,14 +93,14 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
     """
     where, mesh = _address(directory), usable_mesh(mesh)
     _check_all_here(mesh)
-    document = _document(where)
+    document = together(mesh, lambda: _document(where))
     checkpoint = remembered(document["checkpoint"])
     stage = Stage(**document["stage"])
     dtype, activations = jnp.dtype(document["dtype"]), Activations(**document["activations"])
     event = Event("restore", document["version"], str(directory))
     model = Model(
         config=checkpoint.config,
-        weights=_weights(where, checkpoint, stage, mesh),
+        weights=together(mesh, lambda: _weights(where, checkpoint, stage, mesh)),
         version=document["version"],
         programs=programs_for(checkpoint.config, stage, dtype, mesh, activations),
         quantize=document["quantize"],
@@ -110,7 +111,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
         events=(*(Event(**{key: _tupled(value) for key, value in one.items()}) for one in document["events"]), event),
     )
     if verify:
-        _check_digests(where, weight_digests(model), document["digests"])
+        together(mesh, lambda: _check_digests(where, weight_digests(model), document["digests"]))
     return model
 
 
@@ -128,9 +129,8 @@ def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None
     }
 
     def read(tree: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        with _checkpointer() as checkpointer:
-            items = {WEIGHTS: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))}
-            return checkpointer.restore(where, ocp.args.Composite(**items))[WEIGHTS]
+        items = {WEIGHTS: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))}
+        return _restored(where, items)[WEIGHTS]
 
     try:
         flat = read(wanted)
@@ -145,8 +145,7 @@ def _document(where: str) -> dict[str, Any]:
     try:
         if ocp.utils.is_tmp_checkpoint(where):
             raise ValueError("it was not finished")
-        with _checkpointer() as checkpointer:
-            document = checkpointer.restore(where, ocp.args.Composite(**{DOCUMENT: ocp.args.JsonRestore()}))[DOCUMENT]
+        document = _restored(where, {DOCUMENT: ocp.args.JsonRestore()})[DOCUMENT]
     except Exception as error:
         what = f"it is no complete save of a model: {_first_line(error)}"
         raise CheckpointError(where, [f"{what}. Was it cut short? Take the one before."]) from error
@@ -173,7 +172,25 @@ def _check_digests(where: str, found: dict[str, str], expected: dict[str, str]) 
         raise CheckpointError(where, problems)
 
 
+def _restored(where: str, items: dict[str, Any]) -> Any:
+    """Items of a save. Unlike ``Checkpointer.restore`` this waits for no other process, which may have failed."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    handler = _handler()
+    try:
+        return handler.restore(epath.Path(where), ocp.args.Composite(**items))
+    finally:
+        handler.close()
+
+
 def _checkpointer() -> Checkpointer:
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(_handler())
+
+
+def _handler() -> CompositeCheckpointHandler:
     import orbax.checkpoint as ocp
 
     # by default the copies of an array are cut, and each writes a piece, for which every shape compiles a program
@@ -183,7 +200,7 @@ def _checkpointer() -> Checkpointer:
         WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         DOCUMENT: ocp.JsonCheckpointHandler(),
     }
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    return ocp.CompositeCheckpointHandler(**handlers)
 
 
 def _address(directory: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
-from jax_models.processes import processes_of, to_host, together
+from jax_models.processes import processes_of, to_host, together, told_by_all
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.events import Event
@@ -133,7 +133,7 @@ def update_weights_from_disk(
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
         ValueError: an adapter is merged into the weights, or the budget is too small. Nothing was read.
         RuntimeError: with ``donate``, reading or placing failed the second time; ``model`` cannot run, but can be
-            updated again.
+            updated again. Of several processes all say so, also one that had given up nothing itself.
     """
     model.roster.check_unmerged("a reload")
     from jax_models.load import read_in_vain, read_params, stays_on_host  # the loader builds models
@@ -162,9 +162,14 @@ def update_weights_from_disk(
     try:
         placed, report = together(model.mesh, read)
     except Exception as error:
-        if not given_up:
+        counts = told_by_all(model.mesh, str(len(given_up))) if donate else {}
+        if not any(map(int, counts.values())):
             raise
-        given = f"{len(given_up)} of {len(live)} parameters were given up already"
+        if len(counts) > 1:  # of a model that lacks a part elsewhere nothing may run here either
+            for array in live.values():
+                array.delete()
+        where = "" if len(counts) == 1 else f" on one of {len(counts)} processes"
+        given = f"{max(map(int, counts.values()))} of {len(live)} parameters were given up already{where}"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
     weights = traverse_util.unflatten_dict(placed, sep=".")
     check_same_structure(model.weights, weights)

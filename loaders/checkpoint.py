@@ -6,22 +6,23 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loaders import dtypes
-from loaders.boxes import Region, stream_regions
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.header import TensorInfo
 from loaders.index import INDEX, files, merge, read_headers, weight_map
-from loaders.memory import aligned_empty, as_bools, fill, is_swapped, pieces
+from loaders.memory import aligned_empty
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
+from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
 from loaders.sources import Identity, OpenFile, Session, Source, open_source
 from loaders.spec import ModelConfig
-from loaders.stream import Arrivals
+from loaders.stream import Arrivals, Begun, Request, Result
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -82,11 +83,7 @@ class Checkpoint:
             KeyError: no such tensor.
             CheckpointError: the file is gone, changed since it was opened, or cannot be read.
         """
-        info = self.tensors[name]
-        out = self.destination(name, out)
-        with self.open_file(info.file) as file:
-            self._read_tensor(file, name, out)
-        return out
+        return self.read_slice(name, (), out)
 
     def read_slice(self, name: str, index: tuple[int | slice, ...], out: np.ndarray | None = None) -> np.ndarray:
         """``read(name)[index]``, and of the file little more than that.
@@ -94,7 +91,7 @@ class Checkpoint:
         Args:
             name: checkpoint tensor name.
             index: integers, and slices of step 1; see ``loaders.slices.Slice``.
-            out: C-contiguous array of the part's shape to read into; by default memory of its own.
+            out: array of the part's shape to read into; by default memory of its own.
         Raises:
             KeyError, IndexError: no such tensor, or no such part of it.
             CheckpointError: as ``read``.
@@ -121,9 +118,8 @@ class Checkpoint:
                 object storage: 64 MiB at most.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
-                straight there and that very array is yielded; None means memory of its own. A view whose last two axes
-                are swapped (the tensor is stored transposed) is filled some rows at a time, through 8 MiB of staging
-                for each thread.
+                straight there and that very array is yielded; None means memory of its own. A strided view (the tensor
+                is stored transposed) is filled some rows at a time, through 8 MiB of staging for each thread.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
@@ -149,7 +145,7 @@ class Checkpoint:
         Args:
             slices: what is wanted, see ``loaders.slices.Slice``; also several parts of one tensor, ``slices`` has such.
             host_budget_bytes: as ``stream``.
-            into: likewise; the destination of a part has to be C-contiguous.
+            into: likewise.
         Raises:
             KeyError, IndexError: no such tensor, or no such part of it; said before anything is read.
             ValueError, CheckpointError: as ``stream``.
@@ -163,19 +159,31 @@ class Checkpoint:
     def stream_regions(
         self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None = None
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
-        """Regions of tensors, each read straight to where it goes, strided or not, in file order.
+        """Regions of tensors, as ``stream`` has whole ones: rows that several of them lie in are read once.
 
         Args:
-            names: tensors, all of which are yielded, also those of which nothing is wanted.
+            names: tensors, all of which are yielded; those of which nothing is wanted as soon as that is known.
             wanted: the regions of one and where they go, asked shortly before they are read.
-            host_budget_bytes: of destinations that are asked for before they are wanted; at least one tensor's are.
+            host_budget_bytes: of destinations filled or waited for, the tensor just yielded included, unless one alone
+                takes more; None: they do not count.
         Yields:
             A tensor's name and its regions' destinations, in the order they were given.
         Raises:
             ValueError: a region that is no part of its tensor, or does not fit its destination.
             CheckpointError: as ``read``.
         """
-        return stream_regions(self, names, wanted, host_budget_bytes)
+        num_bytes = 0 if host_budget_bytes is None else 1
+
+        def begin(name: str) -> Begun[tuple[str, list[np.ndarray]]]:
+            regions = wanted(name)
+            for part in regions:
+                check_region(part, name, self.stored_shape(name), dtypes.to_numpy(self.tensors[name].dtype))
+            arrays = [part.out for part in regions]
+            return Begun((name, arrays), regions, num_bytes * sum(array.nbytes for array in arrays))
+
+        chosen = [name for name in self.tensors if name in names]
+        requests = [Request(name, self.tensors[name].num_bytes, partial(begin, name)) for name in chosen]
+        return self._arrivals(requests, host_budget_bytes or DEFAULT_BUDGET_BYTES)
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
         """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.
@@ -214,18 +222,24 @@ class Checkpoint:
             budget = max(DEFAULT_BUDGET_BYTES, max(map(self.num_bytes_of, wanted), default=0))
         if into is None:
             self._check_budget(wanted, budget)
-        return self._arrivals(wanted, into, budget)
 
-    def _arrivals(
-        self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int
-    ) -> Iterator[tuple[Slice, np.ndarray]]:
-        yield from Arrivals(self, self._session(), wanted, into, budget)
+        def begin(part: Slice) -> Begun[tuple[Slice, np.ndarray]]:
+            given = into(part) if into else None
+            out = self.destination(part, given, budget)
+            region = part.region(self.stored_shape(part.name), out)
+            return Begun((part, out), [region], out.nbytes if given is None else 0)
+
+        requests = [Request(part.name, self.num_bytes_of(part), partial(begin, part)) for part in wanted]
+        return self._arrivals(requests, budget)
+
+    def _arrivals(self, requests: list[Request[Result]], budget: int) -> Iterator[Result]:
+        yield from Arrivals(self, self._session(), requests, budget)
 
     def _session(self) -> Session:
         try:
             return self.source.session()
         except OSError as error:
-            raise CheckpointError(self.source, [f"it cannot be streamed: {error.strerror or error}"]) from error
+            raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
 
     def destination(self, wanted: str | Slice, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
         """Memory that a tensor, or a part of it, may be read into: ``out``, or new memory of at most ``budget`` bytes.
@@ -240,13 +254,10 @@ class Checkpoint:
             if budget is not None:
                 self._check_budget([part], budget)
             return aligned_empty(*expected)
-        is_whole = not part.index
-        is_odd = not (out.flags.writeable and (out.flags.c_contiguous or (is_whole and is_swapped(out))))
-        if (out.shape, out.dtype) != expected or is_odd:
+        if (out.shape, out.dtype) != expected or not out.flags.writeable:
             raise ValueError(
-                f"destination of {part.name!r} is {out.dtype} {out.shape}{' (read-only or strided)' if is_odd else ''},"
-                f" expected writeable C-contiguous {dtype} {expected[0]}"
-                f"{', or such with its last two axes swapped' if is_whole else ''}"
+                f"destination of {part.name!r} is {out.dtype} {out.shape}{' (read-only)' * (not out.flags.writeable)},"
+                f" expected writeable {dtype} {expected[0]}"
             )
         return out
 
@@ -273,37 +284,11 @@ class Checkpoint:
             problem = f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."
             raise CheckpointError(self.source, [problem])
 
-    def _read_tensor(self, file: OpenFile, name: str, out: np.ndarray) -> None:
-        info = self.tensors[name]
-        if info.num_bytes == 0:
-            return
-        try:
-            if out.flags.c_contiguous:
-                file.read_into(out.reshape(-1).view(np.uint8).data, info.offsets[0])
-            else:
-                _read_swapped(file, info.offsets[0], out)
-        except OSError as error:
-            where = f"tensor {name!r} of {file.name}"
-            raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
-        if info.dtype == "BOOL":
-            as_bools(out)
-        self.check_identity(file)
-
 
 def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
     for part, array in parts:
         yield part.name, array
         del array  # nobody holds it while the next one is read
-
-
-def _read_swapped(file: OpenFile, start: int, out: np.ndarray) -> None:
-    """Read a tensor some rows at a time into a view whose last two axes are swapped."""
-    staging = np.empty(0, np.uint8)
-    for position, piece in pieces(out):
-        if staging.size < piece.nbytes:  # the first is the largest
-            staging = aligned_empty((piece.nbytes,), np.dtype(np.uint8))
-        file.read_into(staging[: piece.nbytes].data, start + position)
-        fill(piece, staging[: piece.nbytes])
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +27,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         pages = np.frombuffer(mmap.mmap(-1, reserved, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         start = -pages.ctypes.data % HUGE_PAGE_BYTES if is_huge else 0
         found = pages[start : start + num_bytes]
-
         prefer_huge_pages(found)
         return found.view(dtype).reshape(shape)
     buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
@@ -60,42 +59,19 @@ def bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
-def is_swapped(array: np.ndarray) -> bool:
-    """Whether memory without gaps lies behind ``array``, with its last two axes swapped."""
-    return array.ndim > 1 and array.swapaxes(-1, -2).flags.c_contiguous
-
-
-def pieces(out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Views of at most ``STAGING_BYTES`` that together are ``out``, each with the byte of the tensor it begins at.
-
-    A C-contiguous array is cut between bytes, one with its last two axes swapped between rows: a row at least. An empty
-    one is one empty piece.
-    """
-    if out.flags.c_contiguous:
-        flat = out.reshape(-1).view(np.uint8)
-        for start in range(0, max(flat.size, 1), STAGING_BYTES):
-            yield start, flat[start : start + STAGING_BYTES]
-        return
-    row_bytes = out.shape[-1] * out.itemsize
-    rows = max(1, STAGING_BYTES // row_bytes)
-    position = 0
-    for index in np.ndindex(out.shape[:-2]):
-        for start in range(0, out.shape[-2], rows):
-            piece = out[index][start : start + rows]
-            yield position, piece
-            position += piece.nbytes
-
-
-def fill(piece: np.ndarray, raw: np.ndarray) -> None:
-    """Copy the bytes ``raw`` of a file into a piece, strided or not."""
-    into, found = bits(piece), bits(raw.view(piece.dtype).reshape(piece.shape))
-    if piece.flags.c_contiguous:
+def fill(out: np.ndarray, found: np.ndarray) -> None:
+    """Copy values of the same shape and size in bytes, whatever lies next to each other in either."""
+    into, found = bits(out), bits(found)
+    inner = min(range(into.ndim), key=lambda axis: (into.shape[axis] < 2, into.strides[axis], -axis), default=0)
+    if into.ndim < 2 or inner == into.ndim - 1:
         into[...] = found
         return
-    for row in range(0, into.shape[0], TILE):  # in tiles that a cache holds, at twice the speed
-        for column in range(0, into.shape[1], TILE):
-            tile = slice(row, row + TILE), slice(column, column + TILE)
-            into[tile] = found[tile]
+    into, found = np.moveaxis(into, inner, -2), np.moveaxis(found, inner, -2)
+    for index in np.ndindex(into.shape[:-2]):
+        for row in range(0, into.shape[-2], TILE):  # in tiles that a cache holds, at twice the speed
+            for column in range(0, into.shape[-1], TILE):
+                tile = (*index, slice(row, row + TILE), slice(column, column + TILE))
+                into[tile] = found[tile]
 
 
 def as_bools(read: np.ndarray) -> None:

@@ -15,7 +15,6 @@ from functools import cached_property
 
 import numpy as np
 
-from loaders.boxes import Region
 from loaders.checkpoint import Checkpoint, open_checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
@@ -24,6 +23,7 @@ from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix, documents, infos, matrices_of
 from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
 from loaders.quantization_config import KEY
+from loaders.regions import Region
 from loaders.slices import Slice
 
 THREADS = 2

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
-from loaders.boxes import Box, Region, sizes_of
 from loaders.dtypes import to_numpy
 from loaders.filling import Filling
 from loaders.lots import lots_of_plan
 from loaders.memory import aligned_empty
 from loaders.plan import LoadPlan
 from loaders.progress import watched
+from loaders.regions import Box, Region, sizes_of
 from loaders.spec import ParamSpec, Source
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own

@@ -1,7 +1,4 @@
-"""Parts of tensors: hyper-rectangles, and the stretches of bytes that they are in a file.
-
-A process of many reads no more than its devices hold, and a tensor that is larger than memory comes in rows.
-"""
+"""Parts of tensors by index, as NumPy would be asked: a tensor that is larger than memory comes in rows."""
 
 from __future__ import annotations
 
@@ -12,9 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders import memory
-
-Bounds = tuple[tuple[int, int], ...]  # [start, stop) on every axis
+from loaders.regions import Box, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +28,7 @@ class Slice:
     def __hash__(self) -> int:
         return hash((self.name, str(self.index)))  # a slice has none before Python 3.12
 
-    def bounds(self, shape: Sequence[int]) -> Bounds:
+    def bounds(self, shape: Sequence[int]) -> Box:
         """What it is of a tensor of this shape, an integer as a range of one.
 
         Raises:
@@ -66,43 +61,10 @@ class Slice:
         kept = itertools.zip_longest(self.bounds(shape), self.index[: len(shape)], fillvalue=slice(None))
         return tuple(stop - start for (start, stop), one in kept if isinstance(one, slice))  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
 
-
-def runs(shape: Sequence[int], itemsize: int, bounds: Bounds) -> Iterator[tuple[int, int]]:
-    """The stretches of bytes that a part is, in order: where each begins, counted from the tensor, and its length."""
-    sizes = [stop - start for start, stop in bounds]
-    if 0 in sizes:
-        return
-    inner = len(shape)  # from here on axes are whole
-    while inner and sizes[inner - 1] == shape[inner - 1]:
-        inner -= 1
-    strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-    if not inner:
-        yield 0, math.prod(shape) * itemsize
-        return
-    cut = inner - 1  # the last axis that is not: a run is a range of it
-    length = sizes[cut] * strides[cut]
-    for outer in itertools.product(*(range(start, stop) for start, stop in bounds[:cut])):
-        yield sum(i * stride for i, stride in zip((*outer, bounds[cut][0]), strides, strict=False)), length
-
-
-def pieces_of(out: np.ndarray, part: Slice, shape: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Views that together are ``out``, the part of a tensor, each with the byte of the tensor that it begins at.
-
-    As ``loaders.memory.pieces``, which it is for a whole tensor; a part has to be C-contiguous.
-    """
-    if not part.index or not out.size:
-        return memory.pieces(out)
-    return _pieces_of_runs(out, runs(shape, out.itemsize, part.bounds(shape)))
-
-
-def _pieces_of_runs(out: np.ndarray, found: Iterator[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
-    flat = out.reshape(-1).view(np.uint8)
-    done = 0
-    for position, length in found:
-        for start in range(0, length, memory.STAGING_BYTES):
-            size = min(memory.STAGING_BYTES, length - start)
-            yield position + start, flat[done : done + size]
-            done += size
+    def region(self, shape: Sequence[int], out: np.ndarray) -> Region:
+        """The part of a tensor of this shape, and ``out`` of the part's, as what is read."""
+        place = out[(*(slice(None) if isinstance(one, slice) else None for one in self.index), ...)]
+        return Region(tuple(shape), self.bounds(shape), place)
 
 
 def in_parts(name: str, shape: Sequence[int], itemsize: int, most_bytes: int) -> Iterator[Slice]:

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint, read by a session of its source: each as soon as its last piece is in place.
+"""Regions of a checkpoint's tensors, read by a session of its source: each as soon as its last piece is in place.
 
 What lies side by side in a file is read at once, across the bounds of tensors. Nothing that a source lends is kept:
-every piece is copied to its place before the next is asked for, so a tensor is memory of the caller's or of its own.
+every piece is copied to its place before the next is asked for, so what is yielded is the caller's memory or its own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from loaders import memory
 from loaders.errors import CheckpointError
-from loaders.memory import as_bools, fill
-from loaders.slices import Slice, pieces_of
+from loaders.memory import as_bools
+from loaders.regions import Piece, Region, pieces_of
 from loaders.sources import OpenFile, PieceError, Session
 
 if TYPE_CHECKING:
@@ -26,22 +24,50 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 64 << 20  # on its way at any moment
 MOST_STRETCHES = 64  # likewise
 MOST_PIECES = 512  # in one stretch; a system takes 1024 buffers at once
-MOST_GAP_BYTES = 64 << 10  # read for nothing rather than asked around: what an answer costs
-_SCRAP = np.empty(MOST_GAP_BYTES, np.uint8)  # nobody looks at it, so all may write to it
+_NOTHING = Piece(0, 0)  # of a tensor without values, so that it is yielded in its turn
+
+Result = TypeVar("Result")
+
+
+class Begun(NamedTuple, Generic[Result]):
+    """What a request turns into as its reading begins.
+
+    Attributes:
+        result: what is yielded when it is read.
+        regions: what is read; none: no file is touched.
+        cost: bytes of our own that this takes until the caller is done with the result.
+    """
+
+    result: Result
+    regions: list[Region]
+    cost: int
+
+
+class Request(NamedTuple, Generic[Result]):
+    """What is wanted of one tensor.
+
+    Attributes:
+        name: of the tensor.
+        num_bytes: the most that beginning it takes.
+        begin: called when it is about to be read.
+    """
+
+    name: str
+    num_bytes: int
+    begin: Callable[[], Begun[Result]]
 
 
 @dataclass
-class _Tensor:
+class _Tensor(Generic[Result]):
     """One that was begun: not all of its pieces are in place."""
 
-    wanted: Slice
-    out: np.ndarray
-    cost: int  # bytes of our own
-    waiting: Iterator[tuple[int, np.ndarray]]  # pieces that were not asked for yet, and where in the file they begin
+    name: str
+    begun: Begun[Result]
+    waiting: Iterator[Piece]  # that were not asked for yet
     num_flying: int = 0
 
     def __post_init__(self) -> None:
-        self.first = next(self.waiting)  # there is one, if an empty one
+        self.first = next(self.waiting, _NOTHING)
         self.is_asked_for = False
 
     def advance(self) -> bool:
@@ -57,68 +83,63 @@ class _Stretch:
 
     file: str
     position: int
-    parts: list[tuple[_Tensor | None, np.ndarray]] = field(default_factory=list)
+    most_gap_bytes: int
+    parts: list[tuple[_Tensor | None, Piece]] = field(default_factory=list)
     num_bytes: int = 0
 
-    def gap(self, file: str, position: int, piece: np.ndarray) -> int | None:
+    def gap(self, file: str, position: int, piece: Piece) -> int | None:
         """Bytes to be read for nothing if ``piece`` is read too; None: that is another stretch's."""
         gap = position - self.position - self.num_bytes
-        fits = len(self.parts) < MOST_PIECES and self.num_bytes + gap + piece.nbytes <= memory.STAGING_BYTES
-        return gap if fits and file == self.file and 0 <= gap <= MOST_GAP_BYTES else None
+        fits = len(self.parts) < MOST_PIECES and self.num_bytes + gap + piece.num_bytes <= memory.STAGING_BYTES
+        return gap if fits and file == self.file and 0 <= gap <= self.most_gap_bytes else None
 
-    def add(self, tensor: _Tensor | None, piece: np.ndarray) -> None:
+    def add(self, tensor: _Tensor | None, piece: Piece) -> None:
         self.parts.append((tensor, piece))
-        self.num_bytes += piece.nbytes
+        self.num_bytes += piece.num_bytes
 
     @property
     def names(self) -> list[str]:
-        return [tensor.wanted.name for tensor, _ in self.parts if tensor is not None]
+        return [tensor.name for tensor, _ in self.parts if tensor is not None]
 
 
-class Arrivals:
+class Arrivals(Generic[Result]):
     """One stream.
 
     Args:
         checkpoint: what is read.
         session: of its source; closed at the end.
-        wanted: whole tensors or parts, in file order.
-        into: see ``Checkpoint.stream``.
-        budget: bytes of tensors that may be held, destinations that were given apart.
+        wanted: in file order.
+        budget: bytes of our own that may be held, unless one request alone takes more.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        session: Session,
-        wanted: list[Slice],
-        into: Callable[[Slice], np.ndarray | None] | None,
-        budget: int,
-    ) -> None:
-        self._checkpoint, self._session, self._into, self._budget = checkpoint, session, into, budget
+    def __init__(self, checkpoint: Checkpoint, session: Session, wanted: list[Request[Result]], budget: int) -> None:
+        self._checkpoint, self._session, self._budget = checkpoint, session, budget
         self._window = min(WINDOW_BYTES, budget)
+        self._gap_bytes = checkpoint.source.gap_bytes
         self._waiting = deque(wanted)
-        self._begun: _Tensor | None = None  # whose pieces are being asked for
+        self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
         self._flying: dict[int, _Stretch] = {}
-        self._done: deque[_Tensor] = deque()
+        self._done: deque[_Tensor[Result]] = deque()
         self._held = self._in_flight = 0
         self._files: dict[str, OpenFile] = {}
         self._checked: set[str] = set()  # files that were as they had been after the last piece came
         self._left = Counter(checkpoint.tensors[one.name].file for one in wanted)
 
-    def __iter__(self) -> Iterator[tuple[Slice, np.ndarray]]:
+    def __iter__(self) -> Iterator[Result]:
         try:
             with closing(self._session):
                 while self._waiting or self._begun or self._flying or self._done:
                     self._submit()
                     if not self._done:
-                        self._take()
+                        if self._flying:
+                            self._take()
                         continue
                     tensor = self._done.popleft()
                     self._finish(tensor)
-                    wanted, out, cost = tensor.wanted, tensor.out, tensor.cost
+                    result, cost = tensor.begun.result, tensor.begun.cost
                     del tensor
-                    yield wanted, out
-                    del out
+                    yield result
+                    del result
                     self._held -= cost
         finally:
             for file in self._files.values():
@@ -146,15 +167,16 @@ class Arrivals:
         stretch = None
         while self._begun is not None or self._begin():
             tensor = self._begun
-            assert tensor is not None
-            position, piece = tensor.first
-            file = self._checkpoint.tensors[tensor.wanted.name].file
+            if tensor is None:
+                continue
+            info, piece = self._checkpoint.tensors[tensor.name], tensor.first
+            position = info.offsets[0] + piece.position
             if stretch is None:
-                stretch = _Stretch(file, position)
-            if (gap := stretch.gap(file, position, piece)) is None and stretch.parts:
+                stretch = _Stretch(info.file, position, self._gap_bytes)
+            if (gap := stretch.gap(info.file, position, piece)) is None and stretch.parts:
                 break
             if gap:
-                stretch.add(None, _SCRAP[:gap])
+                stretch.add(None, Piece(position - gap, gap))
             stretch.add(tensor, piece)
             tensor.num_flying += 1
             if not tensor.advance():
@@ -163,20 +185,16 @@ class Arrivals:
 
     def _begin(self) -> bool:
         """Take up the next tensor, unless it would go beyond the budget while others may still be let go of."""
-        if not self._waiting:
+        if not self._waiting or (self._held and self._held + self._waiting[0].num_bytes > self._budget):
             return False
-        wanted = self._waiting[0]
-        info = self._checkpoint.tensors[wanted.name]
-        num_bytes = self._checkpoint.num_bytes_of(wanted)
-        if self._held + num_bytes > self._budget and self._held:
-            return False
-        self._waiting.popleft()
-        given = self._into(wanted) if self._into else None
-        out = self._checkpoint.destination(wanted, given, self._budget)
-        cost = num_bytes if given is None else 0
-        self._held += cost
-        pieces = pieces_of(out, wanted, self._checkpoint.stored_shape(wanted.name))
-        self._begun = _Tensor(wanted, out, cost, ((info.offsets[0] + start, piece) for start, piece in pieces))
+        name, _, begin = self._waiting.popleft()
+        begun = begin()
+        self._held += begun.cost
+        tensor = _Tensor(name, begun, pieces_of(begun.regions, self._gap_bytes))
+        if begun.regions:
+            self._begun = tensor
+        else:
+            self._done.append(tensor)
         return True
 
     def _take(self) -> None:
@@ -193,8 +211,8 @@ class Arrivals:
         start = 0
         for tensor, piece in stretch.parts:
             if raw is not None:
-                fill(piece, raw[start : start + piece.nbytes])
-                start += piece.nbytes
+                piece.take(raw[start : start + piece.num_bytes])
+                start += piece.num_bytes
             if tensor is None:
                 continue
             tensor.num_flying -= 1
@@ -206,13 +224,15 @@ class Arrivals:
             self._files[name] = self._checkpoint.open_file(name)
         return self._files[name]
 
-    def _finish(self, tensor: _Tensor) -> None:
+    def _finish(self, tensor: _Tensor[Result]) -> None:
         """See that the file is still the one that was opened; where asking is dear, with its last tensor."""
-        info = self._checkpoint.tensors[tensor.wanted.name]
+        info = self._checkpoint.tensors[tensor.name]
         if info.dtype == "BOOL":
-            as_bools(tensor.out)
+            for part in tensor.begun.regions:
+                as_bools(part.out)
         self._left[info.file] -= 1
-        file = self._files[info.file]
+        if (file := self._files.get(info.file)) is None:
+            return  # nothing of it was read
         is_last = not self._left[info.file]
         if is_last or (file.is_cheap_to_identify and info.file not in self._checked):
             self._checkpoint.check_identity(file)

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from loaders.regions import Piece
 from loaders.sources import LocalDirectory, OpenFile, PieceError
 
 POISON = 0xA5
@@ -25,9 +26,9 @@ class Lending:
         self._count = 0
         self._lent = np.empty(0, np.uint8)
 
-    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         self._count += 1
-        self._waiting[self._count] = file, position, sum(piece.nbytes for piece in pieces)
+        self._waiting[self._count] = file, position, sum(piece.num_bytes for piece in pieces)
         return self._count
 
     def next(self) -> tuple[int, np.ndarray]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loaders import CheckpointError
-from loaders.memory import fill
 from loaders.writer import TensorType
 from parity.mutant_bench import Detector
 from parity.mutant_expert_bench import expert_counts, expert_forms
@@ -44,12 +43,12 @@ def _kept_past_its_step() -> list[Patch]:
 
         def late(piece: Any, raw: Any) -> None:
             for one in kept:
-                fill(*one)
+                original(*one)
             kept[:] = [(piece, raw)]
 
         return late
 
-    return [Patch("loaders.stream:fill", make)]
+    return [Patch("loaders.regions:Piece.take", make)]
 
 
 def _only_once(begin: Any, self: Any) -> None:

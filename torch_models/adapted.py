@@ -53,7 +53,8 @@ class Adapted:
 
     def running(self, adapter: AdapterOfRows, batch: Any) -> AbstractContextManager[None]:
         """Inside, each row of ``batch`` [B, ...] runs with its adapter; see ``loaders.roster.Roster.rows``."""
-        return adapters.running(self._model, adapter, len(batch))
+        found = adapters.running(self._model, adapter, len(batch))
+        return found if self._model.parallel is None else self._model.in_company()  # a mesh has no adapters
 
     @property
     def _model(self) -> Model:

@@ -148,7 +148,8 @@ class Decoding:
         if draft is None and draft_tokens is not None:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
-            return generate(model, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
+            with model.in_company():
+                return generate(model, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}

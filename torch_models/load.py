@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from loaders.checkpoint import aligned_empty
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.filling import Filling
 from loaders.lots import stream_parameters
-from loaders.memory import prefer_huge_pages
+from loaders.memory import aligned_empty, prefer_huge_pages
 from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
@@ -29,7 +28,8 @@ from loaders.stage import Stage
 from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
-from torch_models.parallel import Parallel
+from torch_models.parallel import Parallel, check_mesh
+from torch_models.processes import together
 from torch_models.storage import DTYPES, host_view, of_host
 from torch_models.taps import name_modules
 
@@ -77,11 +77,18 @@ def load(
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, stage, kernel, budget or mesh that makes no sense, or a model that cannot be cut so.
     """
-    checkpoint = open_to_load(uri, quantize)
-    activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
-    plan = plan_load(checkpoint, stage_).within(host_budget_bytes, staged=torch.device(device).type != "cpu")
-    parallel = None if mesh is None else Parallel(mesh, plan)
+    if mesh is not None:
+        check_mesh(mesh)
+
+    def planned() -> tuple[LoadPlan, Parallel | None]:
+        plan = plan_load(open_to_load(uri, quantize), stage_)
+        plan = plan.within(host_budget_bytes, staged=torch.device(device).type != "cpu")
+        return plan, None if mesh is None else Parallel(mesh, plan)
+
+    plan, parallel = together(mesh, planned)
+    checkpoint = plan.checkpoint
+    activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
     model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
@@ -106,7 +113,7 @@ def load(
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
         return filling.finish()
 
-    model.report = read() if parallel is None else parallel.together(read)
+    model.report = together(mesh, read)
     log.info("place: %d parameters on %s", len(built), device)
     if parallel is not None:
         model.parallel = parallel

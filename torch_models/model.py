@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,10 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """
         written = tuple((id(param), param._version) for param in parameters_of(self))
         return (*written, (id(self), self.adapter_changes))
+
+    def in_company(self) -> AbstractContextManager[None]:
+        """Around what all ranks of a mesh run together; see ``torch_models.processes.Company``."""
+        return nullcontext() if self.parallel is None else self.parallel.company.call()
 
     def check_alone(self, what: str) -> None:
         """Raises ValueError on a mesh, for what only whole weights have."""

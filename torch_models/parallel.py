@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.axes import Cut, axes_of, param_cuts
-from loaders.boxes import Box
 from loaders.plan import LoadPlan
+from loaders.regions import Box
 from loaders.spec import ParamSpec
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
 from torch_models.layers.step import Entry
+from torch_models.processes import Company
 from torch_models.storage import host_view
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 MESH_AXES = ("expert", "tensor")
 CUT_LETTERS = {"V", "NH", "KH", "F", "M", "E"}  # layers of others would have to know that they hold a part
-Result = TypeVar("Result")
 
 
 class Parallel:
@@ -46,14 +46,10 @@ class Parallel:
     """
 
     def __init__(self, mesh: DeviceMesh, plan: LoadPlan) -> None:
-        names = mesh.mesh_dim_names or ()
-        if not names or set(names) - set(MESH_AXES):
-            raise ValueError(f"mesh has axes {list(names)}, expected names among {', '.join(MESH_AXES)}")
-        if mesh.size() != dist.get_world_size():
-            raise ValueError(f"mesh has {mesh.size()} ranks, expected all {dist.get_world_size()} processes")
+        names = check_mesh(mesh)
         place = mesh.get_coordinate()
         assert place is not None, "the mesh is of all processes"
-        self.mesh = mesh
+        self.mesh, self.company = mesh, Company(mesh)
         self.sizes = dict(zip(names, mesh.shape, strict=True))
         self.place = dict(zip(names, place, strict=True))
         dims = plan.checkpoint.config.dims()
@@ -88,7 +84,7 @@ class Parallel:
         def summed(x: torch.Tensor) -> torch.Tensor:
             total = x.float() if x.dtype != torch.float32 else x.clone()
             for group in groups:
-                dist.all_reduce(total, group=group)
+                self.company.finish(dist.all_reduce(total, group=group, async_op=True))
             return total.to(x.dtype)
 
         return summed if groups else None
@@ -135,33 +131,13 @@ class Parallel:
             }
         return held
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, if it succeeds on every rank; it must wait for no other.
-
-        Raises:
-            Exception: as ``work`` does here.
-            RuntimeError: it failed on another rank only; with what was raised there.
-        """
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
-            error = raised
-        told: list[str] = [""] * self.mesh.size()
-        dist.all_gather_object(told, "" if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if failed := {rank: text for rank, text in enumerate(told) if text}:
-            where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
-        return result  # pyright: ignore[reportReturnType]
-
     def _joined(self, part: torch.Tensor, cut: Cut, axis: int) -> torch.Tensor:
         for mesh_axis in reversed(axes_of(cut)):  # the first of them is the outermost
             parts = [
                 torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.sizes[mesh_axis])
             ]
-            dist.all_gather([_bytes(one) for one in parts], _bytes(part), group=self.mesh.get_group(mesh_axis))
+            places, group = [_bytes(one) for one in parts], self.mesh.get_group(mesh_axis)
+            self.company.finish(dist.all_gather(places, _bytes(part), group=group, async_op=True))
             part = torch.cat(parts, dim=axis)
         return part
 
@@ -195,6 +171,16 @@ class Parallel:
                 )
                 break
         return problems
+
+
+def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
+    """Names of its axes. Raises ValueError for names without meaning, or a mesh that is not of all processes."""
+    names = mesh.mesh_dim_names or ()
+    if not names or set(names) - set(MESH_AXES):
+        raise ValueError(f"mesh has axes {list(names)}, expected names among {', '.join(MESH_AXES)}")
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(f"mesh has {mesh.size()} ranks, expected all {dist.get_world_size()} processes")
+    return names
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

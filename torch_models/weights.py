@@ -27,6 +27,7 @@ from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
 from torch_models.parallel import Parallel, on_host
+from torch_models.processes import together, told_by_all
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
 
@@ -194,7 +195,8 @@ def update_weights_from_disk(
         deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
         return plan, trial.finish()
 
-    plan, report = tried() if parallel is None else parallel.together(tried)
+    mesh = None if parallel is None else parallel.mesh
+    plan, report = together(mesh, tried)
     checkpoint = plan.checkpoint
     filling = Filling(plan)
     # only under a refusal is one merged here: what was there before it goes, for from now on it would be a mixture
@@ -205,9 +207,11 @@ def update_weights_from_disk(
         filling.finish()
 
     try:
-        written() if parallel is None else parallel.together(written)
-    except CheckpointError as error:
-        if model.refusal is None:
+        together(mesh, written)
+    except Exception as error:
+        if mesh is not None and (refusals := [text for text in told_by_all(mesh, model.refusal or "") if text]):
+            model.refusal = model.refusal or f"{refusals[0]} on another rank"  # all of the ranks run, or none
+        if model.refusal is None or not isinstance(error, CheckpointError):
             raise
         raise RuntimeError(f"{model.refusal}: {error} Update again with good weights.") from error
     model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
@@ -282,7 +286,7 @@ def _export_together(
 ) -> Path:
     """The first rank writes, and the others hand it their parts."""
     is_writer = parallel.mesh.get_rank() == 0
-    parallel.together(lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    together(parallel.mesh, lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
     waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
 
     def read_param(name: str) -> np.ndarray:
@@ -297,7 +301,7 @@ def _export_together(
             while waiting:
                 read_param(waiting[0])
 
-    parallel.together(write)
+    together(parallel.mesh, write)
     return Path(directory)
 
 

@@ -19,7 +19,8 @@ from types import TracebackType
 
 import numpy as np
 
-from loaders.memory import aligned_empty, fill
+from loaders.memory import aligned_empty
+from loaders.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
 
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
@@ -108,7 +109,7 @@ class PositionedSession:
         self._flying: deque[tuple[int, Future[None]]] = deque()
         self._local = threading.local()  # staging of a thread
 
-    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         assert isinstance(file, LocalFile), f"{file.name} is another source's"
         ticket = next(self._tickets)
         self._flying.append((ticket, self._readers.submit(self._read, file, position, pieces)))
@@ -127,21 +128,21 @@ class PositionedSession:
         self._flying.clear()
         self._readers.shutdown(wait=True, cancel_futures=True)  # each thread ends the piece it is at
 
-    def _read(self, file: LocalFile, position: int, pieces: Sequence[np.ndarray]) -> None:
+    def _read(self, file: LocalFile, position: int, pieces: Sequence[Piece]) -> None:
+        staged = [piece for piece in pieces if piece.place is None]
+        raw = self._staging(sum(piece.num_bytes for piece in staged)) if staged else None
         buffers: list[memoryview] = []
-        turned: list[tuple[np.ndarray, np.ndarray]] = []
         used = 0
         for piece in pieces:
-            if piece.flags.c_contiguous:
-                buffers.append(piece.reshape(-1).view(np.uint8).data)
-            else:
-                raw = self._staging(sum(one.nbytes for one in pieces))[used : used + piece.nbytes]
-                used += piece.nbytes
-                turned.append((piece, raw))
-                buffers.append(raw.data)
+            if piece.place is not None:
+                buffers.append(piece.place.data)
+            elif raw is not None:
+                buffers.append(raw[used : used + piece.num_bytes].data)
+                used += piece.num_bytes
         file.scatter_into(buffers, position)
-        for piece, raw in turned:
-            fill(piece, raw)
+        for piece, buffer in zip(pieces, buffers, strict=True):
+            if piece.place is None:
+                piece.take(np.frombuffer(buffer, np.uint8))
 
     def _staging(self, num_bytes: int) -> np.ndarray:
         held: np.ndarray | None = getattr(self._local, "staging", None)

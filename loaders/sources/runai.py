@@ -20,6 +20,7 @@ from types import MappingProxyType
 import numpy as np
 
 from loaders.memory import STAGING_BYTES, aligned_empty
+from loaders.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
 
 PACKAGE, VERSION = "runai-model-streamer", "0.17."  # the functions take other arguments in other versions
@@ -105,8 +106,8 @@ class RunaiSession:
             given = (self._streamer, names, values, len(credentials))
             self._check(self._library.runai_file_streamer_set_credentials(*given))
 
-    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
-        num_bytes = sum(piece.nbytes for piece in pieces)
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
+        num_bytes = sum(piece.num_bytes for piece in pieces)
         if not num_bytes:  # the library is not asked for nothing
             self._empty.append(-1 - len(self._empty))
             return self._empty[-1]

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from loaders.regions import Piece
+
 MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
 
 
@@ -60,10 +62,10 @@ class PieceError(OSError):
 class Session(Protocol):
     """Reads many stretches of files at once: straight into place, or into memory of its own, lent for one step."""
 
-    def submit(self, file: OpenFile, position: int, pieces: Sequence[np.ndarray]) -> int:
-        """Ask for the stretch of ``file``, which has to stay open, that fills ``pieces`` one after the other.
+    def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
+        """Ask for the stretch of ``file``, which has to stay open, that ``pieces`` are, one after the other.
 
-        Does not wait. Returns the ticket it comes with. A piece may be empty, or have its last two axes swapped.
+        Does not wait. Returns the ticket it comes with. A piece may be empty, or of bytes that nobody wants.
         """
         ...
 

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from several import BytesRead, answer, asked, error_of
 
 import jax_models
 from jax_models.processes import to_host, together
 from jax_models.weights import flatten
-from loaders import open_checkpoint
+from loaders import CheckpointError, open_checkpoint
 from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.shards import read_shards
-from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.stage import Stage
 
-bytes_read = 0
-read_plainly = LocalFile.read_into
 
-
-def read_counted(self: LocalFile, out: memoryview, position: int) -> None:
-    global bytes_read
-    bytes_read += len(out)
-    read_plainly(self, out, position)
-
-
-def share_read(work: Any, checkpoint: str) -> tuple[Any, float]:
+def share_read(work: Any, checkpoint: str, read: BytesRead) -> tuple[Any, float]:
     """What ``work`` returns, and how much it read, as a share of the checkpoint's tensors; headers apart."""
-    global bytes_read
     opened = open_checkpoint(checkpoint)
     headers = sum(file.stat().st_size for file in Path(checkpoint).iterdir()) - opened.num_bytes
-    bytes_read = 0
+    read.count = 0
     result = work()
-    return result, max(0, bytes_read - headers) / opened.num_bytes
+    return result, max(0, read.count - headers) / opened.num_bytes
 
 
 def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
@@ -53,30 +43,25 @@ def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
     return True
 
 
-def error_of(work: Any) -> str:
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001 - it is the result
-        return f"{type(error).__name__}: {error}"
-    return "none"
+def reads_nothing(plan: Any, *_: Any) -> Any:
+    raise CheckpointError(plan.checkpoint.source, ["the disk is gone"])
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     devices = np.array(jax.devices())
     assert len(devices) == 2 * len(jax.local_devices())
     mesh = Mesh(devices.reshape(job["sizes"]), job["axes"])
-    LocalDirectory.gap_bytes = 0  # rows of these models are shorter than a page
-    LocalFile.read_into = read_counted
+    read = BytesRead()
     first, second = job["checkpoints"]
     work = Path(job["directory"])
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
     found: dict[str, Any] = {}
-    model, found["share"] = share_read(lambda: jax_models.load(first, mesh=mesh, **job["options"]), first)
+    model, found["share"] = share_read(lambda: jax_models.load(first, mesh=mesh, **job["options"]), first, read)
     found["loaded"] = is_the_checkpoints(model, first) if not job["options"] else None
     logits = to_host(model(**inputs))
     found["tokens"] = np.asarray(model.generate(**inputs, max_new_tokens=4, ignore_eos=True)).tolist()
     found["sampled"] = np.asarray(model.generate(**inputs, max_new_tokens=2, temperature=0.7, top_p=0.9)).tolist()
-    changed, found["reloaded share"] = share_read(lambda: model.update_weights_from_disk(second), second)
+    changed, found["reloaded share"] = share_read(lambda: model.update_weights_from_disk(second), second, read)
     found["reloaded"] = is_the_checkpoints(changed, second) if not job["options"] else None
     changed_logits = to_host(changed(**inputs))
     found["digests"], found["changed digests"] = model.digests(), changed.digests()
@@ -97,8 +82,15 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["bad on one"] = error_of(lambda: model.update_weights_from_disk(job["bad"] if process else second))
     found["failed on one"] = error_of(lambda: together(mesh, lambda: 1 / process))
     found["still serving"] = to_host(model(**inputs)).tobytes() == logits.tobytes()
+    found["bad save on one"] = error_of(lambda: jax_models.restore(job["bad save"] if process else work / "save", mesh))
+    found["lost save on one"] = error_of(lambda: jax_models.restore(work / "none" if process else work / "save", mesh))
     given = changed.update_weights_from_disk(first, donate=True)
     found["donated"] = given.digests() == found["digests"]
+    loading = importlib.import_module("jax_models.load")
+    with patch.object(loading, "read_params", reads_nothing if process else loading.read_params):
+        found["donated in vain"] = error_of(lambda: given.update_weights_from_disk(second, donate=True))
+    found["in vain"] = error_of(lambda: given(**inputs))
+    found["updated again"] = given.update_weights_from_disk(second).digests() == found["changed digests"]
     if process == 0:
         extra = {"adapted": adapted_logits} if job["adapter"] else {}
         np.savez(work / "logits.npz", logits=logits, changed=changed_logits, **extra)
@@ -106,7 +98,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job_, process_ = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    job_, process_ = asked()
     jax.distributed.initialize(f"127.0.0.1:{job_['port']}", num_processes=2, process_id=process_)
-    (Path(job_["directory"]) / f"found{process_}.json").write_text(json.dumps(main(job_, process_)))
+    answer(job_, process_, main(job_, process_))
     jax.distributed.shutdown()

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from several import error, run_several
 
 import jax_models
 from jax_models.processes import processes_of, to_host, together
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 
-TIMEOUT_S = 900  # of a process, on a machine that does something else too
+PROGRAM = Path(__file__).with_name("one_process.py")
 EVEN = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 EVEN_MOE = EVEN | {"num_experts": 8, "moe_intermediate_size": 24}
 # name -> zoo model, its sizes, axes and sizes of the mesh, options of load, most of the checkpoint that each may read
@@ -42,31 +40,6 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_two(job: dict, directory: Path) -> list[dict]:
-    program = Path(__file__).with_name("one_process.py")
-    (directory / "job.json").write_text(json.dumps(job))
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-    command = [sys.executable, str(program), str(directory / "job.json")]
-    logs = [open(directory / f"log{index}", "w+") for index in range(2)]  # noqa: SIM115 - closed below
-    children = [
-        subprocess.Popen([*command, str(index)], env=environment, stdout=logs[index], stderr=logs[index])
-        for index in range(2)
-    ]
-    try:
-        codes = [child.wait(TIMEOUT_S) for child in children]
-    finally:
-        for child, log in zip(children, logs, strict=True):
-            child.kill()
-            child.wait()
-            log.close()
-    assert codes == [0, 0], "\n".join((directory / f"log{index}").read_text()[-4000:] for index in range(2))
-    return [json.loads((directory / f"found{index}.json").read_text()) for index in range(2)]
-
-
-def error(found, expected) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_model(case, tmp_path):
@@ -77,19 +50,21 @@ def test_two_processes_are_one_model(case, tmp_path):
     models = [jax_models.load(path, **options) for path in paths]
     inputs = prompts(models[0].config, rows=4, tokens=24)
     models[0].save(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "bad save")
+    shutil.rmtree(tmp_path / "bad save" / "weights")
     job = {
         "port": free_port(),
-        "directory": str(tmp_path),
         "checkpoints": [str(path) for path in paths],
         "bad": str(bad),
         "adapter": adapter and str(adapter),
         "saved by one": str(tmp_path / "one"),
+        "bad save": str(tmp_path / "bad save"),
         "axes": list(axes),
         "sizes": list(axes.values()),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
         "options": options,
     }
-    both = run_two(job, tmp_path)
+    both = run_several(PROGRAM, job, tmp_path, 2, {"JAX_NUM_CPU_DEVICES": "2"})
     real = inputs["attention_mask"].astype(bool)
     tokens = np.asarray(models[0].generate(**inputs, max_new_tokens=4, ignore_eos=True)).tolist()
     digests = [model.digests() for model in models]
@@ -105,11 +80,19 @@ def test_two_processes_are_one_model(case, tmp_path):
         assert found["restored from one"]
         assert found["still serving"]
         assert found["donated"]
+        assert "its arrays cannot be read" in found["bad save on one"]
+        assert "it is no complete save of a model" in found["lost save on one"]
+        assert found["donated in vain"].startswith("RuntimeError: ")
+        assert "parameters were given up already on one of 2 processes. Update again" in found["donated in vain"]
+        assert "deleted" in found["in vain"]
+        assert found["updated again"]
         assert "FileExistsError" in found["export again"]
         assert "num_hidden_layers is 3, expected " in found["bad on one"]
         assert "ZeroDivisionError" in found["failed on one"]
         assert adapter is None or found["detached"]
     assert both[0]["sampled"] == both[1]["sampled"]
+    for what in ("bad save on one", "lost save on one"):
+        assert both[0][what].startswith("RuntimeError: 1 of 2 processes failed, so none goes on. process 1: Check")
     assert both[0]["bad on one"].startswith("RuntimeError: 1 of 2 processes failed, so none goes on. process 1: Check")
     with np.load(tmp_path / "logits.npz") as logits:
         for key, model in zip(("logits", "changed"), models, strict=True):

@@ -17,10 +17,10 @@ import loaders.shards
 from jax_models.sharding import replicated
 from jax_models.weights import flatten
 from loaders import open_checkpoint
-from loaders.boxes import Region
 from loaders.dtypes import to_numpy
 from loaders.memory import aligned_empty
 from loaders.plan import plan_load, specs_of
+from loaders.regions import Region
 from loaders.stage import Stage
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter

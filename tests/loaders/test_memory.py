@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from loaders.memory import HUGE_PAGE_BYTES, LARGE_BYTES, aligned_empty, pieces, prefer_huge_pages
+from loaders.memory import HUGE_PAGE_BYTES, LARGE_BYTES, aligned_empty, fill, prefer_huge_pages
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(
@@ -64,6 +65,11 @@ def test_huge_pages_cost_no_memory_beyond_the_array() -> None:
     assert 10 * size * 0.95 < grown < 10 * size + HUGE_PAGE_BYTES * 2
 
 
-def test_pieces_of_an_empty_array_are_one_empty_piece() -> None:
-    ((position, piece),) = pieces(np.empty((0, 7)))
-    assert (position, piece.nbytes) == (0, 0)
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
+def test_values_are_copied_whatever_lies_next_to_each_other(axes: tuple[int, ...]) -> None:
+    found = np.arange(3 * 150 * 140, dtype=np.uint16).reshape(3, 150, 140)
+    out = np.zeros(tuple(found.shape[axis] for axis in axes), np.uint16).transpose(np.argsort(axes))
+    fill(out, found)
+    np.testing.assert_array_equal(out, found)
+    fill(out[:, ::2, 1:], found[:, 75:, 1:])
+    np.testing.assert_array_equal(out[:, ::2, 1:], found[:, 75:, 1:])

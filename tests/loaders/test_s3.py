@@ -10,12 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from s3_server import BUCKET, ENVIRONMENT, Server, client, silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
+from loaders.dtypes import to_numpy
+from loaders.filling import Filling
+from loaders.plan import plan_load
+from loaders.regions import Box, Region, sizes_of
+from loaders.shards import read_shards
 from loaders.sources import runai, s3
+from loaders.spec import ParamSpec
+from loaders.stage import Stage
 from parity.zoo import make_checkpoint
 
 
@@ -78,6 +86,56 @@ def test_opening_reads_json_and_headers_by_range_and_nothing_else(
 def test_only_what_is_asked_for_is_streamed(uri: str, directory: Path) -> None:
     names = [name for name in open_checkpoint(directory).tensors if "norm" in name]
     assert {name for name, _ in open_checkpoint(uri).stream(names=names)} == set(names)
+
+
+def halves(spec: ParamSpec) -> list[Box]:
+    """Of every parameter half of the last axis that has one, as two quarters of it: columns, if it can be."""
+    axis = max((axis for axis, size in enumerate(spec.shape) if size % 4 == 0), default=None)
+    ends = [(0, size) for size in spec.shape]
+    if axis is None:
+        return [tuple(ends)]
+    size = spec.shape[axis] // 4
+    return [tuple(ends[:axis] + [(part * size, (part + 1) * size)] + ends[axis + 1 :]) for part in (2, 3)]
+
+
+def parts_of(uri: Any) -> dict[str, dict[Box, bytes]]:
+    filling = Filling(plan := plan_load(open_checkpoint(uri), Stage(mtp=True)))
+    found = {spec.name: shards for spec, shards in read_shards(plan, filling, halves)}
+    filling.finish()
+    return {name: {box: part.tobytes() for box, part in shards.items()} for name, shards in found.items()}
+
+
+def test_what_devices_hold_comes_through_the_streamer_and_little_else(
+    uri: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges of tensors, fused and transposed ones too: none is asked for by itself, and rows are not read for one."""
+    opened, asked, headers, questions = open_checkpoint(uri), [0], [0], [0]
+    submit, read_into, identity = runai.RunaiSession.submit, s3.S3File.read_into, s3.S3File.identity
+
+    def counted(self: runai.RunaiSession, file: Any, position: int, pieces: Any) -> int:
+        asked[0] += sum(piece.num_bytes for piece in pieces)
+        return submit(self, file, position, pieces)
+
+    def one_by_one(self: s3.S3File, out: memoryview, position: int) -> None:
+        headers[0] += len(out)
+        read_into(self, out, position)
+
+    def questioned(self: s3.S3File) -> s3.ObjectIdentity:
+        questions[0] += 1
+        return identity(self)
+
+    monkeypatch.setattr(runai.RunaiSession, "submit", counted)
+    monkeypatch.setattr(s3.S3File, "read_into", one_by_one)
+    monkeypatch.setattr(s3.S3File, "identity", questioned)
+    found = parts_of(uri)
+    assert found == parts_of(directory)
+    num_bytes = sum(len(part) for parts in found.values() for part in parts.values())
+    assert 0.4 < num_bytes / opened.num_bytes < 0.7
+    assert num_bytes <= asked[0] < 1.1 * opened.num_bytes  # rows of this model are far shorter than a request is long
+    files = list(directory.glob("*.safetensors"))
+    documents = sum(path.stat().st_size for path in directory.glob("*.json"))
+    assert headers[0] == documents + sum(path.stat().st_size for path in files) - opened.num_bytes
+    assert questions[0] < len(opened.tensors)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -220,6 +278,13 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamer's own client would wait on; what it still writes to is never used again."""
     checkpoint = open_checkpoint(uri)
+    name, info = max(checkpoint.tensors.items(), key=lambda item: item[1].num_bytes)
+    box = (*((0, size) for size in info.shape[:-1]), (0, 2))
+
+    def columns() -> list[Any]:
+        part = Region(info.shape, box, np.empty(sizes_of(box), to_numpy(info.dtype)))
+        return list(checkpoint.stream_regions({name}, lambda _: [part]))
+
     with silent_server() as url:
         real = runai.RunaiSession
 
@@ -227,8 +292,8 @@ def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: 
             return real(where, credentials | {"endpoint": url})
 
         monkeypatch.setattr(s3, "RunaiSession", elsewhere)
-        problem = ends_within(10, lambda: list(checkpoint.stream()))
-        assert problem == f"nothing has come from {uri} for 1 s. Is it still there?"
+        for attempt in (lambda: list(checkpoint.stream()), columns):
+            assert ends_within(10, attempt) == f"nothing has come from {uri} for 1 s. Is it still there?"
         ending = [thread for thread in threading.enumerate() if thread.name == "tandem-runai-end"]
         assert all(thread.daemon for thread in ending)  # no interpreter waits for it
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+from several import error, run_several
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 
-TIMEOUT_S = 900  # of a rank, on a machine that does something else too
+PROGRAM = Path(__file__).with_name("one_rank.py")
 EVEN = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 EVEN_VL = EVEN | {"num_hidden_layers": 4, "num_experts": 4}
 # zoo model and its sizes, axes of the mesh, most of the weights that a rank may hold
@@ -36,28 +34,6 @@ CASES = {
 }
 
 
-def run_ranks(job: dict, directory: Path) -> list[dict]:
-    program = Path(__file__).with_name("one_rank.py")
-    (directory / "job.json").write_text(json.dumps(job))
-    ranks = range(job["ranks"])
-    logs = [open(directory / f"log{rank}", "w+") for rank in ranks]  # noqa: SIM115 - closed below
-    command = [sys.executable, str(program), str(directory / "job.json")]
-    children = [subprocess.Popen([*command, str(rank)], stdout=logs[rank], stderr=logs[rank]) for rank in ranks]
-    try:
-        codes = [child.wait(TIMEOUT_S) for child in children]
-    finally:
-        for child, log in zip(children, logs, strict=True):
-            child.kill()
-            child.wait()
-            log.close()
-    assert not any(codes), "\n".join((directory / f"log{rank}").read_text()[-3000:] for rank in ranks)
-    return [json.loads((directory / f"found{rank}.json").read_text()) for rank in ranks]
-
-
-def error(found, expected) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_are_one_model(case, tmp_path):
@@ -68,15 +44,14 @@ def test_ranks_are_one_model(case, tmp_path):
     one = torch_models.load(paths[0])
     inputs = prompts(one.config, rows=4, tokens=24)
     job = {
-        "ranks": math.prod(axes.values()),
         "axes": axes,
-        "directory": str(tmp_path),
         "checkpoints": [str(path) for path in paths],
         "bad": str(bad),
         "uneven": str(uneven),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
-    found = run_ranks(job, tmp_path)
+    count = math.prod(axes.values())
+    found = run_several(PROGRAM, job, tmp_path, count)
     real = inputs["attention_mask"].astype(bool)
     tokens = one.generate(**inputs, max_new_tokens=4, ignore_eos=True).tolist()
     alone = one.generate(inputs["input_ids"][:1], max_new_tokens=4, ignore_eos=True).tolist()
@@ -99,7 +74,7 @@ def test_ranks_are_one_model(case, tmp_path):
         assert "expected alike: use a mesh that divides num_key_value_heads" in each["uneven"]
         for what in ("adapter", "graphs", "taps"):
             assert "is cut over a mesh" in each[what]
-    assert found[0]["bad on one"].startswith(f"RuntimeError: {job['ranks'] - 1} of {job['ranks']} ranks failed")
+    assert found[0]["bad on one"].startswith(f"RuntimeError: {count - 1} of {count} ranks failed")
     with np.load(tmp_path / "logits.npz") as saved:
         for key, expected in logits.items():
             assert error(saved[key][real], expected[real]) < 2e-6
@@ -107,6 +82,29 @@ def test_ranks_are_one_model(case, tmp_path):
     assert {file.name: file.read_bytes() for file in exported.iterdir()} == {
         file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()
     }
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(tmp_path):
+    paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, **EVEN) for seed in range(2)]
+    job = {"checkpoints": [str(path) for path in paths], "input_ids": [[3, 14, 15, 92]] * 2}
+    found = run_several(PROGRAM.with_name("one_failing_rank.py"), job, tmp_path, 2)
+    for each in found:
+        assert "/nowhere" in each["bad checkpoint"]
+        assert [text.partition(":")[0] for text in each["bad input"]] == ["ValueError"] * 2
+        assert each["still in step"]
+        assert each["half an update"].startswith("RuntimeError: ")
+        assert "the disk is gone" in each["half an update"]
+        assert "the model refuses to run: an update of" in each["of two versions"]
+        assert each["updated again"]
+        assert "out of memory" in each["in the middle"]
+        assert each["seconds"] < 60
+        assert all("The ranks are out of step: start them again." in text for text in each["out of step"])
+    assert found[0]["in the middle"].startswith(
+        "RuntimeError: rank 1 failed in the middle of a call: RuntimeError: out"
+    )
+    assert "not all ranks came within 3 s. Did one fail elsewhere?" in found[0]["alone"]
+    assert 3 <= found[0]["seconds alone"] < 60
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.boxes import STAGING_BYTES, Region, box_of, pieces_of, sizes_of
 from loaders.dtypes import to_numpy
 from loaders.filling import Filling
+from loaders.memory import STAGING_BYTES
 from loaders.plan import plan_load
 from loaders.quantize import quantized
+from loaders.regions import Region, box_of, pieces_of, sizes_of
 from loaders.shards import read_shards, region_of
 from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.spec import ParamSpec, Source
@@ -27,13 +28,13 @@ from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 def bytes_read(monkeypatch):
     """Lengths of all reads of tensors from here on."""
     found: list[int] = []
-    plain = LocalFile.read_into
+    plain = LocalFile.scatter_into
 
-    def counted(self, out, position):
-        found.append(len(out))
-        plain(self, out, position)
+    def counted(self, outs, position):
+        found.extend(size for size in [sum(map(len, outs))] if size)
+        plain(self, outs, position)
 
-    monkeypatch.setattr(LocalFile, "read_into", counted)
+    monkeypatch.setattr(LocalFile, "scatter_into", counted)
     return found
 
 
@@ -54,28 +55,34 @@ def slices_of(box):
 
 @st.composite
 def boxes(draw):
-    """A shape, and a part of it."""
+    """A shape, and parts of it."""
     shape = tuple(draw(st.lists(st.integers(1, 7), max_size=4)))
-    ends = [sorted((draw(st.integers(0, size)), draw(st.integers(0, size)))) for size in shape]
-    return shape, tuple((start, stop) for start, stop in ends)
+    ends = st.tuples(*(st.tuples(st.integers(0, size), st.integers(0, size)).map(sorted).map(tuple) for size in shape))
+    return shape, draw(st.lists(ends, min_size=1, max_size=4))
 
 
-@given(boxes(), st.integers(0, 40), st.booleans())
-def test_pieces_together_are_the_plain_index(case, gap_bytes, is_strided):
-    shape, box = case
+@given(boxes(), st.integers(0, 40), st.booleans(), st.sampled_from([11, 64, 1 << 20]))
+def test_pieces_together_are_the_plain_index(case, gap_bytes, is_strided, most_bytes):
+    shape, found = case
     whole = numbered(*shape)
-    sizes = sizes_of(box)
-    out = np.empty(sizes[::-1], np.uint16).T if is_strided else np.empty(sizes, np.uint16)
-    raw, read = whole.reshape(-1).view(np.uint8), 0
-    for piece in pieces_of(Region(shape, box, out), gap_bytes):
-        found = raw[piece.position : piece.position + piece.num_bytes]
-        assert found.size == piece.num_bytes
-        read += piece.num_bytes
-        piece.take(found)
-        if piece.is_direct:
-            assert piece.out.tobytes() == found.tobytes()
-    np.testing.assert_array_equal(out, whole[slices_of(box)])
-    assert read == out.nbytes or gap_bytes
+    parts = []
+    for box in found:
+        sizes = sizes_of(box)
+        out = np.empty(sizes[::-1], np.uint16).T if is_strided else np.empty(sizes, np.uint16)
+        parts.append(Region(shape, box, out))
+    raw, read, position = whole.reshape(-1).view(np.uint8), 0, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loaders.memory.STAGING_BYTES", most_bytes)
+        for piece in pieces_of(parts, gap_bytes):
+            assert position <= piece.position
+            assert piece.num_bytes <= most_bytes
+            position = piece.position
+            read += piece.num_bytes
+            piece.take(raw[position : position + piece.num_bytes].copy())
+    for part in parts:
+        np.testing.assert_array_equal(part.out, whole[slices_of(part.box)])
+    if len(parts) == 1 and not gap_bytes:
+        assert read == parts[0].out.nbytes  # and not a byte more
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_pieces_together_are_the_plain_index(case, gap_bytes, is_strided):
         ((4, 4, 16), ((1, 3), (0, 4), (0, 16)), [256]),
         ((4, 4, 4096), ((1, 3), (2, 4), (0, 4096)), [16384] * 2),  # of each expert a range
         ((4, 4098), ((0, 4), (0, 2049)), [4098] * 4),  # more than a page between columns: row by row
-        ((4, 4096), ((0, 4), (0, 2048)), [4 * 8192]),  # less: read through
+        ((4, 4096), ((0, 4), (1024, 3072)), [4 * 8192 - 4096]),  # less: read through, from the first to the last
         ((), (), [2]),
         ((3, 0), ((1, 2), (0, 0)), []),
         ((5, 4), ((2, 2), (0, 4)), []),
@@ -116,15 +123,16 @@ def test_rows_that_several_parts_share_are_read_once(tmp_path, bytes_read):
     for box, part in zip(boxes, parts, strict=True):
         np.testing.assert_array_equal(part.out, whole[slices_of(box)])
     assert bytes_read == [4 * 8192]  # rows 1 to 4
+    assert len(list(pieces_of(parts, gap_bytes=4096))) == 2  # two rows for four parts, and not row by row for each
 
 
 def test_large_rows_go_through_a_bounded_buffer():
     rows = 3 * STAGING_BYTES // 8192 + 1
     part = Region((rows, 4096), ((0, rows), (0, 4095)), np.empty((rows, 4095), np.uint16))
-    sizes = [piece.num_bytes for piece in pieces_of(part, 4096)]
-    assert sizes == [STAGING_BYTES] * 3 + [8192]
+    sizes = [piece.num_bytes for piece in pieces_of([part], 4096)]
+    assert sizes == [STAGING_BYTES - 2] * 3 + [8190]
     experts = Region((2, 3, STAGING_BYTES), ((0, 2), (0, 3), (0, 9)), np.empty((9, 3, 2), np.uint16).T)
-    assert max(piece.num_bytes for piece in pieces_of(experts, 1 << 40)) <= 2 * STAGING_BYTES
+    assert max(piece.num_bytes for piece in pieces_of([experts], 1 << 40)) <= STAGING_BYTES
 
 
 @pytest.mark.parametrize(
@@ -154,13 +162,13 @@ def test_a_file_that_changed_is_an_error_also_of_a_slice(tmp_path):
 def test_a_file_that_changes_while_a_slice_is_read_is_an_error(tmp_path, monkeypatch):
     files = {"model.safetensors": safetensors({"a": entry("U8", [4], 0, 4)}, b"abcd")}
     checkpoint = open_checkpoint(write(tmp_path, files))
-    plain = LocalFile.read_into
+    plain = LocalFile.scatter_into
 
-    def disturbed(self, out, position):
-        plain(self, out, position)
+    def disturbed(self, outs, position):
+        plain(self, outs, position)
         os.utime(tmp_path / "model.safetensors", ns=(1, 1))
 
-    monkeypatch.setattr(LocalFile, "read_into", disturbed)
+    monkeypatch.setattr(LocalFile, "scatter_into", disturbed)
     with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
         read_region(checkpoint, "a", ((0, 2),))
     assert open_files() == []

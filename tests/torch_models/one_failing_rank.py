@@ -1,0 +1,74 @@
+"""Run as a program, once for each of two ranks, of which the second fails alone: what both make of it, as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from several import answer, asked, error_of
+from torch.distributed.device_mesh import init_device_mesh
+
+import torch_models
+from loaders import CheckpointError
+from torch_models import processes
+
+
+def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    first, second = job["checkpoints"]
+    ids = np.asarray(job["input_ids"])
+    found: dict[str, Any] = {}
+    found["bad checkpoint"] = error_of(lambda: torch_models.load("/nowhere" if rank else first, mesh=mesh))
+    model = torch_models.load(first, mesh=mesh)
+    logits = model(ids).numpy().copy()
+    found["bad input"] = error_of(lambda: model(ids + 10**6)), error_of(lambda: model.generate(ids, max_new_tokens=-1))
+    found["still in step"] = model(ids).numpy().tobytes() == logits.tobytes()
+
+    loading, calls = importlib.import_module("torch_models.load"), []
+    plain = loading.read_params
+
+    def reads_once(plan: Any, *args: Any, **options: Any) -> Any:
+        calls.append(plan)
+        if len(calls) == 2 and rank:
+            raise CheckpointError(plan.checkpoint.source, ["the disk is gone"])
+        return plain(plan, *args, **options)
+
+    with patch.object(loading, "read_params", reads_once):
+        found["half an update"] = error_of(lambda: model.update_weights_from_disk(second))
+    found["of two versions"] = error_of(lambda: model(ids))
+    model.update_weights_from_disk(first)
+    found["updated again"] = model(ids).numpy().tobytes() == logits.tobytes()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    if rank:
+        model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(fails)
+    started = time.monotonic()
+    found["in the middle"] = error_of(lambda: model(ids))
+    found["seconds"] = time.monotonic() - started
+    found["out of step"] = error_of(lambda: model(ids)), error_of(lambda: model.generate(ids, max_new_tokens=2))
+    processes.WAIT_S = 3.0
+    if rank:
+        time.sleep(10)  # it does something else
+    else:
+        started = time.monotonic()
+        found["alone"] = error_of(lambda: model.update_weights_from_disk(first))
+        found["seconds alone"] = time.monotonic() - started
+    return found
+
+
+if __name__ == "__main__":
+    job_, rank_ = asked()
+    store = dist.FileStore(str(Path(job_["directory"]) / "store"), job_["count"])
+    dist.init_process_group("gloo", store=store, rank=rank_, world_size=job_["count"])
+    with torch.no_grad():
+        answer(job_, rank_, main(job_, rank_))
+    os._exit(0)  # nobody comes to say goodbye

@@ -1,0 +1,146 @@
+"""Ranks of a mesh (torch.distributed): each holds its part of every parameter and runs the same calls.
+
+What one of them cannot do none of them does: an error of one is raised by all. A rank that failed on its own, in the
+middle of a call or elsewhere, leaves others waiting for it: those are told why, or give up within ``WAIT_S``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+Result = TypeVar("Result")
+WAIT_S = 600.0  # for ranks that do not come; torch.distributed itself waits for half an hour
+LOOK_S = 1.0  # between two looks at whether one of those that are waited for has failed
+GRACE_S = 5.0  # for all ranks to fail alike, as with the same bad input
+MESSAGE_LETTERS = 4096
+
+
+def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, if it succeeds on every rank.
+
+    Args:
+        mesh: of all processes, all of which have to call this; None: this one alone.
+        work: asks the others for nothing, or for the same as they ask, whether it fails or not.
+    Raises:
+        Exception: as ``work`` does here.
+        RuntimeError: it failed on another rank only, with what was raised there; or one did not come within ``WAIT_S``.
+    """
+    if mesh is None:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+        error = raised
+    told = told_by_all(mesh, "" if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failed := {rank: text for rank, text in enumerate(told) if text}:
+        where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
+    return result  # pyright: ignore[reportReturnType]
+
+
+def told_by_all(mesh: DeviceMesh, text: str) -> list[str]:
+    """Every rank's text, its first ``MESSAGE_LETTERS``.
+
+    Raises:
+        RuntimeError: a rank did not come within ``WAIT_S``; says which.
+    """
+    if dist.get_backend() == "gloo":  # nccl has a watchdog of its own
+        try:
+            dist.monitored_barrier(timeout=timedelta(seconds=WAIT_S), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"not all ranks came within {WAIT_S:g} s. Did one fail elsewhere? {error}") from error
+    told: list[str] = [""] * mesh.size()
+    dist.all_gather_object(told, text[:MESSAGE_LETTERS])
+    return told
+
+
+class Company:
+    """The ranks of a mesh while they run a call together: who waits for another learns that it failed.
+
+    All make the same calls in the same order, so a call is known by its number. A failure is written where torch's
+    processes meet (their store), where those look that wait.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._rank, self._size = mesh.get_rank(), mesh.size()
+        self._store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
+        self._calls = self._depth = 0
+        self._lost: str | None = None  # why nothing can run any more
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around what all ranks run.
+
+        Raises:
+            RuntimeError: a rank failed here and others did not, now or before: some may still wait for it, or have
+                gone on. Nothing runs on this mesh any more.
+        """
+        if self._lost is not None:
+            raise RuntimeError(f"{self._lost}. The ranks are out of step: start them again.")
+        self._calls, self._depth = self._calls + 1, self._depth + 1
+        try:
+            yield
+        except Exception as error:
+            if self._size > 1 and self._lost is None:
+                text = f"{type(error).__name__}: {error}"[:MESSAGE_LETTERS]
+                self._store.set(self._key(self._rank), text)
+                if not self._all_failed():
+                    self._lost = f"rank {self._rank} failed alone in the middle of a call: {text}"
+            raise
+        finally:
+            self._depth -= 1
+
+    def finish(self, work: dist.Work | None) -> None:
+        """Wait for a collective that was begun.
+
+        Raises:
+            RuntimeError: a rank failed in this call, with what was raised there; or nothing came for ``WAIT_S``.
+        """
+        if work is None:  # this rank has no part in it
+            return
+        if dist.get_backend() != "gloo":
+            work.wait()
+            return
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError as error:
+                if failed := self._failed():
+                    self._lost = failed
+                elif work.is_completed():
+                    self._lost = f"a rank is gone: {error}"
+                elif time.monotonic() > until:
+                    self._lost = f"nothing came from the other ranks for {WAIT_S:g} s. Did one of them fail?"
+                else:
+                    continue
+                raise RuntimeError(self._lost) from error
+
+    def _key(self, rank: int) -> str:
+        return f"{self._calls}/{rank}"
+
+    def _failed(self) -> str | None:
+        for rank in range(self._size) if self._depth else ():
+            if rank != self._rank and self._store.check([self._key(rank)]):
+                return f"rank {rank} failed in the middle of a call: {self._store.get(self._key(rank)).decode()}"
+        return None
+
+    def _all_failed(self) -> bool:
+        until = time.monotonic() + GRACE_S
+        keys = [self._key(rank) for rank in range(self._size)]
+        while time.monotonic() < until:
+            if self._store.check(keys):
+                return True
+            time.sleep(0.02)
+        return False
