@@ -45,6 +45,14 @@ class Cache:
         by_row = {name: getattr(self, name)[:rows] for name in ("key_mask", "position", "adapter")}
         return replace(self, layers=layers, **by_row)
 
+    def first_slots(self, slots: int) -> Cache:
+        """The same memory, as a cache of the first ``slots`` slots alone: no step reads more than it has to."""
+        layers = {
+            name: {key: part[:, :, :slots] if key in ("key", "value") else part for key, part in parts.items()}
+            for name, parts in self.layers.items()
+        }
+        return replace(self, layers=layers, key_mask=self.key_mask[:, :slots])
+
     def reset(self) -> None:
         """No token in it any more, and all of it zero: what a mask hides is still multiplied by 0, and 0 NaN is NaN."""
         for parts in self.layers.values():
@@ -81,12 +89,11 @@ class Cache:
         order_BS = rank_BS.argsort(dim=1, stable=True)
         length = int(self.key_mask.sum(1).max())
         order_BS = order_BS.roll(length - self.length, dims=1)
-        row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
         for parts in self.layers.values():
             for key in ("key", "value"):
                 if key in parts:
-                    parts[key].copy_(parts[key][row_B1, order_BS])
-        self.key_mask.copy_(self.key_mask[row_B1, order_BS] & (slots_S < length))
+                    parts[key].copy_(torch.take_along_dim(parts[key], order_BS[:, None, :, None], dim=2))
+        self.key_mask.copy_(torch.take_along_dim(self.key_mask, order_BS, dim=1) & (slots_S < length))
         self.slot.fill_(length)
         self.length = length
 

@@ -16,8 +16,11 @@ from torch_models.taps import tap
 
 
 def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:
-    """What attention keeps: keys (rotated) and values, [B, S, K, H] in the compute dtype."""
-    shape = (rows, capacity, num_kv_heads, head_dim)
+    """What attention keeps: keys (rotated) and values, [B, K, S, H] in the compute dtype.
+
+    Heads come before slots, so that what a head reads lies together.
+    """
+    shape = (rows, num_kv_heads, capacity, head_dim)
     return {"key": Entry(shape), "value": Entry(shape)}
 
 
@@ -28,9 +31,9 @@ def remembered(
     if cache is None:
         return k_BTKH, v_BTKH
     slots_T = step.start + torch.arange(k_BTKH.shape[1], device=k_BTKH.device)
-    cache["key"].index_copy_(1, slots_T, k_BTKH)
-    cache["value"].index_copy_(1, slots_T, v_BTKH)
-    return cache["key"], cache["value"]
+    cache["key"].index_copy_(2, slots_T, k_BTKH.transpose(1, 2))
+    cache["value"].index_copy_(2, slots_T, v_BTKH.transpose(1, 2))
+    return cache["key"].transpose(1, 2), cache["value"].transpose(1, 2)
 
 
 def attend(
