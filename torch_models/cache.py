@@ -10,6 +10,9 @@ from torch_models.layers.gated_delta import keep_first
 from torch_models.layers.step import Entry, LayerCache
 
 
+_READ_SLOTS = 64  # attention reads so many at a time, so that steps share sizes
+
+
 @dataclass
 class Cache:
     """The state of a stage for rows that end at the same slot. Its tensors never move.
@@ -45,8 +48,9 @@ class Cache:
         by_row = {name: getattr(self, name)[:rows] for name in ("key_mask", "position", "adapter")}
         return replace(self, layers=layers, **by_row)
 
-    def first_slots(self, slots: int) -> Cache:
-        """The same memory, as a cache of the first ``slots`` slots alone: no step reads more than it has to."""
+    def with_room(self, tokens: int) -> Cache:
+        """The same memory, as a cache of few slots more than are filled and ``tokens`` take: a step reads no others."""
+        slots = -(-(self.length + tokens) // _READ_SLOTS) * _READ_SLOTS
         layers = {
             name: {key: part[:, :, :slots] if key in ("key", "value") else part for key, part in parts.items()}
             for name, parts in self.layers.items()

@@ -78,8 +78,8 @@ class Decoding:
     def read_into(self, prompt: ModelInputs, cache: Cache) -> tuple[torch.Tensor, Seen | None]:
         """Final hidden states of a prompt, [B, T, D], and what it shows; the cache, empty before, holds the prompt."""
         model = self._model
-        filled = cache.first_slots(prompt.input_ids.shape[1])
-        filled.key_mask.copy_(torch.from_numpy(prompt.attention_mask))
+        filled = cache.with_room(prompt.input_ids.shape[1])
+        filled.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
         seen = model.seen(prompt)
         x_BTD = model.entered(model.long(prompt.input_ids), seen)
         x_BTD = model.decoder(x_BTD, model.long(prompt.position_ids), filled.key_mask, filled, seen=seen)
@@ -96,7 +96,7 @@ class Decoding:
         model = self._model
         model.check_runnable()
         ids_B1 = model.next_ids(token_ids, cache, rows=len(cache.position))
-        filled = cache.first_slots(cache.length + 1)
+        filled = cache.with_room(1)
         logits_BV = model.decode_step(ids_B1, filled)
         cache.length = filled.length
         return logits_BV, cache
