@@ -56,14 +56,13 @@ def attend(
         softcap: scores are squeezed into ±softcap before the mask, softcap · tanh(score / softcap); None: they are not.
     """
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            attn_mask=visible_BTS[:, None],
-            scale=scale,
-            enable_gqa=True,
-        ).transpose(1, 2)
+        k_BKSH, v_BKSH, visible_B1TS = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), visible_BTS[:, None]
+        if q_BTNH.shape[1] == 1:  # heads of a group stand where tokens would, so that their keys are read once
+            q_BKGH = q_BTNH.reshape(len(q_BTNH), k_BKSH.shape[1], -1, q_BTNH.shape[3])
+            out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=visible_B1TS, scale=scale)
+            return out_BKGH.reshape(q_BTNH.shape)
+        options = {"attn_mask": visible_B1TS, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, **options).transpose(1, 2)
     q_BTKGH = q_BTNH.unflatten(2, (k_BSKH.shape[2], -1))
     scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.float(), k_BSKH.float())
     scores_BKGTS = scores_BKGTS * (q_BTNH.shape[3] ** -0.5 if scale is None else scale)
