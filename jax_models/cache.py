@@ -70,8 +70,7 @@ class Cache:
         order_BS = jnp.roll(order_BS, length - self.length, axis=1)
 
         def moved(array: jax.Array, has_slots: bool) -> jax.Array:
-            index = order_BS.reshape(*order_BS.shape, *(1,) * (array.ndim - 2))
-            return jnp.take_along_axis(array, index, axis=1) if has_slots else array
+            return jnp.take_along_axis(array, order_BS[:, None, :, None], axis=2) if has_slots else array
 
         layers = {
             name: {key: moved(array, key in ("key", "value")) for key, array in parts.items()}

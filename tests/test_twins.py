@@ -26,7 +26,10 @@ ONLY_JAX: dict[str, str] = {
         f"draft.py: {line}": "torch has no compiled programs; the draft runs as it stands"
         for line in ("DraftPrograms", "DraftPrograms.__init__()")
     },
-    "layers/attention.py: attend_cached()": "torch writes into its cache, then reads it; XLA would move all of it",
+    **{
+        f"layers/attention.py: {name}()": "torch writes into its cache, then reads it; XLA for TPU would move all of it"
+        for name in ("attend_cached", "attend_apart", "attend_written", "written")
+    },
     "layers/install.py: module_at()": "torch's modules have get_submodule",
     "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",
     "layers/moe.py: by_expert_group()": "torch's kernels of experts are chosen with the layer",
@@ -51,6 +54,7 @@ ONLY_TORCH: dict[str, str] = {
     "layers/quantized_experts.py: NVFP4Experts.derive()": "JAX computes what is derived inside every program",
     "layers/quantized.py: as_loaded()": "storage in JAX holds what was loaded, always",
     "taps.py: tap_picked()": "a short run goes through every expert, and some of it is used; JAX sorts rows by expert",
+    "layers/linear.py: multiply()": "which operand comes first matters to MKL; XLA chooses for itself",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }
 

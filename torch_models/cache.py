@@ -10,6 +10,9 @@ from torch_models.layers.gated_delta import keep_first
 from torch_models.layers.step import Entry, LayerCache
 
 
+_READ_SLOTS = 64  # attention reads so many at a time, so that steps share sizes
+
+
 @dataclass
 class Cache:
     """The state of a stage for rows that end at the same slot. Its tensors never move.
@@ -44,6 +47,15 @@ class Cache:
         layers = {name: {key: part[:rows] for key, part in parts.items()} for name, parts in self.layers.items()}
         by_row = {name: getattr(self, name)[:rows] for name in ("key_mask", "position", "adapter")}
         return replace(self, layers=layers, **by_row)
+
+    def with_room(self, tokens: int) -> Cache:
+        """The same memory, as a cache of few slots more than are filled and ``tokens`` take: a step reads no others."""
+        slots = -(-(self.length + tokens) // _READ_SLOTS) * _READ_SLOTS
+        layers = {
+            name: {key: part[:, :, :slots] if key in ("key", "value") else part for key, part in parts.items()}
+            for name, parts in self.layers.items()
+        }
+        return replace(self, layers=layers, key_mask=self.key_mask[:, :slots])
 
     def reset(self) -> None:
         """No token in it any more, and all of it zero: what a mask hides is still multiplied by 0, and 0 NaN is NaN."""
@@ -81,12 +93,11 @@ class Cache:
         order_BS = rank_BS.argsort(dim=1, stable=True)
         length = int(self.key_mask.sum(1).max())
         order_BS = order_BS.roll(length - self.length, dims=1)
-        row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
         for parts in self.layers.values():
             for key in ("key", "value"):
                 if key in parts:
-                    parts[key].copy_(parts[key][row_B1, order_BS])
-        self.key_mask.copy_(self.key_mask[row_B1, order_BS] & (slots_S < length))
+                    parts[key].copy_(torch.take_along_dim(parts[key], order_BS[:, None, :, None], dim=2))
+        self.key_mask.copy_(torch.take_along_dim(self.key_mask, order_BS, dim=1) & (slots_S < length))
         self.slot.fill_(length)
         self.length = length
 

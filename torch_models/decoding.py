@@ -78,10 +78,12 @@ class Decoding:
     def read_into(self, prompt: ModelInputs, cache: Cache) -> tuple[torch.Tensor, Seen | None]:
         """Final hidden states of a prompt, [B, T, D], and what it shows; the cache, empty before, holds the prompt."""
         model = self._model
-        cache.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
+        filled = cache.with_room(prompt.input_ids.shape[1])
+        filled.key_mask[:, : prompt.input_ids.shape[1]] = torch.from_numpy(prompt.attention_mask)
         seen = model.seen(prompt)
         x_BTD = model.entered(model.long(prompt.input_ids), seen)
-        x_BTD = model.decoder(x_BTD, model.long(prompt.position_ids), cache.key_mask, cache, seen=seen)
+        x_BTD = model.decoder(x_BTD, model.long(prompt.position_ids), filled.key_mask, filled, seen=seen)
+        cache.length = filled.length
         cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
         return x_BTD, seen
 
@@ -93,7 +95,11 @@ class Decoding:
         """
         model = self._model
         model.check_runnable()
-        return model.decode_step(model.next_ids(token_ids, cache, rows=len(cache.position)), cache), cache
+        ids_B1 = model.next_ids(token_ids, cache, rows=len(cache.position))
+        filled = cache.with_room(1)
+        logits_BV = model.decode_step(ids_B1, filled)
+        cache.length = filled.length
+        return logits_BV, cache
 
     def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
         """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""

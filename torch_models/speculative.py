@@ -116,9 +116,8 @@ def generate_with_draft(
         fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
         positions_BT = cache.position[:, None] + torch.arange(T, device=model.device)
         cache.key_mask[:, filled : filled + T] = True
-        hidden_BTD = model.decoder(
-            model.embed(model.long(fed_BT)), positions_BT, cache.key_mask, cache, keep_history=True
-        )
+        x_BTD = model.embed(model.long(fed_BT))
+        hidden_BTD = model.decoder(x_BTD, positions_BT, cache.key_mask, cache, keep_history=True)
         logits_BTV = model.head(hidden_BTD)
         if temperature == 0:
             count_B, token_B = accept_greedy(drafted_BK, logits_BTV.argmax(-1).cpu().numpy())

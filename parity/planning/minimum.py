@@ -100,6 +100,6 @@ def _cached(config: Any, program: str, load: Load, mesh: Any, stage: Stage) -> t
             seen = min(window, load.context) if program == "decode" else min(window, (load.prompt + 1) / 2)
             tokens = 1 if program == "decode" else load.prompt
             moved += size * load.prompt // load.context if program == "prefill" else size
-            heads = config.num_attention_heads // entries[layer][name].shape[2]
-            flops += int(2 * shape[0] * tokens * seen * shape[2] * heads * shape[3])
+            heads = config.num_attention_heads // entries[layer][name].shape[1]
+            flops += int(2 * shape[0] * tokens * seen * shape[1] * heads * shape[3])
     return moved, flops

@@ -128,7 +128,7 @@ def _whole_cache(config: ModelConfig, load: Load, mesh: Any) -> bool:
     cache = abstract_cache(config, load.rows, load.context, load.dtype, mesh)
     tensor = mesh.shape["expert"] * mesh.shape["tensor"]
     kept = [leaf for parts in cache.layers.values() for name, leaf in parts.items() if name in ("key", "value")]
-    return tensor > 1 and any(leaf.sharding.shard_shape(leaf.shape)[2] == leaf.shape[2] for leaf in kept)
+    return tensor > 1 and any(leaf.sharding.shard_shape(leaf.shape)[1] == leaf.shape[1] for leaf in kept)
 
 
 def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, program: str) -> dict[str, Any]:

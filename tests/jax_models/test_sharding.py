@@ -226,7 +226,7 @@ def test_decoding_donates_the_cache_and_keeps_it_where_it_was(name, wide_mesh, c
     old = cache.arrays.layers["0"]["key"]
     # 4 heads for expert x tensor = 8 devices: tensor alone cuts them
     data, heads = (2, 4) if wide_mesh.shape["data"] == 2 else (1, 2)
-    part = (4 // data, cache.capacity, 4 // heads, model.config.head_dim)
+    part = (4 // data, 4 // heads, cache.capacity, model.config.head_dim)
     assert old.addressable_shards[0].data.shape == part
     pointers = [shard.data.unsafe_buffer_pointer() for shard in old.addressable_shards]
     logits, cache = model.decode(np.argmax(np.asarray(logits), -1), cache)

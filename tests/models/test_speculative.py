@@ -145,7 +145,7 @@ def slots(cache, row):
     """Keys and values of a row's real tokens, convolution and recurrent state, by layer."""
     mask_S = np.asarray(cache.key_mask)[row]
     return {
-        (layer, key): np.asarray(part)[row][mask_S] if key in ("key", "value") else np.asarray(part)[row].copy()
+        (layer, key): np.asarray(part)[row][:, mask_S] if key in ("key", "value") else np.asarray(part)[row].copy()
         for layer, parts in cache.layers.items()
         if layer != "mtp"
         for key, part in parts.items()
@@ -192,7 +192,7 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
     said.clear()
 
     def look(cache, kept_B):
-        mask = cache.key_mask[..., None, None]
+        mask = cache.key_mask[:, None, :, None]
         if package is jax_models:
             layers = {
                 name: {
@@ -203,7 +203,7 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
             return dataclasses.replace(cache, layers=layers)
         for parts in cache.layers.values():
             for key in {"key", "value"} & parts.keys():
-                slots_S = torch.arange(cache.capacity)[None, :, None, None]
+                slots_S = torch.arange(cache.capacity)[:, None]
                 parts[key].masked_fill_(~mask & (slots_S < cache.length - 4), 1e3)
         return None
 

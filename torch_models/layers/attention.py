@@ -16,8 +16,11 @@ from torch_models.taps import tap
 
 
 def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:
-    """What attention keeps: keys (rotated) and values, [B, S, K, H] in the compute dtype."""
-    shape = (rows, capacity, num_kv_heads, head_dim)
+    """What attention keeps: keys (rotated) and values, [B, K, S, H] in the compute dtype.
+
+    Heads come before slots, so that what a head reads lies together.
+    """
+    shape = (rows, num_kv_heads, capacity, head_dim)
     return {"key": Entry(shape), "value": Entry(shape)}
 
 
@@ -28,9 +31,9 @@ def remembered(
     if cache is None:
         return k_BTKH, v_BTKH
     slots_T = step.start + torch.arange(k_BTKH.shape[1], device=k_BTKH.device)
-    cache["key"].index_copy_(1, slots_T, k_BTKH)
-    cache["value"].index_copy_(1, slots_T, v_BTKH)
-    return cache["key"], cache["value"]
+    cache["key"].index_copy_(2, slots_T, k_BTKH.transpose(1, 2))
+    cache["value"].index_copy_(2, slots_T, v_BTKH.transpose(1, 2))
+    return cache["key"].transpose(1, 2), cache["value"].transpose(1, 2)
 
 
 def attend(
@@ -53,14 +56,13 @@ def attend(
         softcap: scores are squeezed into ±softcap before the mask, softcap · tanh(score / softcap); None: they are not.
     """
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            attn_mask=visible_BTS[:, None],
-            scale=scale,
-            enable_gqa=True,
-        ).transpose(1, 2)
+        k_BKSH, v_BKSH, visible_B1TS = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), visible_BTS[:, None]
+        if q_BTNH.shape[1] == 1:  # heads of a group stand where tokens would, so that their keys are read once
+            q_BKGH = q_BTNH.reshape(len(q_BTNH), k_BKSH.shape[1], -1, q_BTNH.shape[3])
+            out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=visible_B1TS, scale=scale)
+            return out_BKGH.reshape(q_BTNH.shape)
+        options = {"attn_mask": visible_B1TS, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, **options).transpose(1, 2)
     q_BTKGH = q_BTNH.unflatten(2, (k_BSKH.shape[2], -1))
     scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.float(), k_BSKH.float())
     scores_BKGTS = scores_BKGTS * (q_BTNH.shape[3] ** -0.5 if scale is None else scale)
