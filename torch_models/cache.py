@@ -9,7 +9,6 @@ import torch
 from torch_models.layers.gated_delta import keep_first
 from torch_models.layers.step import Entry, LayerCache
 
-
 _READ_SLOTS = 64  # attention reads so many at a time, so that steps share sizes
 
 

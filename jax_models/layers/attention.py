@@ -36,7 +36,7 @@ def remembered(k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCac
     }
 
 
-def written(part_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
+def written(part_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array | int) -> jax.Array:
     """Keys or values with those of T tokens from slot ``start`` on, [B, K, S, H]."""
     return jax.lax.dynamic_update_slice_in_dim(part_BKSH, new_BTKH.swapaxes(1, 2), start, axis=2)
 

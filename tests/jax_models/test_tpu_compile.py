@@ -80,8 +80,10 @@ def test_the_cache_is_updated_in_place(measured):
 
 def test_it_fits_a_v5e_without_copies_of_weights(measured):
     assert measured["peak_bytes"] < V5E_BYTES
-    # of a decode step it says 80.4 MB; buffers in HBM that are no argument and no result add up to under 1 MB
-    assert measured["temp_bytes"] < (85 if measured["program"] == "decode" else 400) * MEGABYTE
+    # of a decode step the compiler says 2.2 to 2.3 MB a layer, unexplained: buffers in HBM that are no argument and no
+    # result add up to under 1 MB
+    most = 2.4 * measured["layers"] if measured["program"] == "decode" else 400
+    assert measured["temp_bytes"] < most * MEGABYTE
 
 
 def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measured):
