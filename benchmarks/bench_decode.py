@@ -3,7 +3,8 @@
 python benchmarks/bench_decode.py [--rounds 8] [--steps 4] [--layers 8] [--readme]
 
 The model is a dense Qwen3 of 159 M parameters at the default depth. Peers: transformers (sdpa) for torch, tunix for
-JAX (its compiled step, as its sampler makes it: cache donated); where tunix is not installed its column is left out.
+JAX (its compiled step, as its sampler makes it: cache donated); where tunix is not installed its column is left out
+(``pip install --no-deps google-tunix``, and what its import asks for: it wants safetensors below 0.8, ours is newer).
 Every one continues the same prompts greedily and its tokens are compared: a fast wrong answer is not counted.
 ``--readme`` rewrites the table between the README's markers with what was measured.
 """
