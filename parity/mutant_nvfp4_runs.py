@@ -104,7 +104,7 @@ def _kept(bench: Bench, subject: Subject, backend: str, *, inputs: bool) -> dict
         _, cache = model.prefill(**bench.short(subject))
     cache = getattr(cache, "arrays", cache)
     is_real_BS = np.asarray(cache.key_mask)  # a prompt may lie anywhere in it
-    return {name: np.asarray(cache.layers["0"][name])[is_real_BS] for name in ("key", "value")}
+    return {name: np.asarray(cache.layers["0"][name]).swapaxes(1, 2)[is_real_BS] for name in ("key", "value")}
 
 
 def _awkward() -> np.ndarray:
