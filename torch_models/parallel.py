@@ -120,13 +120,13 @@ class Parallel:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
     def held_entries(self, entries: dict[str, dict[str, Entry]], text: str) -> dict[str, dict[str, Entry]]:
-        """What layers keep, [B, S, K, H], of the heads that are here. ``text``: path of the text model."""
+        """What layers keep, [B, K, S, H], of the heads that are here. ``text``: path of the text model."""
         held = {}
         for layer, parts in entries.items():
             (cut, _) = self._cuts(f"{text}.layers.{layer}.self_attn.k_proj.weight")
             count = math.prod(self.sizes[axis] for axis in axes_of(cut))
             held[layer] = {
-                key: dataclasses.replace(one, shape=(*one.shape[:2], one.shape[2] // count, *one.shape[3:]))
+                key: dataclasses.replace(one, shape=(one.shape[0], one.shape[1] // count, *one.shape[2:]))
                 for key, one in parts.items()
             }
         return held
