@@ -62,9 +62,7 @@ def attend(
     """
     if softcap is None:
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], scale=scale)
-    scores_BKGTS = _scores(q_BTNH, k_BSKH.swapaxes(1, 2), visible_BTS, scale, softcap)
-    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+    return _mixed(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), visible_BTS, scale, softcap)
 
 
 def attend_cached(
@@ -110,9 +108,7 @@ def attend_written(
 ) -> jax.Array:
     """``attend_cached`` where the cache is written first: XLA:CPU copies what is read before it is written in place."""
     k_BKSH, v_BKSH = written(k_BKSH, k_BTKH, start), written(v_BKSH, v_BTKH, start)
-    scores_BKGTS = _scores(q_BTNH, k_BKSH, visible_BTS, scale, softcap)
-    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weight_BKGTS, v_BKSH).reshape(q_BTNH.shape)
+    return _mixed(q_BTNH, k_BKSH, v_BKSH, visible_BTS, scale, softcap)
 
 
 def attend_apart(
@@ -145,6 +141,20 @@ def attend_apart(
         for exp, v in ((held_BKGTS, v_BKSH), (own_BKGTT, v_BKTH))
     ]
     return (mixed[0] + mixed[1]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+def _mixed(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visible_BTS: jax.Array,
+    scale: float | None,
+    softcap: float | None,
+) -> jax.Array:
+    """``attend`` step by step, over keys and values whose heads come first."""
+    scores_BKGTS = _scores(q_BTNH, k_BKSH, visible_BTS, scale, softcap)
+    weight_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weight_BKGTS, v_BKSH).reshape(q_BTNH.shape)
 
 
 def _scores(

@@ -12,6 +12,7 @@ import torch
 import torch_models
 from parity.zoo import make_checkpoint
 from torch_models.generate import sample
+from torch_models.layers.linear import multiply
 
 STEPS, T = 6, 17
 LENGTHS = (17, 9, 4)
@@ -113,6 +114,32 @@ def test_generation_stops_when_every_row_has_ended(dense: torch_models.Model, mo
     ending = dense
     monkeypatch.setattr(dense, "checkpoint", dataclasses.replace(dense.checkpoint, generation_document=document))
     np.testing.assert_array_equal(ending.generate(*batch("left"), STEPS), first)
+
+
+def test_a_step_reads_no_slots_far_beyond_those_in_use_and_goes_on_into_them(dense: torch_models.Model) -> None:
+    ids_BT = np.random.default_rng(3).integers(0, 211, (2, 62))
+    logits_BV, cache = dense.prefill(ids_BT, max_new_tokens=100)
+    assert cache.capacity == 256
+    junk = [part[:, :, 128:] for parts in cache.layers.values() for part in parts.values()]
+    for part in junk:
+        part.fill_(torch.nan)  # what a mask hides is still multiplied by 0, and 0 NaN is NaN
+    tokens_BT = torch.from_numpy(ids_BT)
+    for _ in range(4):  # the third lies beyond the first 64
+        token_B = logits_BV.argmax(-1)
+        tokens_BT = torch.cat([tokens_BT, token_B[:, None]], dim=1)
+        logits_BV, cache = dense.decode(token_B, cache)
+        torch.testing.assert_close(logits_BV, dense(tokens_BT)[:, -1], rtol=1e-4, atol=1e-4)
+    assert cache.length == int(cache.slot) == tokens_BT.shape[1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 256, 257])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_is_the_same_whichever_operand_comes_first(rows: int, has_bias: bool) -> None:
+    x, weight, bias = torch.randn(1, rows, 48), torch.randn(40, 48), torch.randn(40) if has_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    got = multiply(x, weight, bias)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_cache_of_old_weights_is_refused(dense: torch_models.Model) -> None:
