@@ -132,6 +132,8 @@ def life(bench: Bench, bug: Bug) -> dict[str, Any]:
 
 def named(path: str) -> str:
     """A tap or tensor as bugs say where they are."""
+    if path.startswith("mtp."):
+        return "mtp"
     if match := re.search(r"(?:hidden_states|layers)\.(\d+)", path):
         number = int(match[1]) - path.startswith("hidden_states")
         return "embed" if number < 0 else f"layer {number}"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,25 +16,18 @@ import numpy as np
 from benchmarks.planted import pieces
 
 PACKAGES = ("torch_models", "jax_models", "loaders")
+BF16 = {"dtype": "bfloat16", "stored": "BF16"}
 
 
 @dataclass(frozen=True)
-class Method:
-    """``old`` in a method becomes ``new``. ``where``: ``module.Class`` of the backend; ``name``: None: what runs it."""
+class Text:
+    """``old`` in a function becomes ``new``, wherever it was imported.
+
+    ``where``: ``module.Class`` of the backend, whose ``forward`` or ``__call__`` is meant, ``module.Class.method``, or
+    ``module.function``; of a function in ``loaders.`` both backends' one.
+    """
 
     where: str
-    old: str
-    new: str
-    name: str | None = None
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class Function:
-    """``old`` in a function of a module becomes ``new``, wherever it was imported. ``loaders.``: shared by both."""
-
-    module: str
-    name: str
     old: str
     new: str
     count: int = 1
@@ -85,12 +79,34 @@ class Bug:
         return self.where or (None if self.layer is None else f"layer {self.layer}")
 
 
-def torch_bug(name: str, model: str, *edits: Any, **more: Any) -> Bug:
-    return Bug(f"torch {name}", "torch", model, edits, **more)
+Row = tuple[Any, ...]
 
 
-def jax_bug(name: str, model: str, *edits: Any, **more: Any) -> Bug:
-    return Bug(f"jax {name}", "jax", model, edits, **more)
+def bugs(side: str, where: str, *rows: Row, **more: Any) -> tuple[Bug, ...]:
+    """Bugs of one function: rows of (name, model, place, old, new), and where it needs them a dict of what else is set.
+
+    ``place`` is the decoder layer, the name of another place, or None where the bug is in no one place; ``more`` holds
+    for all rows.
+    """
+
+    found = []
+    for name, model, place, old, new, *rest in rows:
+        own = dict(*rest)
+        edit = Text(where, old, new, own.pop("count", 1))
+        found.append(Bug(f"{side} {name}", side, model, (edit,), **_placed(place), **(more | own)))
+    return tuple(found)
+
+
+def weight_bugs(side: str, *rows: Row, **more: Any) -> tuple[Bug, ...]:
+    """Bugs of loaded weights: rows of (name, model, place, parameter, change); see ``Weight``."""
+    return tuple(
+        Bug(f"{side} {name}", side, model, (Weight(parameter, change),), **_placed(place), **more)
+        for name, model, place, parameter, change in rows
+    )
+
+
+def _placed(place: int | str | None) -> dict[str, Any]:
+    return {"layer": place} if isinstance(place, int) else {"where": place}
 
 
 @contextlib.contextmanager
@@ -100,10 +116,8 @@ def planted(bug: Bug) -> Iterator[None]:
         _forget()
         undo.callback(_forget)
         for edit in bug.edits:
-            if isinstance(edit, Method):
-                _plant_method(undo, bug, edit)
-            elif isinstance(edit, Function):
-                _plant_function(undo, bug, edit)
+            if isinstance(edit, Text):
+                _plant_text(undo, bug, edit)
         yield
 
 
@@ -115,10 +129,18 @@ def with_weights(model: Any, bug: Bug) -> Any:
     return (_torch_weights if bug.side == "torch" else _jax_weights)(model, bug, edits)
 
 
-def _plant_method(undo: contextlib.ExitStack, bug: Bug, edit: Method) -> None:
-    module, _, kind = edit.where.rpartition(".")
-    owner = getattr(importlib.import_module(f"{bug.side}_models.{module}"), kind)
-    name = edit.name or ("forward" if bug.side == "torch" else "__call__")
+def _plant_text(undo: contextlib.ExitStack, bug: Bug, edit: Text) -> None:
+    module, kind, name = re.fullmatch(r"((?:[a-z]\w*\.?)+?)(?:\.([A-Z]\w*))?(?:\.(\w+))?", edit.where).groups()
+    module = importlib.import_module(module if module.startswith("loaders") else f"{bug.side}_models.{module}")
+    if kind is None:
+        _plant_function(undo, getattr(module, name), edit)
+    else:
+        _plant_method(
+            undo, getattr(module, kind), name or ("forward" if bug.side == "torch" else "__call__"), bug, edit
+        )
+
+
+def _plant_method(undo: contextlib.ExitStack, owner: type, name: str, bug: Bug, edit: Text) -> None:
     clean = vars(owner)[name]
     changed = _changed(clean, edit)
 
@@ -130,9 +152,7 @@ def _plant_method(undo: contextlib.ExitStack, bug: Bug, edit: Method) -> None:
     _put(undo, owner, name, changed if bug.layer is None else either)
 
 
-def _plant_function(undo: contextlib.ExitStack, bug: Bug, edit: Function) -> None:
-    module = edit.module if edit.module.startswith("loaders") else f"{bug.side}_models.{edit.module}"
-    clean = getattr(importlib.import_module(module), edit.name)
+def _plant_function(undo: contextlib.ExitStack, clean: Callable[..., Any], edit: Text) -> None:
     changed = _changed(clean, edit)
     for one in list(sys.modules.values()):
         if getattr(one, "__name__", "").partition(".")[0] in PACKAGES:
@@ -140,7 +160,7 @@ def _plant_function(undo: contextlib.ExitStack, bug: Bug, edit: Function) -> Non
                 _put(undo, one, name, changed)
 
 
-def _changed(clean: Any, edit: Method | Function) -> Any:
+def _changed(clean: Any, edit: Text) -> Any:
     """The function of the changed text.
 
     Raises:

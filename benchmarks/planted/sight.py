@@ -1,113 +1,57 @@
 """Vision and the multi-token-prediction draft."""
 
-from benchmarks.planted.plant import Function, Method, jax_bug, torch_bug
+from benchmarks.planted.plant import bugs
 
+SEEN = "layers.vision.Seen.deepened"
+MTP = "qwen3_5.Qwen3_5MTP"
+DRAFT = "draft.Draft.with_taps"
+MTP_TOO = {"mtp": True}
+# fmt: off
 BUGS = (
-    torch_bug(
-        "deep order",
-        "qwen3_vl",
-        Method("layers.vision.Seen", "self.levels[layer]", "self.levels[1 - layer]", name="deepened"),
-        where="layer 0",
+    *bugs("torch", SEEN,
+        ("deep order", "qwen3_vl", "layer 0", "self.levels[layer]", "self.levels[1 - layer]"),
+        ("deep 1pct", "qwen3_vl", "layer 1",
+         "self._at(self.levels[layer], x_BTD)", "self._at(self.levels[layer], x_BTD) * (1.01 if layer == 1 else 1)"),
+        ("deep last", "qwen3_vl", "layer 1", "layer >= len(self.levels)", "layer >= len(self.levels) - 1"),
     ),
-    torch_bug(
-        "deep 1pct",
-        "qwen3_vl",
-        Method(
-            "layers.vision.Seen",
-            "self._at(self.levels[layer], x_BTD)",
-            "self._at(self.levels[layer], x_BTD) * (1.01 if layer == 1 else 1)",
-            name="deepened",
-        ),
-        where="layer 1",
+    *bugs("torch", "layers.vision.vision_rotation",
+        ("grid rc", "qwen3_vl", "embed", "place_A2[..., None]", "place_A2.flip(-1)[..., None]"),
     ),
-    torch_bug(
-        "deep last",
-        "qwen3_vl",
-        Method("layers.vision.Seen", "layer >= len(self.levels)", "layer >= len(self.levels) - 1", name="deepened"),
-        where="layer 1",
+    *bugs("torch", "layers.vision.VisionAttention",
+        ("frames", "qwen3_vl", "embed",
+         "x.transpose(0, 1).split(frames, dim=1)", "x.transpose(0, 1).split((sum(frames),), dim=1)"),
     ),
-    torch_bug(
-        "grid rc",
-        "qwen3_vl",
-        Function("layers.vision", "vision_rotation", "place_A2[..., None]", "place_A2.flip(-1)[..., None]"),
-        where="embed",
+    *bugs("torch", "layers.vision.VisionTower",
+        ("share", "qwen3_vl", "embed", "shown.share_A4[..., None]", "shown.share_A4.round()[..., None]"),
     ),
-    torch_bug(
-        "frames",
-        "qwen3_vl",
-        Method(
-            "layers.vision.VisionAttention",
-            "x.transpose(0, 1).split(frames, dim=1)",
-            "x.transpose(0, 1).split((sum(frames),), dim=1)",
-        ),
-        where="embed",
+    *bugs("torch", "layers.vision.PatchMerger",
+        ("merger gelu", "qwen3_vl", "embed",
+         "gelu(self.linear_fc1(x_UM))", "TF.gelu(self.linear_fc1(x_UM), approximate='tanh')"),
     ),
-    torch_bug(
-        "share",
-        "qwen3_vl",
-        Method("layers.vision.VisionTower", "shown.share_A4[..., None]", "shown.share_A4.round()[..., None]"),
-        where="embed",
+    *bugs("torch", "layers.rotary._axes", ("mrope hw", "qwen3_vl", None, "axes = [1 if", "axes = [2 if")),
+    *bugs("jax", SEEN, ("deep gone", "qwen3_vl", "layer 1", "layer >= len(self.levels)", "layer >= 1")),
+    *bugs("jax", "layers.vision.vision_rotation",
+        ("v norm eps", "qwen3_vl", "embed", "np.power(theta,", "np.power(theta * 1.02,"),
     ),
-    torch_bug(
-        "merger gelu",
-        "qwen3_vl",
-        Method(
-            "layers.vision.PatchMerger",
-            "gelu(self.linear_fc1(x_UM))",
-            "TF.gelu(self.linear_fc1(x_UM), approximate='tanh')",
-        ),
-        where="embed",
+    *bugs("jax", "layers.rotary.rotary_embedding",
+        ("mrope time", "qwen3_vl", None,
+         "position_ids[_axes(rope, rotary_dim)]", "position_ids[0 * _axes(rope, rotary_dim)]"),
     ),
-    torch_bug("mrope hw", "qwen3_vl", Function("layers.rotary", "_axes", "axes = [1 if", "axes = [2 if")),
-    jax_bug(
-        "deep gone",
-        "qwen3_vl",
-        Method("layers.vision.Seen", "layer >= len(self.levels)", "layer >= 1", name="deepened"),
-        where="layer 1",
+    *bugs("torch", MTP,
+        ("mtp halves", "qwen3_5", "mtp", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
+        options=MTP_TOO,
     ),
-    jax_bug(
-        "v norm eps",
-        "qwen3_vl",
-        Function("layers.vision", "vision_rotation", "np.power(theta,", "np.power(theta * 1.02,"),
-        where="embed",
+    *bugs("torch", DRAFT,
+        ("mtp pos", "qwen3_5", "mtp",
+         "step_positions[..., 1:]",
+         "step_positions[..., :-1]",
+         {"equivalent": "rotary positions are relative, and every one is one off"}),
+        ("mtp same tok", "qwen3_5", "mtp", "target.embed(ids_BT[:, 1:])", "target.embed(ids_BT[:, :-1])"),
+        options=MTP_TOO,
     ),
-    jax_bug(
-        "mrope time",
-        "qwen3_vl",
-        Function(
-            "layers.rotary",
-            "rotary_embedding",
-            "position_ids[_axes(rope, rotary_dim)]",
-            "position_ids[0 * _axes(rope, rotary_dim)]",
-        ),
-    ),
-    torch_bug(
-        "mtp halves",
-        "qwen3_5",
-        Method("qwen3_5.Qwen3_5MTP", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
-        options={"mtp": True},
-        where="mtp",
-    ),
-    torch_bug(
-        "mtp pos",
-        "qwen3_5",
-        Method("draft.Draft", "step_positions[..., 1:]", "step_positions[..., :-1]", name="with_taps"),
-        options={"mtp": True},
-        where="mtp",
-        equivalent="rotary positions are relative, and every one is one off",
-    ),
-    torch_bug(
-        "mtp same tok",
-        "qwen3_5",
-        Method("draft.Draft", "target.embed(ids_BT[:, 1:])", "target.embed(ids_BT[:, :-1])", name="with_taps"),
-        options={"mtp": True},
-        where="mtp",
-    ),
-    jax_bug(
-        "mtp norm",
-        "qwen3_5",
-        Method("qwen3_5.Qwen3_5MTP", "self.pre_fc_norm_hidden(hidden_BTD)", "hidden_BTD"),
-        options={"mtp": True},
-        where="mtp",
+    *bugs("jax", MTP,
+        ("mtp norm", "qwen3_5", "mtp", "self.pre_fc_norm_hidden(hidden_BTD)", "hidden_BTD"),
+        options=MTP_TOO,
     ),
 )
+# fmt: on
