@@ -60,6 +60,7 @@ class Gemma3Config:
     num_mtp_layers = 0
     vision = None
     is_multi_axis = False
+    is_recurrent = False
 
     @property
     def rotary_dim(self) -> int:

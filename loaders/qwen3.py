@@ -55,6 +55,7 @@ class Qwen3Config:
     text_paths = ("model",)
     num_mtp_layers = 0
     is_multi_axis = False
+    is_recurrent = False
     vision = None
 
     @property

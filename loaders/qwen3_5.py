@@ -95,6 +95,10 @@ class Qwen3_5Config:
         return ("model.language_model",) if self.is_wrapped else ("model", "model.language_model")
 
     @property
+    def is_recurrent(self) -> bool:
+        return LINEAR in self.layer_types
+
+    @property
     def num_mtp_layers(self) -> int:
         return self.mtp_num_hidden_layers
 

@@ -56,6 +56,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state that a prompt changes chunk by chunk, rather than its keys and values."""
+        ...
+
+    @property
     def num_mtp_layers(self) -> int:
         """Layers of the multi-token-prediction draft; 0: the family has none."""
         ...

@@ -69,7 +69,8 @@ def _norm_after_rope() -> list[Patch]:
 
 
 def _with_eps(attend: Any, self: Any, *args: Any) -> Any:
-    self.k_norm.eps, kept = 1e-5, self.k_norm.eps
+    kept = self.k_norm.eps
+    self.k_norm.eps += 1e-5
     try:
         return attend(self, *args)
     finally:
@@ -185,8 +186,8 @@ ATTENTION: list[Mutant] = [
     _attention(
         "eps_too_large",
         "parity 6",
-        wrapped(_NORM + ".__init__", lambda init, self, size, eps: init(self, size, eps=1e-5)),
-        "rms_norm_eps 1e-5 for 1e-6; the tiny canary row shows it",
+        wrapped(_NORM + ".__init__", lambda init, self, size, eps: init(self, size, eps=3 * eps)),
+        "three times rms_norm_eps; the tiny canary row shows it most",
     ),
     _attention(
         "eps_zero",
@@ -199,7 +200,7 @@ ATTENTION: list[Mutant] = [
         "k_norm_eps_too_large",
         "planted",
         wrapped(_CALL, _with_eps),
-        "eps 1e-5 for 1e-6 in k_norm alone: a layer hides it among its own rounding",
+        "eps 1e-5 more in k_norm alone: a layer hides it among its own rounding",
         detector=inside,
     ),
     _attention(

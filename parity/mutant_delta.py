@@ -61,6 +61,10 @@ def _unfaded(np_: Any, before: Any, after: Any, decay: Any) -> Any:
     return after + before * (1 - np_.exp(np_.sum(decay, 1)))[..., None, None]
 
 
+def _handed_rounded(np_: Any, before: Any, after: Any, decay: Any) -> Any:
+    return after + (bfloat16(before) - before) * np_.exp(np_.sum(decay, 1))[..., None, None]
+
+
 def _kept(name: str, change: Callable[[Any, Any, Any], Any]) -> Callable[[], list[Patch]]:
     """``change(array module, before, after)`` is what the cache holds under ``name`` after a run."""
 
@@ -232,14 +236,19 @@ DELTA_MUTANTS: list[Mutant] = [
     _of("l2norm_missing", _spread(_unnormed), "q and k of linear attention not normed", backends=BOTH),
     _of(
         "l2norm_eps_of_config",
-        lambda: [Patch(f"{_NET}:L2_EPS", lambda original, backend: 1e-2)],
+        lambda: [Patch(f"{_NET}:L2_EPS", lambda original, backend: 3e-4)],
         "rms_norm_eps in the l2 norm",
+    ),
+    _of(
+        "l2norm_eps_too_large",
+        lambda: [Patch(f"{_NET}:L2_EPS", lambda original, backend: 1e-5)],
+        "eps 1e-5 for 1e-6 in the l2 norm; keys that are small show it",
+        source="planted",
     ),
     _of(
         "l2norm_eps_outside",
         _spread(_eps_outside),
         "eps outside the root of the l2 norm",
-        equivalent="1e-6 beside a length near 1 is what float32 rounds away, inside the root or outside",
     ),
     _of(
         "query_scale_missing",
@@ -257,6 +266,13 @@ DELTA_MUTANTS: list[Mutant] = [
     ),
     _of(
         "chunk_does_not_fade", _between_chunks(_unfaded), "a chunk adds to the state without fading it", detector=decode
+    ),
+    _of(
+        "chunk_rounds_what_it_is_handed",
+        _between_chunks(_handed_rounded),
+        "the state in bfloat16 as a chunk fades it: of what the first one leaves, the third sees it",
+        source="planted",
+        detector=decode,
     ),
     _of(
         "chunks_overlap",

@@ -42,12 +42,15 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Three rows of 96, 72 and 48 tokens, long enough for a rotary bug to show.
 
+    Where a state is handed from chunk to chunk, 136, 102 and 68: what is wrong of the one that the first chunk leaves,
+    which has none before it, may reach a token in the third alone, and chunks are of 64.
     The second is padded on the right, the third on the left: behind a row's end nothing looks at padding, before its
     start everything would that does not heed the mask.
     A model that sees is shown images and a video in two of them.
     """
     make = prompts if checkpoint.config.vision is None else pictures
-    return make(checkpoint.config, rows=3, tokens=96, padding="both")
+    tokens = 136 if checkpoint.config.is_recurrent else 96
+    return make(checkpoint.config, rows=3, tokens=tokens, padding="both")
 
 
 def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:

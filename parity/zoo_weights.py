@@ -21,7 +21,7 @@ from loaders.writer import TensorType
 from parity.zoo_models import Form, ZooModel
 
 # Canary tokens: rows of the embedding that show what ordinary rows hide.
-TINY_TOKEN, TINY_SCALE = 11, 1e-3  # its mean square is near rms_norm_eps: a wrong eps shows
+TINY_TOKEN, TINY_SCALE = 11, 1e-2  # its mean square is near rms_norm_eps: a wrong eps shows at once
 HUGE_TOKEN, HUGE_SCALE = 13, 30.0  # overflow, and the maximum that a scale is computed from
 TWIN_TOKENS = (16, 17)  # equal rows; in a tied model equal logits, where argmax must take the first
 SMALLEST_VOCAB = 19
@@ -38,6 +38,8 @@ LOGIT_GAIN = 3.0  # standard deviation of the logits, nearly
 # Range of exp(A_log) and mean of dt_bias: a linear-attention state that neither stays nor goes at once. It keeps about
 # 0.8 a token; at 0.3 (a mean of -1) outputs are made of a token or two, and where those cancel their norm is noise.
 DECAYS, DT_BIAS = (0.5, 8.0), -3.0
+# Half of a delta net's key heads are so small that the eps of their l2 norm shows; no token's size gets there.
+QUIET_KEYS = 0.03
 ALWAYS_F32 = ("A_log", "linear_attn.norm.weight")  # published so among bfloat16
 
 
@@ -131,7 +133,12 @@ def _draw(
         centre = gains.get(rule.tensor.split(".")[-2], 1.0)
         return (centre - 1 if rule.zero_centred else centre) + 0.3 * values
     gain = LOGIT_GAIN if rule.on == "head" else gains.get(rule.dims, GAINS.get(rule.dims, 1.5))
-    return values * (gain / np.sqrt(np.prod(shape[1:])))
+    values = values * (gain / np.sqrt(np.prod(shape[1:])))
+    if rule.tensor.endswith("linear_attn.conv1d.weight"):
+        sizes = config.dims()
+        keys = (sizes["QKV"].size - sizes["LV"].size) // 2  # channels of all queries, then of all keys, then values
+        values[keys : keys + keys // 2] *= QUIET_KEYS
+    return values
 
 
 def _with_canaries(values_VD: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -17,6 +17,7 @@ from loaders.digest import digests, root_digest
 from loaders.families import FAMILIES, family_module
 from parity.record import default_inputs
 from parity.zoo import ZOO, canaries, make_checkpoint, prompts, zoo_config
+from torch_models.layers.gated_delta import CHUNK
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,11 @@ def test_prompts_have_rows_of_different_length_and_every_canary_in_each(
 def test_what_is_run_by_default_is_padded_on_both_sides(zoo: Callable[..., Checkpoint]) -> None:
     mask_BT = default_inputs(zoo("qwen3"))["attention_mask"]
     assert mask_BT[:, [0, -1]].tolist() == [[1, 1], [1, 0], [0, 1]]  # what a row looks back at, and what it does not
+
+
+def test_what_a_recurrent_model_is_run_on_reaches_into_a_third_chunk(zoo: Callable[..., Checkpoint]) -> None:
+    lengths = {name: default_inputs(zoo(name))["attention_mask"].sum(axis=1).max() for name in ("qwen3", "qwen3_5")}
+    assert lengths["qwen3"] == 96 <= 2 * CHUNK < lengths["qwen3_5"]
 
 
 def test_prompts_depend_on_their_arguments_alone(zoo: Callable[..., Checkpoint]) -> None:
