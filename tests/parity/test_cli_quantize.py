@@ -128,7 +128,7 @@ def test_inputs_have_the_scale_of_the_largest_that_the_oracle_saw_on_real_tokens
     assert np.isfinite(hidden).all()
     x_BTD = oracle_forward(open_checkpoint(source), **given)["hidden_states.0"]
     weight = open_checkpoint(source).read("model.layers.0.input_layernorm.weight").astype(np.float64)
-    normed = weight * x_BTD / np.sqrt(np.mean(x_BTD**2, axis=-1, keepdims=True) + 1e-6)
+    normed = weight * x_BTD / np.sqrt(np.mean(x_BTD**2, axis=-1, keepdims=True) + checkpoint.config.rms_norm_eps)
     amax = np.abs(normed[given["attention_mask"] == 1]).max()
     assert amax < np.abs(normed).max() * 1.0000001
     for name in ("q_proj", "k_proj", "v_proj"):

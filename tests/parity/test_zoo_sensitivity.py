@@ -105,7 +105,7 @@ def test_nothing_is_left_as_a_library_initialises_it(
             assert -4 < array.mean() < -2, tensor
             assert 0.25 < array.std() < 2, tensor
         elif tensor.endswith("conv1d.weight"):  # every tap is heard
-            assert np.sqrt(np.square(array).mean(axis=(0, 1))).min() > 0.6, tensor
+            assert np.sqrt(np.square(array).mean(axis=(0, 1))).min() > 0.5, tensor
             assert array.std() < 0.9, tensor
         elif tensor.endswith("pos_embed.weight"):  # added to patches of about one
             assert 0.5 < array.std() < 2, tensor
