@@ -13,6 +13,7 @@ import json
 import re
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from loaders.adapters import open_adapter
 from parity.backends import open_backend
 from parity.bisect import bisect
 from parity.compare import compare
+from parity.comparison import Comparison
 from parity.lifecycle import run_lifecycle
 from parity.model_backend import ModelBackend
+from parity.pairs import DECODE
 from parity.record import default_inputs, record_model
 from parity.record_oracle import record_oracle
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
@@ -56,8 +59,8 @@ class Bench:
         where = self.directory / f"{len(self.kept)}"
         return self.once("adapter", bug.model, make=lambda: make_adapter(self.checkpoint(bug), where))
 
-    def recorded(self, bug: Bug, side: str, *, is_clean: bool) -> tuple[ModelBackend, Any]:
-        """A model, and the trace of what it says."""
+    def recorded(self, bug: Bug, side: str, *, is_clean: bool, decode: int) -> tuple[ModelBackend, Any, Any]:
+        """A model, the trace of what it says, and of what."""
         backend, options = open_backend(side), dict(bug.options)
         weight_only, adapter = options.pop("weight_only", False), self.adapter(bug)
         padding = options.pop("padding", None)
@@ -67,7 +70,8 @@ class Bench:
         model = model if adapter is None else model.attach_lora(adapter)
         model = model if is_clean else with_weights(model, bug)
         inputs = prompts(model.config, padding=padding) if padding else default_inputs(model.checkpoint)
-        return ModelBackend(model, backend), record_model(model, backend, inputs, **options), inputs
+        options = {"decode": decode} if decode else options
+        return ModelBackend(model, backend, decode=decode), record_model(model, backend, inputs, **options), inputs
 
     def oracle(self, bug: Bug, inputs: Any, trace: Any, *, probes: int | None) -> Any:
         common = {"mtp": bug.options.get("mtp", False), "adapter": self.adapter(bug), "probes": probes}
@@ -76,44 +80,66 @@ class Bench:
 
 def forward(bench: Bench, bug: Bug, *, quick: bool) -> dict[str, Any]:
     """What ``tandem run`` says, and where ``tandem bisect`` finds it; ``quick``: only what run did not name."""
-    key = (bench.checkpoint(bug), bug.dtype, repr(bug.options))
-    clean = {
-        side: bench.once("clean", side, *key, make=lambda side=side: bench.recorded(bug, side, is_clean=True))
-        for side in SIDES
-        if bug.side not in (side, "both")
-    }
     with planted(bug):
         try:
-            (a, ours, inputs), (b, theirs, _) = (
-                clean[side] if side in clean else bench.recorded(bug, side, is_clean=False) for side in SIDES
-            )
+            runs = [run(bench, bug, decode=0)]
+            if not runs[0].is_caught and not bug.options.get("mtp"):
+                runs.append(run(bench, bug, decode=DECODE))
         except (ValueError, RuntimeError) as error:  # our own code refuses it; anything else is a fault of this bench
             return {"is_caught": True, "verdict": f"refused: {error}", "by_run": True, "run": None, "bisect": None}
-        is_sparse = any(name.startswith("routing") for name in ours.tensors)
-
-        def oracle(side: str, trace: Any, probes: int | None) -> Any:
-            if is_sparse and side not in clean:
-                return bench.oracle(bug, inputs, trace, probes=probes)
-            who = side if is_sparse else "both"
-            return bench.once("oracle", who, *key, make=lambda: bench.oracle(bug, inputs, trace, probes=None))
-
-        found = compare(ours, theirs, oracle("jax", ours, None), oracle_b=oracle("torch", theirs, 0))
-        said: dict[str, Any] = {"is_caught": found.exit_code in (1, 3), "by_run": found.exit_code in (1, 3)}
+        one = next((each for each in runs if each.is_caught), runs[0])
+        found, is_caught = one.found, one.is_caught
+        said: dict[str, Any] = {"is_caught": is_caught, "by_run": is_caught, "decode": one.sides[0].decode}
         said |= {"verdict": f"{found.verdict} {found.cause or ''}".strip(), "summary": found.summary}
-        said |= {"run": named_by_run(found) if said["by_run"] else None, "bisect": None}
+        said |= {"run": named_by_run(found) if is_caught else None, "bisect": None}
         is_named = isinstance(bug.edits[0], Weight) and found.verdict == "INVALID"  # the tensor, by its digest
-        if is_named or (said["is_caught"] and (not bug.expected or (quick and said["run"] == bug.expected))):
+        if is_named or (is_caught and (not bug.expected or (quick and said["run"] == bug.expected))):
             return said
-        checkpoint = open_checkpoint(bench.checkpoint(bug))
-        adapter = bench.adapter(bug)
+        checkpoint, adapter = open_checkpoint(bench.checkpoint(bug)), bench.adapter(bug)
         where = [int(said["run"].removeprefix("layer "))] if str(said["run"]).startswith("layer") else []
-        where = {"layer": where[0]} if said["is_caught"] and where else {"everywhere": True}  # as the report says
+        where = {"layer": where[0]} if is_caught and where else {"everywhere": True}  # as the report says
         where["adapter"] = None if adapter is None else open_adapter(adapter, checkpoint.config)
         with contextlib.suppress(ValueError):  # shapes that cannot be compared
-            step = bisect(a, b, inputs, checkpoint=checkpoint, crossed=False, **where).culprit
+            step = bisect(*one.sides, one.inputs, checkpoint=checkpoint, crossed=False, **where).culprit
             said["bisect"] = None if step is None else named(step.path)
-            said |= {"step": None if step is None else step.path, "is_caught": said["is_caught"] or step is not None}
+            said |= {"step": None if step is None else step.path, "is_caught": is_caught or step is not None}
         return said
+
+
+@dataclass(frozen=True)
+class Run:
+    """Both backends with a bug in one, on one batch, and what comparing them found."""
+
+    sides: tuple[ModelBackend, ModelBackend]
+    inputs: Any
+    found: Comparison
+
+    @property
+    def is_caught(self) -> bool:
+        """A person would be told that something is wrong."""
+        return self.found.exit_code in (1, 3)
+
+
+def run(bench: Bench, bug: Bug, *, decode: int) -> Run:
+    """One of the two comparisons of ``tandem run``; the clean side and dense models' oracle are recorded once."""
+    key = (bench.checkpoint(bug), bug.dtype, repr(bug.options))
+
+    def recorded(side: str) -> Any:
+        is_clean = bug.side not in (side, "both")
+        make = lambda: bench.recorded(bug, side, is_clean=is_clean, decode=decode)  # noqa: E731
+        return bench.once("clean", side, decode, *key, make=make) if is_clean else make()
+
+    (a, ours, inputs), (b, theirs, _) = (recorded(side) for side in SIDES)
+    is_sparse = any(name.startswith("routing") for name in ours.tensors)
+
+    def oracle(side: str, trace: Any, probes: int | None) -> Any:
+        if is_sparse and bug.side in (side, "both"):
+            return bench.oracle(bug, inputs, trace, probes=probes)
+        who = (side, decode) if is_sparse else "both"
+        return bench.once("oracle", who, *key, make=lambda: bench.oracle(bug, inputs, trace, probes=None))
+
+    found = compare(ours, theirs, oracle("jax", ours, None), oracle_b=oracle("torch", theirs, 0))
+    return Run((a, b), inputs, found)
 
 
 def life(bench: Bench, bug: Bug) -> dict[str, Any]:

@@ -45,13 +45,20 @@ class Decoding:
         """
         model = self._model
         checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
-        rows, length = checked.input_ids.shape
-        slot_B = model.roster.rows(adapter, rows)
-        cache = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        cache = model.cache_for(checked, max_new_tokens, adapter)
         mask_BT, positions, vision = model.arrays(checked)
         given = (model.weights, checked.input_ids, mask_BT, positions)
-        logits_BV, cache = model.programs.prefill(*given, cache=cache, vision=vision, **model.of_slots(slot_B))
-        return logits_BV, VersionedCache(cache, model.version, model.weights_id, slot_B)
+        logits_BV, arrays = model.programs.prefill(
+            *given, cache=cache.arrays, vision=vision, **model.of_slots(cache.slot)
+        )
+        return logits_BV, dataclasses.replace(cache, arrays=arrays)
+
+    def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> VersionedCache:
+        """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
+        model = self._model
+        rows, length = prompt.input_ids.shape
+        arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end, as long as programs are made for.
@@ -72,6 +79,15 @@ class Decoding:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         model = self._model
+        ids_B1 = model.next_ids(token_ids, cache)
+        logits_BV, arrays = model.programs.decode(
+            model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
+        )
+        return logits_BV, dataclasses.replace(cache, arrays=arrays)
+
+    def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
+        """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
+        model = self._model
         if cache.weights_id is not model.weights_id:
             raise ValueError(
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
@@ -83,10 +99,7 @@ class Decoding:
         check_text(ids_B1, None, None, vocab_size=model.config.vocab_size)
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        logits_BV, arrays = model.programs.decode(
-            model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
-        )
-        return logits_BV, dataclasses.replace(cache, arrays=arrays)
+        return ids_B1
 
     def generate(
         self,

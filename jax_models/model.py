@@ -20,6 +20,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.decoding import Decoding
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
+from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
@@ -29,6 +30,7 @@ from loaders.plan import LoadReport, specs_of
 from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
+from loaders.stepwise import stepwise
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -131,6 +133,7 @@ class Model(Decoding, Adapted, Seeing):
         level: Level = "layers",
         within: str | None = None,
         inject: Mapping[str, Any] | None = None,
+        decode: int = 0,
         **multimodal: Any,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As calling the model, and intermediate values by checkpoint module path, in order of execution.
@@ -151,12 +154,19 @@ class Model(Decoding, Adapted, Seeing):
             inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
                 that with a peer's value after every layer each layer is run alone. What is returned under that path is
                 still what was computed. Of any level; cast to the dtype of what they replace.
+            decode: how many of the last tokens of every row are read one at a time, from a cache, as ``decode`` does,
+                and those before them as ``prefill`` does; 0: all tokens at once.
         Returns:
             What the model returns, and the values: floats [B, T, ...] as computed, chosen experts as integers.
         Raises:
-            ValueError: as the model does; or values to inject that have no such place or another shape, all at once.
+            ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
+                or rows that cannot be decoded so.
         """
         entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        if decode:
+            self.check_whole()
+            rows = stepwise(self.config, checked, input_ids, position_ids=position_ids, given=multimodal, steps=decode)
+            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=inject)
         given = (self.weights, entry, *self.arrays(checked))
         looked = {"level": level, "within": within, "inject": None if inject is None else dict(inject)}
         return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)), **looked)

@@ -26,6 +26,7 @@ from jax_models.layers.install import install, install_cache
 from jax_models.layers.lora import active_rows
 from jax_models.layers.vision import Seen, Shown
 from jax_models.sharding import row_sharding
+from jax_models.stepwise import StepwisePrograms
 from jax_models.taps import Level, collect, name_modules
 from loaders.families import FAMILIES
 from loaders.plan import specs_of
@@ -90,7 +91,7 @@ class Programs:
         self.forward_with_taps = jax.jit(self._apply_with_taps, static_argnames=("level", "within"))
         self.see = jax.jit(self._see)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
-        self.decode = jax.jit(self._decode, donate_argnames="cache")
+        self.decode = jax.jit(self.decode_step, donate_argnames="cache")
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
@@ -100,6 +101,11 @@ class Programs:
     def draft(self) -> DraftPrograms:
         """The functions of speculative decoding; of a stage that has a draft."""
         return DraftPrograms(self)
+
+    @functools.cached_property
+    def stepwise(self) -> StepwisePrograms:
+        """Prefill and decode that also return taps."""
+        return StepwisePrograms(self)
 
     def empty_cache(self, *, rows: int, capacity: int, make: Callable[..., Any] = zeros) -> Cache:
         """A cache with no token in it, of what ``make(shape, dtype, sharding=...)`` returns."""
@@ -164,7 +170,11 @@ class Programs:
         """Fill an empty cache with T tokens; logits [B, V] of the last, or a stage's hidden states [B, T, D]."""
         with self.module(weights, adapters) as module:
             x_BTD, _, cache = self.read_into(module, inputs, mask_BT, position_ids, cache, vision)
-            return (module.head(x_BTD[:, -1:])[:, 0] if self.stage.is_last else x_BTD), cache
+            return (self.last_logits(module, x_BTD) if self.stage.is_last else x_BTD), cache
+
+    def last_logits(self, module: Any, x_BTD: jax.Array) -> jax.Array:
+        """Inside a program: logits [B, V] of each row's next token alone; a prompt's others would fill the memory."""
+        return module.head(x_BTD[:, -1:])[:, 0]
 
     def read_into(
         self,
@@ -186,7 +196,7 @@ class Programs:
             cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
         return x_BTD, seen, self.placed(cache)
 
-    def _decode(
+    def decode_step(
         self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
     ) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
@@ -194,7 +204,7 @@ class Programs:
         with self.module(weights, adapters) as module:
             x_B1D = self.enter(module, inputs)
             x_B1D, cache = module.decoder(x_B1D, cache.position[:, None], key_mask_BS, cache)
-            return (module.head(x_B1D)[:, 0] if self.stage.is_last else x_B1D), self.placed(cache)
+            return (self.last_logits(module, x_B1D) if self.stage.is_last else x_B1D), self.placed(cache)
 
     def placed(self, cache: Cache) -> Cache:
         """Inside a program: the cache where ``empty_cache`` puts it."""

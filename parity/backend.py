@@ -97,8 +97,10 @@ class Tapped(Protocol):
         ...
 
 
-def record_backend(backend: Backend, inputs: Inputs) -> Trace:
+def record_backend(backend: Backend, inputs: Inputs, *, weights_of: Trace | None = None) -> Trace:
     """Run a backend and write down what it computed.
+
+    ``weights_of``: a trace of the same backend with the same weights, so that their digests are not computed again.
 
     Raises:
         ValueError: it returned something else than a trace has, or inputs are not a model's; lists everything wrong.
@@ -106,8 +108,8 @@ def record_backend(backend: Backend, inputs: Inputs) -> Trace:
     if "input_ids" not in inputs:
         raise ValueError(f"inputs are {sorted(inputs)}, expected input_ids [B, T] among them")
     tensors = {name: _host(array) for name, array in backend.run(inputs).items()} | given(inputs)
-    info, held = backend.info, backend.weights()
-    found = None if held is None else digests(held)
+    info = backend.info
+    weights = _digested(backend) if weights_of is None else weights_of.meta.get("weights")
     meta = make_meta(
         backend=info.name,
         dtype=info.dtype,
@@ -115,13 +117,22 @@ def record_backend(backend: Backend, inputs: Inputs) -> Trace:
         device=info.device,
         versions=dict(info.versions),
         precision=dict(info.precision),
-        weights=None if found is None else {"digests": found, "root": root_digest(found)},
+        weights=weights,
         checkpoint=info.checkpoint,
     )
     meta |= info.facts
     if problems := trace_layout.find_problems(tensors, meta):
         raise ValueError(f"backend {info.name!r} did not give a trace: {' '.join(problems)}")
     return Trace(tensors, meta)
+
+
+def _digested(backend: Backend) -> dict[str, Any] | None:
+    """Digests of what it holds, as traces have them; None where it cannot be had."""
+    held = backend.weights()
+    if held is None:
+        return None
+    found = digests(held)
+    return {"digests": found, "root": root_digest(found)}
 
 
 def given(inputs: Inputs) -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ class ModelBackend:
         ignore_eos: go on after an end-of-sequence token.
         mtp: also run the model's draft, which it must have been loaded with.
         inject: values that take the place of what is computed, by path; see ``Model.with_taps``.
+        decode: read so many last tokens of every row one at a time, from a cache; 0: all at once.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class ModelBackend:
     ignore_eos: bool = False
     mtp: bool = False
     inject: Inputs | None = None
+    decode: int = 0
 
     @property
     def name(self) -> str:
@@ -68,6 +70,8 @@ class ModelBackend:
         if model.config.quantization is not None:
             facts["weight_only"] = not (model.quantizes_inputs or model.rounds_cache)
             facts["kernels"] = dict(Counter(model.kernels.values()))
+        if self.decode:
+            facts["decode"] = self.decode
         return BackendInfo(
             name=self.framework.name,
             dtype=dtype,
@@ -87,7 +91,7 @@ class ModelBackend:
         """
         model, host = self.model, self.framework.to_numpy
         with self.framework.scope():
-            logits, taps = model.with_taps(**inputs, inject=self.inject)
+            logits, taps = model.with_taps(**inputs, inject=self.inject, decode=self.decode)
             names = trace_names(model.checkpoint)
             tensors = {names[path]: host(value) for path, value in taps.items()}
             tensors["logits"] = host(logits)
@@ -110,7 +114,8 @@ class ModelBackend:
     ) -> dict[str, np.ndarray]:
         """What the model computes, by path, float32 or integers; see ``Model.with_taps``. Logits are ``lm_head``."""
         with self.framework.scope():
-            logits, taps = self.model.with_taps(**inputs, level=level, within=within, inject=inject)
+            look = {"level": level, "within": within, "inject": inject, "decode": self.decode}
+            logits, taps = self.model.with_taps(**inputs, **look)
         found = {path: self.framework.to_numpy(value) for path, value in taps.items()}
         return found | {HEAD: self.framework.to_numpy(logits)}
 

@@ -131,7 +131,7 @@ def _decode_positions() -> list[Patch]:
     def make(original: Any, backend: str) -> Any:
         return lambda self, *args, **kw: _later(original, xp(backend), self, *args, *kw.values())
 
-    return [Patch("programs:Programs._decode", make, in_torch="decoding:Decoding.decode_step")]
+    return [Patch("programs:Programs.decode_step", make, in_torch="decoding:Decoding.decode_step")]
 
 
 def _slot_before(original: Any, self: Any, x: Any, step: Any, cache: Any = None) -> Any:

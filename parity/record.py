@@ -53,13 +53,40 @@ def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return make(checkpoint.config, rows=3, tokens=tokens, padding="both")
 
 
-def record_model(model: Any, backend: Framework, inputs: Inputs, **options: Any) -> Trace:
+def record_model(
+    model: Any, backend: Framework, inputs: Inputs, *, weights_of: Trace | None = None, **options: Any
+) -> Trace:
     """What a live model computes on ``inputs``; options are those of ``ModelBackend``.
+
+    ``weights_of``: a trace of the same model with the same weights, so that their digests are not computed again.
 
     Raises:
         ValueError: bad inputs, or no draft.
     """
-    return record_backend(ModelBackend(model, backend, **options), inputs)
+    return record_backend(ModelBackend(model, backend, **options), inputs, weights_of=weights_of)
+
+
+def load_model(
+    uri: str | os.PathLike[str],
+    backend: Framework,
+    *,
+    dtype: str | None = None,
+    mtp: bool = False,
+    weight_only: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Load a checkpoint, and attach an adapter where one is given; arguments are those of ``record``.
+
+    Raises:
+        ValueError: ``weight_only`` for a checkpoint that is not quantised.
+    """
+    if weight_only and open_checkpoint(uri).config.quantization is None:
+        raise ValueError(f"--weight-only: {uri} is not quantised, so there is nothing to switch off. Leave it out.")
+    model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
+    if adapter is None:
+        return model
+    with backend.scope():
+        return model.attach_lora(adapter)
 
 
 def record(
@@ -74,23 +101,21 @@ def record(
     mtp: bool = False,
     weight_only: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    decode: int = 0,
 ) -> Trace:
     """Load a checkpoint, optionally reload another over it, and record. ``inputs`` default to ``default_inputs``.
 
     ``adapter``: attach this one, before the reload. ``weight_only``: whatever the checkpoint says, neither inputs of
-    quantised layers nor keys and values are rounded.
+    quantised layers nor keys and values are rounded. ``decode``: so many last tokens of every row are read one at a
+    time.
 
     Raises:
-        ValueError: ``weight_only`` for a checkpoint that is not quantised.
+        ValueError: ``weight_only`` for a checkpoint that is not quantised, or rows that cannot be decoded so.
     """
-    if weight_only and open_checkpoint(uri).config.quantization is None:
-        raise ValueError(f"--weight-only: {uri} is not quantised, so there is nothing to switch off. Leave it out.")
-    model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
-    if adapter is not None:
-        with backend.scope():
-            model = model.attach_lora(adapter)
+    model = load_model(uri, backend, dtype=dtype, mtp=mtp, weight_only=weight_only, adapter=adapter)
     if reload is not None:
         with backend.scope():
             model = model.update_weights_from_disk(reload)
     given = default_inputs(model.checkpoint) if inputs is None else inputs
-    return record_model(model, backend, given, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, mtp=mtp)
+    options = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "mtp": mtp, "decode": decode}
+    return record_model(model, backend, given, **options)

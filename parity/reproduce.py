@@ -24,6 +24,8 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
     inputs = {meta.get("inputs") for meta in metas}
     if len(inputs) == 1 and (given := inputs.pop()):
         words += ["--inputs", given]
+    steps = {meta.get("decode", 0) for meta in metas}
+    words += ["--decode", str(steps.pop())] if steps != {0} and len(steps) == 1 else []
     layer = _layer(divergence)
     words += ["--layer", str(layer - 1)] if layer else []
     return shlex.join(words)

@@ -48,11 +48,17 @@ class Decoding:
         """
         model = self._model
         prompt = model.checked_prompt(input_ids, attention_mask, **multimodal)
+        cache = model.cache_for(prompt, max_new_tokens, adapter)
+        return model.prefill_into(prompt, cache), cache
+
+    def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> Cache:
+        """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
+        model = self._model
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
-        return model.prefill_into(prompt, cache), cache
+        return cache
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end.
@@ -73,7 +79,11 @@ class Decoding:
         model = self._model
         with lora.of_cache(model, cache):
             x_BTD, _ = self.read_into(prompt, cache)
-            return model.head(x_BTD[:, -1:])[:, 0]
+            return self.last_logits(x_BTD)
+
+    def last_logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] of each row's next token alone; a prompt's others would fill the memory."""
+        return self._model.head(x_BTD[:, -1:])[:, 0]
 
     def read_into(self, prompt: ModelInputs, cache: Cache) -> tuple[torch.Tensor, Seen | None]:
         """Final hidden states of a prompt, [B, T, D], and what it shows; the cache, empty before, holds the prompt."""
@@ -123,7 +133,7 @@ class Decoding:
         model = self._model
         with lora.of_cache(model, cache):
             x_B1D = model.decoder(model.embed(ids_B1), cache.position[:, None].clone(), cache.key_mask, cache)
-            return model.head(x_B1D)[:, 0]
+            return self.last_logits(x_B1D)
 
     def generate(
         self,

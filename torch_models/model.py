@@ -20,6 +20,7 @@ from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
+from loaders.stepwise import stepwise
 from torch_models import sleep
 from torch_models import weights as life
 from torch_models.adapted import Adapted
@@ -31,6 +32,7 @@ from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.parallel import Parallel
 from torch_models.seeing import Seeing
+from torch_models.stepwise import read_stepwise
 from torch_models.storage import parameters_of
 from torch_models.taps import Level, collect
 
@@ -165,6 +167,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         level: Level = "layers",
         within: str | None = None,
         inject: Mapping[str, Any] | None = None,
+        decode: int = 0,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the model, and intermediate values by checkpoint module path, in order of execution.
@@ -185,13 +188,23 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
                 that with a peer's value after every layer each layer is run alone. What is returned under that path is
                 still what was computed. Of any level; cast to the dtype of what they replace.
+            decode: how many of the last tokens of every row are read one at a time, from a cache, as ``decode`` does,
+                and those before them as ``prefill`` does; 0: all tokens at once.
         Returns:
             What the model returns, and the values: floats [B, T, ...] as computed, chosen experts as integers.
         Raises:
-            ValueError: as the model does; or values to inject that have no such place or another shape, all at once.
+            ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
+                or rows that cannot be decoded so.
         """
         if level != "layers":
             self.check_alone(f"taps of {level}")
+        if decode:
+            self.check_whole()
+            given = {name: on_host(value) for name, value in multimodal.items()}
+            entry, position_ids = on_host(input_ids), on_host(position_ids)
+            _, checked = self.checked(entry, attention_mask, position_ids, hidden_states, given)
+            rows = stepwise(self.config, checked, entry, position_ids=position_ids, given=given, steps=decode)
+            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=inject)
         given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
         with collect(level, within, inject) as taps:
             out = self(input_ids, attention_mask, position_ids, **given)

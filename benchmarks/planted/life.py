@@ -86,7 +86,7 @@ BUGS = (
     ),
     *bugs("torch", UPDATE,
         ("rl notrial", "qwen3", None,
-         "deque(read_params(plan, trial, staged=True), maxlen=0)", "deque(trial.receive(iter([])), maxlen=0)"),
+         "deque(tensors, maxlen=0)", "deque(trial.receive(iter([])), maxlen=0)"),
         event="lifecycle",
     ),
     *bugs("torch", "weights.set_embed_and_head",

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -130,8 +129,12 @@ def with_weights(model: Any, bug: Bug) -> Any:
 
 
 def _plant_text(undo: contextlib.ExitStack, bug: Bug, edit: Text) -> None:
-    module, kind, name = re.fullmatch(r"((?:[a-z]\w*\.?)+?)(?:\.([A-Z]\w*))?(?:\.(\w+))?", edit.where).groups()
-    module = importlib.import_module(module if module.startswith("loaders") else f"{bug.side}_models.{module}")
+    words = edit.where.split(".")
+    classes = [index for index, word in enumerate(words) if word[0].isupper()]
+    end = classes[0] if classes else len(words) - 1
+    kind, name = (words[end], ".".join(words[end + 1 :])) if classes else (None, words[end])
+    where = ".".join(words[:end])
+    module = importlib.import_module(where if where.startswith("loaders") else f"{bug.side}_models.{where}")
     if kind is None:
         _plant_function(undo, getattr(module, name), edit)
     else:

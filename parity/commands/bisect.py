@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from parity.commands.options import add_backend
+from parity.commands.options import add_backend, add_decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs", metavar="FILE", type=Path, help="safetensors with input_ids, attention_mask, position_ids"
     )
     parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
+    add_decode(parser)
     parser.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
     parser.add_argument(
         "--everywhere",
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         if args.adapter is not None:
             with backend.scope():
                 model = model.attach_lora(args.adapter)
-        sides.append(ModelBackend(model, backend, f"{name} ({which})" if args.a == args.b else None))
+        label = f"{name} ({which})" if args.a == args.b else None
+        sides.append(ModelBackend(model, backend, label, decode=args.decode))
     notes: list[str] = []
     rounds = [side.name for side in sides if side.model.quantizes_inputs or side.model.rounds_cache]
     if rounds and not args.no_oracle:

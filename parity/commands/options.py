@@ -30,6 +30,17 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    """How to run."""
+    parser.add_argument(
+        "--decode",
+        metavar="N",
+        type=int,
+        default=0,
+        help="read the last N tokens of every row one at a time, as generation does; default: all at once",
+    )
+
+
 def add_probes(parser: argparse.ArgumentParser) -> None:
     """How hard the oracle is to look for what a comparison could not see."""
     parser.add_argument(

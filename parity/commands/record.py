@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from parity.commands.options import add_backend, add_inputs, add_probes
+from parity.commands.options import add_backend, add_decode, add_inputs, add_probes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", metavar="TRACE", type=Path, help="with --backend oracle: replay the expert choices of this trace"
     )
+    add_decode(parser)
     add_probes(parser)
     parser.add_argument("-o", "--output", metavar="TRACE", type=Path, required=True, help="safetensors file to write")
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             mtp=args.mtp,
             weight_only=args.weight_only,
             adapter=args.adapter,
+            decode=args.decode,
         )
     if args.inputs:
         trace.meta["inputs"] = str(args.inputs)  # so that a failure can name the command that shows it again
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_backend_options(args: argparse.Namespace) -> None:
-    given = [name for name in ("dtype", "device", "max_new_tokens", "ignore_eos") if getattr(args, name)]
+    given = [name for name in ("dtype", "device", "max_new_tokens", "ignore_eos", "decode") if getattr(args, name)]
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{options}: the oracle computes in float64 on the host and does not generate")

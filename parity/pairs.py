@@ -1,0 +1,127 @@
+"""Two backends of one checkpoint on one batch: all at once, and then decoding; each beside its own oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loaders import Checkpoint, open_checkpoint
+from loaders.multimodal import NAMES as MULTIMODAL
+from loaders.multimodal import check_inputs
+from loaders.stepwise import stepwise
+from parity.backends import Framework
+from parity.compare import compare
+from parity.comparison import Comparison
+from parity.record import default_inputs, load_model, record_model
+from parity.record_oracle import record_oracle
+from parity.trace import Trace
+
+DECODE = 8  # tokens of every row: few, since each is a step
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What comparing two backends found.
+
+    Attributes:
+        comparisons: with titles: of all tokens at once; then of the last ones decoded, where they were.
+        notes: what a reader should know beside them.
+    """
+
+    comparisons: tuple[tuple[str, Comparison], ...]
+    notes: tuple[str, ...] = ()
+
+
+def run_pair(
+    uri: str | os.PathLike[str],
+    sides: tuple[Framework, Framework],
+    inputs: Mapping[str, np.ndarray] | None = None,
+    *,
+    decode: int | None = None,
+    probes: int | None = None,
+    mtp: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    weight_only: bool = False,
+    **options: Any,
+) -> Runs:
+    """Load a checkpoint into both, record each twice, and compare: what ``tandem run`` does.
+
+    Args:
+        uri: the checkpoint.
+        sides: ours, and the peer.
+        inputs: of both; None: ``default_inputs``.
+        decode: how many of the last tokens of every row to read one at a time in the second comparison; 0: make none;
+            None: ``DECODE``, fewer of short rows, and none where they cannot be decoded, which a note says.
+        probes: see ``record_oracle``.
+        mtp: also run the checkpoint's draft.
+        adapter: for every row.
+        source: file that the inputs are from, so that a failure can name the command that shows it again.
+        dtype: computed in; None: the checkpoint's own.
+        weight_only: round neither inputs nor keys and values.
+        options: of ``record_model``, for all tokens at once.
+    Raises:
+        ValueError: rows that cannot be decoded as was asked.
+    """
+    checkpoint = open_checkpoint(uri)
+    inputs = default_inputs(checkpoint) if inputs is None else inputs
+    steps, notes = _steps(checkpoint, inputs, decode)
+    whole: list[Trace] = []
+    decoded: list[Trace] = []
+    for framework in sides:
+        model = load_model(uri, framework, dtype=dtype, mtp=mtp, weight_only=weight_only, adapter=adapter)
+        whole.append(record_model(model, framework, inputs, mtp=mtp, **options))
+        if steps:
+            decoded.append(record_model(model, framework, inputs, weights_of=whole[-1], decode=steps))
+    for trace in (*whole, *decoded) if source else ():
+        trace.meta["inputs"] = str(source)
+    name = " against ".join(framework.name for framework in sides)
+    oracles = [_Oracle(checkpoint, inputs, mtp, adapter, n) for n in (probes, 0)]  # faults are asked of the first alone
+    titles = (name, f"{name}, the last {steps} tokens decoded")
+    found = []
+    for title, (a, b) in zip(titles, filter(None, (whole, decoded)), strict=False):
+        found.append((title, compare(a, b, oracles[0].of(a), oracle_b=oracles[1].of(b))))
+    return Runs(tuple(found), notes)
+
+
+@dataclass
+class _Oracle:
+    """Of one side, with that side's own expert choices: a flip between near-equal experts is no error of arithmetic."""
+
+    checkpoint: Checkpoint
+    inputs: Mapping[str, np.ndarray]
+    mtp: bool
+    adapter: str | os.PathLike[str] | None
+    probes: int | None
+    said: dict[bytes, Trace] = field(default_factory=dict)
+
+    def of(self, trace: Trace) -> Trace:
+        """What it says with the experts of ``trace``; of the same experts once."""
+        names = sorted(name for name in trace.tensors if name.startswith("routing."))
+        chosen = b"".join(trace.tensors[name][trace.mask].tobytes() for name in names)
+        if chosen not in self.said:
+            common = {"mtp": self.mtp, "adapter": self.adapter, "probes": self.probes}
+            self.said[chosen] = record_oracle(self.checkpoint, self.inputs, like=trace, **common)
+        return self.said[chosen]
+
+
+def _steps(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], asked: int | None) -> tuple[int, tuple[str, ...]]:
+    """How many tokens to decode, and why there are none where none was asked for."""
+    if asked == 0:
+        return 0, ()
+    text = (inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
+    given = {name: inputs[name] for name in MULTIMODAL if name in inputs}
+    checked = check_inputs(checkpoint.config, *text, given=given)
+    steps = min(DECODE, int(checked.attention_mask.sum(axis=1).min()) - 1) if asked is None else asked
+    try:
+        stepwise(checkpoint.config, checked, text[0], position_ids=text[2], given=given, steps=steps)
+    except ValueError as error:
+        if asked is not None:
+            raise
+        return 0, (f"decoding was not compared: {error}.",)
+    return steps, ()
