@@ -19,6 +19,7 @@ WORDS = {
     "INCONCLUSIVE": "Inconclusive",
     "SKIP": "Nothing could be run",
 }
+_FINE = ("PASS", "SKIP")  # nothing to look at first
 NAMED = 4  # different values of one fact, at most
 Line = Mapping[str, str]  # of the index: title, verdict, kind, headline, used
 
@@ -40,7 +41,7 @@ def render_html(
         banner(comparisons, events),
         index([line_of(name, comparison) for name, comparison in comparisons]),
         timeline_section(events) if events else "",
-        *(comparison_section(name, comparison, is_told=is_alone) for name, comparison in comparisons),
+        *(comparison_section(name, found, is_told=is_alone) for name, found in sorted(comparisons, key=_is_fine)),
     ]
     return render_page(title, body, {**facts, **{k: v for k, v in known.items() if k not in facts}})
 
@@ -85,8 +86,15 @@ def banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[Event
     elif comparisons:
         passing = sum(comparison.verdict == "PASS" for _, comparison in comparisons)
         lines.append(f"Comparisons: {passing} of {len(comparisons)} pass.")
+        wrong = [comparison for _, comparison in comparisons if comparison.verdict not in _FINE]
+        if len({comparison.headline for comparison in wrong}) == 1 and not events:  # all say one thing
+            word, after = wrong[0].headline, commands(wrong[0])
     text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     return f'<div class="banner {verdict.lower()}"><div class="word">{html.escape(word)}</div>{text}{after}</div>'
+
+
+def _is_fine(titled: tuple[str, Comparison]) -> bool:
+    return titled[1].verdict in _FINE
 
 
 def line_of(title: str, comparison: Comparison) -> dict[str, str]:
@@ -105,7 +113,7 @@ def index(lines: Sequence[Line]) -> str:
         f'<tr><td><span class="pill {html.escape(line["verdict"].lower())}">{html.escape(line["kind"])}</span></td>'
         f'<td><a href="#{anchor(line["title"])}">{html.escape(line["title"])}</a></td>'
         f'<td>{html.escape(line["headline"])}</td><td class="num">{html.escape(line["used"])}</td></tr>'
-        for line in sorted(lines, key=lambda line: line["verdict"] in ("PASS", "SKIP"))
+        for line in sorted(lines, key=lambda line: line["verdict"] in _FINE)
     )
     head = '<tr><th></th><th>comparison</th><th>finding</th><th class="num">of its limit</th></tr>'
     return f'<nav class="card"><div class="scroll"><table class="index">{head}{rows}</table></div></nav>'

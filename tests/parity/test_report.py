@@ -122,6 +122,14 @@ def test_the_finding_is_said_once_and_before_anything_else_with_what_to_run_next
     assert section.index("torch is wrong in") < section.index("tandem bisect") < section.index("so it begins here")
 
 
+def test_of_two_comparisons_the_one_that_fails_comes_first_and_is_told_above_all(failing, passing):
+    page = render_html("run", comparisons=[("whole", passing), ("decoded", failing)], events=[], facts={})
+    assert f'<div class="word">{failing.headline}</div><p>Comparisons: 1 of 2 pass.</p>' in page
+    assert page.index("<h2>decoded") < page.index("<h2>whole")
+    several = [("whole", failing), ("decoded", replace(failing, headline="something else"))]
+    assert '<div class="word">Something differs</div>' in render_html("run", comparisons=several, events=[], facts={})
+
+
 def test_what_people_read_has_one_name_for_a_place_and_no_powers_of_ten_as_computers_write_them():
     a, b, oracle = trio(dtype="float32")
     add_error(a, oracle, from_layer=3, times=1e6)
