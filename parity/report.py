@@ -87,7 +87,8 @@ def banner(comparisons: Sequence[tuple[str, Comparison]], events: Sequence[Event
         passing = sum(comparison.verdict == "PASS" for _, comparison in comparisons)
         lines.append(f"Comparisons: {passing} of {len(comparisons)} pass.")
         wrong = [comparison for _, comparison in comparisons if comparison.verdict not in _FINE]
-        if len({comparison.headline for comparison in wrong}) == 1 and not events:  # all say one thing
+        told = {comparison.headline for comparison in wrong}
+        if len(told) == 1 and "" not in told and not events:  # all say one thing
             word, after = wrong[0].headline, commands(wrong[0])
     text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     return f'<div class="banner {verdict.lower()}"><div class="word">{html.escape(word)}</div>{text}{after}</div>'
