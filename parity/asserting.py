@@ -29,20 +29,22 @@ class Oracle:
 
     Attributes:
         checkpoint: whose stored weights it computes with.
+        options: of ``record_oracle``: a draft, an adapter, how many faults to try.
     """
 
-    def __init__(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> None:
+    def __init__(self, checkpoint: Checkpoint | str | os.PathLike[str], **options: Any) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        self.options = options
         self._said: dict[str, Trace] = {}
 
     def __call__(self, inputs: Inputs, like: Trace | None = None) -> Trace:
-        """What it says about ``inputs``, with the expert choices of ``like`` replayed."""
+        """What it says about ``inputs``, with the expert choices of ``like`` replayed; of the same choices once."""
         from parity.record_oracle import record_oracle  # the oracle of every family; not needed to compare two traces
 
-        chosen = {} if like is None else {n: x for n, x in like.tensors.items() if n.startswith("routing.")}
+        chosen = {} if like is None else {n: x[like.mask] for n, x in like.tensors.items() if n.startswith("routing.")}
         key = input_hash(**inputs) + (input_hash(0, **chosen) if chosen else "")
         if key not in self._said:
-            self._said[key] = record_oracle(self.checkpoint, inputs, like=like)
+            self._said[key] = record_oracle(self.checkpoint, inputs, like=like, **self.options)
         return self._said[key]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from loaders import Checkpoint, open_checkpoint
 from loaders.multimodal import NAMES as MULTIMODAL
 from loaders.multimodal import check_inputs
 from loaders.stepwise import stepwise
+from parity.asserting import Oracle
 from parity.backends import Framework
 from parity.compare import compare
 from parity.comparison import Comparison
 from parity.record import default_inputs, load_model, record_model
-from parity.record_oracle import record_oracle
 from parity.trace import Trace
 
 DECODE = 8  # tokens of every row: few, since each is a step
@@ -81,33 +81,13 @@ def run_pair(
     for trace in (*whole, *decoded) if source else ():
         trace.meta["inputs"] = str(source)
     name = " against ".join(framework.name for framework in sides)
-    oracles = [_Oracle(checkpoint, inputs, mtp, adapter, n) for n in (probes, 0)]  # faults are asked of the first alone
+    # each side is held against its own expert choices, and the first alone is asked about faults
+    oracles = [Oracle(checkpoint, mtp=mtp, adapter=adapter, probes=number) for number in (probes, 0)]
     titles = (name, f"{name}, the last {steps} tokens decoded")
     found = []
     for title, (a, b) in zip(titles, filter(None, (whole, decoded)), strict=False):
-        found.append((title, compare(a, b, oracles[0].of(a), oracle_b=oracles[1].of(b))))
+        found.append((title, compare(a, b, oracles[0](inputs, a), oracle_b=oracles[1](inputs, b))))
     return Runs(tuple(found), notes)
-
-
-@dataclass
-class _Oracle:
-    """Of one side, with that side's own expert choices: a flip between near-equal experts is no error of arithmetic."""
-
-    checkpoint: Checkpoint
-    inputs: Mapping[str, np.ndarray]
-    mtp: bool
-    adapter: str | os.PathLike[str] | None
-    probes: int | None
-    said: dict[bytes, Trace] = field(default_factory=dict)
-
-    def of(self, trace: Trace) -> Trace:
-        """What it says with the experts of ``trace``; of the same experts once."""
-        names = sorted(name for name in trace.tensors if name.startswith("routing."))
-        chosen = b"".join(trace.tensors[name][trace.mask].tobytes() for name in names)
-        if chosen not in self.said:
-            common = {"mtp": self.mtp, "adapter": self.adapter, "probes": self.probes}
-            self.said[chosen] = record_oracle(self.checkpoint, self.inputs, like=trace, **common)
-        return self.said[chosen]
 
 
 def _steps(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], asked: int | None) -> tuple[int, tuple[str, ...]]:
