@@ -28,7 +28,7 @@ from parity.comparison import Comparison
 from parity.lifecycle import run_lifecycle
 from parity.model_backend import ModelBackend
 from parity.pairs import DECODE
-from parity.record import default_inputs, record_model
+from parity.record import default_inputs, record_model, row_alone
 from parity.record_oracle import record_oracle
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
@@ -59,7 +59,9 @@ class Bench:
         where = self.directory / f"{len(self.kept)}"
         return self.once("adapter", bug.model, make=lambda: make_adapter(self.checkpoint(bug), where))
 
-    def recorded(self, bug: Bug, side: str, *, is_clean: bool, decode: int) -> tuple[ModelBackend, Any, Any]:
+    def recorded(
+        self, bug: Bug, side: str, *, is_clean: bool, decode: int, row: int | None
+    ) -> tuple[ModelBackend, Any, Any]:
         """A model, the trace of what it says, and of what."""
         backend, options = open_backend(side), dict(bug.options)
         weight_only, adapter = options.pop("weight_only", False), self.adapter(bug)
@@ -70,6 +72,7 @@ class Bench:
         model = model if adapter is None else model.attach_lora(adapter)
         model = model if is_clean else with_weights(model, bug)
         inputs = prompts(model.config, padding=padding) if padding else default_inputs(model.checkpoint)
+        inputs = inputs if row is None else row_alone(inputs, row)
         options = {"decode": decode} if decode else options
         return ModelBackend(model, backend, decode=decode), record_model(model, backend, inputs, **options), inputs
 
@@ -82,9 +85,10 @@ def forward(bench: Bench, bug: Bug, *, quick: bool) -> dict[str, Any]:
     """What ``tandem run`` says, and where ``tandem bisect`` finds it; ``quick``: only what run did not name."""
     with planted(bug):
         try:
-            runs = [run(bench, bug, decode=0)]
-            if not runs[0].is_caught and not bug.options.get("mtp"):
-                runs.append(run(bench, bug, decode=DECODE))
+            runs = [run(bench, bug)]
+            for how in ({"decode": DECODE}, {"decode": DECODE, "row": 0}):
+                if not runs[-1].is_caught and not bug.options.get("mtp"):
+                    runs.append(run(bench, bug, **how))
         except (ValueError, RuntimeError) as error:  # our own code refuses it; anything else is a fault of this bench
             return {"is_caught": True, "verdict": f"refused: {error}", "by_run": True, "run": None, "bisect": None}
         one = next((each for each in runs if each.is_caught), runs[0])
@@ -120,13 +124,13 @@ class Run:
         return self.found.exit_code in (1, 3)
 
 
-def run(bench: Bench, bug: Bug, *, decode: int) -> Run:
-    """One of the two comparisons of ``tandem run``; the clean side and dense models' oracle are recorded once."""
-    key = (bench.checkpoint(bug), bug.dtype, repr(bug.options))
+def run(bench: Bench, bug: Bug, *, decode: int = 0, row: int | None = None) -> Run:
+    """One of the comparisons of ``tandem run``; the clean side and dense models' oracle are recorded once."""
+    key = (bench.checkpoint(bug), bug.dtype, repr(bug.options), row)
 
     def recorded(side: str) -> Any:
         is_clean = bug.side not in (side, "both")
-        make = lambda: bench.recorded(bug, side, is_clean=is_clean, decode=decode)  # noqa: E731
+        make = lambda: bench.recorded(bug, side, is_clean=is_clean, decode=decode, row=row)  # noqa: E731
         return bench.once("clean", side, decode, *key, make=make) if is_clean else make()
 
     (a, ours, inputs), (b, theirs, _) = (recorded(side) for side in SIDES)

@@ -140,6 +140,25 @@ def swap_back(life: LiveModel) -> str:
     return "each half alone, then back"
 
 
+def exchange(life: LiveModel) -> str:
+    """Each half is handed the other's live value, both at once: what is written first must not be read after."""
+    tensors = [life.bench.tensors_of_half(half, life.base) for half in life.bench.halves]
+    if life.model.config.tie_word_embeddings or [len(names) for names in tensors] != [1, 1]:
+        raise Skipped("embedding and head are not two parameters that can be swapped")
+    (embedding,), (head,) = tensors
+    before = life.model.digests()
+    crossed = before | {embedding: before[head], head: before[embedding]}
+
+    def there_and_back(model: Any) -> Any:
+        for expected in (crossed, before):
+            model = model.set_embed_and_head(*reversed(model.get_embed_and_head()))
+            expect(model.digests() == expected, "embedding and head handed over crosswise are not each other's")
+        return model
+
+    life.change(life.base, there_and_back, versions=2)
+    return "handed over crosswise, and back"
+
+
 def aliases(life: LiveModel) -> str:
     """A tied head is its embedding after every event, and no other head is taken."""
     if not life.model.config.tie_word_embeddings:
@@ -319,6 +338,7 @@ EVENTS: tuple[tuple[str, Event], ...] = (
     ("swap embed and head", swap),
     ("swap again", swap_twice),
     ("swap back", swap_back),
+    ("exchange embed and head", exchange),
     ("swap what does not fit", misfits),
     ("tied embed and head", aliases),
     ("reload B", reload_b),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from parity.asserting import Oracle
 from parity.backends import Framework
 from parity.compare import compare
 from parity.comparison import Comparison
-from parity.record import default_inputs, load_model, record_model
+from parity.record import default_inputs, load_model, record_model, row_alone
 from parity.trace import Trace
 
 DECODE = 8  # tokens of every row: few, since each is a step
@@ -28,7 +28,8 @@ class Runs:
     """What comparing two backends found.
 
     Attributes:
-        comparisons: with titles: of all tokens at once; then of the last ones decoded, where they were.
+        comparisons: with titles: of all tokens at once; then of the last ones decoded, where they were: of all rows,
+            and of the first alone.
         notes: what a reader should know beside them.
     """
 
@@ -71,23 +72,43 @@ def run_pair(
     checkpoint = open_checkpoint(uri)
     inputs = default_inputs(checkpoint) if inputs is None else inputs
     steps, notes = _steps(checkpoint, inputs, decode)
-    whole: list[Trace] = []
-    decoded: list[Trace] = []
+    name = " against ".join(framework.name for framework in sides)
+    passes = [_Pass(name, inputs, 0)]
+    if steps:
+        passes.append(_Pass(f"{name}, the last {steps} tokens decoded", inputs, steps))
+        if len(inputs["input_ids"]) > 1 and inputs.keys() <= {"input_ids", "attention_mask"}:
+            # a single row is multiplied by other kernels than a batch
+            passes.append(_Pass(f"{name}, row 0 decoded alone", row_alone(inputs, 0), steps, row=0))
     for framework in sides:
         model = load_model(uri, framework, dtype=dtype, mtp=mtp, weight_only=weight_only, adapter=adapter)
-        whole.append(record_model(model, framework, inputs, mtp=mtp, **options))
-        if steps:
-            decoded.append(record_model(model, framework, inputs, weights_of=whole[-1], decode=steps))
-    for trace in (*whole, *decoded) if source else ():
-        trace.meta["inputs"] = str(source)
-    name = " against ".join(framework.name for framework in sides)
-    # each side is held against its own expert choices, and the first alone is asked about faults
-    oracles = [Oracle(checkpoint, mtp=mtp, adapter=adapter, probes=number) for number in (probes, 0)]
-    titles = (name, f"{name}, the last {steps} tokens decoded")
+        for one in passes:
+            how = {"decode": steps} if one.decode else {"mtp": mtp, **options}
+            known = passes[0].traces[-1] if one.decode else None
+            trace = record_model(model, framework, one.inputs, weights_of=known, **how)
+            trace.meta |= {"inputs": str(source)} if source else {}
+            trace.meta |= {} if one.row is None else {"row": one.row}
+            one.traces.append(trace)
+    common = {"mtp": mtp, "adapter": adapter}
+    asked, plain = Oracle(checkpoint, probes=probes, **common), Oracle(checkpoint, probes=0, **common)
     found = []
-    for title, (a, b) in zip(titles, filter(None, (whole, decoded)), strict=False):
-        found.append((title, compare(a, b, oracles[0](inputs, a), oracle_b=oracles[1](inputs, b))))
+    for one in passes:
+        a, b = one.traces
+        of_a = (asked if one.row is None else plain)(one.inputs, a)  # faults need every row to be seen
+        is_sparse = any(name.startswith("routing.") for name in b.tensors)
+        of_b = plain(one.inputs, b) if is_sparse else of_a  # each side is held against its own expert choices
+        found.append((one.title, compare(a, b, of_a, oracle_b=of_b)))
     return Runs(tuple(found), notes)
+
+
+@dataclass
+class _Pass:
+    """One way to read the inputs, and what each side computed so."""
+
+    title: str
+    inputs: Mapping[str, np.ndarray]
+    decode: int
+    row: int | None = None
+    traces: list[Trace] = field(default_factory=list)
 
 
 def _steps(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], asked: int | None) -> tuple[int, tuple[str, ...]]:

@@ -53,6 +53,22 @@ def default_inputs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return make(checkpoint.config, rows=3, tokens=tokens, padding="both")
 
 
+def row_alone(inputs: Inputs, row: int) -> dict[str, np.ndarray]:
+    """One row of text without its padding: ``input_ids`` and ``attention_mask`` [1, its real tokens].
+
+    Raises:
+        ValueError: there is no such row, or the inputs are more than text.
+    """
+    ids = np.asarray(inputs["input_ids"])
+    more = sorted(inputs.keys() - {"input_ids", "attention_mask"})
+    if more or not 0 <= row < len(ids):
+        beside = f", and {', '.join(more)} beside" if more else ""
+        raise ValueError(f"row {row} of {len(ids)} rows{beside}: expected 0 to {len(ids) - 1}, of input_ids alone")
+    is_real = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))[row].astype(bool)
+    alone = ids[row : row + 1, is_real]
+    return {"input_ids": alone, "attention_mask": np.ones_like(alone)}
+
+
 def record_model(
     model: Any, backend: Framework, inputs: Inputs, *, weights_of: Trace | None = None, **options: Any
 ) -> Trace:

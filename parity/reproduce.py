@@ -26,6 +26,8 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
         words += ["--inputs", given]
     steps = {meta.get("decode", 0) for meta in metas}
     words += ["--decode", str(steps.pop())] if steps != {0} and len(steps) == 1 else []
+    rows = {meta.get("row") for meta in metas}
+    words += ["--row", str(rows.pop())] if rows != {None} and len(rows) == 1 else []
     layer = _layer(divergence)
     words += ["--layer", str(layer - 1)] if layer else []
     return shlex.join(words)

@@ -95,7 +95,7 @@ BUGS = (
     *bugs("torch", "layers.attention.remembered",
         ("dec v", "qwen3", None,
          'cache["value"].index_copy_(2, slots_T, ',
-         'cache["value"].index_copy_(2, slots_T - (k_BTKH.shape[1] == 1), '),
+         'cache["value"].index_copy_(2, slots_T - int(k_BTKH.shape[1] == 1), '),
     ),
     *bugs("torch", EXPERTS + "._of_copies",
         ("dec moe copies", "qwen3-moe", 2, "F.silu(gate_AM) * up_AM", "F.silu(up_AM) * gate_AM"),

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
     add_decode(parser)
+    parser.add_argument("--row", metavar="N", type=int, help="run row N of the inputs alone, without its padding")
     parser.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
     parser.add_argument(
         "--everywhere",
@@ -42,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     from parity.backends import open_backend
     from parity.bisect import bisect
     from parity.model_backend import ModelBackend
-    from parity.record import default_inputs, read_inputs
+    from parity.record import default_inputs, read_inputs, row_alone
 
     checkpoint = open_checkpoint(args.checkpoint)
     inputs = read_inputs(args.inputs) if args.inputs else default_inputs(checkpoint)
+    inputs = inputs if args.row is None else row_alone(inputs, args.row)
     adapter = None if args.adapter is None else open_adapter(args.adapter, checkpoint.config)
     sides = []
     for which, name, device in (("a", args.a, args.device_a), ("b", args.b, args.device_b)):

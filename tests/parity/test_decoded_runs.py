@@ -104,10 +104,12 @@ def test_a_bug_of_one_layers_decoding_is_caught_by_run_and_named_down_to_the_ste
         models = [ModelBackend(one.load(checkpoint), one, decode=8) for one in sides]
         inputs = default_inputs(open_checkpoint(checkpoint))
         bisected = bisect(*models, inputs, checkpoint=open_checkpoint(checkpoint), layer=LAYER, crossed=False)
-    (_, whole), (title, decoded) = found.comparisons
+    (_, whole), (title, decoded), (_, alone) = found.comparisons
     assert whole.verdict == "PASS"
     assert title == "jax against torch, the last 8 tokens decoded"
-    assert decoded.verdict == "FAIL"
+    assert decoded.verdict == alone.verdict == "FAIL"
+    assert alone.headline == decoded.headline
+    assert alone.commands[0].endswith(f"--decode 8 --row 0 --layer {LAYER}")
     assert decoded.headline == f"{side} is wrong in model.layers.{LAYER}"
     assert decoded.worst_token.position >= 40  # of the last eight of some row
     assert decoded.commands[0].endswith(f"--decode 8 --layer {LAYER}")
@@ -125,7 +127,12 @@ def test_run_says_what_it_decoded_and_what_it_could_not(path, tmp_path, capsys):
     common = ["run", checkpoint, "--a", "torch", "--json", str(tmp_path / "json"), "--inputs"]
     main([*common, str(tmp_path / "short")])
     titles = [one["title"] for one in json.loads((tmp_path / "json").read_text())["comparisons"]]
-    assert titles == ["torch against torch", f"torch against torch, the last {least} tokens decoded"]
+    decoded = f"the last {least} tokens decoded"
+    assert titles == [
+        "torch against torch",
+        f"torch against torch, {decoded}",
+        "torch against torch, row 0 decoded alone",
+    ]
     assert f"{titles[1]}: " in capsys.readouterr().out
     main([*common, str(tmp_path / "positions")])
     assert "note: decoding was not compared: position_ids were given" in capsys.readouterr().out
@@ -134,6 +141,26 @@ def test_run_says_what_it_decoded_and_what_it_could_not(path, tmp_path, capsys):
     assert "decod" not in capsys.readouterr().out
     assert main([*common, str(tmp_path / "short"), "--decode", "8"]) == 2
     assert "decode=8, expected 1 to" in capsys.readouterr().err
+
+
+def alone_wrong(original, self, x, *rest):
+    return original(self, x, *rest) * (1.01 if len(x) == 1 else 1)
+
+
+def test_kernels_of_a_single_row_are_seen_too_and_shown_again_alone(path, capsys):
+    """Experts of few tokens are multiplied from copies of their weights: three rows of two are too many for that."""
+    mutant = replace(
+        all_mutants()["cache_slot_before"],
+        plant=wrapped("layers.moe:Experts._of_copies", alone_wrong),
+        backends=("torch",),
+    )
+    torch = open_backend("torch")
+    with in_layer(mutant, 0).planted("torch"):
+        found = run_pair(path("qwen3-moe"), (open_backend("jax"), torch))
+        assert [one.verdict for _, one in found.comparisons] == ["PASS", "PASS", "FAIL"]
+        command = found.comparisons[2][1].commands[0].split()
+        assert main(command[1:]) == 1
+    assert "torch computes model.layers.0.mlp.experts" in capsys.readouterr().out
 
 
 def test_a_decoded_trace_says_so_and_takes_the_digests_it_is_given(path):
