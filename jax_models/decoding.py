@@ -12,7 +12,7 @@ from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.speculative import generate_with_draft
-from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.inputs import ModelInputs, bucket, cache_slots, check_text
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 
@@ -47,7 +47,7 @@ class Decoding:
         checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
         rows, length = checked.input_ids.shape
         slot_B = model.roster.rows(adapter, rows)
-        cache = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        cache = model.programs.empty_cache(rows=rows, capacity=cache_slots(length + max_new_tokens))
         mask_BT, positions, vision = model.arrays(checked)
         given = (model.weights, checked.input_ids, mask_BT, positions)
         logits_BV, cache = model.programs.prefill(*given, cache=cache, vision=vision, **model.of_slots(slot_B))
