@@ -1,19 +1,19 @@
 """Decode steps on a CPU in float32, each backend beside a peer of its framework, in turns in the same run.
 
-python benchmarks/bench_decode.py [--rounds 8] [--steps 4] [--layers 8] [--readme]
+python -m benchmarks.bench_decode [--rounds 8] [--steps 4] [--layers 8] [--readme]
 
 The model is a dense Qwen3 of 159 M parameters at the default depth. Peers: transformers (sdpa) for torch, tunix for
 JAX (its compiled step, as its sampler makes it: cache donated); where tunix is not installed its column is left out
 (``pip install --no-deps google-tunix``, and what its import asks for: it wants safetensors below 0.8, ours is newer).
 Every one continues the same prompts greedily and its tokens are compared: a fast wrong answer is not counted.
-``--readme`` rewrites the table between the README's markers with what was measured.
+``--readme`` keeps what was measured in ``results/decode.json``, and rewrites the README's table from it.
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
-import re
-import statistics
+import json
 import tempfile
 import time
 import warnings
@@ -30,6 +30,7 @@ import transformers
 
 import jax_models
 import torch_models
+from benchmarks.decode_table import FIGURES, PEER, README, SECTION, Seconds, section, summed_up, table
 from parity.zoo import make_checkpoint
 
 CASES = {"one row after 512 tokens": (1, 512), "eight rows after 128 tokens": (8, 128)}
@@ -44,9 +45,7 @@ SIZES = {
     "max_position_embeddings": 4096,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},  # tunix knows no other
 }
-PEER = {"jax": "tunix", "torch": "transformers"}
-README = Path(__file__).parents[1] / "README.md"
-MARKERS = ("<!-- decode -->", "<!-- /decode -->")
+PACKAGES = ("jax", "google-tunix", "torch", "transformers")
 
 Step = Callable[[np.ndarray], np.ndarray]  # tokens [B] -> the next ones [B]
 Start = Callable[[np.ndarray, int], tuple[np.ndarray, Step]]  # prompt [B, T], steps -> first tokens [B], step
@@ -156,7 +155,7 @@ MAKERS: dict[str, Callable[[Path], Start]] = {
 }
 
 
-def measure(starts: dict[str, Start], rows: int, length: int, rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(starts: dict[str, Start], rows: int, length: int, rounds: int, steps: int) -> Seconds:
     """Seconds a step of each, one per round; in turns."""
     vocab = SIZES["vocab_size"]
     prompt_BT = np.random.default_rng(0).integers(100, vocab, (rows, length)).astype(np.int32)
@@ -164,7 +163,7 @@ def measure(starts: dict[str, Start], rows: int, length: int, rounds: int, steps
     lives = {name: start(prompt_BT, total) for name, start in starts.items()}
     tokens = {name: first_B for name, (first_B, _) in lives.items()}
     said = {name: [first_B] for name, first_B in tokens.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    seconds: Seconds = {name: [] for name in starts}
     for turn in range(rounds + 1):
         order = list(starts) if turn % 2 else list(starts)[::-1]
         for name in order:
@@ -194,25 +193,24 @@ def main() -> None:
         if "tunix" in options.only and not importlib.util.find_spec("tunix"):
             print("tunix is not installed (pip install google-tunix): not measured")
             options.only.remove("tunix")
+        if options.readme and not {*PEER, *PEER.values()} <= {*options.only}:
+            parser.error(f"--readme needs all four, and these alone are measured: {', '.join(options.only)}")
         starts = {name: make(path) for name, make in MAKERS.items() if name in options.only}
-    lines = ["| float32 decode on a CPU, ms a step | " + " | ".join(starts) + " | jax / tunix | torch / transformers |"]
-    lines.append("|---" * (len(starts) + 3) + "|")
-    for case, (rows, length) in CASES.items():
-        seconds = measure(starts, rows, length, options.rounds, options.steps)
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        cells = [f"{1e3 * medians[name]:.0f}" for name in starts]
-        for name, peer in PEER.items():
-            # ratios round by round: neighbours on the machine slow both sides of a round alike
-            pairs = zip(seconds.get(name, []), seconds.get(peer, []), strict=False)
-            ratios = [theirs / ours for ours, theirs in pairs]
-            cells.append(f"{statistics.median(ratios):.2f}x the speed" if ratios else "not measured")
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    print("\n".join(lines))
+    cases = {
+        case: summed_up(measure(starts, rows, length, options.rounds, options.steps))
+        for case, (rows, length) in CASES.items()
+    }
+    print(table(cases))
     if options.readme:
-        lines.append(f"\n{datetime.date.today()}, {torch.get_num_threads()} cores, medians of {options.rounds} rounds.")
-        text = README.read_text()
-        found = re.compile(f"{MARKERS[0]}.*{MARKERS[1]}", re.DOTALL)
-        README.write_text(found.sub("\n".join([MARKERS[0], *lines, MARKERS[1]]), text))
+        figures = {
+            "date": str(datetime.date.today()),
+            "threads": torch.get_num_threads(),
+            "rounds": options.rounds,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "cases": cases,
+        }
+        FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
+        README.write_text(SECTION.sub(lambda _: section(figures), README.read_text()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.speculative import generate_with_draft
-from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.inputs import ModelInputs, bucket, cache_slots, check_text
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 
@@ -57,7 +57,7 @@ class Decoding:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
         rows, length = prompt.input_ids.shape
-        arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
+        arrays = model.programs.empty_cache(rows=rows, capacity=cache_slots(length + max_new_tokens))
         return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_models.processes import to_host
-from loaders.inputs import bucket, check_sampling
+from loaders.inputs import cache_slots, check_sampling
 from loaders.roster import AdapterOfRows
 from loaders.speculation import (
     Rows,
@@ -91,7 +91,7 @@ def generate_with_draft(
     checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
     B, length = checked.input_ids.shape
     T = draft_tokens + 1
-    room = bucket(length + max_new_tokens + 3 * T)
+    room = cache_slots(length + max_new_tokens + 3 * T)
     cache = programs.empty_cache(rows=B, capacity=room)
     prompt = (checked.input_ids, *model.arrays(checked))
     given = model.of_rows(adapter, B)

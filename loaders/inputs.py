@@ -109,6 +109,18 @@ def bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
+def cache_slots(tokens: int) -> int:
+    """Slots of a cache for ``tokens`` a row: few sizes, so that lengths share programs, and few slots to spare.
+
+    16, 32, 64, then multiples of 128, or from 2048 on of a sixteenth of the next power of two.
+    """
+    # A step of JAX reads every slot there is, so that powers of two may cost twice what is needed; here an eighth, or
+    # 128 slots, is to spare at most, for eight programs where those have one. A TPU lays 128 side by side.
+    power = bucket(tokens)
+    step = max(128, power // 16)
+    return min(power, -(-tokens // step) * step)
+
+
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises ValueError listing every generation option that is out of range."""
     problems = []

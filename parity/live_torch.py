@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.inputs import bucket
+from loaders.inputs import cache_slots
 from parity.backends import Framework
 from parity.live_model import STEPS
 from torch_models.census import pointer_census
@@ -52,9 +52,8 @@ class TorchLive:
         checked = model.checked_prompt(**prompt)
         rows, length = checked.input_ids.shape
         all_rows = row_bucket(rows)
-        cache = model.empty_cache(all_rows, bucket(length + STEPS))
+        cache = model.empty_cache(all_rows, cache_slots(length + STEPS))
         found = [model.prefill_into(checked, cache.first_rows(rows)).cpu().numpy().copy()]
-        cache.length = length
         for _ in range(STEPS):
             token_B = np.pad(found[-1].argmax(-1), (0, all_rows - rows))
             found.append(model.decode(token_B, cache)[0][:rows].cpu().numpy().copy())

@@ -37,7 +37,6 @@ def _eager(path: Path, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
     cache = model.empty_cache(rows, CAPACITY)
     prompt = model.checked_prompt(**batch)
     found = [model.prefill_into(prompt, cache.first_rows(ROWS)).numpy().copy()]
-    cache.length = TOKENS
     for _ in range(STEPS):
         token_B = np.pad(found[-1].argmax(-1), (0, rows - ROWS))
         found.append(model.decode(token_B, cache)[0][:ROWS].numpy().copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import decode_table
 from loaders import quantizable
 from loaders.families import FAMILIES
 from parity.cli import EXIT_CODES, VERBS, main
@@ -33,7 +35,8 @@ def snippets(language: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """Without code blocks, code spans and addresses."""
+    """Without code blocks, code spans, addresses, and the table that has a test of its own."""
+    text = decode_table.SECTION.sub("", text)
     return re.sub(r"https?://\S+", "", CODE_SPAN.sub("", FENCE.sub("", text)))
 
 
@@ -111,6 +114,27 @@ def test_every_make_target_that_a_document_names_exists():
 def test_a_number_in_the_readme_is_one_that_the_project_states_elsewhere():
     stated = {PROJECT["requires-python"].removeprefix(">=")}
     assert set(re.findall(r"(?<![\w.])\d[\d.,]*(?![\w])", prose(README))) <= stated
+
+
+def test_the_table_of_decoding_is_what_was_measured_and_each_backend_is_no_slower_than_its_peer():
+    figures = json.loads(decode_table.FIGURES.read_text(encoding="utf-8"))
+    assert decode_table.SECTION.findall(README) == [decode_table.section(figures)]
+    assert len(figures["cases"]) == 2
+    for case, found in figures["cases"].items():
+        assert {*decode_table.PEER, *decode_table.PEER.values()} == found["ms"].keys(), case
+        assert found["speed"]["jax"] >= 1.0, case
+        assert found["speed"]["torch"] >= 1.1, case
+
+
+def test_speeds_are_medians_of_the_rounds_and_what_was_not_measured_is_said():
+    seconds = {"transformers": [0.06, 0.08, 0.3], "torch": [0.05, 0.04, 0.1], "jax": [0.07, 0.07, 0.07]}
+    found = decode_table.summed_up(seconds)
+    assert found == {"ms": {"transformers": 80.0, "torch": 50.0, "jax": 70.0}, "speed": {"torch": 2.0}}
+    assert decode_table.table({"one row": found}).splitlines() == [
+        "| float32, ms a step | transformers | torch | jax | jax over tunix | torch over transformers |",
+        "|---|---|---|---|---|---|",
+        "| one row | 80 | 50 | 70 | not measured | 2.00x |",
+    ]
 
 
 @pytest.mark.parametrize(("column", "package"), [(1, "jax_models"), (2, "torch_models")])

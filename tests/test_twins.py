@@ -54,6 +54,7 @@ ONLY_TORCH: dict[str, str] = {
     "layers/quantized_experts.py: NVFP4Experts.derive()": "JAX computes what is derived inside every program",
     "layers/quantized.py: as_loaded()": "storage in JAX holds what was loaded, always",
     "taps.py: tap_picked()": "a short run goes through every expert, and some of it is used; JAX sorts rows by expert",
+    "layers/step.py: Step.slots()": "torch writes into its cache slot by slot; JAX gives where the first one goes",
     "layers/linear.py: multiply()": "which operand comes first matters to MKL; XLA chooses for itself",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }

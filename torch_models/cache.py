@@ -13,6 +13,13 @@ _READ_SLOTS = 64  # attention reads so many at a time, so that steps share sizes
 
 
 @dataclass
+class Filled:
+    """How many slots hold something, as the host counts them. Caches of the same memory share one."""
+
+    slots: int = 0
+
+
+@dataclass
 class Cache:
     """The state of a stage for rows that end at the same slot. Its tensors never move.
 
@@ -22,7 +29,7 @@ class Cache:
         position: int64 [B], position of each row's next token.
         adapter: int64 [B], slot of each row's adapter, -1 for none.
         slot: int64 [], the next slot to fill: what programs read.
-        length: the same as a number: what the host reads.
+        filled: the same as a number, ``length``: what the host reads.
         version: of the weights it was computed with, for people.
         stamp: of those weights; a model whose weights bear another one may not read it (law 7).
     """
@@ -32,9 +39,18 @@ class Cache:
     position: torch.Tensor
     adapter: torch.Tensor
     slot: torch.Tensor
-    length: int
+    filled: Filled
     version: int
     stamp: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Slots filled."""
+        return self.filled.slots
+
+    @length.setter
+    def length(self, slots: int) -> None:
+        self.filled.slots = slots
 
     @property
     def capacity(self) -> int:
@@ -48,7 +64,7 @@ class Cache:
         return replace(self, layers=layers, **by_row)
 
     def with_room(self, tokens: int) -> Cache:
-        """The same memory, as a cache of few slots more than are filled and ``tokens`` take: a step reads no others."""
+        """The same memory, as a cache of few slots more than are filled and ``tokens`` take: a run reads no others."""
         slots = -(-(self.length + tokens) // _READ_SLOTS) * _READ_SLOTS
         layers = {
             name: {key: part[:, :, :slots] if key in ("key", "value") else part for key, part in parts.items()}
@@ -120,4 +136,4 @@ def empty_cache(
     position = torch.zeros(rows, dtype=torch.int64, device=device)
     adapter = torch.full((rows,), -1, dtype=torch.int64, device=device)
     slot = torch.zeros((), dtype=torch.int64, device=device)
-    return Cache(layers, key_mask, position, adapter, slot, 0, version, stamp)
+    return Cache(layers, key_mask, position, adapter, slot, Filled(), version, stamp)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from loaders.inputs import ModelInputs, bucket, check_text
+from loaders.inputs import ModelInputs, cache_slots, check_text
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import positions_beyond
@@ -56,7 +56,7 @@ class Decoding:
         model = self._model
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
-        cache = model.empty_cache(rows, bucket(length + max_new_tokens))
+        cache = model.empty_cache(rows, cache_slots(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
         return cache
 
@@ -93,12 +93,11 @@ class Decoding:
         seen = model.seen(prompt)
         x_BTD = model.entered(model.long(prompt.input_ids), seen)
         x_BTD = model.decoder(x_BTD, model.long(prompt.position_ids), filled.key_mask, filled, seen=seen)
-        cache.length = filled.length
         cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
         return x_BTD, seen
 
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """Append one token a row: logits, float32 [B, V], and the cache, written in place.
+        """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
 
         Raises:
             ValueError: the cache was computed with other weights, is full, or has other rows.
@@ -106,10 +105,9 @@ class Decoding:
         model = self._model
         model.check_runnable()
         ids_B1 = model.next_ids(token_ids, cache, rows=len(cache.position))
-        filled = cache.with_room(1)
-        logits_BV = model.decode_step(ids_B1, filled)
-        cache.length = filled.length
-        return logits_BV, cache
+        with torch.inference_mode():  # on a CPU half of an operation's overhead is what autograd asks of it
+            logits_BV = model.decode_step(ids_B1, cache.with_room(1))
+        return logits_BV.clone(), cache  # which the caller may write to, outside of that mode too
 
     def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
         """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from loaders.inputs import bucket
+from loaders.inputs import cache_slots
 from loaders.roster import AdapterOfRows
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -189,7 +189,7 @@ class DecodeGraphs:
 
         Args:
             rows: rounded up to a bucket, see ``row_bucket``.
-            capacity: slots, prompt and new tokens; rounded up to a power of two.
+            capacity: slots, prompt and new tokens; rounded up, see ``loaders.inputs.cache_slots``.
         Raises:
             CannotCapture: the model's step does what no graph can.
             ValueError: rows or capacity below 1, or a pipeline stage.
@@ -199,7 +199,7 @@ class DecodeGraphs:
         if capacity < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"rows={sizes}, capacity={capacity}, expected at least 1 of each")
         wanted = sorted({row_bucket(size) for size in sizes}, reverse=True)
-        return [self._ready(size, bucket(capacity)) for size in wanted]
+        return [self._ready(size, cache_slots(capacity)) for size in wanted]
 
     def prefill(
         self,
@@ -222,7 +222,6 @@ class DecodeGraphs:
         graph.cache.version, graph.cache.stamp = model.version, model.weights_stamp()
         graph.cache.adapter[:rows].copy_(slot_B)
         logits_BV = model.prefill_into(prompt, graph.cache.first_rows(rows))
-        graph.cache.length = length
         return logits_BV, Batch(model, graph, rows)
 
     def drop(self, rows: int | None = None, capacity: int | None = None, *, reason: str = "it was dropped") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.inputs import bucket, check_sampling
+from loaders.inputs import cache_slots, check_sampling
 from loaders.speculation import (
     Rows,
     SpeculationReport,
@@ -85,7 +85,7 @@ def generate_with_draft(
     checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
     B, length = checked.input_ids.shape
     T = draft_tokens + 1
-    room = bucket(length + max_new_tokens + 3 * T)
+    room = cache_slots(length + max_new_tokens + 3 * T)
     cache = draft.empty_cache(B, room)
     hidden_BTD, seen = model.read_into(checked, cache)
     logits_BV = model.head(hidden_BTD[:, -1:])[:, 0]
@@ -96,28 +96,28 @@ def generate_with_draft(
     next_ids_BT = np.concatenate([checked.input_ids[:, 1:], token_B[:, None]], axis=1)
     next_positions, seen_next = positions_ahead(checked), None if seen is None else seen.ahead()
     last_B, position_B = np.full(B, length - 1), positions_beyond(checked)
-    filled, rounds, accepted = length, 0, 0
+    part, rounds, accepted = cache.with_room(0), 0, 0  # of the cache: no run reads more than is filled
     while rows.is_active_B.any():
         logits_BV, state_B1D = draft.extend(
-            model.long(next_ids_BT), hidden_BTD, model.long(next_positions), model.long(last_B), cache, seen_next
+            model.long(next_ids_BT), hidden_BTD, model.long(next_positions), model.long(last_B), part, seen_next
         )
         seen_next = None  # of the prompt alone
-        if filled + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
+        if cache.length + 2 * T > room:  # what was just read lies in the last slots, so not before it is read
             cache.compact()
-            filled = cache.length
+        filled, part = cache.length, cache.with_room(T)
         drafted, drawn_from = [], []
         for guess in range(draft_tokens):
             if guess:
-                logits_BV, state_B1D = draft.step(model.long(drafted[-1]), state_B1D, guess - 1, cache)
+                logits_BV, state_B1D = draft.step(model.long(drafted[-1]), state_B1D, guess - 1, part)
             guess_B, found_BV = choose(logits_BV)
             drafted.append(guess_B)
             drawn_from.append(found_BV)
         drafted_BK = np.stack(drafted, axis=1)
         fed_BT = np.concatenate([token_B[:, None], drafted_BK], axis=1)
-        positions_BT = cache.position[:, None] + torch.arange(T, device=model.device)
-        cache.key_mask[:, filled : filled + T] = True
+        positions_BT = part.position[:, None] + torch.arange(T, device=model.device)
+        part.key_mask[:, filled : filled + T] = True
         x_BTD = model.embed(model.long(fed_BT))
-        hidden_BTD = model.decoder(x_BTD, positions_BT, cache.key_mask, cache, keep_history=True)
+        hidden_BTD = model.decoder(x_BTD, positions_BT, part.key_mask, part, keep_history=True)
         logits_BTV = model.head(hidden_BTD)
         if temperature == 0:
             count_B, token_B = accept_greedy(drafted_BK, logits_BTV.argmax(-1).cpu().numpy())
@@ -128,11 +128,10 @@ def generate_with_draft(
         for row in range(B):
             rows.add(row, [*map(int, drafted_BK[row, : count_B[row]]), int(token_B[row])])
         kept_B = np.where(rows.is_active_B, count_B + 1, 0)  # a row that has ended needs no more room
-        cache.keep(model.long(kept_B), T)
+        part.keep(model.long(kept_B), T)
         steps_T = np.arange(T)
         next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
         next_positions = position_B[:, None] + steps_T + 1
         last_B, position_B = count_B, position_B + kept_B
-        filled += T
     report = SpeculationReport(rounds, rounds * draft_tokens, accepted)
     return model.long(rows.finished()), report

@@ -66,7 +66,6 @@ def both_steps(model, steps=4):
     logits_BV, batch = model.graphs.prefill(IDS, MASK, max_new_tokens=7)
     cache = model.empty_cache(4, 16)
     want_BV = model.prefill_into(model.checked_prompt(IDS, MASK), cache.first_rows(3))
-    cache.length = IDS.shape[1]
     replayed, eager = [logits_BV], [want_BV]
     for _ in range(steps):
         token_B = want_BV.argmax(-1)

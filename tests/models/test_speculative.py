@@ -215,6 +215,28 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
         np.testing.assert_array_equal(np.asarray(one[1]), np.asarray(other[1]))
 
 
+def test_no_run_reads_slots_far_beyond_those_that_are_filled(tmp_path, monkeypatch):
+    """In torch. What a mask hides is still multiplied by 0, and 0 NaN is NaN. JAX's programs are made for all slots."""
+    model = load(torch_models, tmp_path / "a")
+    ends = [int(row[-1]) for row in model.generate(*batch("left"), 8, ignore_eos=True)]
+    stopping = ending(model, ends)
+    want = stopping.generate(*batch("left"), 200)
+    made, empty_cache = [], torch_models.draft.Draft.empty_cache
+
+    def with_junk(self, rows, capacity):
+        made.append(empty_cache(self, rows, capacity))
+        for parts in made[-1].layers.values():
+            for key in {"key", "value"} & parts.keys():
+                parts[key][:, :, 64:] = torch.nan
+        return made[-1]
+
+    monkeypatch.setattr(torch_models.draft.Draft, "empty_cache", with_junk)
+    found = stopping.generate(*batch("left"), 200, draft=stopping.draft)
+    np.testing.assert_array_equal(found, want)
+    (cache,) = made
+    assert cache.length == int(cache.slot) <= 64 < cache.capacity
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_shape_suffixes_tell_the_truth_while_speculating(model, temperature):
     with checked_shape_suffixes("jax_models", "torch_models", "loaders") as seen:

@@ -134,12 +134,34 @@ def test_a_step_reads_no_slots_far_beyond_those_in_use_and_goes_on_into_them(den
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 256, 257])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_product_is_the_same_whichever_operand_comes_first(rows: int, has_bias: bool) -> None:
-    x, weight, bias = torch.randn(1, rows, 48), torch.randn(40, 48), torch.randn(40) if has_bias else None
+@pytest.mark.parametrize("size", [40, 41])
+def test_a_product_is_the_same_in_parts_and_whichever_operand_comes_first(rows: int, size: int, has_bias: bool) -> None:
+    x, weight, bias = torch.randn(1, rows, 48), torch.randn(size, 48), torch.randn(size) if has_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     got = multiply(x, weight, bias)
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_caches_of_the_same_memory_count_their_slots_together(dense: torch_models.Model) -> None:
+    cache = dense.empty_cache(4, 256)
+    dense.prefill_into(dense.checked_prompt(*batch("left")), cache.first_rows(3))
+    assert cache.length == int(cache.slot) == T
+    part = cache.with_room(1)
+    assert (part.capacity, part.length) == (64, T)
+    dense.decode([1, 2, 3, 4], part)
+    assert cache.length == int(cache.slot) == T + 1
+    cache.reset()
+    assert part.length == 0
+
+
+def test_what_a_step_returns_may_be_written_to_and_so_may_its_cache(dense: torch_models.Model) -> None:
+    _, cache = dense.prefill(*batch("left"), max_new_tokens=STEPS)
+    logits_BV, cache = dense.decode([1, 2, 3], cache)
+    logits_BV[:, 5] = -torch.inf  # as whoever forbids a token does; a tensor of inference mode refuses it
+    cache.reset()
+    assert not logits_BV[:, 5].isfinite().any()
+    assert cache.length == 0
 
 
 def test_a_cache_of_old_weights_is_refused(dense: torch_models.Model) -> None:

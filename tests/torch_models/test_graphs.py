@@ -42,7 +42,6 @@ def eager_twin(model: torch_models.Model, rows: int, capacity: int, ids=IDS, mas
     cache = model.empty_cache(rows, capacity)
     prompt = model.checked_prompt(ids, mask)
     logits_BV = model.prefill_into(prompt, cache.first_rows(len(ids)))
-    cache.length = prompt.input_ids.shape[1]
     return logits_BV, cache
 
 

@@ -30,9 +30,8 @@ def remembered(
     """All keys and values so far, [B, S, K, H]; those given are first written into the cache, in place."""
     if cache is None:
         return k_BTKH, v_BTKH
-    slots_T = step.start + torch.arange(k_BTKH.shape[1], device=k_BTKH.device)
-    cache["key"].index_copy_(2, slots_T, k_BTKH.transpose(1, 2))
-    cache["value"].index_copy_(2, slots_T, v_BTKH.transpose(1, 2))
+    cache["key"].index_copy_(2, step.slots, k_BTKH.transpose(1, 2))
+    cache["value"].index_copy_(2, step.slots, v_BTKH.transpose(1, 2))
     return cache["key"].transpose(1, 2), cache["value"].transpose(1, 2)
 
 

@@ -49,11 +49,11 @@ def rotary_embedding(
 
 def rotate(x_BTNH: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
     """Rotate the halves of each head's first 2R dimensions against each other, in float32; the rest stays."""
-    turned, rest = x_BTNH.tensor_split([2 * cos_BTR.shape[-1]], dim=-1)
-    first, second = turned.float().chunk(2, dim=-1)
-    cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
+    size = 2 * cos_BTR.shape[-1]
+    first, second = (x_BTNH if size == x_BTNH.shape[-1] else x_BTNH[..., :size]).float().chunk(2, dim=-1)
+    cos, sin = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    return turned if size == x_BTNH.shape[-1] else torch.cat([turned, x_BTNH[..., size:]], dim=-1)
 
 
 @functools.cache

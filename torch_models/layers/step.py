@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class Step:
     mask_BT: torch.Tensor
     start: torch.Tensor | int
     keep_history: bool = False
+
+    @functools.cached_property
+    def slots(self) -> torch.Tensor:
+        """Where these tokens go in the cache, int64 [T]; layers share it."""
+        return self.start + torch.arange(self.mask_BT.shape[1], device=self.mask_BT.device)
 
 
 def visible(key_mask_BS: torch.Tensor, start: torch.Tensor | int, length: int, window: int | None) -> torch.Tensor:
