@@ -134,10 +134,10 @@ class DraftPrograms:
         self._programs = programs
         self.forward = jax.jit(self._forward)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
-        self.verify = jax.jit(self._verify, donate_argnames="cache")
+        self.verify = jax.jit(self._verify, **programs.appending)
         self.keep = jax.jit(self._keep, donate_argnames="cache", static_argnames="tokens")
-        self.extend = jax.jit(self._extend, donate_argnames="cache")
-        self.step = jax.jit(self._step, donate_argnames="cache")
+        self.extend = jax.jit(self._extend, **programs.appending)
+        self.step = jax.jit(self._step, **programs.appending)
         self.compact = jax.jit(self._compact, donate_argnames="cache")
 
     def _forward(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters, wrap
 from jax_models.cache import Cache, empty_cache, placed, zeros
+from jax_models.compiling import decode_options
 from jax_models.draft import DraftPrograms
 from jax_models.frames import VisionArrays
 from jax_models.layers.install import install, install_cache
@@ -91,7 +92,8 @@ class Programs:
         self.forward_with_taps = jax.jit(self._apply_with_taps, static_argnames=("level", "within"))
         self.see = jax.jit(self._see)
         self.prefill = jax.jit(self._prefill, donate_argnames="cache")
-        self.decode = jax.jit(self.decode_step, donate_argnames="cache")
+        self.appending = {"donate_argnames": "cache", "compiler_options": decode_options(mesh)}
+        self.decode = jax.jit(self.decode_step, **self.appending)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
@@ -200,7 +202,7 @@ class Programs:
         self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
     ) -> tuple[jax.Array, Cache]:
         """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
-        key_mask_BS = cache.key_mask.at[:, cache.length].set(True)
+        key_mask_BS = cache.key_mask | (jnp.arange(cache.key_mask.shape[1]) == cache.length)
         with self.module(weights, adapters) as module:
             x_B1D = self.enter(module, inputs)
             x_B1D, cache = module.decoder(x_B1D, cache.position[:, None], key_mask_BS, cache)

@@ -36,9 +36,22 @@ def remembered(k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCac
     }
 
 
+def in_turn(out_BTNH: jax.Array, cache: LayerCache | None, step: Step) -> tuple[jax.Array, LayerCache | None]:
+    """What attention gives and the cache after it, as they are; on a TPU the cache is written before any use of them.
+
+    Otherwise XLA writes every layer's cache when all of them are done: rows wait in HBM for it, and caches in VMEM,
+    from which they are then written back whole.
+    """
+    if cache is None or step.is_first:
+        return out_BTNH, cache
+    ways = {"tpu": lambda *both: jax.lax.optimization_barrier(both), "default": lambda *both: both}
+    return jax.lax.platform_dependent(out_BTNH, cache, **ways)
+
+
 def written(part_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array | int) -> jax.Array:
     """Keys or values with those of T tokens from slot ``start`` on, [B, K, S, H]."""
-    return jax.lax.dynamic_update_slice_in_dim(part_BKSH, new_BTKH.swapaxes(1, 2), start, axis=2)
+    new_BKTH = new_BTKH.swapaxes(1, 2)
+    return jax.lax.dynamic_update_slice_in_dim(part_BKSH, new_BKTH, start, axis=2, allow_negative_indices=False)
 
 
 def attend(
@@ -130,7 +143,7 @@ def attend_apart(
     """
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     is_held_S = jnp.arange(k_BKSH.shape[2]) < start
-    own_BTT = jax.lax.dynamic_slice_in_dim(visible_BTS, start, k_BKTH.shape[2], axis=2)
+    own_BTT = _own(visible_BTS, start, k_BKTH.shape[2])
     held_BKGTS = _scores(q_BTNH, k_BKSH, visible_BTS & is_held_S, scale, softcap)
     own_BKGTT = _scores(q_BTNH, k_BKTH, own_BTT, scale, softcap)
     top_BKGT1 = jnp.maximum(held_BKGTS.max(axis=-1, keepdims=True), own_BKGTT.max(axis=-1, keepdims=True))
@@ -141,6 +154,17 @@ def attend_apart(
         for exp, v in ((held_BKGTS, v_BKSH), (own_BKGTT, v_BKTH))
     ]
     return (mixed[0] + mixed[1]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+def _own(visible_BTS: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """Which of their own keys ``length`` tokens see, bool [B, T, T]. One always sees itself, so nothing is looked up.
+
+    Sliced out for one, a byte of it would lie in HBM, and one byte there makes libtpu give 16 KiB to each tuple of the
+    program as well: 40 MB for 36 layers.
+    """
+    if length == 1:
+        return jnp.ones_like(visible_BTS[:, :, :1])
+    return jax.lax.dynamic_slice_in_dim(visible_BTS, start, length, axis=2, allow_negative_indices=False)
 
 
 def _mixed(
@@ -226,5 +250,5 @@ class Attention(nnx.Module):
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         options = {"scale": self.scale, "softcap": self.softcap}
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, **options))
-        cache = remembered(k_BTKH, v_BTKH, step, cache)
+        out_BTNH, cache = in_turn(out_BTNH, remembered(k_BTKH, v_BTKH, step, cache), step)
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))), cache

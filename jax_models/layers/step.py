@@ -95,7 +95,9 @@ def steps(
     length_B = jnp.max(positions_BT, axis=1) + 1
     if not is_cached:
         length_B = jnp.broadcast_to(jnp.max(length_B), length_B.shape)
-    mask_BT = jax.lax.dynamic_slice_in_dim(key_mask_BS, start, length, axis=1) if is_cached else key_mask_BS
+    mask_BT = key_mask_BS
+    if is_cached:
+        mask_BT = jax.lax.dynamic_slice_in_dim(key_mask_BS, start, length, axis=1, allow_negative_indices=False)
     found: dict[tuple[Any, Any], Step] = {}
     by_layer: dict[int, Step] = {}
     for layer in layers:

@@ -1,9 +1,10 @@
 """Few layers that stand for many: every repetition of a pattern of layers costs what those before it do.
 
 A compiler takes minutes over a hundred unrolled layers, and compiles repetitions of them alike, but for the last few:
-where no more weights are to be fetched ahead, caches lie in VMEM and are written back (of Qwen3-8B on four v5e three or
-four, 8.4 MB each, whether it has 8 layers or 36). So a program deep enough to have layers before that is compiled, and
-those are what the missing ones cost. Memory grows with depth as a whole: a line through it and a shallower program.
+where no more weights are to be fetched ahead, other things lie in VMEM, and what was changed there is written back
+(three or four caches of Qwen3-8B on four v5e, whether it had 8 layers or 36, before ``jax_models.compiling``). So a
+program deep enough to have layers before that is compiled, and those are what the missing ones cost. Memory grows with
+depth as a whole: a line through it and a shallower program.
 """
 
 from __future__ import annotations

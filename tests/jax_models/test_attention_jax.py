@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_models.layers.attention import attend, attend_apart, attend_cached, attend_written, written
+from jax_models.layers.attention import attend, attend_apart, attend_cached, attend_written, in_turn, written
 from jax_models.layers.step import Step, visible
 
 ROWS, SLOTS, HEADS, KV_HEADS, WIDTH = 3, 13, 6, 2, 8
@@ -51,3 +51,26 @@ def test_a_cpu_writes_first_and_anything_else_keeps_the_parts_apart():
     writes = {platform: text.count("dynamic_update_slice") for platform, text in lowered.items()}
     assert writes["cpu"] >= 2
     assert writes["tpu"] == 0
+
+
+def test_on_a_tpu_one_token_looks_nothing_up_to_see_itself():
+    q, k, v, start, seen, *held = case(1, None)
+    form = jax.jit(lambda seen, start, *held: attend_apart(q, k, v, start, seen, *held, scale=None, softcap=None))
+    assert "dynamic_slice" not in form.trace(seen, start, *held).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_slot_is_written_where_the_cache_says_with_no_look_at_its_sign():
+    _, k, _, start, _, k_held, _ = case(1, None)
+    lowered = jax.jit(written).trace(k_held, k, start).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.select" not in lowered  # a number computed for that would lie in HBM to the end of the program
+
+
+@pytest.mark.parametrize("is_first", [False, True], ids=["decode", "prefill"])
+def test_a_tpu_writes_the_cache_before_it_goes_on_and_prefill_when_it_likes(is_first):
+    q, _, _, start, seen, k_held, v_held = case(1, None)
+    step = Step(q, q, seen, seen[:, :, 0], start, is_first=is_first)
+    both = jax.jit(lambda out, key, value: in_turn(out, {"key": key, "value": value}, step))
+    traced = both.trace(q, k_held, v_held)
+    lowered = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
+    barriers = {platform: text.count("optimization_barrier") for platform, text in lowered.items()}
+    assert barriers == {"cpu": 0, "tpu": 0 if is_first else 1}

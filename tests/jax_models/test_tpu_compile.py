@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from parity.planning.depths import depths_of
+from parity.planning.environment import deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.subject import planned
 
@@ -49,12 +50,13 @@ def measure(tmp_path_factory):
     """What benchmarks/tpu_compile.py found of a program, in a process of its own: libtpu cannot be unloaded."""
 
     @functools.cache
-    def found(model, program, layers=None):
+    def found(model, program, layers=None, *, nvfp4=False):
         result = tmp_path_factory.mktemp("tpu") / "found.json"
         script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
         options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(result)]
-        options += ["--layers", str(layers or LAYERS[model])]
-        done = subprocess.run(script + options, capture_output=True, text=True, timeout=1200, check=False)
+        options += ["--layers", str(layers or LAYERS[model]), *(["--nvfp4"] if nvfp4 else [])]
+        with deep_stack():
+            done = subprocess.run(script + options, capture_output=True, text=True, timeout=2400, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         print(done.stdout)
         return json.loads(result.read_text(encoding="utf-8"))
@@ -80,10 +82,9 @@ def test_the_cache_is_updated_in_place(measured):
 
 def test_it_fits_a_v5e_without_copies_of_weights(measured):
     assert measured["peak_bytes"] < V5E_BYTES
-    # of a decode step the compiler says 2.2 to 2.3 MB a layer, unexplained: buffers in HBM that are no argument and no
-    # result add up to under 1 MB
-    most = 2.4 * measured["layers"] if measured["program"] == "decode" else 400
-    assert measured["temp_bytes"] < most * MEGABYTE
+    # a single byte kept in HBM for a while makes it some 2.3 MB a layer: 16 KiB for every tuple of the program, and as
+    # much again, called fragmentation
+    assert measured["temp_bytes"] < (50 if measured["program"] == "decode" else 400) * MEGABYTE
 
 
 def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measured):
@@ -94,6 +95,25 @@ def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measure
         # XLA's choice for a shared expert in prefill: its width is gathered, 1 MB each, rather than its output summed
         assert counts.pop("all-gather", 0) <= 2 * measured["layers"]
     assert counts == {"all-reduce": 2 * measured["layers"] + 1}
+
+
+def test_a_decode_step_of_qwen3_8b_moves_and_takes_no_more_than_was_promised(measure):
+    found = measure("qwen3-8b", "decode")
+    assert found["ratio"] <= 1.03
+    assert found["peak_bytes"] <= 4900 * MEGABYTE
+    assert sum(kind["count"] for kind in found["collectives"].values()) <= 2 * 36 + 3
+    assert found["alias_bytes"] >= found["cache_bytes"]
+
+
+def test_of_experts_a_decode_step_reads_little_more_than_all_of_them(measure):
+    assert measure("qwen3-30b-a3b", "decode")["ratio"] <= 1.2
+
+
+def test_in_nvfp4_a_decode_step_moves_little_more_than_codes_and_scales(measure):
+    found = measure("qwen3-8b", "decode", nvfp4=True)
+    assert found["ratio"] <= 1.05
+    assert found["temp_bytes"] < 50 * MEGABYTE
+    assert found["alias_bytes"] >= found["cache_bytes"]
 
 
 def test_a_plan_from_few_layers_says_what_all_of_them_move(measure):
