@@ -63,7 +63,7 @@ class StepwisePrograms:
         self.programs = programs
         static = ("level", "within")
         self.prefill = jax.jit(self._prefill, donate_argnames="cache", static_argnames=static)
-        self.decode = jax.jit(self._decode, donate_argnames="cache", static_argnames=static)
+        self.decode = jax.jit(self._decode, static_argnames=static, **programs.appending)
 
     def _prefill(
         self,
