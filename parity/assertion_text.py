@@ -25,8 +25,8 @@ def failure(comparison: Comparison, reproduce: str) -> str:
     blocks = [textwrap.fill(f"parity {comparison.kind}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
     lines = [*_first(comparison), *_layers(comparison), *(_top1(comparison, count) for count in comparison.top1)]
     if alike := outstanding(comparison.nearest_mutant()):
-        pattern = f"its pattern of errors is {alike.similarity:.0%} the same"
-        lines.append(("looks like", f"the planted bug {alike.name} ({alike.says}): {pattern}"))
+        pattern = f"{alike.similarity:.0%} alike, 100% being the same"
+        lines.append(("alike", f"most resembles the known bug pattern {alike.name} ({alike.says}): {pattern}"))
     if len(comparison.reasons) > 1:
         lines += [("because", reason) for reason in comparison.reasons[:REASONS_SHOWN]]
     lines.append(("reproduce", reproduce))
@@ -87,5 +87,6 @@ def _layers(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _top1(comparison: Comparison, count: Top1) -> tuple[str, str]:
     a, b = comparison.labels
-    who = {"a": a, "b": b, "both": f"{a} against {b}"}[count.side]
-    return "top-1", f"{who}: {count.agree} of {count.decidable} decidable tokens agree, {count.ties} ties"
+    who = {"a": f"{a} picks the oracle's", "b": f"{b} picks the oracle's", "both": f"{a} and {b} pick the same"}
+    what = f"{count.agree} of {count.decidable} tokens, {count.ties} near-ties left out"
+    return "top-1", f"{who[count.side]} for {what}"

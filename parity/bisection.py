@@ -11,6 +11,7 @@ from typing import Any
 from parity.wording import number, share, told_share
 
 WIDTH = 110
+REST = "the rest of it"  # what a module does with the results of its parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Bisection:
         """The tables and the summary."""
         lines: list[str] = []
         for name, steps in self.tables:
-            lines += [f"{name}:", *_table(steps, self.names), ""]
+            lines += [f"{name}:", *_table(steps, self.names, name), ""]
         told = [textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (*self._noted(), self.summary)]
         return "\n".join([*lines, *told])
 
@@ -123,6 +124,8 @@ class Bisection:
     def _who(self, step: Step) -> str:
         a, b = self.names
         limit = f"({told_share(step.used)} of {number(step.limit)})"
+        if any(name == step.path and step in steps for name, steps in self.tables):
+            limit += f" in {REST}, given the results of its parts"
         if step.blame == "unknown":
             fed = max(one for one in (step.fed_a, step.fed_b) if one is not None)
             return f"{a} and {b} compute {step.path} differently: fed the same, they are {number(fed)} apart {limit}."
@@ -142,7 +145,8 @@ class Bisection:
         wrong = [one.path for one in steps if one.blame is not None]
         if not wrong:
             return f" No step inside {name} stands out alone."
-        return " Its parts do not: it is what joins them." if step.path == name else ""
+        right = " Each operation inside it is right on its own; the error appears in what it hands on."
+        return right if step.path == name else ""
 
     def _rest(self, step: Step) -> str:
         _, steps = self.tables[0]
@@ -160,8 +164,11 @@ def _is_within(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
 
 
-def columns(steps: tuple[Step, ...], names: tuple[str, str]) -> list[list[str]]:
-    """A table of steps by column, each with its head; columns that nothing stands in are left out."""
+def columns(steps: tuple[Step, ...], names: tuple[str, str], whole: str) -> list[list[str]]:
+    """A table of steps by column, each with its head; columns that nothing stands in are left out.
+
+    ``whole``: what they are the steps of: its own line is what it makes of theirs, and is told from its line above.
+    """
     a, b = names
     heads = ["step", "free run", f"{a} fed {b}'s", f"{b} fed {a}'s", f"{a} local", f"{b} local", "limit", "used", ""]
     rows = [heads]
@@ -169,13 +176,13 @@ def columns(steps: tuple[Step, ...], names: tuple[str, str]) -> list[list[str]]:
         errors = (step.free, step.fed_a, step.fed_b, step.local_a, step.local_b, step.limit)
         blame = {"a": f"<- {a}", "b": f"<- {b}", "both": "<- both", "unknown": "<- differ", None: ""}[step.blame]
         said = ["" if error is None else number(error) for error in errors]
-        rows.append([step.path, *said, share(step.used), blame])
+        rows.append([f"{step.path} ({REST})" if step.path == whole else step.path, *said, share(step.used), blame])
     return [list(column) for column in zip(*rows, strict=True) if any(column[1:])]
 
 
-def _table(steps: tuple[Step, ...], names: tuple[str, str]) -> list[str]:
+def _table(steps: tuple[Step, ...], names: tuple[str, str], whole: str) -> list[str]:
     """Lines of a table."""
-    table = columns(steps, names)
+    table = columns(steps, names, whole)
     widths = [max(map(len, column)) for column in table]
     is_text = [column[0] in ("step", "") for column in table]
     lines = []

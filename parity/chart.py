@@ -1,4 +1,4 @@
-"""Errors by module as an inline SVG: both backends on a log scale, the limit one of them had to stay under, the lid."""
+"""Errors by module as an inline SVG: both backends on a log scale, the limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error_chart(comparison: Comparison) -> str:
     parts = [f'<polygon class="area" points="{_points(area)}"/>', *_axes(scale, rows)]
     parts.append(f'<polyline class="lid" points="{_points(lids)}"/>')
     parts.append(f'<polyline class="limit" points="{_points(limits)}"/>')
-    labels = [(lids[-1][1], "lid-text", "lid"), (limits[-1][1], "limit-text", limit_label(comparison))]
+    labels = [(lids[-1][1], "lid-text", "absolute limit"), (limits[-1][1], "limit-text", limit_label(comparison))]
     slots = colours(comparison.labels)
     series = [(slots[side == "b"], label, values) for side, label, values in _series(comparison, rows)]
     for css, label, values in sorted(series, reverse=True):  # the thick line under the thin one
@@ -68,8 +68,8 @@ def chart_key(comparison: Comparison) -> str:
         a, b = comparison.labels
         one, other = (a, b) if _whose(comparison) == "a" else (b, a)
         what = "Distance from the float64 oracle, relative (log scale), of what each module hands on. Green:"
-        what += f" {one} may be {limits.k:g}x as far off as {other}. Dashed, the lid: no correct {comparison.dtype}"
-        what += " backend is so far off."
+        what += f" {one} may be {limits.k:g}x as far off as {other}. Dashed, the absolute limit: no correct"
+        what += f" {comparison.dtype} backend is so far off, whatever the other one is."
     failing = any(row.verdict == "FAIL" for row in comparison.rows)
     what += " Ringed: over its limit, or one of its tokens is." if failing else ""
     return f'<p class="key">{html.escape(what)}</p>'

@@ -107,6 +107,8 @@ def _judge(case: Case, notes: list[str]) -> Comparison:
         generated=compare_generated(case, found, keep, router),
         routing=router.report,
         probes=study_probes(case, rows, router),
+        after=case.a.meta.get("after"),
+        has_digests=_has_digests(case),
     )
     looks = profile(case, evidence.rows, evidence.divergence, router, evidence.top1, router.report)
     decision = decide(evidence)
@@ -191,7 +193,7 @@ def _notes(case: Case, router: Router, probes: tuple[Probe, ...], *, has_failed:
         counts = f"{router.report.excluded} of {router.report.tokens}"
         notes.append(f"{counts} tokens follow a router flip and are not judged.")
     if not trace_layout.hidden_layers(case.a.tensors):
-        notes.append("no hidden states: the number of layers is unknown, so the lid is that of one layer.")
+        notes.append("no hidden states: the number of layers is unknown, so the absolute limit is that of one layer.")
     return notes
 
 

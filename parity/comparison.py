@@ -39,7 +39,7 @@ class Comparison:
         labels: what a and b are called. meta: facts about them (and the oracle), without digests.
         probes: faults that the oracle tried, and whether they would have been seen here; empty where it tried none.
         profile: of a FAIL with an oracle, what it looks like (``parity.profile``), for ``nearest_mutant``.
-        parts: of the architecture (``parity.nearest.PARTS``); planted bugs of others are left out. None: not known.
+        parts: of the architecture (``parity.nearest.PARTS``); known bugs of others are left out. None: not known.
         text_path: where the checkpoint has its text model, so ``model`` of ``model.layers.3``.
         experiment: what was done to one side on purpose, where that was: then the verdict is of the experiment, not of
             the backends as they are.
@@ -112,7 +112,7 @@ class Comparison:
         return module_of(tensor, self.text_path)
 
     def nearest_mutant(self, count: int = 3) -> list[Likeness]:
-        """The planted bugs that this failure looks most like, by falling similarity; none where nothing failed.
+        """The known bugs that this failure resembles most, by falling similarity; none where nothing failed.
 
         Only those that a model of this architecture can have, and no match that is not a good one.
         """

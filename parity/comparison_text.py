@@ -6,7 +6,7 @@ import textwrap
 
 from parity.comparison import Comparison
 from parity.findings import Generated, Routing, TensorRow, Top1
-from parity.nearest import looks_like
+from parity.nearest import resemblance
 from parity.wording import cause_word, number, share
 
 WIDTH = 110
@@ -73,13 +73,14 @@ def _align(cell: str, width: int, *, left: bool) -> str:
 
 def _top1(comparison: Comparison, count: Top1) -> str:
     a, b = comparison.labels
-    who = {"a": a, "b": b, "both": f"{a} against {b}"}[count.side]
-    text = f"top-1      {who}: {count.agree} of {count.decidable} decidable tokens agree with the reference"
-    return f"{text}; {count.ties} ties, {count.ties_agree} of them alike"
+    who = {"a": a, "b": b, "both": f"{a} and {b}"}[count.side]
+    picks = "pick the same top-1" if count.side == "both" else "picks the oracle's top-1"
+    ties = f": {count.ties}, of which {count.ties_agree} alike" if count.ties else ""
+    return f"top-1      {who}: {picks} for {count.agree} of {count.decidable} tokens (near-ties left out{ties})"
 
 
 def _alike(comparison: Comparison) -> list[str]:
-    return [f"looks like {looks_like(comparison.nearest_mutant())}"] if comparison.profile else []
+    return [f"alike      {resemblance(comparison.profile, comparison.parts)}"] if comparison.profile else []
 
 
 def _weights(comparison: Comparison) -> list[str]:

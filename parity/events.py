@@ -59,6 +59,12 @@ def timeline(events: Sequence[EventResult]) -> tuple[list[str], list[EventRow]]:
     return backends, list(rows.values())
 
 
+def numbered_roots(events: Sequence[EventResult]) -> dict[str, int]:
+    """The root digests in the order in which they are first met, numbered from 0: what their colours go by."""
+    roots = dict.fromkeys(result.root for result in events if result.root)
+    return {root: number for number, root in enumerate(roots)}
+
+
 def render_text(events: Sequence[EventResult], *, colour: bool | None = None) -> str:
     """The timeline as an aligned table, with what failed told below it.
 

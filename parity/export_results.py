@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from parity.comparison import EXIT_CODES, Comparison, Verdict
 from parity.events import EventResult, timeline
 from parity.findings import TensorRow
-from parity.nearest import looks_like
+from parity.nearest import resemblance
 from parity.wording import cause_word, number, share
 
 Comparisons = Sequence[tuple[str, Comparison]]
@@ -74,7 +74,7 @@ def to_markdown(comparisons: Comparisons, events: Sequence[EventResult] = ()) ->
             lines += [f"| output of | e({a}) | e({b}) | {a} to {b} | limit | used | |", "|---|--:|--:|--:|--:|--:|---|"]
             lines += [_markdown_row(row) for row in comparison.rows]
             lines.append("")
-        alike = [f"looks like {looks_like(comparison.nearest_mutant())}"] if comparison.profile else []
+        alike = [resemblance(comparison.profile, comparison.parts)] if comparison.profile else []
         notes = [*alike, *comparison.notes]
         lines += [f"- {_cell(note)}" for note in notes] + ([""] if notes else [])
     if events:
@@ -129,7 +129,7 @@ def _case_of_verdict(title: str, comparison: Comparison) -> ElementTree.Element:
 
 
 def _properties_of(comparison: Comparison) -> dict[str, Any]:
-    """Of a verdict: how near the nearest limit was, how small a fault would have been seen, what it looks like."""
+    """Of a verdict: how near the nearest limit was, how small a fault would have been seen, what it resembles."""
     judged = [min(row.margin, row.token_margin) for row in comparison.rows if row.verdict != "SKIP"]
     found: dict[str, Any] = {"margin": min(judged)} if judged else {}
     found |= {"experiment": comparison.experiment} if comparison.experiment else {}

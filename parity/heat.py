@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from parity.comparison import Comparison
-from parity.wording import short_name, told_share
+from parity.wording import TOKEN_LIMIT, short_name, told_share
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 8.0)  # shares of the limit; above 1 fails
-LABELS = ("up to ¼ of its limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
+LABELS = ("up to ¼ of a token's limit", "to ½", "to ¾", "to the limit", "over, up to 2x", "up to 8x", "more")
 COLUMNS, ROWS, STRIPS = 160, 40, 12  # cells drawn; longer ones show the worst of several tokens or tensors
 LABELLED = 16  # lines named along the edge, at most
 WIDTH, LEFT, RIGHT, CELL = 1040, 82, 14, 11
@@ -32,21 +32,37 @@ def heat_map(comparison: Comparison) -> str:
     padded = {name: _pad(array, width) for name, array in used.items()}
     batch = next(iter(padded.values())).shape[0]
     overall = np.fmax.reduce(list(padded.values()))
-    lines: list[tuple[str, np.ndarray]] = []
-    if batch > 1:
-        chosen = [row for row in range(batch) if row < STRIPS or row == worst.row]
-        lines += [(f"row {row}", overall[row]) for row in chosen]
+    chosen = [row for row in range(batch) if row < STRIPS or row == worst.row] if batch > 1 else []
+    lines = [(f"row {row}", overall[row]) for row in chosen]
     strips = len(lines)
     lines += _by_tensor({name: array[worst.row] for name, array in padded.items()})
     rows = "every row, then " if batch > 1 else ""
-    title = f"<h3>Tokens: share of its limit that each uses, {rows}row {worst.row} module by module</h3>"
+    title = f"<h3>Tokens: share of {TOKEN_LIMIT} that each uses, {rows}row {worst.row} module by module</h3>"
     css = "mark-text" if worst.margin < 0 else "calm"
     module = comparison.module_of(worst.tensor)
     line = strips + list(padded).index(module) // _group(padded)
-    drawn = _svg(lines, strips, (line, worst.position), css)
+    starts = decode_starts(comparison)
+    since = [starts[row] for row in [*chosen, *[worst.row] * (len(lines) - strips)]]
+    drawn = _svg(lines, strips, (line, worst.position), css, since)
     where = f"<p class='key'>Across: positions. Framed: position {worst.position} in {html.escape(module)}, which uses"
-    where += f" {told_share(1 - worst.margin)}, {'the most there' if css == 'mark-text' else 'the most of all'}.</p>"
-    return f'<div class="heat">{title}{drawn}{where}{_legend()}</div>'
+    most = "the most of any single token" + (" there" if css == "mark-text" else "")
+    where += f" {told_share(1 - worst.margin, TOKEN_LIMIT)}, {most}.{_since_key(since)}</p>"
+    return f'<div class="heat">{title}{drawn}{where}{_legend(has_router=comparison.routing is not None)}</div>'
+
+
+def decode_starts(comparison: Comparison) -> list[int | None]:
+    """The first position of every row that was decoded, by its own step, in either trace; None where none was."""
+    case = comparison.case
+    batch = max((used.shape[0] for used in comparison.token_used.values()), default=0)
+    steps = max((int(facts.get("decode") or 0) for facts in comparison.meta[:2]), default=0)
+    if case is None or not steps:
+        return [None] * batch
+    real = [np.flatnonzero(row) for row in case.mask()]
+    return [int(row[-steps]) if len(row) >= steps else None for row in real]
+
+
+def _since_key(since: Sequence[int | None]) -> str:
+    return "" if not any(one is not None for one in since) else " Behind the upright line: decoded one at a time."
 
 
 def _group(tensors: Collection[str]) -> int:
@@ -54,8 +70,11 @@ def _group(tensors: Collection[str]) -> int:
     return -(-len(tensors) // ROWS)
 
 
-def heat_of(name: str, used_BT: np.ndarray) -> str:
-    """One tensor: a line for each row of the batch; of a large batch the worst rows. Empty without any token."""
+def heat_of(name: str, used_BT: np.ndarray, *, starts: Sequence[int | None] = (), has_router: bool = False) -> str:
+    """One tensor: a line for each row of the batch; of a large batch the worst rows. Empty without any token.
+
+    ``starts``: of ``decode_starts``. ``has_router``: whether tokens may be left out because of one.
+    """
     if not used_BT.size or np.isnan(used_BT).all():
         return ""
     row, position = worst_place(used_BT)
@@ -63,12 +82,13 @@ def heat_of(name: str, used_BT: np.ndarray) -> str:
     chosen = sorted(order[:ROWS].tolist())
     lines = [(f"row {index}", used_BT[index]) for index in chosen]
     css = "mark-text" if used_BT[row, position] > 1 else "calm"
-    title = f"<h3>{html.escape(name)}: share of its limit that each token uses</h3>"
-    most = told_share(float(used_BT[row, position]))
+    title = f"<h3>{html.escape(name)}: share of {TOKEN_LIMIT} that each token uses</h3>"
+    most = told_share(float(used_BT[row, position]), TOKEN_LIMIT)
+    since = [starts[index] for index in chosen] if starts else []
     where = f"<p class='key'>Across: positions. Framed, the worst: row {row}, position {position}, {most}."
     where += f" {len(order) - len(chosen)} rows that use less are left out." if len(order) > ROWS else ""
-    drawn = _svg(lines, 0, (chosen.index(row), position), css)
-    return f'<div class="heat">{title}{drawn}{where}</p>{_legend()}</div>'
+    drawn = _svg(lines, 0, (chosen.index(row), position), css, since)
+    return f'<div class="heat">{title}{drawn}{where}{_since_key(since)}</p>{_legend(has_router=has_router)}</div>'
 
 
 def heat_text(name: str, used_BT: np.ndarray) -> str:
@@ -77,7 +97,7 @@ def heat_text(name: str, used_BT: np.ndarray) -> str:
         return f"{name}: no token was judged"
     row, position = worst_place(used_BT)
     group = -(-used_BT.shape[1] // TEXT_COLUMNS)
-    head = f"{name}: worst at row {row}, position {position}, {told_share(float(used_BT[row, position]))}"
+    head = f"{name}: worst at row {row}, position {position}, {told_share(float(used_BT[row, position]), TOKEN_LIMIT)}"
     lines = ["".join(GLYPHS[level] for level in _levels(values, group)) for values in used_BT[:ROWS]]
     key = "  ".join(f"{glyph} {label}" for glyph, label in zip(GLYPHS, LABELS, strict=False))
     each = "" if group == 1 else f"  (a character is the worst of {group} positions)"
@@ -102,15 +122,21 @@ def _pad(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=np.nan)
 
 
-def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int], css: str) -> str:
-    """``worst``: line and position of the token to mark."""
+def _svg(
+    lines: list[tuple[str, np.ndarray]],
+    strips: int,
+    worst: tuple[int, int],
+    css: str,
+    since: Sequence[int | None] = (),
+) -> str:
+    """``worst``: line and position of the token to mark; ``since``: of each line, a position to mark the start of."""
     position = worst[1]
     length = len(lines[0][1])
     group = -(-length // COLUMNS)
     columns = -(-length // group)
     size = min((WIDTH - LEFT - RIGHT) / columns, 26)
     paths: dict[int, list[str]] = {}
-    texts, y, ring = [], 14, ""
+    texts, y, ring, marks = [], 14, "", []
     every = -(-len(lines) // LABELLED)
     for index, (label, values) in enumerate(lines):
         y += 10 if index == strips and strips else 0  # a gap between the rows of the batch and the tensors of one row
@@ -126,7 +152,10 @@ def _svg(lines: list[tuple[str, np.ndarray]], strips: int, worst: tuple[int, int
             kind, x = "frame over" if css == "mark-text" else "frame", LEFT + (position // group) * size - 1
             box = f'x="{x:.1f}" y="{y - 1}" width="{size + 1.3:.1f}" height="{CELL + 1}" rx="2"'
             ring = f'<rect class="halo" {box}/><rect class="{kind}" {box}/>'  # to be seen on pale and on dark cells
+        if since and (start := since[index]) is not None:
+            marks.append(f"M{LEFT + (start // group) * size - 0.6:.1f} {y - 1}v{CELL}")
         y += CELL
+    ring += f'<path class="since" d="{"".join(marks)}"/>' if marks else ""
     drawn = "".join(f'<path class="h{level}" d="{"".join(parts)}"/>' for level, parts in sorted(paths.items()))
     at = LEFT + (position // group + 0.5) * size
     width = LEFT + columns * size + RIGHT  # a short sequence is drawn small, not stretched
@@ -165,6 +194,7 @@ def _runs(levels: np.ndarray) -> list[tuple[int, int, int]]:
     return [(i, j, int(levels[i])) for i, j in zip(edges, edges[1:], strict=False) if levels[i] >= 0]
 
 
-def _legend() -> str:
+def _legend(*, has_router: bool) -> str:
     keys = "".join(f'<span><i class="dot h{level}"></i>{text}</span>' for level, text in enumerate(LABELS))
-    return f'<div class="legend">{keys}<span>blank: padding, or behind a router flip</span></div>'
+    blank = "padding" + (", or after a token that a router sent to other experts" if has_router else "")
+    return f'<div class="legend">{keys}<span>blank: {blank}</span></div>'

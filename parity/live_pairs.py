@@ -18,11 +18,10 @@ from parity.comparison import Comparison
 from parity.model_backend import ModelBackend, trace_names
 from parity.record import default_inputs
 from parity.record_oracle import record_oracle
+from parity.reproduce import live_command
 from parity.ruler import Side
 from parity.trace import Trace
-from parity.trace_layout import hidden_layers, routing_layers
-
-NEVER = 1 << 30  # no model has so many layers
+from parity.trace_layout import activations, order_of, order_of_module, routing_layers
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,10 @@ class LivePair:
             oracle_a, oracle_b = (self._oracle(like=trace) for trace in (a, b))
         else:
             oracle_a = oracle_b = self._plain_oracle()
-        return replace(compare(a, b, oracle_a, oracle_b=oracle_b), pair=self)
+        found = compare(a, b, oracle_a, oracle_b=oracle_b)
+        has_failed = found.verdict == "FAIL"
+        command = live_command(found.divergence, has_adapter=self.adapter is not None) if has_failed else None
+        return replace(found, pair=self, commands=(command,) if command else ())
 
     def _plain_oracle(self) -> Trace:
         kept = self._oracles.get("plain")
@@ -156,14 +158,13 @@ def rerun(a: ModelBackend, b: ModelBackend, inputs: Inputs, path: str) -> Trace:
 
 
 def _after(path: str, trace: Trace) -> Trace:
-    """The trace without what is computed before ``path`` and at it."""
-    first = NEVER if path.endswith(".norm") else 1
-    if (layer := re.search(r"\.layers\.(\d+)(\..+)?$", path)) is not None:
-        first = int(layer[1]) + (1 if layer[2] else 2)  # a layer's result is called by the number after its own
-    names = {f"hidden_states.{i}" for i in hidden_layers(trace.tensors) if i < first}
+    """The trace without what is computed before ``path`` and at it, and a note of that for whoever judges it."""
+    last = order_of_module(path)
+    first = last if re.search(r"\.layers\.\d+\..", path) else last + 1  # a part of a layer leaves its result to judge
+    names = {name for name in activations(trace.tensors) if order_of(name) < first}
     names |= {f"routing.{i}" for i in routing_layers(trace.tensors) if i < first}
-    names |= {"final_hidden_state"} if first == NEVER else set()
-    return Trace({name: array for name, array in trace.tensors.items() if name not in names}, trace.meta)
+    kept = {name: array for name, array in trace.tensors.items() if name not in names}
+    return Trace(kept, trace.meta | {"after": path})
 
 
 def _told(before: Comparison, after: Comparison, path: str) -> str:

@@ -1,4 +1,4 @@
-"""Which planted bug a failure looks like: its profile against those of every mutant, from the library beside this file.
+"""Which known bug a failure resembles: its profile against those of every mutant, from the library beside this file.
 
 ``parity/mutant_profiles.json`` is made by ``tandem mutate --profiles``, on models of the zoo.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ TIE = 0.05  # mutants so near each other cannot be told apart
 # Parts of an architecture, as their weights are called: a bug in a part is none of a model that lacks it.
 # The eleventh layer is one: without it no number of a layer sorts otherwise as text.
 PARTS = (".layers.10", ".mlp.gate", ".shared_expert", ".linear_attn", ".pre_feedforward_layernorm", ".q_proj.bias")
+SHOWN = 3  # the most alike, at most
 NAMED = 0.7  # as similar as this, and
 AHEAD = 0.1  # so much more than the next, to be named without being asked: then 19 of 20 are right, else 2 of 3
 WIDTH = 0.5  # root mean square distance of two profiles, in standard deviations, at which they are 0.6 alike
@@ -29,7 +30,7 @@ WIDTH = 0.5  # root mean square distance of two profiles, in standard deviations
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """A mutant that a failure looks like.
+    """A mutant that a failure resembles.
 
     Attributes:
         says: what its bug is.
@@ -107,15 +108,21 @@ def outstanding(found: list[Likeness]) -> Likeness | None:
     return found[0] if len(found) == 1 or found[0].similarity - found[1].similarity >= AHEAD else None
 
 
-def looks_like(found: list[Likeness]) -> str:
-    """What a failure looks like, in half a sentence a reader who has seen no such number understands."""
-    alike = [one for one in found if one.similarity >= FLOOR]
+def resemblance(profile: Mapping[str, float], parts: Collection[str] | None = None) -> str:
+    """Which known bug a failure resembles, in half a sentence a reader who has seen no such number understands.
+
+    ``parts`` as for ``nearest``.
+    """
+    found = nearest(profile, parts=parts)
+    alike = [one for one in found[:SHOWN] if one.similarity >= FLOOR]
+    return told_alike(alike, len(found))
+
+
+def told_alike(alike: Sequence[Likeness], known: int) -> str:
+    """The same of what is alike enough, by falling similarity, of so many known bugs."""
     if not alike:
-        return "no planted bug: none leaves errors over layers and tokens in a pattern that is a good match"
+        return f"resembles none of the {known} known bug patterns"
     ties = [one for one in alike if alike[0].similarity - one.similarity <= TIE]
     told = [f"{one.name} ({one.says})" for one in {one.says: one for one in reversed(ties)}.values()][::-1]
-    which = "the planted bug" if len(told) == 1 else "planted bugs too alike to tell apart:"
-    return (
-        f"{which} {joined(told, 'or')}: its errors over layers and tokens have a pattern {alike[0].similarity:.0%} like"
-        " this one's (100% is the same)"
-    )
+    which = "the known bug pattern" if len(told) == 1 else "known bug patterns too alike to tell apart:"
+    return f"most resembles {which} {joined(told, 'or')}: {alike[0].similarity:.0%} alike, 100% being the same"

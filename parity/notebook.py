@@ -15,10 +15,10 @@ from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison
 from parity.comparison_text import tensor_table as tensor_text
 from parity.events import EventResult, render_text
-from parity.heat import heat_map, heat_of, heat_text
-from parity.report_parts import timeline_table
+from parity.heat import decode_starts, heat_map, heat_of, heat_text
 from parity.report_style import framed, standalone_svg
 from parity.report_tables import tensor_rows
+from parity.report_timeline import timeline_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # pyright: ignore[reportMissingImports]
@@ -61,7 +61,7 @@ class Table:
 
 
 class LayerPlot:
-    """Errors by layer on a log scale: both sides, the limit each had to stay under, and the lid."""
+    """Errors by layer on a log scale: both sides, the limit one of them had to stay under, and that of any backend."""
 
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
@@ -107,7 +107,8 @@ class Heat:
         return f"output of {self._comparison.module_of(self.name)}" if self.name else "all modules"
 
     def _repr_html_(self) -> str:
-        drawn = heat_map(self._comparison) if self.name is None else heat_of(self._title, self.used)
+        told = {"starts": decode_starts(self._comparison), "has_router": self._comparison.routing is not None}
+        drawn = heat_map(self._comparison) if self.name is None else heat_of(self._title, self.used, **told)
         return framed(drawn or "<p>No token was judged.</p>")
 
 

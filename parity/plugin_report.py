@@ -7,23 +7,25 @@ test reports, as JSON values: a section of the page as it will be, and what the 
 from __future__ import annotations
 
 import platform
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parity.asserting import Held
-from parity.events import EventResult
+from parity.events import EventResult, numbered_roots
+
+if TYPE_CHECKING:
+    from parity.comparison import Comparison
 
 Entry = dict[str, Any]  # JSON values
 
 
-def of_comparison(held: Held, nodeid: str, again: str | None = None) -> Entry:
+def of_comparison(held: Held, nodeid: str, again: str | None = None, alone: str | None = None) -> Entry:
     """One comparison of a test: its section of the page, drawn, and its line of the index.
 
-    ``again``: the command that compares the same traces once more. Of a failure the page says it, how to run the test
-    alone, and how to take the two backends apart.
+    ``again``: the command that compares the same traces once more. ``alone``: the one that runs the test by itself. Of
+    a failure the page says both, and how to take the two backends apart.
     """
     from parity.report import about, line_of
     from parity.report_parts import comparison_section
@@ -31,15 +33,17 @@ def of_comparison(held: Held, nodeid: str, again: str | None = None) -> Entry:
     title = f"{nodeid}: {held.title}" + ("" if held.is_asserted else " (measured, not asserted)")
     found = held.comparison
     if found.verdict != "PASS" and held.is_asserted:
-        commands = (*found.commands, shlex.join(["pytest", nodeid]), *([again] if again else []))
-        found = replace(found, commands=commands)
+        found = replace(found, commands=(*filter(None, (alone, *found.commands, again)),))
+    known = about(found)
     return {
         "title": title,
         "verdict": found.verdict if held.is_asserted else None,
         "summary": found.summary,
         "line": line_of(title, found),
-        "about": about(found),
-        "section": comparison_section(title, found),
+        "headline": found.headline,
+        "commands": list(found.commands),
+        "about": known,
+        "section": comparison_section(title, found, origin=known.get("checkpoint", "")),
     }
 
 
@@ -50,26 +54,31 @@ def of_events(events: Sequence[EventResult], nodeid: str) -> Entry:
 
 def write(path: Path, entries: Sequence[Entry], *, command: str) -> None:
     """One self-contained page over all of them, in the order of their titles, whoever finished first."""
-    from parity.comparison import Comparison
-    from parity.report import banner, index, merged, render_page
-    from parity.report_parts import timeline_section
+    from parity.report import banner, find, index, merged, render_page
+    from parity.report_timeline import timeline_section
 
     entries = sorted(entries, key=lambda entry: entry["title"])
     compared = [entry for entry in entries if "section" in entry]
-    asserted = [
-        (entry["title"], Comparison(verdict=entry["verdict"], summary=entry["summary"]))
-        for entry in compared
-        if entry["verdict"]
-    ]
+    asserted = [(entry["title"], _finding_of(entry)) for entry in compared if entry["verdict"]]
     lives = [
         (entry["title"], [EventResult(**event) for event in entry["events"]]) for entry in entries if "events" in entry
     ]
     events = [event for _, found in lives for event in found]
     body = [banner(asserted, events), index([entry["line"] for entry in compared])]
-    body += [timeline_section(found) for _, found in lives]
+    numbers = numbered_roots(events)
+    body += [timeline_section(found, numbers) for _, found in lives]
     body += [entry["section"] for entry in compared]
     facts = {"command": command, "comparisons": str(len(compared)), "events": str(len(events))}
     facts |= merged([entry["about"] for entry in compared])
     facts["python"] = f"{platform.python_version()} on {platform.machine()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page("Parity of a test session", body, facts), encoding="utf-8")
+    page = render_page("Parity of a test session", body, facts, tab=[find(asserted, events)[0]])
+    path.write_text(page, encoding="utf-8")
+
+
+def _finding_of(entry: Entry) -> Comparison:
+    """As much of a comparison as the banner tells."""
+    from parity.comparison import Comparison
+
+    told = {name: entry[name] for name in ("verdict", "summary", "headline")}
+    return Comparison(**told, commands=tuple(entry["commands"]))

@@ -9,6 +9,7 @@ Collecting tests imports neither JAX nor torch, nor NumPy: everything is importe
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -119,8 +120,22 @@ def _on_comparison(item: pytest.Item, held: Held) -> str | None:
     if item.config.option.parity_html is not None:
         from parity.plugin_report import of_comparison
 
-        item.stash[FOUND].append(of_comparison(held, item.nodeid, again))
+        item.stash[FOUND].append(of_comparison(held, item.nodeid, again, _alone(item)))
     return again
+
+
+def _alone(item: pytest.Item) -> str:
+    """The command that runs a test by itself, from where this run was started and with its options."""
+    config = item.config
+    typed = getattr(config, "workerinput", {}).get("mainargv")  # under xdist: of the process that started the workers
+    given = list(config.invocation_params.args if typed is None else typed[1:])
+    chosen, words = set(getattr(config.option, "file_or_dir", None) or ()), ["pytest"]
+    for before, word in zip(["", *given], given, strict=False):
+        is_report = "--parity-html" in (before, word.partition("=")[0])  # one test's report is not the session's
+        if word not in chosen and not is_report:
+            words.append(word)
+    path = os.path.relpath(item.path, config.invocation_params.dir)
+    return shlex.join([*words, f"{path}::{item.nodeid.partition('::')[2]}"])
 
 
 def _keep(item: pytest.Item, held: Held) -> str | None:

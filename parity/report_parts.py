@@ -1,60 +1,23 @@
-"""The sections of the report: lifecycle timeline, and everything about one comparison."""
+"""The sections of the report about one comparison: the finding, the pictures, the counts."""
 
 from __future__ import annotations
 
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from parity.chart import chart_key, error_chart
 from parity.comparison import Comparison
-from parity.events import ROOT_SHOWN, EventResult, timeline
 from parity.findings import Divergence
 from parity.heat import heat_map
-from parity.nearest import looks_like
+from parity.nearest import resemblance
 from parity.report_tables import constants_table, flags_tables, probes_table, tensor_table
 from parity.sparkline import sparkline
-from parity.wording import number, share, shown, times
+from parity.verdict import weakest
+from parity.wording import TOKEN_LIMIT, number, share, times
 
 esc = html.escape
-
-
-def timeline_section(events: Sequence[EventResult]) -> str:
-    """The lifecycle, with its heading."""
-    return f'<h2>Lifecycle</h2><div class="card">{timeline_table(events)}</div>'
-
-
-def timeline_table(events: Sequence[EventResult]) -> str:
-    """Events by backends: green, red or grey, with the version and the weights' root after each."""
-    backends, rows = timeline(events)
-    head = "".join(f"<th>{esc(name)}</th>" for name in backends)
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td>{_event_cell(row.cells[name])}</td>" for name in backends)
-        lines.append(f"<tr><td>{esc(row.event)}</td>{cells}</tr>")
-    table = f'<table class="timeline"><tr><th>event</th>{head}</tr>{"".join(lines)}</table>'
-    key = '<p class="key">The square takes its colour from the root digest: same colour, same weights, bit for bit.</p>'
-    return f'<div class="scroll">{table}</div>{key}'
-
-
-def _event_cell(result: EventResult | None) -> str:
-    if result is None:
-        return '<div class="cell none">\u2013</div>'
-    parts = [f"<b>{result.verdict}</b>"]
-    parts += [f"<span>v{result.version}</span>"] if result.version is not None else []
-    parts += [_root(result.root)] if result.root else []
-    parts += [f'<span class="key">{result.seconds:.2f} s</span>'] if result.seconds is not None else []
-    if result.detail and result.verdict != "pass":
-        parts.append(f'<span class="why">{esc(result.detail)}</span>')
-    return f'<div class="cell {result.verdict}" title="{esc(result.detail)}">{"".join(parts)}</div>'
-
-
-def _root(root: str) -> str:
-    """The first digits of a root, and a colour made from it, so that A, B, A is seen to come back."""
-    hue = sum(ord(char) * (index * 37 + 11) for index, char in enumerate(root[:16])) % 360
-    dot = f'<i class="dot" style="background:hsl({hue} 62% 52%)"></i>'
-    return f'<span class="mono">{dot}{esc(root[:ROOT_SHOWN])}</span>'
 
 
 def anchor(title: str) -> str:
@@ -62,12 +25,21 @@ def anchor(title: str) -> str:
     return "s-" + re.sub(r"[^\w]+", "-", title)
 
 
-def comparison_section(title: str, comparison: Comparison, *, is_told: bool = False) -> str:
+def comparison_section(
+    title: str, comparison: Comparison, *, is_told: bool = False, has_commands: bool = True, origin: str = ""
+) -> str:
     """One comparison: the finding, the chart beside where it begins, the tokens, the counts, the tables.
 
-    ``is_told``: the finding stands above already, in the banner.
+    Args:
+        title: of the section.
+        comparison: any.
+        is_told: the finding stands above already, in the banner.
+        has_commands: whether to say what to run next: not where the banner does.
+        origin: the checkpoint, where it is not that of the whole page.
     """
-    head = _heading(title, comparison) + ("" if is_told else _finding(comparison))
+    head = _heading(title, comparison)
+    head += f'<p class="key">Checkpoint: {esc(origin)}</p>' if origin else ""
+    head += "" if is_told else _finding(comparison, has_commands=has_commands)
     return f'<section class="card" id="{anchor(title)}">{head}{_alike(comparison)}{_details(comparison)}</section>'
 
 
@@ -94,16 +66,17 @@ def _heading(title: str, comparison: Comparison) -> str:
     return f'<div class="head"><h2>{esc(title)}</h2>{pill}</div>{done}'
 
 
-def _finding(comparison: Comparison) -> str:
+def _finding(comparison: Comparison, *, has_commands: bool = True) -> str:
     """The headline, what to run next, and why."""
     headline = f'<p class="headline">{esc(comparison.headline)}</p>' if comparison.headline else ""
-    return f'{headline}{commands(comparison)}<p class="sentence">{esc(comparison.detail)}</p>'
+    return f'{headline}{commands(comparison) if has_commands else ""}<p class="sentence">{esc(comparison.detail)}</p>'
 
 
 def _alike(comparison: Comparison) -> str:
     if not comparison.profile:
         return ""
-    return f'<p class="sentence">Looks like {esc(looks_like(comparison.nearest_mutant()))}.</p>'
+    told = resemblance(comparison.profile, comparison.parts)
+    return f'<p class="sentence">{esc(told[0].upper() + told[1:])}.</p>'
 
 
 def _details(comparison: Comparison) -> str:
@@ -131,16 +104,17 @@ def _divergence_card(comparison: Comparison, found: Divergence) -> str:
     local = 100 if not math.isfinite(total) or total == 0 else round(100 * found.local**2 / found.after**2)
     parts = ((local, "--fail"), (100 - local, "--h3"))
     drawn = "".join(f'<i style="width:{width}%;background:var({colour})"></i>' for width, colour in parts)
-    keys = '<i class="dot" style="background:var(--fail)"></i>made here '
-    keys += f'{local}% &nbsp; <i class="dot" style="background:var(--h3)"></i>handed down {100 - local}% (squared)'
     row = comparison.worst_row
+    basis = "of this token" if row is not None and row.by_token else "over all tokens"
+    keys = f'Of the squared error {basis}: <i class="dot" style="background:var(--fail)"></i>made here {local}%'
+    keys += f' &nbsp; <i class="dot" style="background:var(--h3)"></i>brought along from before {100 - local}%'
     facts = {} if found.suspect_module in (None, found.module) else {"first over its limit": found.module}
-    facts |= {} if row is None else {"of its limit": share(row.used)}
+    facts |= {} if row is None else {"over all tokens": f"{share(1 - row.margin)} of its limit"}
+    facts |= {"worst single token": f"row {found.row}, position {found.position}"}
+    facts |= {} if row is None else {"that token": f"{share(1 - row.token_margin)} of {TOKEN_LIMIT}"}
     facts |= {
-        "worst token": f"row {found.row}, position {found.position}"
-        + ("" if row is None or row.by_token else f" ({share(1 - row.token_margin)})"),
-        "error before": number(found.before),
-        "error after": number(found.after),
+        f"error before, {basis}": number(found.before),
+        f"error after, {basis}": number(found.after),
         "growth here": f"{times(found.growth)}x",
         "growth elsewhere": f"{times(found.usual_growth)}x",
     }
@@ -167,7 +141,7 @@ def _tightest_card(comparison: Comparison) -> str:
     errors = {f"error of {a}": values[0], f"error of {b}": values[1], f"{a} to {b}": values[2], "limit": limit}
     used = round(100 * row.used)
     bar = f'<div class="bar"><i style="width:{min(used, 100)}%;background:var(--pass)"></i></div>'
-    key = f'<span class="key">{used}% of its limit used</span>'
+    key = f'<span class="key">{used}% of {TOKEN_LIMIT if row.by_token else "its limit"} used</span>'
     return (
         f'<div class="found {comparison.verdict.lower()}"><h3>Nearest to its limit</h3>'
         f'<div class="big">{esc(row.module)}</div><p>{esc(what)}</p>'
@@ -180,29 +154,34 @@ def _dl(facts: Mapping[str, str]) -> str:
 
 
 def _tiles(comparison: Comparison) -> str:
-    """Tokens in numbers: top-1, generated, routing."""
+    """Tokens in numbers: top-1, generated, routing; tinted where the number is a failure."""
     a, b = comparison.labels
     tiles = []
     for count in comparison.top1:
-        who = {"a": f"{a} and the oracle", "b": f"{b} and the oracle", "both": f"{a} and {b}"}[count.side]
-        ties = f" ({count.ties} more are ties, {count.ties_agree} of them alike)" if count.ties else ""
-        text = f"tokens that rounding cannot decide have the same top-1 in {who}{ties}"
-        tiles.append((f"{count.agree} / {count.decidable}", text))
+        who = {"a": f"{a} picks the oracle's top-1", "b": f"{b} picks the oracle's top-1"}
+        ties = "near-ties left out"
+        ties += f": {count.ties}, of which {count.ties_agree} alike" if count.ties else ": none"
+        text = f"tokens: {who.get(count.side, f'{a} and {b} pick the same top-1')} ({ties})"
+        tiles.append((f"{count.agree} of {count.decidable}", text, count.agree < count.decidable))
     if comparison.generated:
         found = comparison.generated
         rest = ", ".join(f"{count} {outcome}" for outcome, count in found.counts.items() if outcome != "equal")
         where = f"; first at row {found.first[0]}, step {found.first[1]}" if found.first else ""
         text = f"rows of {found.steps} generated tokens are equal{f' ({rest}{where})' if rest else ''}"
-        tiles.append((f"{found.counts.get('equal', 0)} / {found.rows}", text))
+        tiles.append((f"{found.counts.get('equal', 0)} of {found.rows}", text, found.outcome == "differs"))
     if comparison.routing:
         routing = comparison.routing
         text = f"tokens judged; {routing.between} router flips between the two in {routing.layer_tokens} layer-tokens"
-        tiles.append((f"{routing.tokens - routing.excluded} / {routing.tokens}", text))
+        tiles.append((f"{routing.tokens - routing.excluded} of {routing.tokens}", text, routing.broken is not None))
     if comparison.probes and comparison.verdict != "FAIL":  # beside a failure nobody asks what else would show
         seen = sum(probe.is_seen for probe in comparison.probes)
-        weakest = max(comparison.probes, key=lambda probe: probe.least)
-        text = "places where a weight 1 % off would have been seen; weakest:"
-        text += f" {weakest.module}, from {shown(weakest.least)}"
-        tiles.append((f"{seen} / {len(comparison.probes)}", text))
-    drawn = "".join(f'<div class="tile"><b>{esc(big)}</b><p>{esc(text)}</p></div>' for big, text in tiles)
+        has_digests = all(facts.get("root") for facts in comparison.meta[:2])
+        text = (
+            f"places where a weight 1 % off would have been seen; {weakest(comparison.probes, has_digests=has_digests)}"
+        )
+        tiles.append((f"{seen} of {len(comparison.probes)}", text, False))
+    drawn = "".join(
+        f'<div class="tile{" fail" if is_wrong else ""}"><b>{esc(big)}</b><p>{esc(text)}</p></div>'
+        for big, text, is_wrong in tiles
+    )
     return f'<div class="tiles">{drawn}</div>' if drawn else ""

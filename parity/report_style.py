@@ -16,6 +16,11 @@ _DARK = (
     "--skip-bg:#292c31;--a:#74aaff;--b:#ffab5c;--ok:#1a3025;--h0:#262a30;--h1:#27394b;--h2:#2d5273;"
     "--h3:#3d78ab;--h4:#c98a2c;--h5:#ec6a2c;--h6:#ffb3a1"
 )
+# Of sets of weights in a lifecycle, first to last: no two are alike, and all can be seen on light and on dark.
+ROOT_COLOURS = (
+    "#2f6fdb", "#e8830c", "#1f9a55", "#c23aa5", "#12b5cb", "#8b5a2b", "#7d4fe0", "#eccb14", "#d63a3a", "#7c838d",
+    "#9ad13c", "#f49ac1",
+)  # fmt: skip
 # Jupyter has themes of its own, which need not be the browser's
 _COLOURS = f"""
 .tandem{{{_LIGHT}}}
@@ -35,6 +40,9 @@ _DRAWN = """
 .tandem svg .eb{stroke:var(--b);stroke-width:5;stroke-opacity:.5}
 .tandem svg .limit{stroke:var(--pass);stroke-width:1.2}
 .tandem svg .lid{stroke:var(--fail);stroke-width:1.2;stroke-dasharray:5 4}
+.tandem svg .edge{stroke:var(--ink);stroke-width:1.2}
+.tandem svg .since{stroke:var(--ink);stroke-width:1.6}
+.tandem svg .edge-text{fill:var(--ink)}
 .tandem svg .limit-text{fill:var(--pass)}
 .tandem svg .lid-text{fill:var(--fail)}
 .tandem svg .area{fill:var(--ok)}
@@ -85,6 +93,8 @@ body.tandem{margin:0;background:var(--bg)}
 .tandem .split{display:grid;grid-template-columns:minmax(0,2fr) minmax(250px,1fr);gap:22px;align-items:start}
 .tandem .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(220px,1fr));gap:12px;margin-top:18px}
 .tandem .tile{background:var(--soft);border-radius:10px;padding:12px 14px}
+.tandem .tile.fail{background:var(--tone-bg)}
+.tandem .tile.fail b{color:var(--tone)}
 .tandem .tile b{font-size:20px;font-weight:650}
 .tandem .tile p{margin:2px 0 0;font-size:13px;color:var(--muted)}
 .tandem .found{border:1px solid var(--line);border-top:4px solid var(--tone);border-radius:10px;padding:14px 16px}

@@ -18,7 +18,8 @@ ABSENT = "\u2013"
 HOW_TO_READ = (
     "Each line is what a module hands on. Errors are relative L2 distances from the float64 oracle, over the tokens"
     " that count. Used: the share of the limit, in percent or, where it is exceeded, in times; for the whole, and for"
-    " its worst token (row, position). The limit is that of the side nearer to its own."
+    " its worst token (row, position), whose limit is a single token's own and wider. The limit is"
+    " that of the side nearer to its own."
 )
 
 
@@ -74,7 +75,7 @@ def tensor_table(comparison: Comparison) -> str:
 def tensor_rows(comparison: Comparison) -> str:
     """A line for every tensor."""
     a, b = map(esc, comparison.labels)
-    heads = (f"error of {a}", f"error of {b}", f"{a} to {b}", "limit", "used", "worst token", "used there")
+    heads = (f"error of {a}", f"error of {b}", f"{a} to {b}", "limit", "used", "worst token", "of its own limit")
     head = "".join(f'<th class="num">{name}</th>' for name in heads)
     lines = "".join(_tensor_line(row) for row in comparison.rows)
     table = f'<div class="scroll"><table><tr><th>output of</th>{head}<th></th></tr>{lines}</table></div>'
@@ -97,7 +98,10 @@ def probes_table(comparison: Comparison) -> str:
         lines.append(f"<tr{bad}><td><code>{esc(probe.module)}</code></td><td>{kind}</td>{numbers}</tr>")
     table = f'<div class="scroll"><table><tr><th>weight</th><th>fault</th>{head}</tr>{"".join(lines)}</table></div>'
     seen = sum(probe.is_seen for probe in comparison.probes)
-    return f"<details><summary>Faults of 1 %: {seen} of {len(lines)} would have been seen</summary>{table}</details>"
+    told = f"Weights 1 % off, tried by the oracle: {seen} of {len(lines)} would have been seen"
+    if comparison.verdict == "FAIL":  # beside a failure nobody asks what else would show, but how much of each it holds
+        told = f"Weights 1 % off, {len(lines)} tried by the oracle: how much of each the traces hold"
+    return f"<details><summary>{told}</summary>{table}</details>"
 
 
 def _tensor_line(row: TensorRow) -> str:
@@ -120,7 +124,7 @@ def constants_table(comparison: Comparison) -> str:
         f"<tr><td><code>{k}</code></td><td>{number(v)}</td><td>{esc(REASONS[k])}</td></tr>" for k, v in values.items()
     )
     how = "e(x) = \u2016x \u2212 oracle\u2016 / \u2016oracle\u2016 must stay under k \u00b7 max(e(other), u) and under"
-    how += f" the lid c \u00b7 u \u00b7 \u221aL, L = {comparison.num_layers}, {esc(comparison.dtype)}."
+    how += f" the absolute limit c \u00b7 u \u00b7 \u221aL, L = {comparison.num_layers}, {esc(comparison.dtype)}."
     return f"<details><summary>The ruler</summary><p class='key'>{how}</p><table>{lines}</table></details>"
 
 
@@ -128,7 +132,7 @@ def bisection_tables(found: Bisection) -> str:
     """What a bisection found, for a notebook: the sentence, and from the model down each step by itself."""
     tables = []
     for name, steps in found.tables:
-        head, *rows = zip(*columns(steps, found.names), strict=True)
+        head, *rows = zip(*columns(steps, found.names, name), strict=True)
         bad = [' class="bad"' if step.blame else "" for step in steps]
         lines = "".join(f"<tr{mark}>{_cells('td', row)}</tr>" for mark, row in zip(bad, rows, strict=True))
         table = f'<div class="scroll"><table><tr>{_cells("th", head)}</tr>{lines}</table></div>'

@@ -16,10 +16,12 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
     ``--layer N`` is ``model.layers.N``, where the error begins.
     """
     metas = case.a.meta, case.b.meta
-    checkpoints = {meta.get("checkpoint") or "" for meta in metas}
-    if len(checkpoints) != 1 or "" in checkpoints or any(meta["backend"] not in RECORDABLE for meta in metas):
+    checkpoints = [meta.get("checkpoint") or "" for meta in metas]
+    roots = [(meta.get("weights") or {}).get("root") for meta in metas]
+    is_one = checkpoints[0] == checkpoints[1] or (roots[0] is not None and roots[0] == roots[1])
+    if not is_one or "" in checkpoints or any(meta["backend"] not in RECORDABLE for meta in metas):
         return None
-    words = ["tandem", "bisect", checkpoints.pop(), "--a", metas[0]["backend"], "--b", metas[1]["backend"]]
+    words = ["tandem", "bisect", checkpoints[0], "--a", metas[0]["backend"], "--b", metas[1]["backend"]]
     words += ["--dtype", metas[0]["dtype"]]
     inputs = {meta.get("inputs") for meta in metas}
     if len(inputs) == 1 and (given := inputs.pop()):
@@ -31,6 +33,15 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
     layer = _layer(divergence)
     words += ["--layer", str(layer - 1)] if layer else []
     return shlex.join(words)
+
+
+def live_command(divergence: Divergence | None, *, has_adapter: bool = False) -> str:
+    """The same of two models that live in this process, as a notebook calls it: files do not have their bugs."""
+    options = ["checkpoint=pair.checkpoint"]
+    options += ["adapter=loaders.adapters.open_adapter(pair.adapter, pair.checkpoint.config)"] if has_adapter else []
+    layer = _layer(divergence)
+    options += [f"layer={layer - 1}"] if layer else []
+    return f"parity.bisect(pair.a, pair.b, pair.inputs, {', '.join(options)})"
 
 
 def _layer(divergence: Divergence | None) -> int | None:

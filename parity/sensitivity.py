@@ -22,14 +22,21 @@ from parity.trace import Trace
 
 
 def study_probes(case: Case, rows: list[TensorRow], router: Router) -> tuple[Probe, ...]:
-    """Hold both traces against every fault that the oracle tried; nothing where it tried none."""
+    """Hold both traces against every fault that the oracle tried; nothing where it tried none.
+
+    Of traces that go on from what was handed in (``after`` in their metadata) only against faults behind that: what is
+    wrong before it, or in the same layer, was replaced.
+    """
     oracle = case.oracle_a
     if oracle is None or case.limits is None:
         return ()
+    after = case.a.meta.get("after")
+    first = -1 if after is None else trace_layout.order_of_module(str(after))
     by_name = {row.name: row for row in rows if row.basis == "oracle" and row.tokens and not row.nonfinite}
     return tuple(
         _studied(case, by_name, router, oracle, number, document)
         for number, document in enumerate(oracle.meta.get("probes") or [])
+        if trace_layout.order_of(str(document["tensor"])) > first
     )
 
 

@@ -35,8 +35,8 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str, marked: in
         return ""
     shares = [min(one, MOST) if not math.isnan(one) else MOST for one in shares]
     scale = _Scale(len(names), max(shares))
-    parts = [f'<path class="lid" d="M0 {scale.y(1):.1f}H{scale.end + 4:.1f}"/>']
-    parts.append(f'<text class="lid-text" x="{scale.end + 8:.1f}" y="{scale.y(1) + 4:.1f}">limit</text>')
+    parts = [f'<path class="edge" d="M0 {scale.y(1):.1f}H{scale.end + 4:.1f}"/>']
+    parts.append(f'<text class="edge-text" x="{scale.end + 8:.1f}" y="{scale.y(1) + 4:.1f}">limit</text>')
     parts += scale.ticks()
     for index, (name, one) in enumerate(zip(names, shares, strict=True)):
         x, y = scale.x(index), scale.y(one)
@@ -95,9 +95,13 @@ def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale, marked:
     every = max(every, -(-len(names) // NAMES) if len(names) > NAMES else 1)
     parts = []
     for index in range(0, len(names), every):
-        x = scale.x(index) + scale.bar / 2
+        x, anchor = scale.x(index) + scale.bar / 2, "middle"
+        if x < ROOM / 2:  # whatever the font makes of a name, it begins where the picture does
+            x, anchor = 0.0, "start"
+        elif x < 1.4 * ROOM:  # the first name may be this long
+            continue
         name = html.escape(short_name(names[index]))
-        parts.append(f'<text x="{max(x, 37):.1f}" y="{HEIGHT - 4}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">{name}</text>')
     worst = shares[marked]
     x = min(max(scale.x(marked) + scale.bar / 2, 24), scale.end - 24)
     text = share(worst)

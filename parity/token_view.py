@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from parity.sparkline import bars
 from parity.wording import number, told_share
 
 LOGITS = "logits"
+BEGINS = 8.0  # times the error before, at least, for a module to be where it begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class TokenView:
         judged: whether it counts: it is no padding, and follows no router flip.
         speakers: a, b and, where there is one, the oracle; empty without logits.
         stages: every tensor at this token, in the order of computation.
+        u: the unit roundoff of what was computed in: growth from exact copies is counted from it.
     """
 
     labels: tuple[str, str]
@@ -78,6 +81,27 @@ class TokenView:
     judged: bool
     speakers: tuple[Speaker, ...]
     stages: tuple[Stage, ...]
+    u: float
+
+    @property
+    def begins(self) -> str:
+        """In which module most of its error begins, in a sentence; empty where it is within its limits."""
+        first = next((stage for stage in self.stages if (stage.used or 0.0) > 1), None)
+        if first is None:
+            return ""
+        errors = [stage.direct for stage in self.stages]
+        if first.e_a is not None and first.e_b is not None:
+            is_b = first.e_b > first.e_a
+            errors = [(stage.e_b if is_b else stage.e_a) or 0.0 for stage in self.stages]
+        before = [0.0, *errors[:-1]]
+        growths = [
+            after / max(one, self.u) if math.isfinite(one) else 1.0 for one, after in zip(before, errors, strict=True)
+        ]
+        index = growths.index(max(growths))
+        if growths[index] < BEGINS:
+            return "No module stands out: its error builds up from one to the next."
+        what = f"{number(before[index])} before it, {number(errors[index])} behind it; what follows hands that on"
+        return f"Most of its error begins in {self.stages[index].module}: {what}."
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -87,7 +111,7 @@ class TokenView:
         lines = [self._title()]
         if self.speakers:
             lines += ["", _columns(_said(self))]
-        lines += ["", _columns(_stages(self))]
+        lines += ["", _columns(_stages(self)), *([self.begins] if self.begins else [])]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -104,7 +128,8 @@ class TokenView:
             else ""
         )
         table = f"<details><summary>Errors of this token in numbers</summary>{_html(_stages(self))}</details>"
-        drawn = f"<h3>Where its error comes from</h3>{drawn}" if drawn else ""
+        begins = f'<p class="sentence">{html.escape(self.begins)}</p>' if self.begins else ""
+        drawn = f"<h3>Its error, module by module</h3>{begins}{drawn}" if drawn else ""
         return framed(f"<h2>{html.escape(self._title())}</h2>{said}{drawn}{table}")
 
     def _title(self) -> str:
@@ -132,6 +157,7 @@ def look_at(comparison: Comparison, place: tuple[int, ...], top: int) -> TokenVi
         judged=any(stage.used is not None for stage in stages),
         speakers=_speakers(case, row, position, top) if LOGITS in case.names else (),
         stages=stages,
+        u=case.limits.u,
     )
 
 

@@ -16,6 +16,7 @@ HIDDEN = re.compile(r"hidden_states\.(0|[1-9]\d*)")
 ROUTING = re.compile(r"routing\.([1-9]\d*)")
 AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are computed
 MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
+AFTER = 1 << 30  # no model has so many layers
 AMPLIFICATION = "amplification."  # before the name of a tensor: of rounding in it, by token; oracles alone have it
 PROBE = "probe."  # before the number of a place: what a fault there does to the first tensor it reaches; oracles alone
 INTEGERS = {"input_ids": 2, "attention_mask": 2, "generated_ids": 2}  # name -> rank
@@ -54,6 +55,20 @@ def module_of(name: str, text_path: str = "model") -> str:
     paths = {"hidden_states.0": f"{text_path}.embed_tokens", "final_hidden_state": f"{text_path}.norm"}
     paths |= {"logits": "lm_head", "mtp.hidden_state": "mtp.norm", "mtp.logits": "mtp.lm_head"}
     return paths.get(name, name)
+
+
+def order_of(name: str) -> int:
+    """When an activation is computed, as a number that grows; layers count as ``layer_of`` does."""
+    layer = layer_of(name)
+    return AFTER + [*AFTER_LAYERS, *MTP].index(name) if layer is None else layer
+
+
+def order_of_module(path: str) -> int:
+    """The same of the first activation that a module's result is part of; 0 is the embeddings'."""
+    if (layer := re.search(r"\.layers\.(\d+)(\..+)?$", path)) is not None:
+        return int(layer[1]) + 1
+    ends = {"norm": "final_hidden_state", "lm_head": "logits"}
+    return order_of(ends.get(path.rpartition(".")[2], "hidden_states.0"))
 
 
 def text_path(weights: Iterable[str]) -> str:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from parity.comparison import Verdict
 from parity.findings import Divergence, Generated, Probe, Routing, TensorRow, Top1
 from parity.ruler import MIN_REMAINING, Cause, Limits, Side
-from parity.wording import joined, number, shown, times, told_share
+from parity.wording import TOKEN_LIMIT, joined, number, shown, times, told_share
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything a verdict is made from."""
+    """Everything a verdict is made from.
+
+    Attributes:
+        after: module whose result was handed in, where that was: only what follows it is judged.
+        has_digests: whether both traces say which weights they are of, so that those are known to be equal.
+    """
 
     labels: tuple[str, str]
     limits: Limits
@@ -23,6 +28,8 @@ class Evidence:
     generated: Generated | None
     routing: Routing | None
     probes: tuple[Probe, ...] = ()
+    after: str | None = None
+    has_digests: bool = True
 
     def module_of(self, tensor: str) -> str:
         """The module whose result a tensor is."""
@@ -71,11 +78,13 @@ def _tensors(evidence: Evidence) -> Decision | None:
     first = failing[0]
     a, b = evidence.labels
     where = f"in {found.suspect_module}" if found.suspect_module else f"by {found.module}"
-    worst = f"worst token: row {found.row}, position {found.position}"
+    worst = f"the worst single token is row {found.row}, position {found.position}"
+    whole, token = 1 - first.margin, 1 - first.token_margin
     if first.basis == "direct":
         detail = (
-            f"What {first.module} hands on is {number(first.direct)} apart, {told_share(first.used)}, {worst}: more"
-            f" than both can be off by rounding ({number(first.limit)}). {_story(evidence)}"
+            f"What {first.module} hands on is {number(first.direct)} apart over all tokens, {told_share(whole)} of"
+            f" {number(first.limit)}, which is what both can be off by rounding; {worst}, at"
+            f" {told_share(token, TOKEN_LIMIT)}. {_story(evidence)}"
             " Pass an oracle to learn whose."
         )
         headline = f"{a} and {b} differ {where}, and whose fault it is is unknown without an oracle"
@@ -84,7 +93,7 @@ def _tensors(evidence: Evidence) -> Decision | None:
     if both is not None:
         detail = (
             f"What {both.module} hands on is off by {_pair(evidence, both)}, and no correct backend in"
-            f" {evidence.dtype} exceeds {number(both.lid)}; {worst} of {first.module}. Suspect the checkpoint, the"
+            f" {evidence.dtype} exceeds {number(both.lid)}; {worst}, in {first.module}. Suspect the checkpoint, the"
             " oracle, or a misreading that the two share."
         )
         return Decision("FAIL", f"{a} and {b} are both wrong {where}", detail, "both wrong", "both")
@@ -93,13 +102,18 @@ def _tensors(evidence: Evidence) -> Decision | None:
     if cause == "rounding" and any(row.cause == "bug" and row.blame == first.blame for row in failing):
         cause = "bug"
     its = "its" if found.suspect == first.name else f"its {first.module}'s"
-    at = f"at row {found.row}, position {found.position}" if first.by_token else f"({worst})"
-    over = f"There {its} error is {told_share(first.used)} {at}; {other} is within its own"
+    error = f"error over all tokens is {told_share(whole)}, and {worst}, at {told_share(token, TOKEN_LIMIT)}"
+    if first.by_token:
+        place = f"row {found.row}, position {found.position}"
+        error = f"error at {place} is {told_share(token, TOKEN_LIMIT)}, the most of any single token"
+        error += f" (over all tokens: {told_share(whole)})"
+    over = f"There {its} {error}; {other} is within its own limits"
     detail = f"{over}. {_story(evidence)}"
     headline = f"{who} is wrong {where}"
     if cause == "rounding":
         headline = f"{who} is off by more than its rounding {where}"
-        detail = f"{over}. It is rounding-sized, under the lid of {number(first.lid)}. {_story(evidence)}"
+        size = f"It is rounding-sized, under what no correct backend exceeds ({number(first.lid)})"
+        detail = f"{over}. {size}. {_story(evidence)}"
         if found.suspect:
             detail += " Rounding does not step like that: suspect a small bug there."
     return Decision("FAIL", headline, detail, cause, first.blame)
@@ -216,15 +230,17 @@ def _passed(evidence: Evidence) -> Decision:
         reason = "No token was left to judge."
         return Decision("INCONCLUSIVE", _unknown(evidence), reason, reasons=(reason,))
     tightest = max(judged, key=lambda row: row.used)
-    token, at = tightest.worst_token, ""
+    token = tightest.worst_token
+    detail = f"Nearest to its limit comes {tightest.module}, with {tightest.used:.0%} of it used over all tokens."
     if tightest.by_token and token is not None:
-        at = f" (at row {token.row}, position {token.position})"
-    detail = f"Nearest to its limit comes {tightest.module}, with {tightest.used:.0%} of it used{at}."
-    headline = f"{a} and {b} agree to within rounding ({evidence.dtype})"
+        at = f"at row {token.row}, position {token.position}"
+        detail = f"Nearest to its limit comes {tightest.module}, with {tightest.used:.0%} of {TOKEN_LIMIT} used {at}."
+    after = f" after {evidence.after}" if evidence.after else ""
+    headline = f"{a} and {b} agree{after} to within rounding ({evidence.dtype})"
     if tightest.basis == "direct":
-        headline = f"{a} and {b} agree as far as can be told without an oracle"
+        headline = f"{a} and {b} agree{after} as far as can be told without an oracle"
         detail += " Rounding or a small bug, and whose, is unknown."
-    detail += f" {sensitivity(evidence.probes)}" if evidence.probes else ""
+    detail += f" {_sensitivity(evidence)}" if evidence.probes else ""
     cause: Cause | None = None
     if evidence.generated and evidence.generated.outcome in ("tie", "router flip"):
         cause = "tie" if evidence.generated.outcome == "tie" else "router flip"
@@ -238,14 +254,26 @@ def blind_blocks(probes: tuple[Probe, ...]) -> list[str]:
     return sorted({probe.block for probe in probes} - seen)
 
 
-def sensitivity(probes: tuple[Probe, ...]) -> str:
+def _sensitivity(evidence: Evidence) -> str:
     """In one sentence, how small a fault would have been seen."""
+    probes = evidence.probes
     seen = sum(probe.is_seen for probe in probes)
-    weakest = max(probes, key=lambda probe: probe.least)
+    size, after = max(probe.size for probe in probes), f" after {evidence.after}" if evidence.after else ""
     return (
-        f"A weight {100 * weakest.size:g} % off would have been seen in {seen} of {len(probes)} places (weakest:"
-        f" {weakest.module}, from {shown(weakest.least)})."
+        f"A weight {100 * size:g} % off{after} would have been seen in {seen} of {len(probes)} places"
+        f" ({weakest(probes, has_digests=evidence.has_digests)})."
     )
+
+
+def weakest(probes: tuple[Probe, ...], *, has_digests: bool) -> str:
+    """Where a fault has to be largest to be seen, and which kind no activation shows, for whoever counts places."""
+    least = max(probes, key=lambda probe: probe.least)
+    told = f"weakest: {least.module}, from {shown(least.least)}"
+    absorbed = list(dict.fromkeys(probe.module.rpartition(".")[2] for probe in probes if probe.kind == "noise"))
+    if not absorbed:
+        return told
+    how = "by the weights' digests alone" if has_digests else "not at all, without digests in both traces"
+    return f"{told}; scales of {joined(absorbed)}, which a norm takes out again, {how}"
 
 
 def _who(evidence: Evidence, side: Side | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+TOKEN_LIMIT = "a token's limit"  # wider than that of a module over all tokens: a share of one is none of the other
 MOST = 1e9  # what is not finite is drawn as so many times its limit
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # What a reader is told a failure is: whose it is stands beside it, so a peer's bug is a bug. Machines get the kind.
@@ -34,11 +35,11 @@ def times(factor: float) -> str:
     return f"{factor:.3g}" if factor < 1000 else f"{float(f'{factor:.3g}'):,.0f}"
 
 
-def told_share(share: float) -> str:
-    """How much of a limit is used, in words: percent below it, times above it."""
+def told_share(share: float, limit: str = "its limit") -> str:
+    """How much of a limit is used, in words: percent below it, times above it. ``limit``: what it is called."""
     if math.isnan(share) or share >= MOST:
         return "not finite"
-    return f"{share:.0%} of its limit" if share <= 1 else f"{times(share)} times its limit"
+    return f"{share:.0%} of {limit}" if share <= 1 else f"{times(share)} times {limit}"
 
 
 def share(value: float) -> str:

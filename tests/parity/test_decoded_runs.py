@@ -21,7 +21,7 @@ from parity.model_backend import ModelBackend
 from parity.mutant_layer import in_layer
 from parity.mutant_plants import wrapped
 from parity.mutants import all_mutants
-from parity.pairs import run_pair
+from parity.pairs import ONLY_DECODED, run_pair
 from parity.record import default_inputs, record
 from parity.zoo import make_checkpoint, prompts
 
@@ -106,6 +106,8 @@ def test_a_bug_of_one_layers_decoding_is_caught_by_run_and_named_down_to_the_ste
         bisected = bisect(*models, inputs, checkpoint=open_checkpoint(checkpoint), layer=LAYER, crossed=False)
     (_, whole), (title, decoded), (_, alone) = found.comparisons
     assert whole.verdict == "PASS"
+    assert decoded.notes[0] == ONLY_DECODED
+    assert ONLY_DECODED not in whole.notes
     assert title == "jax against torch, the last 8 tokens decoded"
     assert decoded.verdict == alone.verdict == "FAIL"
     assert alone.headline == decoded.headline

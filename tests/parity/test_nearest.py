@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from synthetic_traces import add_error, trio
@@ -13,7 +14,7 @@ from parity.compare import compare
 from parity.export_results import to_json, to_junit, to_markdown
 from parity.mutant_profiles import Profiler, deepened, profiled
 from parity.mutants import all_mutants
-from parity.nearest import AHEAD, NAMED, PARTS, Likeness, library, looks_like, nearest, outstanding, parts_of
+from parity.nearest import AHEAD, NAMED, PARTS, Likeness, library, nearest, outstanding, parts_of, told_alike
 from parity.report import render_html
 
 QUICK = ("theta_wrong", "rope_sign", "sees_next_token", "gelu_for_silu", "kv_heads_tiled", "final_norm_dropped")
@@ -85,7 +86,8 @@ def test_a_match_that_is_none_is_said_to_be_none():
     found = failing()
     assert found.nearest_mutant() == []
     for text in (found.to_text(), to_markdown([("x", found)]), found._repr_html_()):
-        assert "ooks like no planted bug" in text
+        assert re.search(r"esembles none of the \d+ known bug patterns", text)
+        assert "planted" not in text
 
 
 def test_bugs_of_parts_that_a_model_lacks_are_no_candidates():
@@ -105,16 +107,17 @@ def test_the_library_knows_which_parts_a_bug_needs():
     assert set().union(*library().parts.values()) == set(PARTS)
 
 
-def test_what_a_failure_looks_like_is_explained_and_near_ties_are_told_together():
+def test_what_a_failure_resembles_is_explained_and_near_ties_are_told_together():
     ties = [Likeness("x", "one bug", 0.85), Likeness("y", "another", 0.82), Likeness("z", "a third", 0.7)]
-    told = looks_like(ties)
+    told = told_alike(ties, 9)
     assert "x (one bug) or y (another)" in told
     assert "z" not in told
     assert "85%" in told
     assert "too alike" in told
-    assert "too alike" not in looks_like(ties[1:])
+    assert "too alike" not in told_alike(ties[1:], 9)
     same = [Likeness("x", "one bug", 0.85), Likeness("w", "one bug", 0.84)]
-    assert "w" not in looks_like(same).partition(":")[0]
+    assert told_alike(same, 9) == "most resembles the known bug pattern x (one bug): 85% alike, 100% being the same"
+    assert told_alike([], 9) == "resembles none of the 9 known bug patterns"
 
 
 def test_every_failure_names_the_command_that_takes_it_apart_and_what_it_looks_like(monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +16,7 @@ from parity.export_results import to_junit, to_markdown
 from parity.notebook import Table, Timeline
 from parity.report import render_html
 from parity.sparkline import bars
+from parity.wording import number
 from parity.zoo import make_checkpoint
 
 
@@ -71,7 +73,7 @@ def test_a_comparison_shows_its_sentence_and_a_bar_for_each_tensor_and_folds_the
 
 def test_bars_cross_the_line_exactly_where_a_tensor_is_over_its_limit():
     drawn = bars(["embed", "one", "two", "three"], [0.0, 1.0, 1.001, np.nan], "caption")
-    line = float(drawn.partition('class="lid" d="M0 ')[2].partition("H")[0])
+    line = float(drawn.partition('class="edge" d="M0 ')[2].partition("H")[0])
     tops = [float(part.partition("h")[0]) for part in drawn.split("V")[1::2]]
     assert [top < line for top in tops] == [False, False, True, True]
     assert "not finite" in drawn
@@ -145,7 +147,7 @@ def test_a_timeline_shows_which_weights_were_held_after_each_step():
         parity.EventResult(f"reload {name}", "jax", "pass", version=i, root=name * 64) for i, name in enumerate("aba")
     ]
     timeline = Timeline(events)
-    colours = re.findall(r"background:(hsl[^\"]*)", timeline._repr_html_())
+    colours = re.findall(r"background:(#\w{6})", timeline._repr_html_())
     assert colours[0] == colours[2] != colours[1]
     assert [line.split()[1] for line in repr(timeline).splitlines()[1:]] == ["a", "b", "a"]
 
@@ -186,8 +188,17 @@ def test_a_token_has_its_errors_tensor_by_tensor(failing):
         assert stage.e_a == pytest.approx(np.linalg.norm(a - r) / np.linalg.norm(r))
         assert stage.direct == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b))
         assert stage.used == failing.token_used[stage.tensor][1, 7]
-    assert "Where its error comes from" in view._repr_html_()
-    assert "model.layers.2" in repr(view)
+    assert "Its error, module by module" in view._repr_html_()
+    before, after = view.stages[2], view.stages[3]
+    begins = (
+        f"Most of its error begins in model.layers.2: {number(before.e_a)} before it, {number(after.e_a)} behind it"
+    )
+    assert begins in view._repr_html_()
+    assert begins in repr(view)
+    calm = [replace(stage, used=0.5) for stage in view.stages]
+    assert replace(view, stages=tuple(calm)).begins == ""
+    even = [replace(stage, e_a=0.004 * (1 + i), used=9.0) for i, stage in enumerate(view.stages)]
+    assert replace(view, stages=tuple(even)).begins.startswith("No module stands out")
     assert view.to_dict()["stages"][0]["tensor"] == "hidden_states.0"
 
 
@@ -258,6 +269,41 @@ def test_a_healed_value_says_on_which_side_of_it_the_bug_is(pair, broken):
     assert broken.inject("model.layers.0.mlp").verdict == "PASS"  # the very module, healed
     assert broken.inject("norm").rows[0].name == "logits"
     assert healed.inject("layers.0").verdict == "PASS"
+
+
+def test_an_experiment_claims_nothing_of_what_it_replaced(pair, broken):
+    healed = broken.inject("layers.0")
+    assert healed.headline.startswith("torch (a) and torch (b) agree after model.layers.0 to within rounding")
+    assert {probe.module for probe in healed.probes} == {
+        probe.module
+        for probe in broken.probes
+        if "layers.1." in probe.module or probe.module in ("model.norm", "lm_head")
+    }
+    assert f"A weight 1 % off after model.layers.0 would have been seen in {len(healed.probes)} of" in healed.summary
+    inside = broken.inject("layers.0.mlp")  # the rest of its layer is judged, but was not asked about
+    assert {probe.module for probe in inside.probes} == {probe.module for probe in healed.probes}
+
+
+def test_what_to_run_next_of_live_models_is_run_on_them(pair, broken):
+    assert broken.commands == ("parity.bisect(pair.a, pair.b, pair.inputs, checkpoint=pair.checkpoint, layer=0)",)
+    found = eval(broken.commands[0], {"parity": parity, "pair": pair})
+    assert found.culprit.path == "model.layers.0.mlp"
+    assert pair.compare().commands == broken.commands
+    assert broken.inject("layers.0").commands == ()
+
+
+def test_a_bisection_tells_a_modules_own_line_from_the_one_above_and_its_sentence_has_the_numbers_of_a_line(
+    pair, broken
+):
+    found = parity.bisect(pair.a, pair.b, pair.inputs, checkpoint=pair.checkpoint, crossed=False)
+    lines = found.to_text().splitlines()
+    (line,) = (line for line in lines if line.lstrip().startswith("model.layers.0.mlp (the rest of it)"))
+    cells = re.split(r"\s{2,}", line.strip())
+    _, _, _, error, limit, used, _ = cells
+    said = f"local error {error} against 0 of torch (a) ({used.removesuffix('x')} times its limit of {limit})"
+    assert said in found.summary
+    assert "Each operation inside it is right on its own; the error appears in what it hands on." in found.summary
+    assert "<td>model.layers.0.mlp (the rest of it)</td>" in found._repr_html_()
 
 
 def test_an_experiment_is_told_from_a_plain_pass_wherever_it_is_shown(broken):

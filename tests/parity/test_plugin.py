@@ -177,7 +177,7 @@ def test_only_measured(ruler):
     ]
     measured = "test_it.py::test_only_measured: ours against peer (measured, not asserted)"
     assert [title for title in titles if "::" in title] == [*asserted, measured]
-    assert "Something differs" in page
+    assert ">ours and peer differ in model.layers.1, and whose fault it is is unknown without an oracle<" in page
     assert "Comparisons: 3 of 4 pass." in page
     assert "rows of 6 positions" in page
     assert "float32" in page
@@ -186,7 +186,10 @@ def test_only_measured(ruler):
     assert sorted(title for _, title in links) == sorted([*asserted, measured])
     assert links[0][1].startswith("test_it.py::test_differs")  # what does not pass comes first
     assert [link for link, _ in links if f'id="{link}"' not in page] == []
-    assert "<code>pytest test_it.py::test_differs</code>" in sections  # alone
+    alone = re.search(r"<code>(pytest [^<]*)</code>", sections)[1]  # with this run's options, but its own report
+    assert alone.endswith(" -p xdist.plugin -n 2 test_it.py::test_differs")
+    assert alone in index  # above everything, since there is one finding
+    assert "--parity-html" not in alone
     assert sections.count("<code>tandem compare ") == 1  # the traces that were kept
     assert not re.findall(r"<(?:script|link|img)|src=|@import", page)  # self-contained
 

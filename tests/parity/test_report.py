@@ -13,9 +13,12 @@ from parity.chart import colours, error_chart
 from parity.events import render_text, timeline
 from parity.export_results import overall, to_json, to_junit, to_markdown
 from parity.findings import Probe
-from parity.heat import heat_map
-from parity.report import render_html
+from parity.heat import decode_starts, heat_map
+from parity.report import about, render_html
+from parity.report_style import ROOT_COLOURS
+from parity.report_timeline import timeline_table
 from parity.sparkline import bars
+from parity.wording import times
 
 ROOT_A, ROOT_B = "3fa2c1d4" * 8, "9be01177" * 8
 EVENTS = [
@@ -91,7 +94,7 @@ def test_everything_a_reader_needs_is_in_sight(failing):
     text = " ".join(Page(page_of([("reload", failing)], EVENTS)).text)
     for part in (
         "A title", "machine", "here", "Something differs", failing.headline, failing.detail, "Where it begins",
-        "model.layers.2", "reload B", "derived scale is stale", "v2", ROOT_B[:8], "no CUDA device", "lid", "limit",
+        "model.layers.2", "reload B", "derived scale is stale", "v2", ROOT_B[:8], "no CUDA device", "absolute limit",
         "precision.matmul",
     ):  # fmt: skip
         assert part in text, part
@@ -118,8 +121,98 @@ def test_the_finding_is_said_once_and_before_anything_else_with_what_to_run_next
     assert page.count("so it begins here") == page.count("tandem bisect") == 1
     assert "outlier" not in page
     two = page_of([("x", found), ("y", found)])
-    section = two.partition("<section")[2]
+    assert two.count("tandem bisect") == 1  # both sections would say the same again
+    other = replace(found, headline="jax is wrong in lm_head", commands=("another command",))
+    section = page_of([("x", found), ("y", other)]).partition("<section")[2]
     assert section.index("torch is wrong in") < section.index("tandem bisect") < section.index("so it begins here")
+
+
+def test_a_tab_of_the_browser_says_what_was_found_and_of_which_checkpoint(failing, passing):
+    def title(comparisons, events=()):
+        page = render_html("run", comparisons=comparisons, events=list(events), facts={"checkpoint": "some/where/"})
+        return re.search("<title>(.*?)</title>", page)[1]
+
+    assert title([("x", failing)]) == "jax is wrong in model.layers.2 \u2013 where \u2013 run"
+    assert title([("x", passing), ("y", failing)]) == title([("x", failing)])
+    assert title([("x", failing)], EVENTS).startswith("Something differs")
+
+
+def test_checkpoints_of_two_sides_and_of_several_comparisons_are_not_mixed_up():
+    def named(*names, root=None):
+        traces = trio()
+        for trace, name in zip(traces, names, strict=False):
+            trace.meta["checkpoint"] = name
+        if root:
+            traces[1].meta["weights"] = {"digests": {}, "root": root}
+        return compare(*traces)
+
+    one, two, three = named("c", "c"), named("d/1", "d/2"), named("d/1", "d/2", root="0" * 64)
+    told = "jax of d/1, torch of d/2"
+    assert (about(one)["checkpoint"], about(two)["checkpoint"]) == ("c", f"{told} (equal weights, root cafecafe)")
+    assert about(three)["checkpoint"] == told
+    page = page_of([("x", one), ("y", two)])
+    chips, _, rest = page.partition("<section")
+    assert "<dd>2 different ones, named with each comparison</dd>" in chips
+    assert "d/1" not in chips
+    assert "Checkpoint: c<" in rest
+    assert f"Checkpoint: {told} (equal weights" in rest
+    assert "Checkpoint: " not in page_of([("x", one), ("y", one)])
+
+
+def test_shares_of_a_modules_limit_and_of_a_tokens_are_told_apart():
+    a, b, oracle = trio()
+    add_error(a, oracle, from_layer=3, times=10)
+    row = compare(a, b, oracle).rows[3]
+    assert not row.by_token
+    whole, token = times(1 - row.margin), times(1 - row.token_margin)
+    assert whole != token
+    found = compare(a, b, oracle)
+    place = f"row {row.worst_token.row}, position {row.worst_token.position}"
+    assert f"its error over all tokens is {whole} times its limit" in found.summary
+    assert f"the worst single token is {place}, at {token} times a token's limit" in found.summary
+    card = page_of([("x", found)]).partition("Where it begins")[2]
+    assert f"<dt>over all tokens</dt><dd>{whole}x of its limit</dd>" in card
+    assert f"<dt>that token</dt><dd>{token}x of a token&#x27;s limit</dd>" in card
+    assert "<dt>error before, over all tokens</dt>" in card
+    assert f"which uses {token} times a token's limit" in card
+
+    a = trio()[0]
+    tensors = [name for name in a.tensors if name in ("hidden_states.3", "hidden_states.4", "logits")]
+    for name in tensors:
+        a.tensors[name][1, 7] *= 1.5
+    found = compare(a, b, oracle)
+    assert found.worst_row.by_token
+    assert "its error at row 1, position 7 is" in found.summary
+    assert "times a token's limit, the most of any single token (over all tokens: " in found.summary
+    assert "<dt>error after, of this token</dt>" in page_of([("x", found)])
+
+
+def test_a_tile_that_is_a_failure_is_tinted_and_reads_one_way_only(passing):
+    count = passing.top1[1]
+    pages = [page_of([("x", replace(passing, top1=(one,)))]) for one in (count, replace(count, agree=3))]
+    good = f"<b>{count.agree} of {count.decidable}</b><p>tokens: torch picks the oracle&#x27;s top-1"
+    assert f'<div class="tile">{good}' in pages[0]
+    assert f'<div class="tile fail"><b>3 of {count.decidable}</b>' in pages[1]
+
+
+def test_the_map_marks_where_decoding_begins_in_every_row():
+    a, b, oracle = trio()
+    for trace in (a, b, oracle):
+        trace.meta.pop("input_hash")
+        trace.tensors["attention_mask"] = trace.tensors["attention_mask"].copy()
+        trace.tensors["attention_mask"][1, :3] = trace.tensors["attention_mask"][2, 15:] = 0
+    plain = compare(a, b, oracle)
+    assert decode_starts(plain) == [None] * 3
+    assert 'class="since"' not in heat_map(plain)
+    a.meta["decode"] = b.meta["decode"] = 4
+    found = compare(a, b, oracle)
+    assert decode_starts(found) == [16, 16, 11]
+    drawn = heat_map(found)
+    marks = re.search(r'class="since" d="([^"]*)"', drawn)[1].split("M")[1:]
+    assert len(marks) == 3 + len(found.rows)
+    assert len({mark.split()[0] for mark in marks[:2]}) == 1  # the same position
+    assert "decoded one at a time" in drawn
+    assert "decoded one at a time" in found.heat("layers.2")._repr_html_()
 
 
 def test_of_two_comparisons_the_one_that_fails_comes_first_and_is_told_above_all(failing, passing):
@@ -159,8 +252,8 @@ def test_beside_a_failure_nothing_is_said_of_other_faults_that_would_have_been_s
     a, b, oracle = trio()
     add_error(a, oracle, from_layer=3, times=10)
     failing = replace(compare(a, b, oracle), probes=(probe,))
-    assert '<div class="tile"><b>1 / 1</b>' in page_of([("x", replace(passing, probes=(probe,)))])
-    assert '<div class="tile"><b>1 / 1</b>' not in page_of([("x", failing)])
+    assert '<div class="tile"><b>1 of 1</b>' in page_of([("x", replace(passing, probes=(probe,)))])
+    assert '<div class="tile"><b>1 of 1</b>' not in page_of([("x", failing)])
     assert not any("tried" in note for note in failing.notes)
 
 
@@ -242,6 +335,15 @@ def test_the_heat_map_has_positions_along_its_edge_and_room_for_the_worst_at_the
     assert all(f">{position}</text>" in drawn for position in (0, 48, 92))
 
 
+def test_the_first_name_under_the_bars_begins_inside_the_picture_and_covers_no_other():
+    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(40))]
+    drawn = bars(names, [0.5] * 41, "caption")
+    first, second = re.findall(r'<text x="([\d.]+)" y="116" text-anchor="(\w+)">', drawn)[:2]
+    assert first == ("0.0", "start")
+    assert float(second[0]) > 106
+    assert 'text-anchor="middle">layers.0</text>' in bars(names[:3], [0.5] * 3, "caption")
+
+
 def test_bars_above_the_limit_have_a_scale_and_say_which():
     drawn = bars(["model.embed_tokens", "model.layers.0"], [0.5, 5000.0], "caption")
     assert re.findall(r'x="[\d.]+" y="[\d.]+">(\d[\d,]*x?)</text>', drawn) == ["0", "100x"]  # those there is room for
@@ -290,6 +392,21 @@ def test_the_worst_token_of_a_long_sequence_is_still_drawn(failing):
 
 
 # Events
+
+
+def test_sets_of_weights_have_colours_that_no_two_share():
+    roots = [f"{number:064x}" for number in range(len(ROOT_COLOURS) + 1)]
+    events = [EventResult(f"reload {root}", "jax", "pass", root=root) for root in [*roots, roots[0]]]
+    drawn = re.findall(r'<i class="dot" style="([^"]*)"', timeline_table(events))
+    assert drawn[-1] == drawn[0]
+    assert len(set(drawn)) == len(roots)
+    assert drawn[-2].startswith("border")  # there is no colour left, so none is used twice
+    assert "an empty square is told by its digits" in timeline_table(events)
+    assert "empty square" not in timeline_table(events[:3])
+    colours = [np.array([int(one[i : i + 2], 16) for i in (1, 3, 5)]) for one in ROOT_COLOURS]
+    apart = [np.linalg.norm(one - other) for i, one in enumerate(colours) for other in colours[:i]]
+    assert min(apart) > 60
+    assert 'style="border' not in timeline_table(events[-2:])
 
 
 def test_events_become_one_row_each_and_repeated_ones_keep_their_order():
