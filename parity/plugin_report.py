@@ -55,6 +55,7 @@ def of_events(events: Sequence[EventResult], nodeid: str) -> Entry:
 def write(path: Path, entries: Sequence[Entry], *, command: str) -> None:
     """One self-contained page over all of them, in the order of their titles, whoever finished first."""
     from parity.report import banner, find, index, merged, render_page
+    from parity.report_parts import commands
     from parity.report_timeline import timeline_section
 
     entries = sorted(entries, key=lambda entry: entry["title"])
@@ -67,12 +68,14 @@ def write(path: Path, entries: Sequence[Entry], *, command: str) -> None:
     body = [banner(asserted, events), index([entry["line"] for entry in compared])]
     numbers = numbered_roots(events)
     body += [timeline_section(found, numbers) for _, found in lives]
-    body += [entry["section"] for entry in compared]
+    finding, told = find(asserted, events)
+    above = "" if told is None else commands(told)  # what the banner says to run next, no section has to say again
+    body += [entry["section"].replace(above, "", 1) if above else entry["section"] for entry in compared]
     facts = {"command": command, "comparisons": str(len(compared)), "events": str(len(events))}
     facts |= merged([entry["about"] for entry in compared])
     facts["python"] = f"{platform.python_version()} on {platform.machine()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = render_page("Parity of a test session", body, facts, tab=[find(asserted, events)[0]])
+    page = render_page("Parity of a test session", body, facts, tab=[finding])
     path.write_text(page, encoding="utf-8")
 
 

@@ -109,9 +109,9 @@ def _divergence_card(comparison: Comparison, found: Divergence) -> str:
     keys = f'Of the squared error {basis}: <i class="dot" style="background:var(--fail)"></i>made here {local}%'
     keys += f' &nbsp; <i class="dot" style="background:var(--h3)"></i>brought along from before {100 - local}%'
     facts = {} if found.suspect_module in (None, found.module) else {"first over its limit": found.module}
-    facts |= {} if row is None else {"over all tokens": f"{share(1 - row.margin)} of its limit"}
+    facts |= {} if row is None else {"of its limit, over all tokens": share(1 - row.margin)}
     facts |= {"worst single token": f"row {found.row}, position {found.position}"}
-    facts |= {} if row is None else {"that token": f"{share(1 - row.token_margin)} of {TOKEN_LIMIT}"}
+    facts |= {} if row is None else {f"of {TOKEN_LIMIT}": share(1 - row.token_margin)}
     facts |= {
         f"error before, {basis}": number(found.before),
         f"error after, {basis}": number(found.after),

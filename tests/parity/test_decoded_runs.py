@@ -106,8 +106,8 @@ def test_a_bug_of_one_layers_decoding_is_caught_by_run_and_named_down_to_the_ste
         bisected = bisect(*models, inputs, checkpoint=open_checkpoint(checkpoint), layer=LAYER, crossed=False)
     (_, whole), (title, decoded), (_, alone) = found.comparisons
     assert whole.verdict == "PASS"
-    assert decoded.notes[0] == ONLY_DECODED
-    assert ONLY_DECODED not in whole.notes
+    assert decoded.detail.endswith(ONLY_DECODED)
+    assert ONLY_DECODED not in whole.summary
     assert title == "jax against torch, the last 8 tokens decoded"
     assert decoded.verdict == alone.verdict == "FAIL"
     assert alone.headline == decoded.headline

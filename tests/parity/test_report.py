@@ -171,8 +171,8 @@ def test_shares_of_a_modules_limit_and_of_a_tokens_are_told_apart():
     assert f"its error over all tokens is {whole} times its limit" in found.summary
     assert f"the worst single token is {place}, at {token} times a token's limit" in found.summary
     card = page_of([("x", found)]).partition("Where it begins")[2]
-    assert f"<dt>over all tokens</dt><dd>{whole}x of its limit</dd>" in card
-    assert f"<dt>that token</dt><dd>{token}x of a token&#x27;s limit</dd>" in card
+    assert f"<dt>of its limit, over all tokens</dt><dd>{whole}x</dd>" in card
+    assert f"<dt>of a token&#x27;s limit</dt><dd>{token}x</dd>" in card
     assert "<dt>error before, over all tokens</dt>" in card
     assert f"which uses {token} times a token's limit" in card
 
