@@ -83,8 +83,10 @@ def test_the_cache_is_updated_in_place(measured):
 def test_it_fits_a_v5e_without_copies_of_weights(measured):
     assert measured["peak_bytes"] < V5E_BYTES
     # a single byte kept in HBM for a while makes it some 2.3 MB a layer: 16 KiB for every tuple of the program, and as
-    # much again, called fragmentation
-    assert measured["temp_bytes"] < (50 if measured["program"] == "decode" else 400) * MEGABYTE
+    # much again, called fragmentation. Of dense models nothing is kept; of others something still is
+    dense = 50 if measured["model"] == "qwen3-8b" else 2.4 * measured["layers"]
+    most = dense if measured["program"] == "decode" else 400
+    assert measured["temp_bytes"] < most * MEGABYTE
 
 
 def test_two_sums_a_layer_and_one_for_the_embedding_are_all_that_is_sent(measured):
