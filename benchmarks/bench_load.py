@@ -197,8 +197,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "os.fork")
-    for name in ("torch_models", "jax_models"):  # imported before the fork, and nothing of them started
-        importlib.import_module(name)
+    for name in ("torch_models", "torch_models.qwen3", "jax_models", "jax_models.qwen3"):
+        importlib.import_module(name)  # before the fork, and nothing of them started
     if not has_runai():
         print("runai-model-streamer is not installed and left out: pip install 'tandem[runai]'")
     results = {}

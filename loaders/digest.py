@@ -7,11 +7,16 @@ weights, wherever they live and however they are stacked or sharded there.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from loaders import dtypes
+from loaders.memory import STAGING_BYTES
+
+CHECKING_THREADS = 2  # of checksums of one array
 
 
 def tensor_digest(array: np.ndarray, *, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> str:
@@ -40,3 +45,16 @@ def root_digest(digests: Mapping[str, str]) -> str:
 def digests(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
     """Digest of each (name, tensor), in name order."""
     return dict(sorted((name, tensor_digest(array)) for name, array in tensors))
+
+
+def checksums(array: np.ndarray) -> list[int]:
+    """CRC-32 of an array's bytes, piece by piece: does memory hold what it held?
+
+    Takes three fifths of a digest's time, a third where two cores are free. Says nothing of dtype and shape.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    pieces = [flat[start : start + STAGING_BYTES] for start in range(0, flat.size, STAGING_BYTES)]
+    if len(pieces) < 2:
+        return [zlib.crc32(piece) for piece in pieces]
+    with ThreadPoolExecutor(CHECKING_THREADS) as pool:  # no lock of Python's is held meanwhile
+        return list(pool.map(zlib.crc32, pieces))

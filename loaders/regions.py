@@ -132,8 +132,13 @@ def pieces_of(parts: Collection[Region], gap_bytes: int) -> Iterator[Piece]:
         parts: empty ones have no pieces.
         gap_bytes: read through so many bytes that are not wanted sooner than once more.
     """
-    if _is_dense(parts):
-        gap_bytes = max(gap_bytes, DENSE_GAP_BYTES)
+    if len(parts) == 1:
+        return _pieces_of(next(iter(parts)), gap_bytes)
+    return _merged(parts, max(gap_bytes, DENSE_GAP_BYTES) if _is_dense(parts) else gap_bytes)
+
+
+def _merged(parts: Collection[Region], gap_bytes: int) -> Iterator[Piece]:
+    """The pieces of several regions, those that share bytes as one."""
     held = None
     for piece in heapq.merge(*(_pieces_of(part, gap_bytes) for part in parts), key=attrgetter("position")):
         joined = None if held is None else held.joined(piece)
@@ -147,7 +152,7 @@ def pieces_of(parts: Collection[Region], gap_bytes: int) -> Iterator[Piece]:
 def _is_dense(parts: Collection[Region]) -> bool:
     """Whether regions together are more than half of the rows that they lie in: columns for devices of one process."""
     shapes = {part.shape for part in parts}
-    if len(parts) < 2 or len(shapes) > 1 or () in shapes:
+    if len(shapes) != 1 or () in shapes:
         return False
     (shape,) = shapes
     rows = max(part.box[0][1] for part in parts) - min(part.box[0][0] for part in parts)
@@ -156,6 +161,9 @@ def _is_dense(parts: Collection[Region]) -> bool:
 
 def _pieces_of(part: Region, gap_bytes: int) -> Iterator[Piece]:
     if not part.out.size:
+        return
+    if part.out.shape == part.shape and part.out.flags.c_contiguous:  # all of the tensor
+        yield from _direct(0, part.out.reshape(-1).view(np.uint8))
         return
     shape, box, out = part.shape or (1,), part.box or ((0, 1),), part.out.reshape(part.out.shape or (1,))
     sizes, strides = sizes_of(box), tuple(math.prod(shape[axis + 1 :]) * out.itemsize for axis in range(len(shape)))

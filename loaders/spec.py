@@ -179,7 +179,8 @@ class Source:
 
     @property
     def index(self) -> tuple[int, ...]:
-        return tuple(i for i in (self.expert_id, self.shard_id) if i is not None)
+        first = () if self.expert_id is None else (self.expert_id,)
+        return first if self.shard_id is None else (*first, self.shard_id)
 
 
 @dataclass(frozen=True, slots=True)

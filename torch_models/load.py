@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.filling import Filling
 from loaders.lots import stream_parameters
-from loaders.memory import aligned_empty, prefer_huge_pages
+from loaders.memory import aligned_empty
 from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
@@ -30,7 +30,7 @@ from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.parallel import Parallel, check_mesh
 from torch_models.processes import together
-from torch_models.storage import DTYPES, host_view, of_host
+from torch_models.storage import over_host
 from torch_models.taps import name_modules
 
 log = logging.getLogger(__name__)
@@ -125,22 +125,23 @@ def load(
 
 
 def read_params(
-    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staged: bool = False
+    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
+
+    A large one has huge pages of its own, which are cheap to write first and go back to the system at once.
 
     Args:
         plan: what to read.
         filling: accounts for it.
         parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
-        staged: they will be copied and let go of, so their memory is such as goes back to the system at once.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     if parallel is not None:
         for spec, shards in read_shards(plan, filling, lambda spec: [parallel.box_of(spec)]):
             (part,) = shards.values()
-            yield spec.name, of_host(part)
+            yield spec.name, over_host(part)
         return
     host: dict[str, torch.Tensor] = {}
     views: dict[str, np.ndarray] = {}
@@ -150,10 +151,8 @@ def read_params(
             return None
         spec, source = plan.targets[tensor]
         if spec.name not in host:
-            make = staging if staged else torch.empty
-            host[spec.name] = make(spec.shape, dtype=DTYPES[plan.dtypes[spec.name]])
-            views[spec.name] = host_view(host[spec.name])
-            prefer_huge_pages(views[spec.name])
+            views[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
+            host[spec.name] = over_host(views[spec.name])
         return place_of(views[spec.name], spec, source)
 
     for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
@@ -162,9 +161,3 @@ def read_params(
             filling.complete(spec, views.pop(spec.name))
             del array  # a view of the parameter, which is the caller's from here on
             yield spec.name, host.pop(spec.name)
-
-
-def staging(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in pages of its own; its storage cannot be resized."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(aligned_empty((num_bytes,), np.dtype(np.uint8))).view(dtype).view(shape)

@@ -26,8 +26,13 @@ def host_view(tensor: torch.Tensor) -> np.ndarray:
 
 def of_host(array: np.ndarray) -> torch.Tensor:
     """A tensor on the CPU with the bits of an array, bfloat16 included; the memory is copied."""
-    flat = np.array(array, order="C").reshape(-1).view(np.uint8)
-    return torch.from_numpy(flat).view(DTYPES[from_numpy(array.dtype)]).view(array.shape)
+    return over_host(np.array(array, order="C"))
+
+
+def over_host(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the CPU in the very memory of a C-contiguous array, bfloat16 included; its storage has one size."""
+    flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return flat.view(DTYPES[from_numpy(array.dtype)]).view(array.shape)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

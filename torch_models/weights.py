@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import digests, tensor_digest
+from loaders.digest import checksums, digests
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -164,10 +164,10 @@ def update_weights_from_disk(
 
     The checkpoint is checked whole before a byte is read, then read whole, parameter by parameter, to see that all of
     it can be; only then it is read again and written over the live parameters, each as it is complete, so that memory
-    holds one of them twice at most. What was written is compared by digest at the end, and published. A failure before
-    the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse to run
-    until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was loaded
-    with ``quantize`` quantises again.
+    holds one of them twice at most. What was written is compared by checksum at the end, and published. A failure
+    before the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse
+    to run until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was
+    loaded with ``quantize`` quantises again.
 
     Args:
         model: the model to change.
@@ -191,7 +191,7 @@ def update_weights_from_disk(
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
         trial = Filling(plan)
-        tensors = read_params(plan, trial, parallel, staged=True)
+        tensors = read_params(plan, trial, parallel)
         deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
         return plan, trial.finish()
 
@@ -203,7 +203,7 @@ def update_weights_from_disk(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        _commit(model, read_params(plan, filling, parallel, staged=True), [spec.name for spec in plan.specs])
+        _commit(model, read_params(plan, filling, parallel), [spec.name for spec in plan.specs])
         filling.finish()
 
     try:
@@ -238,17 +238,17 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    written: dict[str, str] = {}
+    written: dict[str, list[int]] = {}
     for name, value in values:
         model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module.get_parameter(leaf).copy_(value)
         mark_source(module, leaf)
-        written[name] = tensor_digest(host_view(value.cpu().contiguous()))
+        written[name] = checksums(host_view(value.cpu().contiguous()))
         del value  # before the next one is read
     derive(model)
-    wrong = [name for name, digest in written.items() if tensor_digest(host_view(stored(model, name).cpu())) != digest]
+    wrong = [name for name, expected in written.items() if checksums(host_view(stored(model, name).cpu())) != expected]
     wrong += moved(before, pointer_census(model))
     if wrong:
         model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"

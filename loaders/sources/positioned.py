@@ -13,9 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from loaders.sources.source import OpenFile, PieceError
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
+class FileIdentity(NamedTuple):
     """What must not change between opening a checkpoint and reading it."""
 
     device: int

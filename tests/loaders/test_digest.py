@@ -10,7 +10,8 @@ import pytest
 from handmade import CONFIG
 
 from loaders import open_checkpoint
-from loaders.digest import digests, root_digest, tensor_digest
+from loaders.digest import checksums, digests, root_digest, tensor_digest
+from loaders.memory import STAGING_BYTES
 from loaders.writer import TensorType, write_checkpoint
 
 ONES = np.ones((2, 3), np.float32)
@@ -81,3 +82,17 @@ def test_how_a_checkpoint_is_cut_into_files_does_not_matter(tmp_path: Path) -> N
         assert list(found) == ["a", "b", "c"]
         roots.add(root_digest(found))
     assert roots == {root_digest(digests(arrays.items()))}
+
+
+def test_a_checksum_sees_every_byte_of_every_piece() -> None:
+    array = np.zeros(STAGING_BYTES // 2 + 3, np.uint32)  # three pieces, the last one short
+    expected = checksums(array)
+    assert len(expected) == 3
+    assert checksums(array.copy()) == expected
+    for place in (0, array.size // 2, array.size - 1):
+        array[place] = 1 << 31
+        assert checksums(array) != expected
+        array[place] = 0
+    assert checksums(array[:-1]) != expected
+    assert checksums(np.zeros(0, np.uint8)) == []
+    assert checksums(np.asfortranarray(np.eye(3) + np.tri(3))) == checksums(np.eye(3) + np.tri(3))
