@@ -1,8 +1,9 @@
 """Checkpoints: bytes -> named arrays. NumPy only."""
 
-from loaders.checkpoint import Checkpoint, open_checkpoint
+from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
+from loaders.opening import open_checkpoint
 from loaders.stage import Stage
 
 __all__ = ["Checkpoint", "CheckpointError", "Stage", "TensorInfo", "open_checkpoint"]

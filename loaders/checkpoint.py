@@ -1,9 +1,8 @@
-"""A checkpoint: config, index, headers; all validated before a tensor byte is read."""
+"""An opened checkpoint: what it says of itself, and its tensors, streamed whole, in slices or in regions."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,20 +11,15 @@ from typing import Any
 import numpy as np
 
 from loaders import dtypes
-from loaders.config import config_from_json
-from loaders.errors import CheckpointError, brief
+from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.index import INDEX, files, merge, read_headers, weight_map
 from loaders.memory import aligned_empty
-from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
-from loaders.sources import Identity, OpenFile, Session, Source, open_source
+from loaders.sources import Identity, OpenFile, Session, Source
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
-from loaders.strict_json import BadJson, parse_object
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
 DEFAULT_BUDGET_BYTES = 128 << 20
 
 
@@ -218,8 +212,9 @@ class Checkpoint:
     def _stream(
         self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int | None
     ) -> Iterator[tuple[Slice, np.ndarray]]:
+        sizes = list(map(self.num_bytes_of, wanted))
         if budget is None:
-            budget = max(DEFAULT_BUDGET_BYTES, max(map(self.num_bytes_of, wanted), default=0))
+            budget = max(DEFAULT_BUDGET_BYTES, max(sizes, default=0))
         if into is None:
             self._check_budget(wanted, budget)
 
@@ -229,7 +224,7 @@ class Checkpoint:
             region = part.region(self.stored_shape(part.name), out)
             return Begun((part, out), [region], out.nbytes if given is None else 0)
 
-        requests = [Request(part.name, self.num_bytes_of(part), partial(begin, part)) for part in wanted]
+        requests = [Request(part.name, size, partial(begin, part)) for part, size in zip(wanted, sizes, strict=True)]
         return self._arrivals(requests, budget)
 
     def _arrivals(self, requests: list[Request[Result]], budget: int) -> Iterator[Result]:
@@ -289,58 +284,3 @@ def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Iterator[tuple[str, np.
     for part, array in parts:
         yield part.name, array
         del array  # nobody holds it while the next one is read
-
-
-def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face checkpoint: ``config.json`` with ``model.safetensors``, or with an index and its files.
-
-    Only JSON and headers are read.
-
-    Raises:
-        CheckpointError: with every problem found in the directory, config.json, the index and all headers.
-    """
-    try:
-        source = open_source(uri)
-        present = source.names()
-    except OSError as error:
-        raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
-    problems: list[str] = []
-    config = None
-    document = _read_json(source, CONFIG, problems)
-    generation = _read_json(source, GENERATION, problems) if GENERATION in present else {}
-    quantization = _read_json(source, QUANTIZATION, problems) if QUANTIZATION in present else None
-    problems += _generation_problems(generation or {})
-    index = _read_json(source, INDEX, problems) if INDEX in present else None
-    mapped = weight_map(index, problems) if index is not None else None
-    names = files(present, mapped, INDEX in present, problems)
-    headers, identities = read_headers(source, names, problems)
-    tensors = merge(headers, mapped, complete=len(headers) == len(names), problems=problems)
-    if document is not None:
-        config, found = config_from_json(document, beside=quantization, found=tensors)
-        problems = found + problems
-    if problems or config is None or document is None:
-        raise CheckpointError(source, problems)
-    metadata = {name: header.metadata for name, header in headers.items()}
-    return Checkpoint(source, config, tensors, document, generation or {}, quantization or {}, metadata, identities)
-
-
-def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        return parse_object(source.read_file(name))
-    except BadJson as error:
-        problems.append(f"{name} {error}")
-    except OSError as error:
-        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint?")
-    return None
-
-
-def _generation_problems(generation: dict[str, Any]) -> list[str]:
-    found = generation.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    problems = []
-    if not all(type(token) is int for token in ids):
-        problems.append(f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers")
-    pad = generation.get("pad_token_id")
-    if pad is not None and type(pad) is not int:
-        problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer")
-    return problems

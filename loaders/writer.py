@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders import dtypes
-from loaders.checkpoint import CONFIG, GENERATION
 from loaders.header import MAX_HEADER_BYTES, parse_header
 from loaders.index import INDEX, SINGLE
+from loaders.opening import CONFIG, GENERATION
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import is_plain
 

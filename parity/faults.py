@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from loaders.checkpoint import CONFIG, Checkpoint
+from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
+from loaders.opening import CONFIG
 from loaders.plan import specs_of
 from loaders.spec import Source, Specs
 from loaders.stage import Stage

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loaders import Checkpoint, CheckpointError, Stage, open_checkpoint
-from loaders.checkpoint import CONFIG
 from loaders.config import config_from_json
 from loaders.dtypes import bits
+from loaders.opening import CONFIG
 from loaders.plan import plan_load, specs_of
 from loaders.quantization import summary
 from loaders.quantization_config import DOCUMENT
