@@ -81,7 +81,7 @@ def test_a_correct_pair_passes_and_says_what_it_would_have_seen(bench):
     assert found.verdict == "PASS"
     assert sum(probe.is_seen for probe in found.probes) == len(found.probes) == 25
     assert "A weight 1 % off would have been seen in 25 of 25 places" in found.summary
-    assert "scales of q_proj and k_proj, which a norm takes out again, by the weights' digests alone" in found.summary
+    assert "scales of k_proj and q_proj, which a norm takes out again, by the weights' digests alone" in found.summary
     assert any("k_proj" in note and "digests of the weights do, and are equal" in note for note in found.notes)
     by_size = [probe.least_by_size for probe in found.probes if probe.module.endswith("_proj")]
     assert max(by_size) > 0.01  # in bfloat16 the ruler alone would not have
