@@ -311,7 +311,7 @@ def test_networks_with_quantised_inputs_are_not_judged_and_nobody_is_accused(tmp
     source = make_checkpoint(
         "qwen3", tmp_path / "q", quantization=ZooQuantization(), **block_sizes("qwen3") | {"num_hidden_layers": 1}
     )
-    assert main(["run", str(source), "--inputs", inputs_file(source, tmp_path / "i.safetensors")]) == 3
+    assert main(["run", str(source), "--decode", "0", "--inputs", inputs_file(source, tmp_path / "i.safetensors")]) == 3
     assert "record both with --weight-only" in " ".join(capsys.readouterr().out.split())
 
 
@@ -323,5 +323,5 @@ def test_run_compares_weights_only_against_the_oracle(tmp_path, capsys):
         **block_sizes("qwen3") | {"num_hidden_layers": 2},
     )
     with torch.no_grad():
-        assert main(["run", str(source), "--weight-only", "--dtype", "float32"]) == 0
+        assert main(["run", str(source), "--decode", "0", "--weight-only", "--dtype", "float32"]) == 0
     assert "agree to within rounding" in capsys.readouterr().out

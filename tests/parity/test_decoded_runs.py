@@ -149,6 +149,7 @@ def alone_wrong(original, self, x, *rest):
     return original(self, x, *rest) * (1.01 if len(x) == 1 else 1)
 
 
+@pytest.mark.slow
 def test_kernels_of_a_single_row_are_seen_too_and_shown_again_alone(path, capsys):
     """Experts of few tokens are multiplied from copies of their weights: three rows of two are too many for that."""
     mutant = replace(
