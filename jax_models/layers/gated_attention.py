@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jax_models.layers.attention import attend_cached, in_turn, remembered
+from jax_models.layers.attention import attend_cached, remembered
 from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm
@@ -51,6 +51,6 @@ class GatedAttention(nnx.Module):
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache))
-        out_BTNH, cache = in_turn(out_BTNH, remembered(k_BTKH, v_BTKH, step, cache), step)
+        cache = remembered(k_BTKH, v_BTKH, step, cache)  # not in_turn: on a mesh XLA would gather heads once more
         out_BTNH = tap(self.path, "gated", out_BTNH * jax.nn.sigmoid(gate_BTNH))
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*rows, -1))), cache

@@ -84,7 +84,7 @@ def test_it_fits_a_v5e_without_copies_of_weights(measured):
     assert measured["peak_bytes"] < V5E_BYTES
     # a single byte kept in HBM for a while makes it some 2.3 MB a layer: 16 KiB for every tuple of the program, and as
     # much again, called fragmentation. Of dense models nothing is kept; of others something still is
-    dense = 50 if measured["model"] == "qwen3-8b" else 2.4 * measured["layers"]
+    dense = 50 if measured["model"] == "qwen3-8b" else 2.6 * measured["layers"]
     most = dense if measured["program"] == "decode" else 400
     assert measured["temp_bytes"] < most * MEGABYTE
 
