@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,27 @@ DECODE = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "0.6"}
 _log = logging.getLogger(__name__)
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """Where programs will run, as JAX calls it: on the mesh's devices, else where ``jax.default_device`` says.
+
+    Empty: this process has none of the mesh's devices.
+    """
+    if mesh is not None:
+        ours = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        return ours[0].platform if ours else ""
+    # of the scope it is asked in: a host with TPUs has a CPU too
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def decode_options(mesh: Mesh | None) -> Mapping[str, str] | None:
     """``compiler_options`` of programs that add few tokens to a cache, for where they will run.
 
     None: not on a TPU, or its compiler has no such option (which is logged: a step then moves some percent more).
     """
-    if mesh is None:
-        return accepted(None) if jax.default_backend() == "tpu" else None
-    ours = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    return accepted(mesh) if ours and ours[0].platform == "tpu" else None
+    return accepted(mesh) if platform_of(mesh) == "tpu" else None
 
 
 @functools.cache

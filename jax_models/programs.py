@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters, wrap
 from jax_models.cache import Cache, empty_cache, placed, zeros
-from jax_models.compiling import decode_options
+from jax_models.compiling import decode_options, platform_of
 from jax_models.draft import DraftPrograms
 from jax_models.frames import VisionArrays
 from jax_models.layers.install import install, install_cache
@@ -38,7 +38,6 @@ from loaders.stage import Stage
 Weights = dict[str, Any]  # nested; flattened paths are checkpoint names
 
 
-@functools.lru_cache(maxsize=64)
 def programs_for(
     config: ModelConfig,
     stage: Stage,
@@ -46,7 +45,16 @@ def programs_for(
     mesh: Mesh | None,
     activations: Activations = WEIGHTS_ONLY,
 ) -> Programs:
-    """Shared by every model of the same shape, so that loading another checkpoint of it compiles nothing."""
+    """Shared by every model of the same shape and platform, so that loading another checkpoint compiles nothing."""
+    return shared_programs(config, stage, dtype, mesh, activations, platform_of(mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def shared_programs(
+    config: ModelConfig, stage: Stage, dtype: jnp.dtype, mesh: Mesh | None, activations: Activations, platform: str
+) -> Programs:
+    """Those of ``programs_for``; options of one platform's compiler are refused by another's."""
+    del platform  # what sets them apart; ``Programs`` asks for itself
     return Programs(config, stage, dtype, mesh, activations)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.inputs import ModelInputs, left_aligned
+from loaders.inputs import ModelInputs
 from loaders.multimodal import TEXT, TYPES, placeholders, shown_of
 from loaders.spec import ModelConfig
 
@@ -85,7 +85,8 @@ def stepwise(
             image among the last tokens.
     """
     mask_BT = checked.attention_mask
-    ids_BT = left_aligned(np.where(mask_BT, np.asarray(input_ids), 0), mask_BT)
+    order_BT = np.argsort(mask_BT, axis=1, kind="stable")  # that of ``left_aligned``
+    ids_BT = np.take_along_axis(np.where(mask_BT, np.asarray(input_ids), 0), order_BT, axis=1)
     shown = shown_of(given, ids_BT.shape)
     problems = []
     if position_ids is not None:
@@ -97,16 +98,15 @@ def stepwise(
         problems.append(f"decode={steps}, expected 1 to {least - 1}: {where}")
     if shown and config.vision is not None:
         types_BT, _ = placeholders(config.vision, np.asarray(input_ids), shown.get(TYPES))
-        types_BT = left_aligned(types_BT, mask_BT)
+        types_BT = np.take_along_axis(types_BT, order_BT, axis=1)
         if (late := np.flatnonzero((types_BT[:, -steps:] != TEXT).any(axis=1))).size:
             problems.append(f"the last {steps} tokens of rows {late.tolist()} show something: only text is decoded")
         shown |= {TYPES: types_BT[:, :-steps]}
     if problems:
         raise ValueError("; ".join(problems))
-    order_BT = np.argsort(mask_BT, axis=1, kind="stable")
     return Stepwise(
         input_ids=ids_BT[:, :-steps],
-        attention_mask=left_aligned(mask_BT, mask_BT)[:, :-steps],
+        attention_mask=np.take_along_axis(mask_BT, order_BT, axis=1)[:, :-steps],
         multimodal=shown,
         token_NB=ids_BT[:, -steps:].T,
         order_BT=order_BT,

@@ -186,7 +186,7 @@ def _put(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _forget() -> None:
-    importlib.import_module("jax_models.programs").programs_for.cache_clear()
+    importlib.import_module("jax_models.programs").shared_programs.cache_clear()
     rotary = importlib.import_module("torch_models.layers.rotary")
     for name in ("_axes", "_static_frequencies", "_exponents_on"):
         if hasattr(clean := getattr(rotary, name), "cache_clear"):

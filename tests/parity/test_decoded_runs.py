@@ -13,6 +13,7 @@ import jax_models
 import torch_models
 from loaders import open_checkpoint
 from loaders.stepwise import stepwise
+from parity.asserting import Oracle
 from parity.backends import open_backend
 from parity.bisect import bisect
 from parity.cli import main
@@ -22,7 +23,8 @@ from parity.mutant_layer import in_layer
 from parity.mutant_plants import wrapped
 from parity.mutants import all_mutants
 from parity.pairs import ONLY_DECODED, run_pair
-from parity.record import default_inputs, record
+from parity.record import default_inputs, record, record_model, row_alone
+from parity.trace import Trace
 from parity.zoo import make_checkpoint, prompts
 
 LAYER = 1
@@ -171,3 +173,32 @@ def test_a_decoded_trace_says_so_and_takes_the_digests_it_is_given(path):
     trace = record(path("qwen3"), torch, decode=4)
     assert trace.meta["decode"] == 4
     assert trace.meta["weights"]["root"]
+    known = Trace(trace.tensors, trace.meta | {"weights": {"digests": {}, "root": "known"}})
+    again = record_model(
+        torch.load(path("qwen3")), torch, default_inputs(open_checkpoint(path("qwen3"))), weights_of=known
+    )
+    assert again.meta["weights"]["root"] == "known"
+
+
+def test_a_row_alone_has_no_padding_and_is_refused_where_it_cannot_be():
+    inputs = {"input_ids": np.arange(1, 9).reshape(2, 4), "attention_mask": np.array([[1] * 4, [0, 0, 1, 1]])}
+    alone = row_alone(inputs, 1)
+    np.testing.assert_array_equal(alone["input_ids"], [[7, 8]])
+    np.testing.assert_array_equal(alone["attention_mask"], [[1, 1]])
+    with pytest.raises(ValueError, match=r"row 2 of 2 rows: expected 0 to 1"):
+        row_alone(inputs, 2)
+    with pytest.raises(ValueError, match=r"row 0 of 2 rows, and pixel_values beside"):
+        row_alone(inputs | {"pixel_values": np.zeros(1)}, 0)
+
+
+def test_an_oracle_answers_the_same_experts_once_whatever_padding_chose(path):
+    checkpoint = path("qwen3-moe")
+    inputs = prompts(open_checkpoint(checkpoint).config, rows=2, tokens=24)
+    trace = record(checkpoint, open_backend("torch"), inputs)
+    padded = dict(trace.tensors)
+    padded["routing.1"] = np.where(trace.mask[..., None], padded["routing.1"], padded["routing.1"][..., ::-1])
+    other = padded | {"routing.1": padded["routing.1"][..., ::-1]}
+    oracle = Oracle(checkpoint, probes=0)
+    first = oracle(inputs, trace)
+    assert oracle(inputs, Trace(padded, trace.meta)) is first
+    assert oracle(inputs, Trace(other, trace.meta)) is not first
