@@ -141,8 +141,10 @@ def test_run_says_what_it_decoded_and_what_it_could_not(path, tmp_path, capsys):
     main([*common, str(tmp_path / "positions")])
     assert "note: decoding was not compared: position_ids were given" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "json").read_text())["comparisons"]) == 1
-    main([*common, str(tmp_path / "short"), "--decode", "0"])
+    (tmp_path / "json").unlink()
+    assert main([*common, str(tmp_path / "short"), "--decode", "0"]) != 2
     assert "decod" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "json").read_text())["comparisons"]) == 1
     assert main([*common, str(tmp_path / "short"), "--decode", "8"]) == 2
     assert "decode=8, expected 1 to" in capsys.readouterr().err
 
