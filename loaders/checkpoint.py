@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ class Checkpoint:
             KeyError, IndexError: no such tensor, or no such part of it; said before anything is read.
             ValueError, CheckpointError: as ``stream``.
         """
-        order = {name: place for place, name in enumerate(self.tensors)}
+        order = self._order
         found = sorted(
             (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
         )
@@ -187,6 +187,10 @@ class Checkpoint:
         for name in self.tensors if names is None else names:
             itemsize = dtypes.to_numpy(self.tensors[name].dtype).itemsize
             yield from in_parts(name, self.stored_shape(name), itemsize, most_bytes)
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.tensors)}
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor as it is read: packed sub-byte formats as bytes."""

@@ -43,9 +43,10 @@ class LocalDirectory:
         if not is_plain(name):
             raise OSError("it is not a plain file name inside the checkpoint directory")
         path = self.path / name
-        target = Path(os.path.realpath(path))  # unlike resolve(), no exception of its own kind for a loop of links
-        if path.is_symlink() and not self._is_inside(target):
-            raise OSError(f"it is a link to {target}, outside the checkpoint directory")
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))  # unlike resolve(), no exception of its own kind for a loop of links
+            if not self._is_inside(target):
+                raise OSError(f"it is a link to {target}, outside the checkpoint directory")
         return LocalFile(path)
 
     def read_file(self, name: str) -> bytes:

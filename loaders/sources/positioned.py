@@ -11,8 +11,9 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -99,33 +100,41 @@ class PositionedSession:
     """Reads of local files; see ``loaders.sources.source.Session``. Nothing is lent.
 
     Stretches are done in the order in which they were asked for, so tensors come in file order. A thread holds no lock
-    of Python's while it reads.
+    of Python's while it reads. The first stretch waits for company: where none comes, as when one tensor is read, it is
+    read by the caller; starting threads took most of such a read (measured, a small tensor: 0.5 ms, without 0.15).
     """
 
     def __init__(self) -> None:
-        self._readers = ThreadPoolExecutor(thread_count(), thread_name_prefix="tandem-read")
+        self._readers: ThreadPoolExecutor | None = None
         self._tickets = itertools.count()
-        self._flying: deque[tuple[int, Future[None]]] = deque()
+        self._flying: deque[tuple[int, Callable[[], None]]] = deque()
         self._local = threading.local()  # staging of a thread
 
     def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         assert isinstance(file, LocalFile), f"{file.name} is another source's"
         ticket = next(self._tickets)
-        self._flying.append((ticket, self._readers.submit(self._read, file, position, pieces)))
+        read = partial(self._read, file, position, pieces)
+        if ticket:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(thread_count(), thread_name_prefix="tandem-read")
+                self._flying = deque((early, self._readers.submit(waits).result) for early, waits in self._flying)
+            read = self._readers.submit(read).result
+        self._flying.append((ticket, read))
         return ticket
 
     def next(self) -> tuple[int, None]:
         assert self._flying, "nothing was submitted"
-        ticket, future = self._flying.popleft()
+        ticket, wait_or_read = self._flying.popleft()
         try:
-            future.result()
+            wait_or_read()
         except OSError as error:
             raise PieceError(error.strerror or str(error), ticket) from error
         return ticket, None
 
     def close(self) -> None:
         self._flying.clear()
-        self._readers.shutdown(wait=True, cancel_futures=True)  # each thread ends the piece it is at
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)  # each thread ends the piece it is at
 
     def _read(self, file: LocalFile, position: int, pieces: Sequence[Piece]) -> None:
         staged = [piece for piece in pieces if piece.place is None]

@@ -349,6 +349,40 @@ def test_an_exception_of_the_consumer_stops_the_reader(checkpoint: Checkpoint) -
     assert (reader_threads(), open_files()) == ([], before)
 
 
+def test_one_tensor_is_read_by_whoever_asks_and_several_by_threads(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, readers = os.preadv, []
+
+    def watched(*arguments: Any) -> int:
+        readers.append(threading.current_thread() is threading.main_thread())
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    for name in SIZES:
+        assert checkpoint.read(name).tobytes() == content(name).tobytes()
+    assert len(readers) >= len(SIZES)
+    assert all(readers)
+    readers.clear()
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 64 * KIB)
+    assert [name for name, _ in checkpoint.stream()] == FILE_ORDER
+    assert readers
+    assert not any(readers)  # nor the first, which waited for the second
+
+
+def test_a_tensor_that_cannot_be_read_is_named_and_its_file_closed(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    before = open_files()
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=r"tensor 'e' of model-00002\S+ cannot be read: Input/output error"):
+        checkpoint.read("e")
+    assert open_files() == before
+
+
 def test_two_streams_of_one_checkpoint_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:
     pairs = list(zip(checkpoint.stream(64 * KIB), checkpoint.stream(1 << 20), strict=True))
     assert [one[0] for one, _ in pairs] == FILE_ORDER
