@@ -39,6 +39,10 @@ class RememberedSource:
     def gap_bytes(self) -> int:
         return open_source(self.address).gap_bytes
 
+    @property
+    def stretch_bytes(self) -> int:
+        return open_source(self.address).stretch_bytes
+
     def names(self) -> list[str]:
         return open_source(self.address).names()
 

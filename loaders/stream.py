@@ -21,7 +21,8 @@ from loaders.sources import OpenFile, PieceError, Session
 if TYPE_CHECKING:
     from loaders.checkpoint import Checkpoint
 
-WINDOW_BYTES = 64 << 20  # on its way at any moment
+WINDOW_BYTES = 64 << 20  # on its way at any moment, or so many of the source's stretches:
+WINDOW_STRETCHES = 4
 MOST_STRETCHES = 64  # likewise
 MOST_PIECES = 512  # in one stretch; a system takes 1024 buffers at once
 _NOTHING = Piece(0, 0)  # of a tensor without values, so that it is yielded in its turn
@@ -84,22 +85,32 @@ class _Stretch:
     file: str
     position: int
     most_gap_bytes: int
+    most_bytes: int
     parts: list[tuple[_Tensor | None, Piece]] = field(default_factory=list)
     num_bytes: int = 0
+    staged_bytes: int = 0
 
     def gap(self, file: str, position: int, piece: Piece) -> int | None:
         """Bytes to be read for nothing if ``piece`` is read too; None: that is another stretch's."""
         gap = position - self.position - self.num_bytes
-        fits = len(self.parts) < MOST_PIECES and self.num_bytes + gap + piece.num_bytes <= memory.STAGING_BYTES
-        return gap if fits and file == self.file and 0 <= gap <= self.most_gap_bytes else None
+        if file != self.file or not 0 <= gap <= self.most_gap_bytes or len(self.parts) >= MOST_PIECES:
+            return None
+        staged_bytes = self.staged_bytes + gap + _staged_bytes(piece)
+        num_bytes = self.num_bytes + gap + piece.num_bytes
+        return gap if num_bytes <= self.most_bytes and staged_bytes <= memory.STAGING_BYTES else None
 
     def add(self, tensor: _Tensor | None, piece: Piece) -> None:
         self.parts.append((tensor, piece))
         self.num_bytes += piece.num_bytes
+        self.staged_bytes += _staged_bytes(piece)
 
     @property
     def names(self) -> list[str]:
         return [tensor.name for tensor, _ in self.parts if tensor is not None]
+
+
+def _staged_bytes(piece: Piece) -> int:
+    return piece.num_bytes if piece.place is None else 0
 
 
 class Arrivals(Generic[Result]):
@@ -114,8 +125,8 @@ class Arrivals(Generic[Result]):
 
     def __init__(self, checkpoint: Checkpoint, session: Session, wanted: list[Request[Result]], budget: int) -> None:
         self._checkpoint, self._session, self._budget = checkpoint, session, budget
-        self._window = min(WINDOW_BYTES, budget)
-        self._gap_bytes = checkpoint.source.gap_bytes
+        self._gap_bytes, self._stretch_bytes = checkpoint.source.gap_bytes, checkpoint.source.stretch_bytes
+        self._window = min(max(WINDOW_BYTES, WINDOW_STRETCHES * self._stretch_bytes), budget)
         self._waiting = deque(wanted)
         self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
         self._flying: dict[int, _Stretch] = {}
@@ -172,7 +183,7 @@ class Arrivals(Generic[Result]):
             info, piece = self._checkpoint.tensors[tensor.name], tensor.first
             position = info.offsets[0] + piece.position
             if stretch is None:
-                stretch = _Stretch(info.file, position, self._gap_bytes)
+                stretch = _Stretch(info.file, position, self._gap_bytes, self._stretch_bytes)
             if (gap := stretch.gap(info.file, position, piece)) is None and stretch.parts:
                 break
             if gap:

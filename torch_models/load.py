@@ -24,6 +24,7 @@ from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
 from loaders.shards import read_shards
+from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
@@ -146,14 +147,21 @@ def read_params(
     host: dict[str, torch.Tensor] = {}
     views: dict[str, np.ndarray] = {}
 
+    def make(spec: ParamSpec) -> None:
+        views[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
+        host[spec.name] = over_host(views[spec.name])
+
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
             return None
         spec, source = plan.targets[tensor]
         if spec.name not in host:
-            views[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
-            host[spec.name] = over_host(views[spec.name])
+            make(spec)
         return place_of(views[spec.name], spec, source)
+
+    if not plan.staged:  # mapping memory waits for threads that write to what is mapped, so all of it comes first
+        for spec in {spec.name: spec for spec, _ in plan.targets.values()}.values():
+            make(spec)
 
     for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
         filling.write(views[spec.name], spec, source, array)

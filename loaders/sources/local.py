@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from loaders import memory
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession, find_library
 from loaders.sources.source import Session, small_file
+
+STRETCH_PIECES = 4
 
 
 def is_plain(name: str) -> bool:
@@ -27,6 +30,13 @@ class LocalDirectory:
             raise OSError(f"{self.path} is not a directory")
         if is_streamed:
             find_library()  # what is not installed is said before anything is read
+
+    @property
+    def stretch_bytes(self) -> int:
+        """More than is lent at once: what goes straight into place takes no memory of ours, and between two stretches
+        a thread waits for Python (measured: 2.8 GB into fresh memory at 1.09 the speed of 8 MiB).
+        """
+        return memory.STAGING_BYTES * (1 if self.is_streamed else STRETCH_PIECES)
 
     def __str__(self) -> str:
         return f"runai://{self.path}" if self.is_streamed else str(self.path)

@@ -18,6 +18,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
+from loaders import memory
 from loaders.sources.local import is_plain
 from loaders.sources.runai import DEADLINE_S, INSTALL, RunaiSession, find_library
 from loaders.sources.source import small_file
@@ -105,6 +106,10 @@ class S3Prefix:
         find_library()
         if importlib.util.find_spec("boto3") is None:
             raise OSError(f"boto3 is not installed. {INSTALL}")
+
+    @property
+    def stretch_bytes(self) -> int:
+        return memory.STAGING_BYTES  # all of it is lent memory
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"

@@ -126,7 +126,7 @@ def test_another_config_or_architecture_is_a_good_config_and_the_checkpoint_keep
 def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
     """A disk error at the first read of tensor bytes, at the second, ... at the last."""
     original = LocalFile.scatter_into
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 1 << 12)  # else all of it is read at once
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 1 << 10)  # else all of it is read at once
     reads = {"left": -1, "done": 0}
 
     def scatter_into(self, outs, position):
