@@ -25,7 +25,7 @@ def failure(comparison: Comparison, reproduce: str) -> str:
     blocks = [textwrap.fill(f"parity {comparison.kind}: {comparison.summary}", WIDTH, break_on_hyphens=False)]
     lines = [*_first(comparison), *_layers(comparison), *(_top1(comparison, count) for count in comparison.top1)]
     if alike := outstanding(comparison.nearest_mutant()):
-        pattern = f"{alike.similarity:.0%} alike, 100% being the same"
+        pattern = f"a {alike.similarity:.0%} match (100%: the same)"
         lines.append(("alike", f"most resembles the known bug pattern {alike.name} ({alike.says}): {pattern}"))
     if len(comparison.reasons) > 1:
         lines += [("because", reason) for reason in comparison.reasons[:REASONS_SHOWN]]

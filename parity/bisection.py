@@ -167,7 +167,8 @@ def _is_within(path: str, other: str) -> bool:
 def columns(steps: tuple[Step, ...], names: tuple[str, str], whole: str) -> list[list[str]]:
     """A table of steps by column, each with its head; columns that nothing stands in are left out.
 
-    ``whole``: what they are the steps of: its own line is what it makes of theirs, and is told from its line above.
+    ``whole``: what they are the steps of, which stands above: their names are told without it. Its own line is what it
+    makes of theirs.
     """
     a, b = names
     heads = ["step", "free run", f"{a} fed {b}'s", f"{b} fed {a}'s", f"{a} local", f"{b} local", "limit", "used", ""]
@@ -176,7 +177,8 @@ def columns(steps: tuple[Step, ...], names: tuple[str, str], whole: str) -> list
         errors = (step.free, step.fed_a, step.fed_b, step.local_a, step.local_b, step.limit)
         blame = {"a": f"<- {a}", "b": f"<- {b}", "both": "<- both", "unknown": "<- differ", None: ""}[step.blame]
         said = ["" if error is None else number(error) for error in errors]
-        rows.append([f"{step.path} ({REST})" if step.path == whole else step.path, *said, share(step.used), blame])
+        name = f"({REST})" if step.path == whole else step.path.removeprefix(f"{whole}.")
+        rows.append([name, *said, share(step.used), blame])
     return [list(column) for column in zip(*rows, strict=True) if any(column[1:])]
 
 

@@ -125,4 +125,4 @@ def told_alike(alike: Sequence[Likeness], known: int) -> str:
     ties = [one for one in alike if alike[0].similarity - one.similarity <= TIE]
     told = [f"{one.name} ({one.says})" for one in {one.says: one for one in reversed(ties)}.values()][::-1]
     which = "the known bug pattern" if len(told) == 1 else "known bug patterns too alike to tell apart:"
-    return f"most resembles {which} {joined(told, 'or')}: {alike[0].similarity:.0%} alike, 100% being the same"
+    return f"most resembles {which} {joined(told, 'or')}: a {alike[0].similarity:.0%} match (100%: the same)"

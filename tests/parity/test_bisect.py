@@ -267,7 +267,7 @@ def test_the_command_says_that_nothing_stands_out(zoo, tmp_path, capsys, options
         "the model",
         *(["model.layers.2", "model.layers.2.self_attn", "model.layers.2.mlp"] if "--layer" in options else []),
     ]
-    assert ("model.layers.2.mlp.up_proj" in printed) == ("--layer" in options)
+    assert ("\n  up_proj " in printed) == ("--layer" in options)
     assert ("--everywhere may" in printed) == ("--layer" not in options)
 
 

@@ -116,7 +116,7 @@ def test_what_a_failure_resembles_is_explained_and_near_ties_are_told_together()
     assert "too alike" in told
     assert "too alike" not in told_alike(ties[1:], 9)
     same = [Likeness("x", "one bug", 0.85), Likeness("w", "one bug", 0.84)]
-    assert told_alike(same, 9) == "most resembles the known bug pattern x (one bug): 85% alike, 100% being the same"
+    assert told_alike(same, 9) == "most resembles the known bug pattern x (one bug): a 85% match (100%: the same)"
     assert told_alike([], 9) == "resembles none of the 9 known bug patterns"
 
 
