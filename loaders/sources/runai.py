@@ -7,13 +7,14 @@ Answers come in any order. Source: ``runai_model_streamer/libstreamer`` of 0.17.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.metadata
 import importlib.util
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -156,6 +157,8 @@ class RunaiSession:
         ending = threading.Thread(target=end, name="tandem-runai-end", daemon=True)
         ending.start()
         ending.join(CLOSE_S)
+        if ending.is_alive():
+            _exit_as_we_are()
 
     def _response(self) -> tuple[int, int]:
         ticket, done = ctypes.c_uint64(), ctypes.c_int()
@@ -183,3 +186,16 @@ class RunaiSession:
         said = self._library.runai_file_streamer_response_str(code).decode()
         hint = f" {INSTALL}, whose two packages have to be of one version" if code in _NO_PLUGIN else ""
         return f"{said} ({self.where}).{hint}"
+
+
+@cache
+def _exit_as_we_are() -> None:
+    """Let the process end with its status, while a thread of the library still waits for a server.
+
+    Such a thread uses what the library's destructors destroy at exit: the process would crash then, or wait for ever.
+    The C library calls what is to be done at exit in reverse order, so ours, which ends it, comes before them.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):  # glibc, which wheels of the streamer are for
+        atexit.register(libc.fflush, None)
+        libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -296,6 +298,30 @@ def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: 
             assert ends_within(10, attempt) == f"nothing has come from {uri} for 1 s. Is it still there?"
         ending = [thread for thread in threading.enumerate() if thread.name == "tandem-runai-end"]
         assert all(thread.daemon for thread in ending)  # no interpreter waits for it
+
+
+GIVES_UP = """
+import sys
+from loaders import CheckpointError, open_checkpoint
+from loaders.sources import runai, s3
+
+uri, silent = sys.argv[1:]
+runai.DEADLINE_S, runai.CLOSE_S, real = 1.0, 0.2, runai.RunaiSession
+s3.RunaiSession = lambda where, credentials: real(where, credentials | {"endpoint": silent})
+try:
+    list(open_checkpoint(uri).stream())
+except CheckpointError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+def test_a_process_that_gave_up_a_silent_server_ends_with_its_own_status(uri: str) -> None:
+    """And neither crashes nor hangs because of the thread that still waits."""
+    with silent_server() as url:
+        ended = subprocess.run([sys.executable, "-c", GIVES_UP, uri, url], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (7, "")
+    assert "Is it still there?" in ended.stdout
 
 
 @pytest.mark.usefixtures("impatient")
