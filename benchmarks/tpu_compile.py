@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from parity.planning.environment import ENVIRONMENT
+from parity.planning.environment import compiler_environment
 
-os.environ.update(ENVIRONMENT)  # before jax is imported
+os.environ.update(compiler_environment(os.environ))  # before jax is imported
 
 import jax
 

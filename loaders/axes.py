@@ -32,6 +32,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "M": ("tensor",),
     "E": ("expert",),
 }
+SHARING = {"NH": "KH", "N2H": "KH"}  # heads that share others, several in a row the same
 
 Cut = str | tuple[str, ...] | None  # what cuts one axis
 Sizes = Mapping[str, int]  # of a mesh: axis -> devices
@@ -52,11 +53,24 @@ def axes_of(cut: Cut) -> tuple[str, ...]:
 
 
 def param_cuts(spec: ParamSpec, dims: dict[str, Dim], sizes: Sizes) -> tuple[Cut, ...]:
-    """What cuts every axis of one parameter."""
-    return tuple(
-        cut_of(sizes, axes, dim.units or dim.size) if axes else None
-        for dim, axes in zip((dim_of(axis, dims) for axis in spec.axes), wanted_axes(spec), strict=True)
-    )
+    """What cuts every axis of one parameter.
+
+    Where only some of the mesh axes cut heads of keys and values, those come first in the cut of query heads: a device
+    then has the keys that its queries ask for, which would else be sent to it at every step.
+    """
+    cuts: list[Cut] = []
+    for axis, axes in zip(spec.axes, wanted_axes(spec), strict=True):
+        dim, shared = dim_of(axis, dims), dims.get(SHARING.get(axis.partition("/")[0], ""))
+        keys = cut_of(sizes, axes, shared.units or shared.size) if shared else None
+        cuts.append(_led_by(keys, sizes, axes, dim.units or dim.size) if axes else None)
+    return tuple(cuts)
+
+
+def _led_by(keys: Cut, sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
+    """``cut_of`` with the axes of another cut, which divides these units too, outermost."""
+    first = axes_of(keys)
+    found = cut_of(sizes, (*first, *(by for by in axes if by not in first)), units)
+    return found if axes_of(found)[: len(first)] == first else keys
 
 
 def wanted_axes(spec: ParamSpec) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from parity.planning.meshes import Load, held_bytes
 PROGRAMS = ("prefill", "decode")
 # of the compiler: what is in use beside arguments, or in all
 _EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG]?)")
+_IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _FLOATS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
@@ -90,7 +92,7 @@ def measured(
         lowered = lowered_of(config, stage, program, load, mesh)
         found["lower_s"] = time.perf_counter() - started
         try:
-            compiled = lowered.compile()
+            compiled, memory = _compiled(lowered)
         except jax.errors.JaxRuntimeError as error:
             needed = _EXHAUSTED.search(str(error))
             if needed is None:
@@ -98,18 +100,15 @@ def measured(
             found["compile_s"] = time.perf_counter() - started - found["lower_s"]
             return found | {"out_of_memory_bytes": int(float(needed[1]) * _UNITS[needed[2]])}
     found["compile_s"] = time.perf_counter() - started - found["lower_s"]
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
+    text = compiled.as_text()
     assert text is not None
     if hlo:
         Path(hlo).write_text(text, encoding="utf-8")
     by_layer, traffic = traffic_by_layer(text, _layer_names(config)), Traffic()
     for one in by_layer.values():
         traffic.add(one)
-    names = ("argument", "temp", "output", "alias")
-    found |= {f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes") for name in names}
     return found | {
-        "peak_bytes": memory.peak_memory_in_bytes,
+        **memory,
         **moved(traffic),
         "by_layer": {str(layer): moved(one) for layer, one in sorted(by_layer.items())},
         "unknown_loops": traffic.unknown_loops,
@@ -118,6 +117,27 @@ def measured(
         else full_vocabulary(text, config.vocab_size, load.prompt, mesh.size),
         "hlo_lines": text.count("\n"),
     }
+
+
+def _compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, dict[str, int]]:
+    """A program, and its bytes in HBM: of arguments, results, results in an argument's place, temporaries, and in all.
+
+    In all is what libtpu's report of its buffers says, and temporaries are what of that is neither argument nor result,
+    with the room between them that nothing fits into. Of ``memory_analysis``, ``temp_size_in_bytes`` counts that room
+    twice, and is 0 where all temporaries are small; ``peak_memory_in_bytes`` leaves it out, and counts arrays in VMEM.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+        reports = [path.read_text(encoding="utf-8") for path in Path(directory).glob("*-memory-usage-report.txt")]
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    names = ("argument", "output", "alias")
+    found = {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes") for name in names}
+    kept = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"]
+    said = [int(total[1]) for total in map(_IN_HBM.search, reports) if total]
+    if not said:
+        raise RuntimeError("libtpu left no report of its buffers, expected one *-memory-usage-report.txt")
+    return compiled, found | {"temp_bytes": max(said) - kept, "peak_bytes": max(said)}
 
 
 def moved(traffic: Traffic) -> dict[str, Any]:

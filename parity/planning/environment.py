@@ -6,22 +6,34 @@ import contextlib
 import importlib.util
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from parity.errors import DeviceNotFound
 
-# no metadata server to ask, no TPU to look for, several compilers at once, and no files of logs
+# no metadata server to ask, no TPU to look for, several compilers at once, no files of logs; and what was compiled
+# before is compiled again, for a report of its buffers comes of compiling alone
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
+# Its threads have 64 KiB of stack unless told, and use 70 over prefill of Qwen3.5-397B-A17B for tpu7x. A libtpu that
+# does not know the flag passes over it.
+_STACK = "fibers_default_thread_stack_size"
+LIBTPU_FLAGS = f"--{_STACK}={2**22} --undefok={_STACK}"
+
+
+def compiler_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """``given``, and what a process needs that compiles for TPUs; flags for libtpu that are given count as well."""
+    flags = f"{LIBTPU_FLAGS} {given.get('LIBTPU_INIT_ARGS', '')}".strip()
+    return {**given, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
 
 
 def prepare_environment() -> None:
     """For this process, before jax is imported. ``tandem plan`` compiles in another one, so as not to change yours."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(compiler_environment(os.environ))
 
 
 @contextlib.contextmanager

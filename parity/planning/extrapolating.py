@@ -29,7 +29,9 @@ def joined(found: list[dict[str, Any]], depths: Depths) -> dict[str, Any]:
     names = [name for name in first if name.endswith("_bytes") and name not in MOVED]
     linear = {name: _line(first[name], last[name], depths) for name in names}
     # temporaries are shared by layers: they grow with depth or they do not, but never shrink
-    linear["temp_bytes"] = max(linear["temp_bytes"], last["temp_bytes"])
+    lost = max(last["temp_bytes"] - linear["temp_bytes"], 0)
+    linear["temp_bytes"] += lost
+    linear["peak_bytes"] += lost
     return whole | linear | _moved(last, depths)
 
 

@@ -22,7 +22,7 @@ from loaders.stage import Stage
 from parity.planning.chips import Chip
 from parity.planning.compiling import PROGRAMS
 from parity.planning.depths import Depths, depths_of
-from parity.planning.environment import ENVIRONMENT, deep_stack
+from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
@@ -190,7 +190,7 @@ def _compiled(request: Request, topology: str, sizes: dict[str, int], depths: De
         done = subprocess.run(
             [sys.executable, "-m", "parity.planning.worker", str(result)],
             input=json.dumps(asked),
-            env=os.environ | ENVIRONMENT,
+            env=compiler_environment(os.environ),
             capture_output=True,
             text=True,
             check=False,

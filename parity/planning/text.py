@@ -35,8 +35,8 @@ def plan_text(found: dict[str, Any]) -> str:
 _ROWS = (
     ("weights", "weight_bytes"),
     ("cache", "cache_bytes"),
-    ("temporaries", "temp_bytes"),
-    ("peak", "peak_bytes"),
+    ("temporaries, and room lost between them", "temp_bytes"),
+    ("in all", "peak_bytes"),
     ("fits", "fits"),
     ("HBM traffic, a step", "hbm_bytes"),
     ("least that must move", "minimum"),

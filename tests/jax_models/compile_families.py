@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parity.planning.environment import ENVIRONMENT
+from parity.planning.environment import compiler_environment
 
-os.environ.update(ENVIRONMENT)  # before jax is imported
+os.environ.update(compiler_environment(os.environ))  # before jax is imported
 
 import jax
 import jax.numpy as jnp

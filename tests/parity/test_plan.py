@@ -18,7 +18,7 @@ from loaders import Stage, open_checkpoint
 from parity.cli import main
 from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
-from parity.planning.environment import deep_stack
+from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
@@ -96,7 +96,7 @@ def test_shallow_programs_have_the_layers_of_the_model_in_its_proportions(dense)
 
 def program(size: int, count: int, temp: int, layers: tuple[int, ...] = ()) -> dict:
     """``layers``: bytes that each of them reads, in a program that reads ``size``."""
-    figures = dict.fromkeys(("weight_bytes", "cache_bytes", "peak_bytes", "hbm_read_bytes"), size)
+    figures = dict.fromkeys(("weight_bytes", "cache_bytes", "hbm_read_bytes"), size) | {"peak_bytes": size + temp}
     figures |= {"hbm_written_bytes": 0, "temp_bytes": temp, "lower_s": 1.0, "compile_s": 2.0}
     by_layer = {str(layer): moved(read, 2) for layer, read in enumerate(layers)}
     return figures | moved(size, count) | {"by_layer": by_layer}
@@ -116,8 +116,8 @@ DEPTHS = Depths(2, 6, count=36, period=1, typical=range(1, 4))
 
 def test_figures_of_two_depths_make_those_of_the_whole():
     found = joined([program(200, 5, 70), program(600, 13, 50, SIX)], DEPTHS)
-    assert found["peak_bytes"] == 36 * 100
     assert found["temp_bytes"] == 50  # what layers share never shrinks
+    assert found["peak_bytes"] == 36 * 100 + 50
     assert (found["lower_s"], found["compile_s"]) == (2.0, 4.0)
 
 
@@ -250,6 +250,13 @@ def test_the_compiler_may_use_all_the_stack_there_is_and_we_as_before():
     soft, hard = shown.stdout.split()
     assert soft == hard
     assert resource.getrlimit(resource.RLIMIT_STACK) == before
+
+
+def test_flags_that_are_given_reach_libtpu_beside_ours():
+    ours = compiler_environment({})["LIBTPU_INIT_ARGS"]
+    both = compiler_environment({"LIBTPU_INIT_ARGS": "--theirs=1", "HOME": "/home"})
+    assert both["LIBTPU_INIT_ARGS"].split() == [*ours.split(), "--theirs=1"]
+    assert both["HOME"] == "/home"
 
 
 def test_published_configs_are_json_that_loads():
