@@ -27,8 +27,6 @@ from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
-_SPARE = 0.03  # of what is held, for temporaries nobody has compiled yet
-
 
 @dataclass(frozen=True)
 class Request:
@@ -47,7 +45,7 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
 
     Args:
         request: of what.
-        topology: slice; None: the smallest that should fit.
+        topology: slice; None: the smallest that fits, of those whose devices hold weights and cache.
         sizes: of the mesh; None: ``default_mesh``.
     Raises:
         ValueError: topology and mesh do not fit each other, or no slice is large enough.
@@ -56,17 +54,45 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
     if named is None:
         raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use another chip or --quant")
     found = _planned(request, named, sizes)
-    found["suggestion"] = _suggested(request, found) if sizes is None else None
-    return found
+    fitting = _fitting(request, {named: found}) if sizes is None else None
+    if topology is None and fitting is not None:
+        found = fitting
+    suggestion = fitting and _suggestion(fitting, is_this=fitting is found)
+    return found | {"suggestion": suggestion, "is_mesh_given": sizes is not None}
 
 
-def smallest(request: Request, spare: float = _SPARE, above: int = 0) -> str | None:
-    """The smallest slice of more than ``above`` devices whose devices hold weights and cache, with so much to spare."""
+def smallest(request: Request, above: int = 0) -> str | None:
+    """The smallest slice of more than ``above`` devices whose devices hold weights and cache."""
     for topology in request.chip.topologies:
         devices = request.chip.num_devices(topology)
-        if devices > above and _weight(request, devices) * (1 + spare) <= request.chip.usable_bytes:
+        if devices > above and _weight(request, devices) <= request.chip.usable_bytes:
             return topology
     return None
+
+
+def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The plan of the smallest slice that fits, compiled unless it is among ``plans``; None: none does.
+
+    Temporaries are no smaller on a smaller slice: rows are as many, and devices have more of the heads.
+    """
+    above = 0
+    while (topology := smallest(request, above=above)) is not None:
+        above = request.chip.num_devices(topology)
+        more = max((_temporaries(one) for one in plans.values() if one["devices"] > above), default=0)
+        if topology not in plans and _weight(request, above) + more <= request.chip.usable_bytes:
+            plans[topology] = _planned(request, topology, None)
+        if topology in plans and plans[topology]["fits"]:
+            return plans[topology]
+    return None
+
+
+def _temporaries(found: dict[str, Any]) -> int:
+    return max(program.get("temp_bytes", 0) for program in found["programs"].values())
+
+
+def _suggestion(found: dict[str, Any], *, is_this: bool) -> dict[str, Any]:
+    peaks = {name: program["peak_bytes"] for name, program in found["programs"].items()}
+    return {"topology": found["topology"], "mesh": found["mesh"], "is_this": is_this, "peak_bytes": peaks}
 
 
 def _weight(request: Request, devices: int) -> int:
@@ -150,27 +176,6 @@ def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, prog
         "minimum": minimum,
         "roofline": {"minimum": roof(least.distinct_bytes), "compiled": roof(moved)},
     }
-
-
-def _suggested(request: Request, found: dict[str, Any]) -> dict[str, Any] | None:
-    """The smallest slice that fits, compiled if it is another than the one planned; None: none does."""
-    overhead = [
-        program["peak_bytes"] / (program["weight_bytes"] + program["cache_bytes"]) - 1
-        for program in found["programs"].values()
-        if program["peak_bytes"]
-    ]
-    topology = smallest(request, max([_SPARE, *overhead]))
-    while topology is not None:
-        if topology == found["topology"]:
-            if found["fits"]:
-                return {"topology": topology, "mesh": found["mesh"], "is_this": True}
-        else:
-            tried = _planned(request, topology, None)
-            peaks = {name: one["peak_bytes"] for name, one in tried["programs"].items()}
-            if tried["fits"]:
-                return {"topology": topology, "mesh": tried["mesh"], "is_this": False, "peak_bytes": peaks}
-        topology = smallest(request, above=request.chip.num_devices(topology))
-    return None
 
 
 def _compiled(request: Request, topology: str, sizes: dict[str, int], depths: Depths) -> dict[str, Any]:

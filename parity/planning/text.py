@@ -101,7 +101,10 @@ def _remarks(found: dict[str, Any]) -> list[str]:
         )
         lines.append(f"smallest slice that fits: {said}")
     elif not found["fits"]:
-        lines.append("it does not fit; without --mesh, a slice that does is looked for")
+        none = f"nor does any other slice of {found['chip']}"
+        lines.append(
+            f"it does not fit; {'without --mesh, a slice that does is looked for' if found['is_mesh_given'] else none}"
+        )
     return lines
 
 

@@ -29,7 +29,26 @@ MASK = 8 * 8192 + 8 * 4 + 4  # of the cache, a byte a slot, and positions and th
 
 # published: metadata.total_size of model.safetensors.index.json, and what its headers hold
 QWEN3_BYTES = 470_187_269_120
-QWEN3_5_TEXT_BYTES, QWEN3_5_DRAFT = 792_692_717_952, 6_595_568_128  # the draft in parameters
+QWEN3_5_TEXT_BYTES = 792_692_717_952
+QWEN3_5_DRAFT, QWEN3_5_TOWER = 6_595_568_128, 456_010_480  # parameters
+WRAPPER = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "depth": 27,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "in_channels": 3,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
 # by hand; every product is layers, experts and sizes in the order of docs/glossary.md
 ATTENTION = 4096 * 128 * (64 + 4 + 4) + 64 * 128 * 4096
 QWEN3_EXPERTS = 94 * 128 * 3 * 4096 * 1536
@@ -71,6 +90,13 @@ def test_so_they_are_of_the_hybrid_but_for_what_it_keeps_in_float32(qwen3_5):
     assert 2 * QWEN3_5_ALL + 2 * 45 * (64 + 128) == QWEN3_5_TEXT_BYTES  # A_log and the gated norm, which no config says
     draft = sum(math.prod(spec.shape) for spec in specs_of(qwen3_5, Stage(mtp=True)) if spec.name.startswith("mtp."))
     assert draft == QWEN3_5_DRAFT
+
+
+def test_in_its_wrapper_the_tower_for_images_is_held_too(tmp_path):
+    text = json.loads(Path(QWEN3_5).read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(WRAPPER | {"text_config": text}), encoding="utf-8")
+    stored = stored_bytes(planned(str(tmp_path), None).config, LOAD)
+    assert stored == {"BF16": 2 * (QWEN3_5_ALL + QWEN3_5_TOWER)}
 
 
 def test_caches_are_keys_and_values_of_all_slots_and_states_of_every_row(qwen3, qwen3_5):

@@ -22,7 +22,7 @@ from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
-from parity.planning.plan import Request, judged, smallest
+from parity.planning.plan import Request, judged, plan, smallest
 from parity.planning.subject import planned
 from parity.zoo import make_checkpoint
 
@@ -76,6 +76,50 @@ def test_the_smallest_slice_has_room_for_weights_and_cache(dense):
     assert smallest(request) == "2x2"
     assert smallest(dataclasses.replace(request, chip=chip_of("v5p"))) == "1x1x1"
     assert smallest(request, above=4) == "2x4"
+
+
+GB = 10**9
+
+
+@pytest.fixture
+def compiling(dense, monkeypatch):
+    """Plans of Qwen3-8B on v5e without a compiler, and the slices that were compiled: four devices hold 4.7 GB each."""
+
+    def planning(named: str | None, temporaries: dict[str, int]):
+        asked = []
+
+        def planned_on(request: Request, topology: str, sizes: dict[str, int] | None):
+            asked.append(topology)
+            devices, temp = request.chip.num_devices(topology), temporaries.get(topology, 0)
+            peak = sum(held(request.config, request.load, default_mesh(request.config, devices, LOAD))) + temp
+            program = {"temp_bytes": temp, "peak_bytes": peak}
+            fits = peak <= request.chip.usable_bytes
+            return {"topology": topology, "devices": devices, "mesh": {}, "fits": fits, "programs": {"it": program}}
+
+        monkeypatch.setattr("parity.planning.plan._planned", planned_on)
+        return plan(Request("qwen3-8b", dense, None, chip_of("v5e"), LOAD), named, None), asked
+
+    return planning
+
+
+def test_where_no_slice_is_named_it_plans_the_smallest_that_fits_once_compiled(compiling):
+    found, asked = compiling(None, {"2x2": 13 * GB})
+    assert (found["topology"], found["fits"], found["suggestion"]["is_this"]) == ("2x4", True, True)
+    assert asked == ["2x2", "2x4"]
+
+
+def test_a_smaller_slice_than_the_one_named_is_compiled_if_its_temporaries_might_fit(compiling):
+    found, asked = compiling("4x4", {"4x4": GB, "2x2": 2 * GB})
+    assert (found["topology"], found["suggestion"]["topology"], found["suggestion"]["is_this"]) == ("4x4", "2x2", False)
+    assert asked == ["4x4", "2x2"]
+    found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": 13 * GB})
+    assert (asked, found["suggestion"]["topology"]) == (["4x4", "2x4"], "2x4")
+
+
+def test_where_none_fits_none_is_suggested(compiling):
+    slices = dict.fromkeys(chip_of("v5e").topologies, 20 * GB)
+    found, _ = compiling("2x2", slices)
+    assert (found["fits"], found["suggestion"]) == (False, None)
 
 
 @pytest.mark.parametrize(
