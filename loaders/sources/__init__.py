@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from loaders.sources.gs import GsPrefix
 from loaders.sources.local import LocalDirectory, is_plain
 from loaders.sources.s3 import S3Prefix
 from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source
 
 __all__ = [
+    "GsPrefix",
     "Identity",
     "LocalDirectory",
     "OpenFile",
@@ -24,7 +26,8 @@ def open_source(uri: object) -> Source:
 
     - a path: a directory on a local file system, read file by file;
     - ``runai://path``: the same, read by runai-model-streamer, many files at once (``runai:///absolute/path``);
-    - ``s3://bucket/prefix``: objects of an S3 server, read by it too.
+    - ``s3://bucket/prefix``: objects of an S3 server, read by it too;
+    - ``gs://bucket/prefix``: likewise, of Google Cloud Storage.
 
     Raises:
         OSError: the directory does not exist, the scheme has no source, or what it needs is not installed.
@@ -32,11 +35,11 @@ def open_source(uri: object) -> Source:
     scheme, separator, rest = str(uri).partition("://")
     if not separator:
         lost, _, rest = scheme.partition(":/")
-        if lost in ("s3", "runai"):
+        if lost in ("s3", "gs", "runai"):
             raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
         return LocalDirectory(uri)
     if scheme == "runai":
         return LocalDirectory(rest, is_streamed=True)
-    if scheme == "s3":
-        return S3Prefix(rest)
+    if scheme in (stores := {"s3": S3Prefix, "gs": GsPrefix}):
+        return stores[scheme](rest)
     raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")

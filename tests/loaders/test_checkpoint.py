@@ -293,7 +293,7 @@ def test_file_names_that_are_not_text_can_be_reported(tmp_path: Path) -> None:
     assert refusal(tmp_path) == [r"\udcff\n.safetensors is in the directory beside model.safetensors. Remove one."]
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/model", "https://host/model", "file:///tmp"])
+@pytest.mark.parametrize("uri", ["az://bucket/model", "https://host/model", "file:///tmp"])
 def test_a_scheme_without_a_source_is_refused(uri: str) -> None:
     with pytest.raises(CheckpointError, match=r"no source reads \w+:// \. Copy the checkpoint to a local directory"):
         open_checkpoint(uri)

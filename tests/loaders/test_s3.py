@@ -23,7 +23,7 @@ from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.regions import Box, Region, sizes_of
 from loaders.shards import read_shards
-from loaders.sources import runai, s3
+from loaders.sources import objects, runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
@@ -247,8 +247,8 @@ def test_an_address_that_went_through_a_path_is_told_from_a_directory() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "CONNECT_S", 1)
-    monkeypatch.setattr(s3, "READ_S", 1)
+    monkeypatch.setattr(objects, "CONNECT_S", 1)
+    monkeypatch.setattr(objects, "READ_S", 1)
     monkeypatch.setattr(runai, "DEADLINE_S", 1.0)
     monkeypatch.setattr(runai, "CLOSE_S", 0.2)
 

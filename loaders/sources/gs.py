@@ -1,0 +1,153 @@
+"""A checkpoint in Google Cloud Storage, or on a server that speaks its JSON API.
+
+Names, identities, JSON and headers come through requests, with the credentials that google-auth finds; tensors through
+the streamer's GCS part, which finds the same ones by itself. ``CLOUD_STORAGE_EMULATOR_ENDPOINT`` leads both to another
+server, and asks it without credentials: the streamer's client reads that and cannot be told, so it is read here too.
+With ``https://storage.googleapis.com`` it is how public objects are read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from loaders.sources import objects
+from loaders.sources.objects import ObjectFile, ObjectPrefix
+from loaders.sources.runai import RunaiSession, find_library
+
+ENDPOINT, PUBLIC = "CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com"
+INSTALL = "Install the extra: pip install 'tandem[gs]'"
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
+_WORTH_ANOTHER_ATTEMPT = (429, 500, 502, 503, 504)
+
+
+class ObjectGeneration(NamedTuple):
+    """What must not change between opening a checkpoint and reading it."""
+
+    generation: int
+    num_bytes: int
+
+
+class GsFile(ObjectFile):
+    """An object in Google Cloud Storage; see ``ObjectFile``."""
+
+    def __init__(self, prefix: GsPrefix, name: str) -> None:
+        super().__init__(name, prefix.address(name))
+        self._prefix = prefix
+        self._path = f"o/{quote(prefix.key(name), safe='')}"
+        self._pinned = self.identity()
+
+    def identity(self) -> ObjectGeneration:
+        with self._prefix.get(self._path, fields="generation,size") as found:
+            document = found.json()
+        try:
+            return ObjectGeneration(int(document["generation"]), int(document["size"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise OSError("the server does not say its generation and size") from error
+
+    def parts(self, position: int, count: int) -> Iterator[bytes]:
+        span = {"Range": f"bytes={position}-{position + count - 1}"}
+        pinned = {"alt": "media", "ifGenerationMatch": str(self._pinned.generation)}
+        with self._prefix.get(self._path, span, **pinned) as found:
+            if found.status_code != 206:
+                raise OSError(f"the server has no ranges: it answers {found.status_code}, expected 206")
+            yield from found.iter_content(1 << 20)
+
+
+class GsPrefix(ObjectPrefix):
+    """Objects in Google Cloud Storage; see ``ObjectPrefix``.
+
+    Raises:
+        OSError: the streamer, its GCS part or requests is not installed, or the address has no bucket.
+    """
+
+    scheme = "gs"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        if not (find_library().parent / "libstreamergcs.so").is_file():
+            raise OSError(f"runai-model-streamer-gcs is not installed. {INSTALL}")
+        if importlib.util.find_spec("requests") is None:
+            raise OSError(f"requests is not installed. {INSTALL}")
+        self._endpoint = os.environ.get(ENDPOINT) or None
+
+    @cached_property
+    def _client(self) -> Any:
+        requests = importlib.import_module("requests")
+        if self._endpoint is not None:
+            client = requests.Session()
+        else:
+            try:
+                auth = importlib.import_module("google.auth")
+                transport = importlib.import_module("google.auth.transport.requests")
+            except ImportError as error:
+                raise OSError(f"google-auth is not installed. {INSTALL}") from error
+            client = transport.AuthorizedSession(auth.default(scopes=[SCOPE])[0], refresh_timeout=objects.READ_S)
+        retries = importlib.import_module("urllib3").Retry(
+            objects.ATTEMPTS - 1, status_forcelist=_WORTH_ANOTHER_ATTEMPT, raise_on_status=False, backoff_factor=0.5
+        )
+        for scheme in ("http://", "https://"):
+            client.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
+        client.headers["Accept-Encoding"] = "identity"  # ranges are of the bytes as they are stored
+        return client
+
+    @contextmanager
+    def get(self, path: str, headers: dict[str, str] | None = None, **params: str) -> Iterator[Any]:
+        """The answer to a request about the bucket, once it is known to be one.
+
+        Raises:
+            OSError: there is none in time, or the server refuses.
+        """
+        url = f"{(self._endpoint or PUBLIC).rstrip('/')}/storage/v1/b/{quote(self.bucket, safe='')}/{path}"
+        times = (objects.CONNECT_S, objects.READ_S)
+        with (
+            _as_os_errors(),
+            self._client.get(url, params=params, headers=headers, timeout=times, stream=True) as found,
+        ):
+            if found.status_code >= 400:
+                known = {404: objects.GONE if path != "o" else f"there is no bucket {self.bucket!r}"}
+                known |= {412: objects.CHANGED}
+                raise OSError(known.get(found.status_code) or f"{found.status_code} {found.reason}: {_said(found)}")
+            yield found
+
+    def keys(self, start: str) -> Iterator[str]:
+        asked = {"prefix": start, "delimiter": "/", "fields": "items(name),nextPageToken"}
+        while True:
+            with self.get("o", **asked) as found:
+                page = found.json()
+            yield from (item["name"] for item in page.get("items", ()))
+            if "nextPageToken" not in page:
+                return
+            asked["pageToken"] = page["nextPageToken"]
+
+    def open_object(self, name: str) -> GsFile:
+        return GsFile(self, name)
+
+    def session(self) -> RunaiSession:
+        return RunaiSession(str(self))
+
+
+def _said(answer: Any) -> str:
+    """What a server says of why it refuses; its own words, of which it may have many."""
+    try:
+        return str(answer.json()["error"]["message"])[:200]
+    except (ValueError, LookupError, TypeError):
+        return "it does not say why"
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """What requests and google-auth raise, in one line and as the exception that every source has."""
+    kinds: list[type[Exception]] = [importlib.import_module("requests").RequestException]
+    if importlib.util.find_spec("google") and importlib.util.find_spec("google.auth"):
+        kinds.append(importlib.import_module("google.auth.exceptions").GoogleAuthError)
+    try:
+        yield
+    except tuple(kinds) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

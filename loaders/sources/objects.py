@@ -1,0 +1,124 @@
+"""Objects of a store as the files of a checkpoint: what all stores have in common."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from types import TracebackType
+from typing import ClassVar, Self
+
+from loaders import memory
+from loaders.sources.local import is_plain
+from loaders.sources.runai import DEADLINE_S
+from loaders.sources.source import Identity, OpenFile, Session, small_file
+
+CONNECT_S, READ_S, ATTEMPTS = 5, 15, 2  # a server that is gone is given up within a minute
+GONE, CHANGED = "there is no such object", "it changed since it was opened"
+
+
+class ObjectFile(ABC):
+    """One object, as it was when it was opened: a part of another one is never read."""
+
+    is_cheap_to_identify = False  # a request
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = name, address
+
+    def close(self) -> None:  # noqa: B027 (nothing is held open)
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @abstractmethod
+    def identity(self) -> Identity: ...
+
+    @abstractmethod
+    def parts(self, position: int, count: int) -> Iterable[bytes]:
+        """Bytes ``position`` to ``position + count`` as they arrive. Raises OSError: it is another object by now."""
+
+    def read_into(self, out: memoryview, position: int) -> None:
+        if not len(out):
+            return
+        allowed_s = max(DEADLINE_S, len(out) / 1e6)  # slower than 1 MB/s is as good as gone
+        until = time.monotonic() + allowed_s
+        done = 0
+        for part in self.parts(position, len(out)):
+            if done + len(part) > len(out):
+                raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")
+            out[done : done + len(part)] = part
+            done += len(part)
+            if time.monotonic() > until:
+                raise OSError(f"{done} of {len(out)} bytes came in {allowed_s:.0f} s. Is the server in trouble?")
+        if done != len(out):
+            raise OSError(f"{done} bytes came from byte {position} on, expected {len(out)}: truncated")
+
+    def read(self, position: int, count: int) -> bytes:
+        out = bytearray(count)
+        self.read_into(memoryview(out), position)
+        return bytes(out)
+
+
+class ObjectPrefix(ABC):
+    """The objects right under ``bucket/prefix``, by the rest of their key.
+
+    Raises:
+        OSError: the address has no bucket.
+    """
+
+    scheme: ClassVar[str]
+    gap_bytes = 1 << 20  # a request takes as long as a megabyte does
+
+    def __init__(self, path: str) -> None:
+        self.bucket, _, prefix = path.partition("/")
+        self.prefix = prefix.strip("/")
+        if not self.bucket:
+            raise OSError(f"it names no bucket, expected {self.scheme}://bucket/prefix")
+
+    @property
+    def stretch_bytes(self) -> int:
+        return memory.STAGING_BYTES  # all of it is lent memory
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.prefix}"
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def address(self, name: str) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key(name)}"
+
+    @abstractmethod
+    def keys(self, start: str) -> Iterable[str]:
+        """Of all objects whose key starts so, and has no slash in the rest."""
+
+    @abstractmethod
+    def open_object(self, name: str) -> OpenFile: ...
+
+    @abstractmethod
+    def session(self) -> Session: ...
+
+    def names(self) -> list[str]:
+        start = self.key("")
+        names = sorted(key[len(start) :] for key in self.keys(start) if key != start)
+        if not names:
+            raise OSError(f"there is no object under {self}/")
+        return names
+
+    def open(self, name: str) -> OpenFile:
+        """Open the object called ``name``.
+
+        Raises:
+            OSError: there is none, it cannot be asked for, or the name leads out of the checkpoint.
+        """
+        if not is_plain(name):
+            raise OSError("it is not a plain file name inside the checkpoint")
+        return self.open_object(name)
+
+    def read_file(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return small_file(file)
