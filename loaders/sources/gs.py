@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from loaders.sources import objects
+from loaders.sources.library import find_library, install
 from loaders.sources.objects import ObjectFile, ObjectPrefix
-from loaders.sources.runai import RunaiSession, find_library
+from loaders.sources.runai import RunaiSession
 
 ENDPOINT, PUBLIC = "CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com"
-INSTALL = "Install the extra: pip install 'tandem[gs]'"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 _WORTH_ANOTHER_ATTEMPT = (429, 500, 502, 503, 504)
 
@@ -71,10 +71,10 @@ class GsPrefix(ObjectPrefix):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        if not (find_library().parent / "libstreamergcs.so").is_file():
-            raise OSError(f"runai-model-streamer-gcs is not installed. {INSTALL}")
+        if not (find_library(self.scheme).parent / "libstreamergcs.so").is_file():
+            raise OSError(f"runai-model-streamer-gcs is not installed. {install(self.scheme)}")
         if importlib.util.find_spec("requests") is None:
-            raise OSError(f"requests is not installed. {INSTALL}")
+            raise OSError(f"requests is not installed. {install(self.scheme)}")
         self._endpoint = os.environ.get(ENDPOINT) or None
 
     @cached_property
@@ -87,7 +87,7 @@ class GsPrefix(ObjectPrefix):
                 auth = importlib.import_module("google.auth")
                 transport = importlib.import_module("google.auth.transport.requests")
             except ImportError as error:
-                raise OSError(f"google-auth is not installed. {INSTALL}") from error
+                raise OSError(f"google-auth is not installed. {install(self.scheme)}") from error
             client = transport.AuthorizedSession(auth.default(scopes=[SCOPE])[0], refresh_timeout=objects.READ_S)
         retries = importlib.import_module("urllib3").Retry(
             objects.ATTEMPTS - 1, status_forcelist=_WORTH_ANOTHER_ATTEMPT, raise_on_status=False, backoff_factor=0.5

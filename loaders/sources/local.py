@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from loaders import memory
+from loaders.sources.library import find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
-from loaders.sources.runai import RunaiSession, find_library
+from loaders.sources.runai import RunaiSession
 from loaders.sources.source import Session, small_file
 
 STRETCH_PIECES = 4

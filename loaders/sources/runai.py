@@ -2,74 +2,32 @@
 
 The Python package imports torch; ``libstreamer.so`` needs nothing. It reads into memory of ours, a piece at a time, so
 that none of its own ring is held: no bound below which a large tensor cannot be read, and nothing borrowed from it.
-Answers come in any order. Source: ``runai_model_streamer/libstreamer`` of 0.17.
+Answers come in any order; each store has a library of its own (``loaders/sources/library.py``). Source:
+``runai_model_streamer/libstreamer`` of 0.17.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
-import importlib.metadata
-import importlib.util
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from types import MappingProxyType
 
 import numpy as np
 
 from loaders.memory import STAGING_BYTES, aligned_empty
 from loaders.regions import Piece
+from loaders.sources.library import Device, install, library_of
 from loaders.sources.source import OpenFile, PieceError
 
-PACKAGE, VERSION = "runai-model-streamer", "0.17."  # the functions take other arguments in other versions
-INSTALL = "Install the extra: pip install 'tandem[runai]'"
 DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
 CLOSE_S = 1.0  # that closing waits for what is on its way
 _SUCCESS, _TIMED_OUT = 0, 16
-_NO_PLUGIN = (4, 12)
+_NO_PLUGIN = (4, 12, 13)
 _SLICE_MS = 200  # of waiting, so that an interrupt is heard
-
-
-class _Device(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))  # zero, zero: the host
-
-
-def find_library() -> Path:
-    """Where the library lies. The package is looked for and not imported.
-
-    Raises:
-        OSError: it is not installed, or in a version whose functions we do not know.
-    """
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise OSError(f"{PACKAGE} is not installed. {INSTALL}")
-    version = importlib.metadata.version(PACKAGE)
-    if not version.startswith(VERSION):
-        raise OSError(f"{PACKAGE} is {version}, expected {VERSION}*. {INSTALL}")
-    return Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
-
-
-@lru_cache(1)
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, handle, text = ctypes.POINTER, ctypes.c_void_p, ctypes.c_char_p
-    number, size = ctypes.c_uint32, ctypes.c_size_t
-    library.runai_file_streamer_start.argtypes = [pointer(handle)]
-    library.runai_file_streamer_end.argtypes = [handle]
-    library.runai_file_streamer_set_credentials.argtypes = [handle, pointer(text), pointer(text), ctypes.c_uint]
-    library.runai_file_streamer_request.argtypes = [
-        *(handle, pointer(ctypes.c_uint64), number, pointer(text), pointer(number)),
-        *(pointer(size), pointer(size), pointer(handle), _Device),
-    ]
-    library.runai_file_streamer_response.argtypes = [
-        *(handle, pointer(ctypes.c_uint64), pointer(number), pointer(number), pointer(ctypes.c_int), ctypes.c_uint)
-    ]
-    library.runai_file_streamer_response_str.argtypes = [ctypes.c_int]
-    library.runai_file_streamer_response_str.restype = text
-    return library
 
 
 class RunaiSession:
@@ -79,7 +37,7 @@ class RunaiSession:
     its own client waits. So that memory is the session's own and is given up with it, never the caller's.
 
     Args:
-        where: for messages.
+        where: the address; its scheme says which store is asked, the whole is for messages.
         credentials: of an object store, by the library's names: ``access_key_id``, ``endpoint``, ...
     Raises:
         OSError: the library is not installed, or refuses.
@@ -87,7 +45,8 @@ class RunaiSession:
 
     def __init__(self, where: str, credentials: Mapping[str, str] = MappingProxyType({})) -> None:
         self.where = where
-        self._library = _load(find_library())
+        self._scheme = where.partition("://")[0]
+        self._library = library_of(self._scheme)
         self._streamer = ctypes.c_void_p()
         self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
         self._empty: list[int] = []  # tickets below zero, which the library has none of
@@ -118,7 +77,7 @@ class RunaiSession:
             *(self._streamer, ctypes.byref(ticket), 1),
             *((ctypes.c_char_p * 1)(file.address.encode()), (ctypes.c_uint32 * 1)(1)),
             *((ctypes.c_size_t * 1)(position), (ctypes.c_size_t * 1)(num_bytes)),
-            *((ctypes.c_void_p * 1)(buffer.ctypes.data), _Device(0, 0)),
+            *((ctypes.c_void_p * 1)(buffer.ctypes.data), Device(0, 0)),
         )
         self._check(code)
         self._flying[ticket.value] = buffer, num_bytes
@@ -184,7 +143,7 @@ class RunaiSession:
 
     def _message(self, code: int) -> str:
         said = self._library.runai_file_streamer_response_str(code).decode()
-        hint = f" {INSTALL}, whose two packages have to be of one version" if code in _NO_PLUGIN else ""
+        hint = f" {install(self._scheme)}, whose packages have to be of one version" if code in _NO_PLUGIN else ""
         return f"{said} ({self.where}).{hint}"
 
 

@@ -17,8 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from loaders.sources import objects
+from loaders.sources.library import find_library, install
 from loaders.sources.objects import ObjectFile, ObjectPrefix
-from loaders.sources.runai import INSTALL, RunaiSession, find_library
+from loaders.sources.runai import RunaiSession
 
 _GONE = ("404", "NoSuchKey", "NotFound")
 _CHANGED = ("412", "PreconditionFailed")
@@ -65,9 +66,9 @@ class S3Prefix(ObjectPrefix):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        find_library()
+        find_library(self.scheme)
         if importlib.util.find_spec("boto3") is None:
-            raise OSError(f"boto3 is not installed. {INSTALL}")
+            raise OSError(f"boto3 is not installed. {install(self.scheme)}")
 
     @cached_property
     def client(self) -> Any:

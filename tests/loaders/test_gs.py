@@ -14,13 +14,13 @@ from s3_server import silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
-from loaders.sources import gs, objects, runai
+from loaders.sources import gs, library, objects, runai
 from parity.zoo import make_checkpoint
 
 
 def has_plugin() -> bool:
     try:
-        return (runai.find_library().parent / "libstreamergcs.so").is_file()
+        return (library.find_library().parent / "libstreamergcs.so").is_file()
     except OSError:
         return False
 
@@ -154,7 +154,7 @@ def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, 
 
 
 def test_without_the_streamers_part_it_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gs, "find_library", lambda: directory / "libstreamer.so")
+    monkeypatch.setattr(gs, "find_library", lambda _: directory / "libstreamer.so")
     with pytest.raises(CheckpointError, match=r"runai-model-streamer-gcs is not installed\. .*'tandem\[gs\]'"):
         open_checkpoint("gs://ckpt/x")
 

@@ -161,8 +161,8 @@ def test_a_stream_that_brings_nothing_any_more_ends_at_its_deadline(checkpoint: 
                 return lambda *arguments: runai._TIMED_OUT
             return getattr(self.library, name)
 
-    load = runai._load
-    monkeypatch.setattr(runai, "_load", lambda path: Silent(load(path)))
+    load = runai.library_of
+    monkeypatch.setattr(runai, "library_of", lambda scheme: Silent(load(scheme)))
     with pytest.raises(CheckpointError, match=r"nothing has come from runai:///.* for 0.3 s. Is it still there"):
         list(checkpoint.stream())
 
@@ -226,8 +226,8 @@ def test_a_package_without_its_s3_part_is_told_which_to_install(directory: Path,
         def __getattr__(self, name: str) -> Any:
             return (lambda *arguments: 12) if name.endswith("_request") else getattr(self.library, name)
 
-    load = runai._load
-    monkeypatch.setattr(runai, "_load", lambda path: Partial(load(path)))
+    load = runai.library_of
+    monkeypatch.setattr(runai, "library_of", lambda scheme: Partial(load(scheme)))
     with pytest.raises(CheckpointError, match=r"Error loading object storage plugin .* pip install 'tandem\[runai\]'"):
         list(open_checkpoint(f"runai://{directory}").stream())
 

@@ -1,0 +1,111 @@
+"""The C library of runai-model-streamer: where it lies, what its functions take, and one of it for each object store.
+
+The library keeps the store it first reads from, S3 or Google's, until the process ends, and sends every later request
+there, whatever its address says: ``gs://bucket/key`` after ``s3://`` is read from the S3 server, which may well have an
+object of that name. Ending the streamer does not end that, and others in the process may have the library loaded too.
+So each store gets a library of its own: a copy in memory, which the system loads beside the first because it is another
+file. Source: ``cpp/common/s3_wrapper`` of 0.17 (one static backend handle); tests/loaders/test_stores.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+PACKAGE, VERSION = "runai-model-streamer", "0.17."  # the functions take other arguments in other versions
+EXTRAS = {"runai": "runai", "s3": "runai", "gs": "gs"}  # by scheme
+LOCAL = "runai"  # the scheme of files: read without any store
+_loading = threading.Lock()
+
+
+class Device(ctypes.Structure):
+    """Where bytes are to arrive. Both zero: in the host's memory."""
+
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+def install(scheme: str) -> str:
+    """What to do where something is not installed that addresses of ``scheme`` need."""
+    return f"Install the extra: pip install 'tandem[{EXTRAS[scheme]}]'"
+
+
+def find_library(scheme: str = LOCAL) -> Path:
+    """Where the library lies. The package is looked for and not imported.
+
+    Raises:
+        OSError: it is not installed, or in a version whose functions we do not know.
+    """
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(f"{PACKAGE} is not installed. {install(scheme)}")
+    version = importlib.metadata.version(PACKAGE)
+    if not version.startswith(VERSION):
+        raise OSError(f"{PACKAGE} is {version}, expected {VERSION}*. {install(scheme)}")
+    return Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+
+
+def library_of(scheme: str) -> ctypes.CDLL:
+    """The library that reads addresses of ``scheme`` and of no other store; the same one each time.
+
+    Raises:
+        OSError: it is not installed, or no copy of it can be loaded.
+    """
+    path = find_library(scheme)
+    with _loading:
+        return _load(path, scheme)
+
+
+@cache
+def _load(path: Path, scheme: str) -> ctypes.CDLL:
+    if scheme == LOCAL:
+        return _declare(ctypes.CDLL(str(path)))
+    try:
+        return _declare(_load_copy(path))
+    except OSError as error:
+        raise OSError(
+            f"{PACKAGE} reads from one object store in a process, so {scheme}:// needs a copy of it, which cannot be"
+            f" loaded: {error}. It takes a temporary directory for links (TMPDIR) and memory that may be executed"
+        ) from error
+
+
+def _load_copy(path: Path) -> ctypes.CDLL:
+    """The library once more, with static variables of its own.
+
+    Its part for a store is looked for beside it, at the first request. So it is loaded by a link from a directory of
+    links, which has to stay; the copy itself is in memory, for there are systems where no temporary file is executed.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="tandem-streamer-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    for part in path.parent.glob("libstreamer?*.so"):
+        (directory / part.name).symlink_to(part)
+    with open(os.memfd_create(path.name), "wb") as copy:
+        copy.write(path.read_bytes())
+        copy.flush()
+        (directory / path.name).symlink_to(f"/proc/self/fd/{copy.fileno()}")
+        return ctypes.CDLL(str(directory / path.name))
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, handle, text = ctypes.POINTER, ctypes.c_void_p, ctypes.c_char_p
+    number, size = ctypes.c_uint32, ctypes.c_size_t
+    library.runai_file_streamer_start.argtypes = [pointer(handle)]
+    library.runai_file_streamer_end.argtypes = [handle]
+    library.runai_file_streamer_set_credentials.argtypes = [handle, pointer(text), pointer(text), ctypes.c_uint]
+    library.runai_file_streamer_request.argtypes = [
+        *(handle, pointer(ctypes.c_uint64), number, pointer(text), pointer(number)),
+        *(pointer(size), pointer(size), pointer(handle), Device),
+    ]
+    library.runai_file_streamer_response.argtypes = [
+        *(handle, pointer(ctypes.c_uint64), pointer(number), pointer(number), pointer(ctypes.c_int), ctypes.c_uint)
+    ]
+    library.runai_file_streamer_response_str.argtypes = [ctypes.c_int]
+    library.runai_file_streamer_response_str.restype = text
+    return library
