@@ -71,8 +71,7 @@ class GsPrefix(ObjectPrefix):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        if not (find_library(self.scheme).parent / "libstreamergcs.so").is_file():
-            raise OSError(f"runai-model-streamer-gcs is not installed. {install(self.scheme)}")
+        find_library(self.scheme)
         if importlib.util.find_spec("requests") is None:
             raise OSError(f"requests is not installed. {install(self.scheme)}")
         self._endpoint = os.environ.get(ENDPOINT) or None

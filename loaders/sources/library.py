@@ -1,10 +1,11 @@
 """The C library of runai-model-streamer: where it lies, what its functions take, and one of it for each object store.
 
-The library keeps the store it first reads from, S3 or Google's, until the process ends, and sends every later request
-there, whatever its address says: ``gs://bucket/key`` after ``s3://`` is read from the S3 server, which may well have an
-object of that name. Ending the streamer does not end that, and others in the process may have the library loaded too.
-So each store gets a library of its own: a copy in memory, which the system loads beside the first because it is another
-file. Source: ``cpp/common/s3_wrapper`` of 0.17 (one static backend handle); tests/loaders/test_stores.py.
+It stays with the store it first reads from until the process ends, and sends every later request there, whatever its
+address says: after ``s3://`` the bytes of ``gs://`` come from the S3 server, without a word where that has a bucket and
+an object of the same name. Ending the streamer does not end that, and others in the process may have the library loaded
+too. So each store is read through a copy, loaded beside the first because it is another file, and local files through
+the library itself, which asks no store for them. Source: ``cpp/common/s3_wrapper`` of 0.17 (one static backend);
+tests/loaders/test_stores.py.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import os
 import shutil
 import tempfile
 import threading
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 PACKAGE, VERSION = "runai-model-streamer", "0.17."  # the functions take other arguments in other versions
-EXTRAS = {"runai": "runai", "s3": "runai", "gs": "gs"}  # by scheme
-LOCAL = "runai"  # the scheme of files: read without any store
+LOCAL = "runai"  # the scheme of files
+EXTRAS = {LOCAL: "runai", "s3": "runai", "gs": "gs"}
+PARTS = {"s3": ("runai-model-streamer-s3", "libstreamers3.so"), "gs": ("runai-model-streamer-gcs", "libstreamergcs.so")}
 _loading = threading.Lock()
 
 
@@ -37,11 +40,11 @@ def install(scheme: str) -> str:
     return f"Install the extra: pip install 'tandem[{EXTRAS[scheme]}]'"
 
 
-def find_library(scheme: str = LOCAL) -> Path:
-    """Where the library lies. The package is looked for and not imported.
+def find_library(scheme: str) -> Path:
+    """Where the library lies, and beside it its part for ``scheme``. The package is looked for and not imported.
 
     Raises:
-        OSError: it is not installed, or in a version whose functions we do not know.
+        OSError: one of them is not installed, or in a version whose functions we do not know.
     """
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -49,11 +52,16 @@ def find_library(scheme: str = LOCAL) -> Path:
     version = importlib.metadata.version(PACKAGE)
     if not version.startswith(VERSION):
         raise OSError(f"{PACKAGE} is {version}, expected {VERSION}*. {install(scheme)}")
-    return Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+    path = Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+    if scheme != LOCAL:
+        package, part = PARTS[scheme]
+        if not path.with_name(part).is_file():
+            raise OSError(f"{package} is not installed. {install(scheme)}")
+    return path
 
 
 def library_of(scheme: str) -> ctypes.CDLL:
-    """The library that reads addresses of ``scheme`` and of no other store; the same one each time.
+    """The library that reads addresses of ``scheme`` and of no other; the same one each time.
 
     Raises:
         OSError: it is not installed, or no copy of it can be loaded.
@@ -68,29 +76,33 @@ def _load(path: Path, scheme: str) -> ctypes.CDLL:
     if scheme == LOCAL:
         return _declare(ctypes.CDLL(str(path)))
     try:
-        return _declare(_load_copy(path))
+        return _declare(_load_copy(path, path.with_name(PARTS[scheme][1])))
     except OSError as error:
         raise OSError(
-            f"{PACKAGE} reads from one object store in a process, so {scheme}:// needs a copy of it, which cannot be"
-            f" loaded: {error}. It takes a temporary directory for links (TMPDIR) and memory that may be executed"
+            f"{PACKAGE} reads from one object store in a process, so {scheme}:// is read through a copy of it, and none"
+            f" can be loaded: {error}. It takes a temporary directory for links (TMPDIR) and memory that may be executed"
         ) from error
 
 
-def _load_copy(path: Path) -> ctypes.CDLL:
+def _load_copy(path: Path, part: Path) -> ctypes.CDLL:
     """The library once more, with static variables of its own.
 
-    Its part for a store is looked for beside it, at the first request. So it is loaded by a link from a directory of
+    Its part for a store is looked for beside it at the first request. So it is loaded by a link from a directory of
     links, which has to stay; the copy itself is in memory, for there are systems where no temporary file is executed.
     """
-    directory = Path(tempfile.mkdtemp(prefix="tandem-streamer-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    for part in path.parent.glob("libstreamer?*.so"):
+    with ExitStack() as undo:
+        directory = Path(tempfile.mkdtemp(prefix="tandem-streamer-"))
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
         (directory / part.name).symlink_to(part)
-    with open(os.memfd_create(path.name), "wb") as copy:
-        copy.write(path.read_bytes())
-        copy.flush()
-        (directory / path.name).symlink_to(f"/proc/self/fd/{copy.fileno()}")
-        return ctypes.CDLL(str(directory / path.name))
+        with open(os.memfd_create(path.name), "wb") as copy:
+            copy.write(path.read_bytes())
+            copy.flush()
+            link = directory / path.name
+            link.symlink_to(f"/proc/self/fd/{copy.fileno()}")
+            library = ctypes.CDLL(str(link))
+            link.unlink()
+        atexit.register(undo.pop_all().close)
+    return library
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from loaders import memory
-from loaders.sources.library import find_library
+from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession
 from loaders.sources.source import Session, small_file
@@ -30,7 +30,7 @@ class LocalDirectory:
         if not self.path.is_dir():
             raise OSError(f"{self.path} is not a directory")
         if is_streamed:
-            find_library()  # what is not installed is said before anything is read
+            find_library(LOCAL)  # what is not installed is said before anything is read
 
     @property
     def stretch_bytes(self) -> int:

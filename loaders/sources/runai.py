@@ -2,8 +2,8 @@
 
 The Python package imports torch; ``libstreamer.so`` needs nothing. It reads into memory of ours, a piece at a time, so
 that none of its own ring is held: no bound below which a large tensor cannot be read, and nothing borrowed from it.
-Answers come in any order; each store has a library of its own (``loaders/sources/library.py``). Source:
-``runai_model_streamer/libstreamer`` of 0.17.
+Answers come in any order. Each store has a library of its own (``loaders/sources/library.py``), because of what that
+keeps. Source: ``runai_model_streamer/libstreamer`` of 0.17.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import atexit
 import ctypes
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 
@@ -25,9 +25,41 @@ from loaders.sources.source import OpenFile, PieceError
 
 DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
 CLOSE_S = 1.0  # that closing waits for what is on its way
-_SUCCESS, _TIMED_OUT = 0, 16
+_SUCCESS, _FINISHED, _TIMED_OUT = 0, 1, 16
 _NO_PLUGIN = (4, 12, 13)
 _SLICE_MS = 200  # of waiting, so that an interrupt is heard
+
+
+class _Endings:
+    """Streamers of one store that have read what they were asked for: ended together, when no other reads.
+
+    The end of one cancels what all others of its store are reading, and while it waits for a server none can begin.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_reading = 0
+        self._waiting: list[Callable[[], None]] = []
+
+    def begin(self, start: Callable[[], None]) -> None:
+        with self._lock:
+            start()
+            self._num_reading += 1
+
+    def arrive(self, end: Callable[[], None]) -> None:
+        """``end`` is called when all that have begun have arrived, which takes none of them long."""
+        with self._lock:
+            self._waiting.append(end)
+            self._num_reading -= 1
+            if not self._num_reading:
+                for each in self._waiting:
+                    each()
+                self._waiting.clear()
+
+
+@cache
+def _endings_of(scheme: str) -> _Endings:
+    return _Endings()
 
 
 class RunaiSession:
@@ -51,13 +83,18 @@ class RunaiSession:
         self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
         self._empty: list[int] = []  # tickets below zero, which the library has none of
         self._free: list[np.ndarray] = []
+        self._failed: list[np.ndarray] = []  # which the library may still be writing to
         self._lent: np.ndarray | None = None
-        self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
+        self._endings = _endings_of(self._scheme)
+        self._endings.begin(self._start)
         try:
             self._hand_over(credentials)
         except BaseException:
             self.close()
             raise
+
+    def _start(self) -> None:
+        self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
 
     def _hand_over(self, credentials: Mapping[str, str]) -> None:
         if credentials:
@@ -95,6 +132,7 @@ class RunaiSession:
             raise PieceError(self._message(code))
         buffer, num_bytes = self._flying.pop(ticket)
         if code != _SUCCESS:
+            self._failed.append(buffer)
             raise PieceError(self._message(code), ticket)
         self._lent = buffer
         return ticket, buffer[:num_bytes]
@@ -103,33 +141,51 @@ class RunaiSession:
         streamer, self._streamer = self._streamer, ctypes.c_void_p()
         if not streamer:
             return
-        kept = list(self._flying.values())
-        self._flying, self._free, self._lent = {}, [], None
+        flying, self._flying, self._free, self._lent = self._flying, {}, [], None
 
         def end() -> None:
-            self._library.runai_file_streamer_end(streamer)  # waits for what is on its way
-            kept.clear()
+            self._library.runai_file_streamer_end(streamer)
+            flying.clear()
+            self._failed.clear()
 
-        if not kept:
-            end()
+        def arrive() -> None:
+            self._drain(streamer, flying)
+            self._endings.arrive(end)
+
+        if not flying:
+            arrive()
             return
-        ending = threading.Thread(target=end, name="tandem-runai-end", daemon=True)
-        ending.start()
-        ending.join(CLOSE_S)
-        if ending.is_alive():
+        arriving = threading.Thread(target=arrive, name="tandem-runai-end", daemon=True)
+        arriving.start()
+        arriving.join(CLOSE_S)
+        if arriving.is_alive():
             _exit_as_we_are()
 
+    def _drain(self, streamer: ctypes.c_void_p, flying: dict[int, tuple[np.ndarray, int]]) -> None:
+        """Wait for what is on its way, however long."""
+        code = _SUCCESS
+        for _ in range(len(flying)):
+            if code != _FINISHED:
+                ticket, code = self._await(streamer, 0)
+                if code == _SUCCESS:  # else its memory is kept to the end
+                    flying.pop(ticket, None)
+
     def _response(self) -> tuple[int, int]:
-        ticket, done = ctypes.c_uint64(), ctypes.c_int()
-        file, index = ctypes.c_uint32(), ctypes.c_uint32()
         until = time.monotonic() + DEADLINE_S
         while True:
-            out = (ctypes.byref(ticket), ctypes.byref(file), ctypes.byref(index), ctypes.byref(done))
-            code = self._library.runai_file_streamer_response(self._streamer, *out, _SLICE_MS)
+            ticket, code = self._await(self._streamer, _SLICE_MS)
             if code != _TIMED_OUT:
-                return ticket.value, code
+                return ticket, code
             if time.monotonic() > until:
                 raise PieceError(f"nothing has come from {self.where} for {DEADLINE_S:g} s. Is it still there?")
+
+    def _await(self, streamer: ctypes.c_void_p, most_ms: int) -> tuple[int, int]:
+        """The ticket that came next and how it went; 0 milliseconds: however long it takes."""
+        ticket, done = ctypes.c_uint64(), ctypes.c_int()
+        file, index = ctypes.c_uint32(), ctypes.c_uint32()
+        out = (ctypes.byref(ticket), ctypes.byref(file), ctypes.byref(index), ctypes.byref(done))
+        code = self._library.runai_file_streamer_response(streamer, *out, most_ms)
+        return ticket.value, code
 
     def _buffer(self, num_bytes: int) -> np.ndarray:
         """Memory for a piece; small ones are not worth keeping."""

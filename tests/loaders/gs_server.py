@@ -56,6 +56,7 @@ class Server:
 class _Handler(BaseHTTPRequestHandler):
     store: Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers to be acknowledged
 
     def do_GET(self) -> None:  # noqa: N802
         url = urlsplit(self.path)

@@ -18,14 +18,14 @@ from loaders.sources import gs, library, objects, runai
 from parity.zoo import make_checkpoint
 
 
-def has_plugin() -> bool:
+def is_installed() -> bool:
     try:
-        return (library.find_library().parent / "libstreamergcs.so").is_file()
+        return library.find_library("gs").is_file()
     except OSError:
         return False
 
 
-pytestmark = pytest.mark.skipif(not has_plugin(), reason="runai-model-streamer-gcs is not installed")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="runai-model-streamer-gcs is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, 
         file.read(0, 100)
 
 
-def test_without_the_streamers_part_it_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gs, "find_library", lambda _: directory / "libstreamer.so")
+def test_without_the_streamers_part_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library.PARTS, "gs", (library.PARTS["gs"][0], "libnone.so"))
     with pytest.raises(CheckpointError, match=r"runai-model-streamer-gcs is not installed\. .*'tandem\[gs\]'"):
         open_checkpoint("gs://ckpt/x")
 
