@@ -80,7 +80,7 @@ def _load(path: Path, scheme: str) -> ctypes.CDLL:
     except OSError as error:
         raise OSError(
             f"{PACKAGE} reads from one object store in a process, so {scheme}:// is read through a copy of it, and none"
-            f" can be loaded: {error}. It takes a temporary directory for links (TMPDIR) and memory that may be executed"
+            f" can be loaded: {error}. It takes a temporary directory for links (TMPDIR) and executable memory"
         ) from error
 
 

@@ -1,0 +1,87 @@
+"""Two object stores and several streams in one process, which the streamer's library is not made for.
+
+In processes of their own: the library stays with the servers it first met.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from s3_server import ENVIRONMENT
+
+from loaders.sources import library
+from parity.zoo import make_checkpoint
+
+PREPARE = """
+import os, sys
+from pathlib import Path
+import gs_server, s3_server
+from loaders import memory, open_checkpoint
+from loaders.digest import digests
+from loaders.sources import gs, runai
+
+directories = [Path(path) for path in sys.argv[1:]]
+google, amazon = gs_server.Server(), s3_server.Server()
+os.environ |= {gs.ENDPOINT: google.url, "AWS_ENDPOINT_URL": amazon.url}
+"""
+
+IN_TURN = """
+expected = [digests(open_checkpoint(path).stream()) for path in directories]
+assert expected[0] != expected[1]
+addresses = amazon.put(directories[0], "same/key"), google.put(directories[1], "same/key")
+for turn in (FIRST, 1 - FIRST, FIRST):
+    assert digests(open_checkpoint(addresses[turn]).stream()) == expected[turn], addresses[turn]
+local = open_checkpoint(f"runai://{directories[0]}")
+assert digests(local.stream()) == expected[0]
+"""
+
+ONE_IS_CLOSED = """
+memory.STAGING_BYTES = runai.STAGING_BYTES = 1 << 14  # so that much is on its way
+checkpoint = open_checkpoint(STORE.put(directories[0], "x"))
+expected = digests(checkpoint.stream())
+for _ in range(3):
+    first, second = checkpoint.stream(), checkpoint.stream()
+    next(first)
+    begun = [next(second)]
+    first.close()
+    assert digests(begun + list(second)) == expected
+"""
+
+
+def is_installed(scheme: str) -> bool:
+    try:
+        return library.find_library(scheme).is_file()
+    except OSError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not is_installed("gs"), reason="runai-model-streamer-gcs is not installed")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    path = tmp_path_factory.mktemp("stores")
+    return [make_checkpoint("qwen3", path / str(seed), seed=seed, num_hidden_layers=2) for seed in (1, 2)]
+
+
+def run(script: str, directories: list[Path]) -> None:
+    places = str(Path(__file__).parent), os.environ["PYTHONPATH"]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, "-c", PREPARE + script, *map(str, directories)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_each_store_is_read_from_whichever_came_first(directories: list[Path], first: int) -> None:
+    """Also where both have an object of the same name: the library would take the first store's in silence."""
+    run(f"FIRST = {first}\n{IN_TURN}", directories)
+
+
+@pytest.mark.parametrize("store", ["amazon", pytest.param("google", marks=pytest.mark.slow)])
+def test_a_stream_that_is_closed_leaves_others_of_its_store_alone(directories: list[Path], store: str) -> None:
+    run(f"STORE = {store}\n{ONE_IS_CLOSED}", directories)
