@@ -118,7 +118,7 @@ class GsPrefix(ObjectPrefix):
     def keys(self, start: str) -> Iterator[str]:
         asked = {"prefix": start, "delimiter": "/", "fields": "items(name),nextPageToken"}
         while True:
-            with self.get("o", **asked) as found:
+            with self.get("o", None, **asked) as found:
                 page = found.json()
             yield from (item["name"] for item in page.get("items", ()))
             if "nextPageToken" not in page:
