@@ -20,6 +20,8 @@ __all__ = [
     "open_source",
 ]
 
+STORES: dict[str, type[S3Prefix] | type[GsPrefix]] = {"s3": S3Prefix, "gs": GsPrefix}  # by scheme
+
 
 def open_source(uri: object) -> Source:
     """The source for ``uri``.
@@ -35,11 +37,11 @@ def open_source(uri: object) -> Source:
     scheme, separator, rest = str(uri).partition("://")
     if not separator:
         lost, _, rest = scheme.partition(":/")
-        if lost in ("s3", "gs", "runai"):
+        if lost in (*STORES, "runai"):
             raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
         return LocalDirectory(uri)
     if scheme == "runai":
         return LocalDirectory(rest, is_streamed=True)
-    if scheme in (stores := {"s3": S3Prefix, "gs": GsPrefix}):
-        return stores[scheme](rest)
+    if scheme in STORES:
+        return STORES[scheme](rest)
     raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gs_server import BUCKET, Server
+from object_stores import assert_same_checkpoint, ends_within
 from s3_server import silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
-from loaders.sources import gs, library, objects, runai
+from loaders.sources import gs, library, runai
 from parity.zoo import make_checkpoint
-
-
-def is_installed() -> bool:
-    try:
-        return library.find_library("gs").is_file()
-    except OSError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not is_installed(), reason="runai-model-streamer-gcs is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +42,7 @@ def uri(server: Server, directory: Path) -> str:
 
 
 def test_it_is_the_checkpoint_that_lies_there(uri: str, directory: Path) -> None:
-    found, local = open_checkpoint(uri), open_checkpoint(directory)
-    assert (found.config, found.tensors, str(found.source)) == (local.config, local.tensors, uri)
-    assert digests(found.stream()) == digests(local.stream())
-    name = next(iter(local.tensors))
-    assert found.read(name).tobytes() == local.read(name).tobytes()
+    assert_same_checkpoint(uri, directory)
 
 
 def test_opening_reads_json_and_headers_by_range_and_nothing_else(uri: str, server: Server, directory: Path) -> None:
@@ -160,7 +146,6 @@ def test_without_the_streamers_part_it_says_what_to_install(monkeypatch: pytest.
 
 
 def test_without_credentials_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("google.auth")
     monkeypatch.delenv(gs.ENDPOINT)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
     with pytest.raises(CheckpointError, match="DefaultCredentialsError"):
@@ -182,24 +167,6 @@ def test_without_google_auth_a_public_bucket_is_read_and_a_private_one_says_what
 
 
 # A server that goes away
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "CONNECT_S", 1)
-    monkeypatch.setattr(objects, "READ_S", 1)
-    monkeypatch.setattr(runai, "DEADLINE_S", 1.0)
-    monkeypatch.setattr(runai, "CLOSE_S", 0.2)
-
-
-def ends_within(seconds: float, attempt: Callable[[], object]) -> str:
-    """What it raises, which it does in time."""
-    started = time.monotonic()
-    with pytest.raises(CheckpointError) as caught:
-        attempt()
-    assert time.monotonic() - started < seconds
-    assert len(caught.value.problems) == 1
-    return caught.value.problems[0]
 
 
 @pytest.mark.usefixtures("impatient")

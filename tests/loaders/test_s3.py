@@ -7,13 +7,13 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from object_stores import assert_same_checkpoint, ends_within
 from s3_server import BUCKET, ENVIRONMENT, Server, client, silent_server
 
 from loaders import CheckpointError, open_checkpoint
@@ -23,7 +23,7 @@ from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.regions import Box, Region, sizes_of
 from loaders.shards import read_shards
-from loaders.sources import objects, runai, s3
+from loaders.sources import runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
@@ -60,11 +60,7 @@ def uri(server: Server, directory: Path) -> str:
 
 
 def test_it_is_the_checkpoint_that_lies_there(uri: str, directory: Path) -> None:
-    found, local = open_checkpoint(uri), open_checkpoint(directory)
-    assert (found.config, found.tensors, str(found.source)) == (local.config, local.tensors, uri)
-    assert digests(found.stream()) == digests(local.stream())
-    name = next(iter(local.tensors))
-    assert found.read(name).tobytes() == local.read(name).tobytes()
+    assert_same_checkpoint(uri, directory)
 
 
 def test_opening_reads_json_and_headers_by_range_and_nothing_else(
@@ -243,24 +239,6 @@ def test_an_address_that_went_through_a_path_is_told_from_a_directory() -> None:
 
 
 # A server that goes away
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "CONNECT_S", 1)
-    monkeypatch.setattr(objects, "READ_S", 1)
-    monkeypatch.setattr(runai, "DEADLINE_S", 1.0)
-    monkeypatch.setattr(runai, "CLOSE_S", 0.2)
-
-
-def ends_within(seconds: float, attempt: Any) -> str:
-    """What it raises, which it does in time."""
-    started = time.monotonic()
-    with pytest.raises(CheckpointError) as caught:
-        attempt()
-    assert time.monotonic() - started < seconds
-    assert len(caught.value.problems) == 1
-    return caught.value.problems[0]
 
 
 @pytest.mark.usefixtures("impatient")

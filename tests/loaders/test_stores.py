@@ -52,16 +52,6 @@ for _ in range(3):
 """
 
 
-def is_installed(scheme: str) -> bool:
-    try:
-        return library.find_library(scheme).is_file()
-    except OSError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not is_installed("gs"), reason="runai-model-streamer-gcs is not installed")
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     path = tmp_path_factory.mktemp("stores")
@@ -85,3 +75,14 @@ def test_each_store_is_read_from_whichever_came_first(directories: list[Path], f
 @pytest.mark.parametrize("store", ["amazon", pytest.param("google", marks=pytest.mark.slow)])
 def test_a_stream_that_is_closed_leaves_others_of_its_store_alone(directories: list[Path], store: str) -> None:
     run(f"STORE = {store}\n{ONE_IS_CLOSED}", directories)
+
+
+def test_where_no_copy_can_be_loaded_it_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> int:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"s3:// is read through a copy .* Operation not permitted\. .*\(TMPDIR\)"):
+        library._load.__wrapped__(library.find_library("s3"), "s3")
+    assert list(tmp_path.iterdir()) == []
