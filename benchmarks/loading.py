@@ -14,6 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from loaders.memory import aligned_empty
+
 Run = Callable[[], list[np.ndarray]]
 PIECE = 8 << 20
 RUNAI = {"RUNAI_STREAMER_CONCURRENCY": "4"}
@@ -56,6 +58,31 @@ def limit(case: Case) -> Run:
         pieces = [(one, start) for one in descriptors for start in range(0, os.fstat(one).st_size, PIECE)]
         with ThreadPoolExecutor(2) as pool:
             for _ in pool.map(read, pieces):
+                pass
+        return []
+
+    return run
+
+
+def reading_alone(case: Case, *, are_resident: bool) -> Run:
+    """Two threads read the files into memory of the kind that a load makes, and do nothing else."""
+    descriptors = [os.open(file, os.O_RDONLY) for file in case.files]
+
+    def places() -> list[np.ndarray]:
+        return [aligned_empty((os.fstat(one).st_size,), np.dtype(np.uint8)) for one in descriptors]
+
+    def read(one: tuple[int, np.ndarray, int]) -> None:
+        os.preadv(one[0], [one[1][one[2] : one[2] + 4 * PIECE]], one[2])
+
+    resident = places() if are_resident else []
+    for array in resident:
+        array[:] = 0xA5
+
+    def run() -> list[np.ndarray]:
+        files = zip(descriptors, resident or places(), strict=True)
+        reads = [(one, array, start) for one, array in files for start in range(0, array.size, 4 * PIECE)]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(read, reads):
                 pass
         return []
 
@@ -236,8 +263,6 @@ def _experts(case: Case) -> dict[tuple[str, str], list[str]]:
 def stack_ours(case: Case) -> Run:
     import jax
 
-    from loaders.memory import aligned_empty
-
     jax.devices()
 
     def run() -> list[np.ndarray]:
@@ -276,6 +301,7 @@ def sections() -> dict[str, dict[str, Callable[[Case], Run]]]:
     return {
         "reload": {
             "limit": limit,
+            "(reading alone)": lambda case: reading_alone(case, are_resident=True),
             "ours: stream(into=)": reload_ours,
             "safetensors, mmap and copy": lambda case: reload_safetensors(case, "mmap"),
             "safetensors, mmap and copy, 2 threads": lambda case: reload_safetensors(case, "mmap", threads=2),
@@ -288,6 +314,7 @@ def sections() -> dict[str, dict[str, Callable[[Case], Run]]]:
         },
         "torch": {
             "limit": limit,
+            "(reading alone)": lambda case: reading_alone(case, are_resident=False),
             "ours: torch_models.load": load_torch,
             "safetensors, mmap and clone": lambda case: load_safetensors(case, "mmap"),
             "safetensors, pread": lambda case: load_safetensors(case, "pread"),
