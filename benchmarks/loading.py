@@ -14,7 +14,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from loaders.dtypes import to_numpy
 from loaders.memory import aligned_empty
+from loaders.place import place_of
+from loaders.plan import plan_load
+from loaders.stage import Stage
 
 Run = Callable[[], list[np.ndarray]]
 PIECE = 8 << 20
@@ -37,11 +41,12 @@ class Case:
         return len(self.checkpoint.tensors), self.checkpoint.num_bytes / 1e9
 
     def destinations(self) -> dict[str, np.ndarray]:
-        """Resident memory of the kind that a load makes, for every tensor."""
-        found = {name: self.checkpoint.destination(name) for name in self.checkpoint.tensors}
-        for array in found.values():
+        """Resident memory of the kind that a load makes, for every tensor: experts lie in stacks."""
+        plan = plan_load(self.checkpoint, Stage())
+        params = {spec.name: aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name])) for spec in plan.specs}
+        for array in params.values():
             array.view(np.uint8).reshape(-1)[:] = 0xA5
-        return found
+        return {name: place_of(params[spec.name], spec, source) for name, (spec, source) in plan.targets.items()}
 
 
 def limit(case: Case) -> Run:

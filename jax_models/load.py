@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
@@ -24,18 +23,15 @@ from jax_models.processes import together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_spec, usable_mesh
 from jax_models.weights import flatten
-from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.filling import Filling
-from loaders.lots import stream_parameters
-from loaders.memory import aligned_empty
-from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
 from loaders.regions import Box, box_of
 from loaders.shards import Shards, read_shards
 from loaders.spec import Dim, ParamSpec
 from loaders.stage import Stage
+from loaders.whole import read_whole
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +127,7 @@ def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator
         for spec, shards in read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)):
             yield spec.name, assembled(spec, shards, dims, mesh)
         return
-    for spec, param in read_hosted(plan, filling):
+    for spec, param in read_whole(plan, filling):
         array = jax.device_put(param)
         del param  # the next ones are read while the caller has this one
         # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
@@ -142,7 +138,7 @@ def read_in_vain(plan: LoadPlan, mesh: Mesh | None) -> None:
     """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
     filling = Filling(plan)
     if mesh is None:
-        deque(read_hosted(plan, filling), maxlen=0)  # a loop would keep one while it reads the next
+        deque(read_whole(plan, filling), maxlen=0)  # a loop would keep one while it reads the next
     else:
         dims = plan.checkpoint.config.dims()
         deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)), maxlen=0)
@@ -162,23 +158,3 @@ def assembled(spec: ParamSpec, shards: Shards, dims: dict[str, Dim], mesh: Mesh)
     indices = sharding.addressable_devices_indices_map(spec.shape)
     arrays = [jax.device_put(shards[box_of(index or (), spec.shape)], device) for device, index in indices.items()]
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
-
-
-def read_hosted(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Likewise of whole parameters, on the host only."""
-    host: dict[str, np.ndarray] = {}
-
-    def destination(tensor: str) -> np.ndarray | None:
-        if tensor not in plan.targets:
-            return None
-        spec, source = plan.targets[tensor]
-        if spec.name not in host:
-            host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
-        return place_of(host[spec.name], spec, source)
-
-    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
-        filling.write(host[spec.name], spec, source, array)
-        if is_complete:
-            filling.complete(spec, host[spec.name])
-            del array  # a view of the parameter, which is the caller's from here on
-            yield spec, host.pop(spec.name)

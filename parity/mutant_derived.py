@@ -31,7 +31,7 @@ def derived_helpers(bench: Bench, subject: Subject, backend: str) -> list[str]:
 def reload_memory(bench: Bench, subject: Subject, backend: str) -> list[str]:
     """What a reload holds beside the weights that are there."""
     first, second = bench.path(subject), bench.path(subject, 1)
-    with counted(backend) as memory:
+    with counted() as memory:
         model = import_module(f"{backend}_models").load(first)
         before = memory.start()
         model.update_weights_from_disk(second, **({"donate": True} if backend == "jax" else {}))

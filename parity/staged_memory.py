@@ -47,11 +47,11 @@ class StagedMemory:
 
 
 @contextmanager
-def counted(backend: str) -> Iterator[StagedMemory]:
+def counted() -> Iterator[StagedMemory]:
     """All that is read inside the block is read into counted memory."""
     memory = StagedMemory()
     with ExitStack() as stack:
-        for name in ("loaders.checkpoint", f"{backend}_models.load"):
+        for name in ("loaders.checkpoint", "loaders.whole"):
             stack.enter_context(patch.object(import_module(name), "aligned_empty", memory))
         yield memory
 

@@ -13,19 +13,16 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from loaders.dtypes import to_numpy
 from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.filling import Filling
-from loaders.lots import stream_parameters
-from loaders.memory import aligned_empty
-from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
 from loaders.shards import read_shards
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
+from loaders.whole import read_whole
 from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
@@ -130,8 +127,6 @@ def read_params(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
 
-    A large one has huge pages of its own, which are cheap to write first and go back to the system at once.
-
     Args:
         plan: what to read.
         filling: accounts for it.
@@ -139,33 +134,13 @@ def read_params(
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
-    if parallel is not None:
-        for spec, shards in read_shards(plan, filling, lambda spec: [parallel.box_of(spec)]):
-            (part,) = shards.values()
-            yield spec.name, over_host(part)
-        return
-    host: dict[str, torch.Tensor] = {}
-    views: dict[str, np.ndarray] = {}
+    if parallel is None:
+        yield from map(_placed, read_whole(plan, filling))  # no loop, which would keep one while the next are read
+    else:
+        shards = read_shards(plan, filling, lambda spec: [parallel.box_of(spec)])
+        yield from ((spec.name, over_host(parts.popitem()[1])) for spec, parts in shards)
 
-    def make(spec: ParamSpec) -> None:
-        views[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
-        host[spec.name] = over_host(views[spec.name])
 
-    def destination(tensor: str) -> np.ndarray | None:
-        if tensor not in plan.targets:
-            return None
-        spec, source = plan.targets[tensor]
-        if spec.name not in host:
-            make(spec)
-        return place_of(views[spec.name], spec, source)
-
-    if not plan.staged:  # mapping memory waits for threads that write to what is mapped, so all of it comes first
-        for spec in {spec.name: spec for spec, _ in plan.targets.values()}.values():
-            make(spec)
-
-    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
-        filling.write(views[spec.name], spec, source, array)
-        if is_complete:
-            filling.complete(spec, views.pop(spec.name))
-            del array  # a view of the parameter, which is the caller's from here on
-            yield spec.name, host.pop(spec.name)
+def _placed(one: tuple[ParamSpec, np.ndarray]) -> tuple[str, torch.Tensor]:
+    spec, array = one
+    return spec.name, over_host(array)

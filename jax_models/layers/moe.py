@@ -166,37 +166,66 @@ def _chosen(
     order_A = jnp.argsort(group_A, stable=True)
     size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
     rows_AD = x_BTD.reshape(-1, D)[order_A // X]
-    gate_up_AF = by_expert_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), size_E)
     by_group = partial(by_expert_group, sizes=size_E)
+    # what an adapter adds to is not rounded yet; else nobody reads more than the rounded rows, and prefill has many
+    dtype = x_BTD.dtype if updates is None else jnp.float32
+    gate_up_AF = by_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), dtype=dtype)
     if updates is not None:
         gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
     gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, experts_BTX.shape)
     up_AM = tap_rows(path, "up_proj", up_AM, order_A, experts_BTX.shape)
     hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
-    out_AD = by_expert_group(hidden_AM, down_EDM, size_E)
+    out_AD = by_group(hidden_AM, down_EDM, dtype=dtype)
     if updates is not None:
         out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
-    out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
-    out_AD = tap_rows(path, "down_proj", out_AD, order_A, experts_BTX.shape)
-    back_A = jnp.argsort(order_A)
-    out_BTXD = out_AD[back_A].reshape(*experts_BTX.shape, D)
-    return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
+    out_AD = tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, experts_BTX.shape)
+    return weighed(out_AD, order_A, is_here_A, weights_BTX)
 
 
-def by_expert_group(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """rows [A, k] times weights [E, n, k] -> float32 [A, n]; rows behind the last group come out as anything.
+def weighed(out_AD: jax.Array, order_A: jax.Array, is_here_A: jax.Array, weights_BTX: jax.Array) -> jax.Array:
+    """What experts made of every token, summed by its weights: float32 [B, T, D].
 
-    Decided when the program is lowered, by the platform it is lowered for.
+    Args:
+        out_AD: in the order of experts, whose rows may be anything where they are not here.
+        order_A: which choice of which token each row is.
+        is_here_A: in the order of tokens.
+        weights_BTX: float32.
     """
-    return jax.lax.platform_dependent(rows, weights, sizes, tpu=grouped_on_tpu, default=_grouped)
+    lead, X = weights_BTX.shape[:-1], weights_BTX.shape[-1]
+    back_XU, is_here_XU, weight_XU = (x.reshape(-1, X).T for x in (jnp.argsort(order_A), is_here_A, weights_BTX))
+    # XLA for TPU would cast all rows to float32 in a pass of its own; behind a barrier they are while they are summed
+    out_XUD = jax.lax.optimization_barrier(out_AD[back_XU]).astype(jnp.float32)
+    out_XUD = out_XUD * weight_XU[..., None]  # no matmul, whose operands a TPU would round
+    return jnp.sum(jnp.where(is_here_XU[..., None], out_XUD, 0.0), axis=0).reshape(*lead, -1)
 
 
-def _grouped(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(rows, weights, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
+def by_expert_group(
+    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """rows [A, k] times weights [E, n, k] -> [A, n]; rows behind the last group come out as anything.
+
+    Summed in float32 and rounded to ``dtype`` at the end. Decided when the program is lowered, by the platform it is
+    lowered for.
+    """
+    on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_grouped, dtype=dtype)
+    return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, default=elsewhere)
 
 
-def grouped_on_tpu(rows: jax.Array, weights: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+def _grouped(
+    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    found = jax.lax.ragged_dot_general(rows, weights, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
+    return found.astype(dtype)
+
+
+def grouped_on_tpu(
+    rows: jax.Array,
+    weights: jax.Array,
+    sizes: jax.Array,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
     """The same by a kernel that reads the stacks as they are stored, and of them only the groups that have rows.
 
     XLA's own ``ragged_dot`` for TPU wants [E, k, n]: it would write a transposed copy of every stack at every step
@@ -208,7 +237,7 @@ def grouped_on_tpu(rows: jax.Array, weights: jax.Array, sizes: jax.Array, interp
     width = min(k, 4096)
     columns = max(128, _TILE_BYTES // (width * rows.dtype.itemsize) // 128 * 128)
     tiling = (tile, width, min(n, columns))
-    return megablox.gmm(padded, weights, sizes, jnp.float32, tiling, None, None, True, interpret)[:A]
+    return megablox.gmm(padded, weights, sizes, jnp.dtype(dtype), tiling, None, None, True, interpret)[:A]
 
 
 class SparseMoeBlock(nnx.Module):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax_models.kernels.activations import quantized_activations
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul
 from jax_models.layers.lora import ExpertUpdates
-from jax_models.layers.moe import Experts, by_expert_group, update_specs
+from jax_models.layers.moe import Experts, by_expert_group, update_specs, weighed
 from jax_models.layers.quantized import exact_weight, multiplier
 from jax_models.sharding import expert_specs
 from jax_models.taps import tap_rows
@@ -145,10 +145,8 @@ def _chosen(
     out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
     if updates is not None:
         out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
-    out_AD = jnp.where(is_here_A[order_A][:, None], out_AD, 0.0)
-    out_AD = tap_rows(path, "down_proj", out_AD, order_A, experts_BTX.shape)
-    out_BTXD = out_AD[jnp.argsort(order_A)].reshape(*experts_BTX.shape, D)
-    return jnp.einsum("btxd,btx->btd", out_BTXD, weights_BTX)
+    out_AD = tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, experts_BTX.shape)
+    return weighed(out_AD, order_A, is_here_A, weights_BTX)
 
 
 def _halves(

@@ -46,7 +46,7 @@ def test_what_a_load_reads_beside_the_parameters_counts(backend, paths):
 
 def test_a_reload_stays_within_it(backend, paths):
     size = largest(paths[0])
-    with counted(backend) as memory:
+    with counted() as memory:
         model = import_module(f"{backend}_models").load(paths[0])
         before = memory.start()
         model = model.update_weights_from_disk(paths[1], host_budget_bytes=size, **donating(backend))

@@ -55,9 +55,15 @@ def test_each_row_of_a_mixed_batch_is_as_if_it_were_alone_and_a_row_without_is_t
     rows = ["a", None, "b"]
     mixed = np.asarray(model(**batch, adapter=rows))
     real = batch["attention_mask"] == 1
-    np.testing.assert_array_equal(mixed[1], np.asarray(alone)[1])
+    # torch multiplies an expert's rows together, whoever's they are, and how many there are decides how a CPU does it
+    most = 1e-6 if side == "torch" and zoo == "qwen3-moe" else 0
+
+    def is_same(found, expected):
+        return np.linalg.norm(found - expected) <= most * np.linalg.norm(expected)
+
+    assert is_same(mixed[1], np.asarray(alone)[1])
     for row, (name, seed) in {0: ("a", 0), 2: ("b", 1)}.items():
-        np.testing.assert_array_equal(mixed[row], np.asarray(model(**batch, adapter=name))[row])
+        assert is_same(mixed[row], np.asarray(model(**batch, adapter=name))[row])
         expected = made.reference(case, seed)["logits"][row][real[row]]
         found = mixed[row][real[row]]
         assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= BOUND

@@ -49,7 +49,7 @@ def in_three_files(path, directory):
 
 def growth(backend, paths, **options):
     """The most that a reload of the last of ``paths`` holds beside the model loaded from the first."""
-    with counted(backend) as memory:
+    with counted() as memory:
         model = import_module(f"{backend}_models").load(paths[0], **options)
         before = memory.start()
         model = model.update_weights_from_disk(paths[-1], **({"donate": True} if backend == "jax" else {}))

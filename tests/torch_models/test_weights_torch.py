@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 import torch_models
 from loaders import CheckpointError, open_checkpoint
 from loaders.place import weight_loader
-from loaders.sources.positioned import LocalFile
 from parity.zoo import make_checkpoint
 from torch_models.census import pointer_census
 from torch_models.storage import host_view
@@ -54,31 +51,6 @@ def dense(make: Make) -> torch_models.Model:
 @pytest.fixture
 def tied(make: Make) -> torch_models.Model:
     return torch_models.load(make("qwen3-tied"))
-
-
-def test_memory_of_all_parameters_is_mapped_before_anything_is_read_into_it(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mapping would wait for the threads that write to what is mapped already."""
-    done: list[str] = []
-    loading = importlib.import_module("torch_models.load")  # the package's own ``load`` is the function
-    make_memory, scatter_into = loading.aligned_empty, LocalFile.scatter_into
-
-    def mapped(*arguments: Any) -> np.ndarray:
-        done.append("map")
-        return make_memory(*arguments)
-
-    def read(*arguments: Any) -> None:
-        done.append("read")
-        scatter_into(*arguments)
-
-    monkeypatch.setattr(loading, "aligned_empty", mapped)
-    monkeypatch.setattr(LocalFile, "scatter_into", read)
-    model = torch_models.load(make())
-    since = done[done.index("map") :]  # headers were read before
-    count = len(parameters(model))
-    assert since[:count] == ["map"] * count
-    assert set(since[count:]) == {"read"}
 
 
 def random_table(seed: int, dtype: str = "float32") -> np.ndarray:

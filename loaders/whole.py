@@ -1,0 +1,51 @@
+"""Parameters read whole into new host memory, on both backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from loaders.dtypes import to_numpy
+from loaders.filling import Filling
+from loaders.lots import stream_parameters
+from loaders.memory import aligned_empty
+from loaders.place import place_of
+from loaders.plan import LoadPlan
+from loaders.spec import ParamSpec
+
+
+def read_whole(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Read every planned parameter, one after the other as they are complete. None is kept.
+
+    Each is memory of its own, 64-byte aligned and never written again. A large one has huge pages, which are cheap to
+    write first and go back to the system at once.
+
+    Args:
+        plan: what to read.
+        filling: accounts for it.
+    Raises:
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
+    """
+    host: dict[str, np.ndarray] = {}
+
+    def make(spec: ParamSpec) -> np.ndarray:
+        if spec.name not in host:
+            host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
+        return host[spec.name]
+
+    def destination(tensor: str) -> np.ndarray | None:
+        if tensor not in plan.targets:
+            return None
+        spec, source = plan.targets[tensor]
+        return place_of(make(spec), spec, source)
+
+    if not plan.staged:  # mapping memory waits for threads that write to what is mapped, so all of it comes first
+        for spec, _ in plan.targets.values():
+            make(spec)
+    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
+        filling.write(host[spec.name], spec, source, array)
+        if is_complete:
+            filling.complete(spec, host[spec.name])
+            del array  # a view of the parameter, which is the caller's from here on
+            yield spec, host.pop(spec.name)
