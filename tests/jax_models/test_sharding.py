@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
-from jax_models.layers.moe import grouped_on_tpu
+from jax_models.layers.moe import by_expert_group, grouped_on_tpu, weighed
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES, param_spec, replicated
 from jax_models.weights import flatten
@@ -378,3 +379,30 @@ def test_the_grouped_product_for_tpu_is_that_of_one_product_per_group(rows, size
     expected = np.einsum("ai,aoi->ao", x[: len(group)].astype(np.float64), weights[group].astype(np.float64))
     assert found.shape == (rows, outer)
     assert error(np.asarray(found)[: len(group)], expected) < 1e-6
+
+
+@pytest.mark.parametrize("product", [by_expert_group, functools.partial(grouped_on_tpu, interpret=True)])
+def test_rows_of_experts_are_rounded_once_where_they_are_stored(product):
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((24, 256), (3, 48, 256)))
+    sizes = jnp.asarray([5, 9, 10], jnp.int32)
+    found = product(x, weights, sizes, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(found, product(x, weights, sizes).astype(jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_rows_of_strangers_came_out_as_is_not_summed(dtype):
+    """Tokens choose three of five experts, of which this device has all but the last two."""
+    rng = np.random.default_rng(0)
+    chosen_BTX = np.stack([rng.permutation(5)[:3] for _ in range(14)]).reshape(2, 7, 3)
+    is_here_A = chosen_BTX.reshape(-1) < 3
+    order_A = np.argsort(np.where(is_here_A, chosen_BTX.reshape(-1), 3), kind="stable")
+    rows_BTXD = rng.standard_normal((2, 7, 3, 4)).astype(dtype)
+    out_AD = rows_BTXD.reshape(-1, 4)[order_A]
+    out_AD[is_here_A.sum() :] = np.nan
+    weights_BTX = rng.random((2, 7, 3), np.float32)
+    found = weighed(*map(jnp.asarray, (out_AD, order_A, is_here_A, weights_BTX)))
+    expected = np.einsum("btxd,btx->btd", rows_BTXD.astype(float), weights_BTX * (chosen_BTX < 3))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
