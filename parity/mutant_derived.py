@@ -158,7 +158,7 @@ DERIVED: list[Mutant] = [
     _of(
         "all_begun_at_once",
         "issue 4",
-        wrapped("load:stream_parameters", _all_at_once),
+        wrapped("loaders.whole:stream_parameters", _all_at_once),
         "a reload reads in the order of the file, and holds all parameters that it began",
         DEEP_EXPERTS,
         detector=reload_memory,

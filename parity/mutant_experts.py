@@ -89,7 +89,7 @@ EXPERT_MUTANTS: list[Mutant] = [
     ),
     _of(
         "experts_read_as_if_turned",
-        wrapped("load:place_of", _not_turned),
+        wrapped("loaders.whole:place_of", _not_turned),
         "transposed experts are taken for what their bytes are not",
         backends=BOTH,
     ),
