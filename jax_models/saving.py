@@ -1,8 +1,8 @@
 """Sharded weights on disk with Orbax, as they are on the devices: saved by all processes, restored to any mesh.
 
 Beside the arrays lies what a model is besides: version, events, the documents of the checkpoint it came from, and the
-digest of every checkpoint tensor it holds, which must be found again. A save is complete or it is not there: Orbax
-writes beside the directory and renames what is finished.
+digest of every checkpoint tensor it holds, which must be found again. A save is complete or it is not there: it is
+written beside the directory and renamed when it is finished (``jax_models.orbax_files``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,30 +33,26 @@ from loaders.quantization import Activations
 from loaders.remembered import described, remembered
 from loaders.stage import Stage
 
-if TYPE_CHECKING:
-    from orbax.checkpoint import Checkpointer, CompositeCheckpointHandler
-
 FORMAT = 1
-WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
 
 
 def save(model: Model, directory: str | os.PathLike[str]) -> None:
     """Write weights, version, digests, config and events to a directory that does not exist; see ``restore``.
 
-    All processes of a mesh call this, each writes its own part. Killed at any moment it leaves no such directory.
+    All processes of a mesh call this, and no other process has to; each writes its own part, to a directory that all of
+    them see. An error of one is raised by all. Killed at any moment it leaves no such directory.
 
     Raises:
         FileExistsError: the directory is there. What it holds is left as it is.
-        ValueError: the model has adapters, or its mesh leaves out processes.
+        ValueError: the model has adapters.
     """
-    import orbax.checkpoint as ocp  # a second, which only those pay who save
+    from jax_models.orbax_files import write  # a second, which only those pay who save
 
     if model.roster.attached:
         names = ", ".join(repr(one.name) for one in model.roster.attached)
         raise ValueError(f"adapters are not saved, and {names} would be lost. Save the model that detach_lora returns.")
     where = _address(directory)
     together(model.mesh, lambda: _check_new(where))
-    _check_all_here(model.mesh)
     digests = weight_digests(model)
     document = {
         "format": FORMAT,
@@ -71,10 +67,7 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
         "digests": digests,
     }
     document["digest"] = _digest(document)
-    arrays = ocp.args.PyTreeSave(flatten(model.weights))
-    with _checkpointer() as checkpointer:
-        items = {WEIGHTS: arrays, DOCUMENT: ocp.args.JsonSave(document)}
-        checkpointer.save(where, ocp.args.Composite(**items))
+    write(where, model.mesh, flatten(model.weights), document)
 
 
 def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, verify: bool = True) -> Model:
@@ -89,10 +82,10 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
         verify: compare the digest of every tensor, for which a mesh of several processes gathers one after the other.
     Raises:
         CheckpointError: it is no complete save, or is damaged; names every damaged tensor.
-        ValueError: a mesh that makes no sense.
+        ValueError: a mesh that makes no sense, or has no device of this process.
     """
     where, mesh = _address(directory), usable_mesh(mesh)
-    _check_all_here(mesh)
+    _check_here(mesh)
     document = together(mesh, lambda: _document(where))
     checkpoint = remembered(document["checkpoint"])
     stage = Stage(**document["stage"])
@@ -116,7 +109,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
 
 
 def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
+    from jax_models.orbax_files import read_arrays
 
     dims = checkpoint.config.dims()
     wanted = {
@@ -127,25 +120,18 @@ def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None
         )
         for spec in specs_of(checkpoint.config, stage, checkpoint.tensors)
     }
-
-    def read(tree: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        items = {WEIGHTS: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))}
-        return _restored(where, items)[WEIGHTS]
-
     try:
-        flat = read(wanted)
+        flat = read_arrays(where, wanted)
     except Exception as error:
         raise CheckpointError(where, [f"its arrays cannot be read: {_first_line(error)}"]) from error
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def _document(where: str) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
+    from jax_models.orbax_files import read_document
 
     try:
-        if ocp.utils.is_tmp_checkpoint(where):
-            raise ValueError("it was not finished")
-        document = _restored(where, {DOCUMENT: ocp.args.JsonRestore()})[DOCUMENT]
+        document = read_document(where)
     except Exception as error:
         what = f"it is no complete save of a model: {_first_line(error)}"
         raise CheckpointError(where, [f"{what}. Was it cut short? Take the one before."]) from error
@@ -172,52 +158,23 @@ def _check_digests(where: str, found: dict[str, str], expected: dict[str, str]) 
         raise CheckpointError(where, problems)
 
 
-def _restored(where: str, items: dict[str, Any]) -> Any:
-    """Items of a save. Unlike ``Checkpointer.restore`` this waits for no other process, which may have failed."""
-    import orbax.checkpoint as ocp
-    from etils import epath
-
-    handler = _handler()
-    try:
-        return handler.restore(epath.Path(where), ocp.args.Composite(**items))
-    finally:
-        handler.close()
-
-
-def _checkpointer() -> Checkpointer:
-    import orbax.checkpoint as ocp
-
-    return ocp.Checkpointer(_handler())
-
-
-def _handler() -> CompositeCheckpointHandler:
-    import orbax.checkpoint as ocp
-
-    # by default the copies of an array are cut, and each writes a piece, for which every shape compiles a program
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    handlers = {
-        WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        DOCUMENT: ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CompositeCheckpointHandler(**handlers)
-
-
 def _address(directory: str | os.PathLike[str]) -> str:
     text = os.fspath(directory)
     return text if "://" in text else os.path.abspath(text)
 
 
 def _check_new(where: str) -> None:
-    if os.path.exists(where):
+    from etils import epath
+
+    if epath.Path(where).exists():
         raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
 
 
-def _check_all_here(mesh: Mesh | None) -> None:
-    if len(processes_of(mesh)) != jax.process_count():
+def _check_here(mesh: Mesh | None) -> None:
+    if jax.process_index() not in processes_of(mesh):
         raise ValueError(
-            f"the mesh has devices of {len(processes_of(mesh))} processes, expected all {jax.process_count()}: Orbax"
-            " waits for every one of them"
+            f"the mesh has devices of processes {processes_of(mesh)}, expected some of this one, {jax.process_index()}."
+            " Restore it on those"
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,13 @@ def run_several(
             child.wait()
     assert not any(child.returncode for child in children), "\n".join(log.read_text()[-4000:] for log in logs)
     return [json.loads((directory / f"found{index}.json").read_text()) for index in range(count)]
+
+
+def free_port() -> int:
+    """On loopback, for the processes to find each other at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def asked() -> tuple[dict[str, Any], int]:

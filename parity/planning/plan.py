@@ -193,7 +193,7 @@ def _compiled(request: Request, topology: str, sizes: dict[str, int], depths: De
     with tempfile.TemporaryDirectory() as directory, deep_stack():
         result = Path(directory) / "found.json"
         done = subprocess.run(
-            [sys.executable, "-m", "parity.planning.worker", str(result)],
+            [sys.executable, "-m", "parity.planning.worker", str(result), str(os.getpid())],
             input=json.dumps(asked),
             env=compiler_environment(os.environ),
             capture_output=True,

@@ -1,14 +1,21 @@
 """A process that compiles: a request as JSON on stdin, what was found as JSON in a file. See ``parity.planning.plan``.
 
-libtpu wants environment variables of its own before jax is imported, prints to stderr, and cannot be unloaded.
+libtpu wants environment variables of its own before jax is imported, prints to stderr, and cannot be unloaded. It
+compiles for minutes in C++, where no thread of Python is sure to run: so the kernel ends this process when the one that
+asked has ended, however it did.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +38,22 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone; libtpu is for Linux only.
+
+    Args:
+        parent: id of that process, which may be gone already.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> int:
     """Exit code 2: the request cannot be met, and stderr ends with the reason."""
+    die_with(int(sys.argv[2]))
     from parity.planning.environment import prepare_environment
 
     prepare_environment()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from several import error, run_several
+from several import error, free_port, run_several
 
 import jax_models
 from jax_models.processes import processes_of, to_host, together
@@ -32,12 +31,6 @@ CASES = {
     ),
     "rows of a batch apart": ("qwen3", EVEN, {"data": 2, "tensor": 2}, {}, 1.0),  # both hold everything
 }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.mark.slow

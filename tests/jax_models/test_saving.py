@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
@@ -147,6 +148,14 @@ def test_what_orbax_was_still_writing_is_refused_however_much_of_it_is_there(cop
     unfinished = copy.rename(copy.with_name("copy.orbax-checkpoint-tmp"))
     with pytest.raises(CheckpointError, match="it was not finished"):
         jax_models.restore(unfinished)
+
+
+def test_a_save_is_a_checkpoint_of_orbax_like_any_other(saved):
+    model, directory = saved
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax, pytest.warns(UserWarning, match="Sharding info"):
+        found = orbax.restore(directory)  # finds out for itself how to read it
+    assert found["model"]["version"] == model.version
+    assert {name: np.asarray(array).tobytes() for name, array in found["weights"].items()} == bits_of(model)
 
 
 def test_nothing_that_is_there_is_written_over(saved):

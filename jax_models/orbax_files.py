@@ -1,0 +1,118 @@
+"""One save as Orbax's files, written and read by the processes of one mesh alone.
+
+``ocp.Checkpointer`` would do so for all processes: the names under which it waits, and tells the others of directories,
+are those of every save, and where one process fails the others wait for 300 s. So its steps are taken here, and
+``together`` says after each of them how it went on every process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint.path import atomicity_defaults
+
+from jax_models.processes import processes_of, together
+
+WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
+ABOUT = "_CHECKPOINT_METADATA"  # for Orbax alone: times, and what reads each item
+
+
+def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document: dict[str, Any]) -> None:
+    """Arrays and a JSON document to a new directory, which is there once all of it is.
+
+    All processes of the mesh call this and no other one; what one of them cannot do is at once an error on all.
+    """
+    path, primary = epath.Path(where), processes_of(mesh)[0]
+    store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
+    kind = atomicity_defaults.get_default_temporary_path_class(path)
+    temporary = kind.from_final(path, checkpoint_metadata_store=store)
+    args = {WEIGHTS: ocp.args.PyTreeSave(arrays), DOCUMENT: ocp.args.JsonSave(document)}
+
+    with _handlers(primary) as handlers:
+
+        def begin() -> None:
+            if jax.process_index() == primary:
+                _run(temporary.create())
+                for item in handlers:
+                    (temporary.get() / item).mkdir()
+
+        def write_ours() -> None:
+            for item, handler in handlers.items():
+                if not (directory := temporary.get() / item).exists():
+                    raise FileNotFoundError(f"{directory} is not here. Save to a directory that all processes share.")
+                handler.save(directory, args=args[item])
+
+        def finish() -> None:
+            if jax.process_index() == primary:
+                for item, handler in handlers.items():
+                    handler.finalize(temporary.get() / item)
+                kinds = {item: handler.typestr() for item, handler in handlers.items()}
+                store.update(temporary.get() / ABOUT, item_handlers=kinds)
+                _run(temporary.finalize())
+
+        for step in (begin, write_ours, finish):
+            together(mesh, step)
+
+
+def read_arrays(where: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Each as its sharding says; waits for no other process, which may have failed."""
+    args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    with _handlers(jax.process_index()) as handlers:
+        return handlers[WEIGHTS].restore(epath.Path(where) / WEIGHTS, args=args)
+
+
+def read_document(where: str) -> Any:
+    """Raises ValueError for what Orbax did not finish, and whatever else comes of reading no save."""
+    if ocp.utils.is_tmp_checkpoint(where):
+        raise ValueError("it was not finished")
+    with _handlers(jax.process_index()) as handlers:
+        return handlers[DOCUMENT].restore(epath.Path(where) / DOCUMENT, args=ocp.args.JsonRestore())
+
+
+class _Shards:
+    """An array as its shards, which is no ``jax.Array``."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self._array = array
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._array, name)
+
+
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Also saves arrays that lie on one of several processes, which Orbax refuses as a mistake."""
+
+    async def serialize(self, values: Sequence[jax.Array], infos: Any, args: Any = None) -> Any:
+        shards: Any = [_Shards(array) for array in values]
+        return await super().serialize(shards, infos, args)
+
+
+@contextlib.contextmanager
+def _handlers(primary: int) -> Iterator[dict[str, Any]]:
+    # by default the copies of an array are cut, and each writes a piece, for which every shape compiles a program
+    arrays = _ArrayHandler(primary_host=primary, use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    options = ocp.options.MultiprocessingOptions(primary_host=primary)
+    handlers = {
+        WEIGHTS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options),
+        DOCUMENT: ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    }
+    try:
+        yield handlers
+    finally:
+        for handler in handlers.values():
+            handler.close()
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> None:
+    """In a thread of its own: a notebook has a loop running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()
