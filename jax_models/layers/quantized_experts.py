@@ -122,22 +122,22 @@ def _chosen(
         g1_alphas_E2, g2_alphas_E = w13_scale_2_E2, w2_scale_2_E
         codes_EFJ, scale_EFQ = (x.reshape(E, 2 * M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
         rows_AD = x_BTD.reshape(-1, D)[order_A // X]
-        gate_up_A2M = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E).reshape(-1, 2, M)
-        gate_up_A2M = gate_up_A2M * g1_alphas_E2[owner_A][..., None]
+        gate_up_AF = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E)
+        # gate and up stay side by side: an axis of two would be moved about, all rows of it twice
+        gate_A1, up_A1 = jnp.split(g1_alphas_E2[owner_A], 2, axis=1)
+        gate_up_AF = gate_up_AF * jnp.where(jnp.arange(2 * M) < M, gate_A1, up_A1)
     else:
         g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
         rows_AD = x_BTD.reshape(-1, D).repeat(X, axis=0)
         first_A2M = _halves(rows_AD, group_A, w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
-        gate_up_A2M = first_A2M[order_A]
+        gate_up_AF = first_A2M[order_A].reshape(-1, 2 * M)
     by_group = partial(by_expert_group, sizes=size_E)
     if updates is not None:
         plain_AD = x_BTD.reshape(-1, D)[order_A // X]
-        gate_up_AF = gate_up_A2M.reshape(-1, 2 * M)
         gate_up_AF = updates.first(gate_up_AF, plain_AD, by_group, updates.slots(order_A))
-        gate_up_A2M = gate_up_AF.reshape(-1, 2, M)
-    gate_up_A2M = gate_up_A2M.astype(x_BTD.dtype)
-    gate_AM = tap_rows(path, "gate_proj", gate_up_A2M[:, 0], order_A, experts_BTX.shape)
-    up_AM = tap_rows(path, "up_proj", gate_up_A2M[:, 1], order_A, experts_BTX.shape)
+    gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
+    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, experts_BTX.shape)
+    up_AM = tap_rows(path, "up_proj", up_AM, order_A, experts_BTX.shape)
     hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
     inner_AM = hidden_AM
     if w2_input_scale_E is not None:
