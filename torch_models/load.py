@@ -23,7 +23,7 @@ from loaders.place import place_of
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
-from loaders.shards import read_shards
+from loaders.shards import Shards, read_shards
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from torch_models.derived import allocate_derived
@@ -140,9 +140,8 @@ def read_params(
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     if parallel is not None:
-        for spec, shards in read_shards(plan, filling, lambda spec: [parallel.box_of(spec)]):
-            (part,) = shards.values()
-            yield spec.name, over_host(part)
+        shards = read_shards(plan, filling, parallel.held.boxes)
+        yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
         return
     host: dict[str, torch.Tensor] = {}
     views: dict[str, np.ndarray] = {}
@@ -169,3 +168,8 @@ def read_params(
             filling.complete(spec, views.pop(spec.name))
             del array  # a view of the parameter, which is the caller's from here on
             yield spec.name, host.pop(spec.name)
+
+
+def _taken(parts: Shards) -> list[torch.Tensor]:
+    """The parts in their order; they are the caller's from here on."""
+    return [over_host(parts.pop(box)) for box in list(parts)]

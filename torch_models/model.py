@@ -118,7 +118,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         if entries is None:
             entries = self.cache_entries(self.config, self.stage, rows, capacity)
         if self.parallel is not None:
-            entries = self.parallel.held_entries(entries, self.config.text_paths[0])
+            entries = self.parallel.held_entries(entries)
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
