@@ -36,6 +36,10 @@ MESH_AXES = ("expert", "tensor")
 class Parallel:
     """A mesh as one of its ranks sees it.
 
+    Attributes:
+        held: the part of everything that is here.
+        company: of the ranks that run the model, once it is installed.
+
     Args:
         mesh: with named axes among ``expert`` and ``tensor``, of all processes.
         plan: what is loaded; says how every parameter is cut.
@@ -43,11 +47,13 @@ class Parallel:
         ValueError: axes without meaning, or a model that cannot be cut so; lists everything.
     """
 
+    company: Company
+
     def __init__(self, mesh: DeviceMesh, plan: LoadPlan) -> None:
         names = check_mesh(mesh)
         place = mesh.get_coordinate()
         assert place is not None, "the mesh is of all processes"
-        self.mesh, self.company = mesh, Company(mesh)
+        self.mesh = mesh
         self.sizes = dict(zip(names, mesh.shape, strict=True))
         self.held = Held(self.sizes, dict(zip(names, place, strict=True)), plan.checkpoint.config.dims())
         self.params = {spec.name: spec for spec in plan.specs}
@@ -56,7 +62,8 @@ class Parallel:
             raise ValueError("; ".join(problems))
 
     def install(self, model: nn.Module) -> None:
-        """Tell the layers of a loaded model what they hold, and what joins it."""
+        """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
+        self.company = Company(self.mesh)
         for path, module in model.named_modules():
             if isinstance(module, Linear):
                 by_output, by_input = self._cuts(f"{path}.weight")
@@ -148,7 +155,6 @@ class Parallel:
     def _problems(self, plan: LoadPlan) -> list[str]:
         config = plan.checkpoint.config
         problems = [] if config.quantization is None else ["quantised weights are not cut over a mesh"]
-        problems += ["a draft is not cut over a mesh"] if any(name.startswith("mtp.") for name in self.params) else []
         for name, cuts in self.cuts.items():
             keys = name.replace(".q_proj.", ".k_proj.")
             if keys != name and keys in self.cuts and self.cuts[keys][:1] != cuts[:1]:

@@ -15,6 +15,8 @@ import torch_models
 from loaders import open_checkpoint
 from parity.oracle import oracle_forward
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
+from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo_pictures import pictures
 
 PROGRAM = Path(__file__).with_name("one_rank.py")
 EVEN = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -56,7 +58,7 @@ def test_ranks_are_one_model(case, tmp_path):
     # of 6 heads each rank has 3, of 3 none has half
     uneven = make_checkpoint("qwen3_5" if name.startswith("qwen3_5") else "qwen3", tmp_path / "uneven")
     one = torch_models.load(paths[0])
-    inputs = prompts(one.config, rows=4, tokens=24)
+    inputs = prompts(one.config, rows=4, tokens=24) if one.config.vision is None else pictures(one.config, tokens=48)
     job = {
         "axes": axes,
         "checkpoints": [str(path) for path in paths],
@@ -68,7 +70,7 @@ def test_ranks_are_one_model(case, tmp_path):
     found = run_several(PROGRAM, job, tmp_path, count)
     real = inputs["attention_mask"].astype(bool)
     tokens = one.generate(**inputs, max_new_tokens=4, ignore_eos=True).tolist()
-    alone = one.generate(inputs["input_ids"][:1], max_new_tokens=4, ignore_eos=True).tolist()
+    alone = one.generate(inputs["input_ids"][2:3], max_new_tokens=4, ignore_eos=True).tolist()
     logits = {"logits": one(**inputs).numpy().copy()}
     digests = [one.digests(), one.update_weights_from_disk(paths[1]).digests()]
     logits["changed"] = one(**inputs).numpy()
@@ -101,6 +103,47 @@ def test_ranks_are_one_model(case, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_5-tied", "qwen3_5-moe"])
+def test_ranks_draft_as_one_model(name, tmp_path):
+    sizes = HYBRID | ({"num_experts": 4} if "moe" in name else {})
+    paths = [make_drafting_checkpoint(name, tmp_path / f"checkpoint{seed}", seed=seed, **sizes) for seed in range(2)]
+    one, other = (torch_models.load(path, mtp=True) for path in paths)
+    inputs = prompts(one.config, rows=3, tokens=24)
+    job = {
+        "axes": {"expert": 2},
+        "checkpoints": [str(path) for path in paths],
+        "inputs": {key: value.tolist() for key, value in inputs.items()},
+    }
+    found = run_several(PROGRAM.with_name("one_drafting_rank.py"), job, tmp_path, 2)
+
+    def generated(draft, **options):
+        tokens = draft.target.generate(**inputs, max_new_tokens=12, ignore_eos=True, draft=draft, **options)
+        return [tokens.tolist(), [draft.report.rounds, draft.report.accepted]]
+
+    expected = {
+        "greedy": generated(one.draft),
+        "sampled": generated(one.draft, temperature=0.8, seed=3),
+        "of another": generated(other.draft.bind(one)),
+        "updated": generated(other.draft),
+        "digests": one.digests(),
+    }
+    assert expected["greedy"][1][1] > 0  # a draft that is never right would not show what undoing does
+    for each in found:
+        assert {key: each[key] for key in expected} == expected
+        assert each["held"] < 0.56
+        assert each["bad input"].startswith("ValueError")
+        for text in each["bound across"]:
+            assert "the draft is cut over mesh" in text
+    real = inputs["attention_mask"][:, 1:].astype(bool)
+    exact = oracle_forward(open_checkpoint(paths[0]), **inputs, mtp=True)
+    with np.load(tmp_path / "said.npz") as saved:
+        for said, part, name in zip(saved.values(), one.mtp_forward(**inputs), ("logits", "hidden_state"), strict=True):
+            alone = part.numpy()[real]
+            rounding = error(alone, exact[f"mtp.{name}"][real])
+            assert error(said[real], alone) < 2 * max(rounding, 1e-6)
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(tmp_path):
     paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, **EVEN) for seed in range(2)]
     job = {"checkpoints": [str(path) for path in paths], "input_ids": [[3, 14, 15, 92]] * 2}
@@ -113,6 +156,8 @@ def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(tmp_path):
         assert "the disk is gone" in each["half an update"]
         assert "the model refuses to run: an update of" in each["of two versions"]
         assert each["updated again"]
+        assert each["two models"][0].startswith("ValueError: bad")
+        assert each["two models"][1] == "none"
         assert "out of memory" in each["in the middle"]
         assert each["seconds"] < 60
         assert all("The ranks are out of step: start them again." in text for text in each["out of step"])
