@@ -22,6 +22,7 @@ PROGRAM = Path(__file__).with_name("one_rank.py")
 EVEN = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 EVEN_VL = EVEN | {"num_hidden_layers": 4, "num_experts": 4}
 HYBRID = {"vocab_size": 208, "num_attention_heads": 8, "num_key_value_heads": 4}
+HYBRID |= {"linear_num_key_heads": 4, "linear_num_value_heads": 8}  # of which a rank has several, each for several
 # zoo model and its sizes, axes of the mesh, most of the weights that a rank may hold
 CASES = {
     "qwen3": ("qwen3", EVEN, {"tensor": 2}, 0.52),
@@ -38,7 +39,12 @@ CASES = {
         {"expert": 2, "tensor": 2},
         0.36,
     ),
-    "hybrid of odd key heads": ("qwen3_5", HYBRID | {"linear_num_key_heads": 3}, {"tensor": 2}, 0.7),
+    "hybrid of odd key heads": (
+        "qwen3_5",
+        HYBRID | {"linear_num_key_heads": 3, "linear_num_value_heads": 6},
+        {"tensor": 2},
+        0.7,
+    ),
     "hybrid that sees": ("qwen3_5-moe-wrapped", HYBRID | {"num_experts": 4}, {"tensor": 2}, 0.8),
     "nothing divides": (
         "qwen3",
