@@ -72,6 +72,7 @@ def test_ranks_are_one_model(case, tmp_path):
         "uneven": str(uneven),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
+    tap = job["tap"] = f"{one.config.text_paths[0]}.layers.0.mlp"
     count = math.prod(axes.values())
     found = run_several(PROGRAM, job, tmp_path, count)
     real = inputs["attention_mask"].astype(bool)
@@ -80,6 +81,8 @@ def test_ranks_are_one_model(case, tmp_path):
     logits = {"logits": one(**inputs).numpy().copy()}
     digests = [one.digests(), one.update_weights_from_disk(paths[1]).digests()]
     logits["changed"] = one(**inputs).numpy()
+    _, taps = one.with_taps(**inputs, level="modules")
+    injected, _ = one.with_taps(**inputs, inject={tap.replace("layers.0", "layers.1"): taps[tap]})
     for each in found:
         assert each["held"] <= most
         assert each["read"] <= most + 0.02  # and headers
@@ -102,6 +105,9 @@ def test_ranks_are_one_model(case, tmp_path):
             exact = oracle_forward(open_checkpoint(path), **inputs)["logits"]
             rounding = error(expected[real], exact[real])  # up to 4e-6 with gated delta nets
             assert error(saved[key][real], expected[real]) < 2 * max(rounding, 1e-6)
+        assert set(saved) == {*logits, "injected", *taps}
+        for key, value in {"injected": injected, **taps}.items():
+            assert error(saved[key][real], value.numpy()[real]) < 1e-5, key  # a part that is missing is not small
     exported = one.export(tmp_path / "alone")
     assert {file.name: file.read_bytes() for file in exported.iterdir()} == {
         file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()
