@@ -33,6 +33,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "E": ("expert",),
 }
 SHARING = {"NH": "KH", "N2H": "KH"}  # heads that share others, several in a row the same
+DELTA_HEADS = ("QKV", "LV", "LN")  # of a gated delta net: keys, values, and what there is one of for each value head
 
 Cut = str | tuple[str, ...] | None  # what cuts one axis
 Sizes = Mapping[str, int]  # of a mesh: axis -> devices
@@ -58,12 +59,16 @@ def param_cuts(spec: ParamSpec, dims: dict[str, Dim], sizes: Sizes) -> tuple[Cut
     Where only some of the mesh axes cut heads of keys and values, those come first in the cut of query heads: a device
     then has the keys that its queries ask for, which would else be sent to it at every step.
     """
-    cuts: list[Cut] = []
-    for axis, axes in zip(spec.axes, wanted_axes(spec), strict=True):
-        dim, shared = dim_of(axis, dims), dims.get(SHARING.get(axis.partition("/")[0], ""))
-        keys = cut_of(sizes, axes, shared.units or shared.size) if shared else None
-        cuts.append(_led_by(keys, sizes, axes, dim.units or dim.size) if axes else None)
-    return tuple(cuts)
+    return tuple(axis_cut(axis, axes, dims, sizes) for axis, axes in zip(spec.axes, wanted_axes(spec), strict=True))
+
+
+def axis_cut(axis: str, axes: tuple[str, ...], dims: dict[str, Dim], sizes: Sizes) -> Cut:
+    """What cuts one axis of a parameter, of those mesh axes that it may be cut by."""
+    if not any(sizes.get(by, 1) > 1 for by in axes):
+        return None
+    dim, shared = dim_of(axis, dims), dims.get(SHARING.get(axis.partition("/")[0], ""))
+    keys = cut_of(sizes, axes, shared.units or shared.size) if shared else None
+    return _led_by(keys, sizes, axes, dim.units or dim.size)
 
 
 def _led_by(keys: Cut, sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:

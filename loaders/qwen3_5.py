@@ -139,6 +139,8 @@ class Qwen3_5Config:
         values = (
             f"linear_num_value_heads={self.linear_num_value_heads}, linear_value_head_dim={self.linear_value_head_dim}"
         )
+        key = Dim(self.key_dim, keys, units=self.linear_num_key_heads)
+        value = Dim(self.value_dim, values, units=self.linear_num_value_heads)
         return {
             "V": Dim(self.vocab_size, "vocab_size"),
             "D": Dim(self.hidden_size, "hidden_size"),
@@ -148,8 +150,8 @@ class Qwen3_5Config:
             "N2H": Dim(2 * n * h, f"num_attention_heads={n}, head_dim={h}, a query and its gate per head", units=n),
             "NH": Dim(n * h, f"num_attention_heads={n}, head_dim={h}", units=n),
             "KH": Dim(k * h, f"num_key_value_heads={k}, head_dim={h}", units=k),
-            "QKV": Dim(2 * self.key_dim + self.value_dim, f"{keys}, {values}"),
-            "LV": Dim(self.value_dim, values, units=self.linear_num_value_heads),
+            "QKV": Dim(2 * self.key_dim + self.value_dim, f"{keys}, {values}", segments=(key, key, value)),
+            "LV": value,
             "LN": Dim(self.linear_num_value_heads, "linear_num_value_heads"),
             "LH": Dim(self.linear_value_head_dim, "linear_value_head_dim"),
             "W": Dim(self.linear_conv_kernel_dim, "linear_conv_kernel_dim"),

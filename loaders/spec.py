@@ -24,6 +24,7 @@ class Dim:
     size: int
     origin: str
     units: int | None = None  # heads of a [N*H] axis; None: any divisor of the size will do
+    segments: tuple[Dim, ...] = ()  # what lies one after the other along it; none: it is one thing
 
 
 class ModelConfig(Protocol):

@@ -167,7 +167,7 @@ class Decoding:
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        with model.running(adapter, input_ids):
+        with model.running(adapter, input_ids), draft.source.in_company():
             tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
         return tokens
 

@@ -19,6 +19,8 @@ from torch_models.layers.vision import Seen
 from torch_models.taps import collect
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from torch_models.model import Model
 
 
@@ -94,7 +96,7 @@ class Draft:
         step_positions = target.long(checked.position_ids)
         is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
         step = self._steps(step_positions[..., 1:], is_pair, 0, is_cached=False)
-        with target.running(adapter, ids_BT):
+        with target.running(adapter, ids_BT), self.source.in_company():
             seen = target.seen(checked)
             x_BTD = target.entered(ids_BT, seen)
             # what is shown is shown to the draft too
@@ -124,6 +126,8 @@ class Draft:
             problems.append("one rounds keys and values to FP8, the other does not")
         if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
             problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
+        if _mesh(ours) != _mesh(theirs):
+            problems.append(f"the draft is cut over mesh {_mesh(ours)}, the target over {_mesh(theirs)}")
         if ours.device != theirs.device:
             problems.append(f"the draft is on {ours.device}, the target on {theirs.device}")
         if problems:
@@ -200,3 +204,7 @@ class Draft:
         length = position_ids.shape[-1]
         config = self.source.config
         return steps(config, [0], position_ids, key_mask_BS, start, length=length, is_cached=is_cached)[0]
+
+
+def _mesh(model: Model) -> DeviceMesh | None:
+    return None if model.parallel is None else model.parallel.mesh

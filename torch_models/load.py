@@ -19,7 +19,7 @@ from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
-from loaders.shards import read_shards
+from loaders.shards import Shards, read_shards
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from loaders.whole import read_whole
@@ -137,10 +137,15 @@ def read_params(
     if parallel is None:
         yield from map(_placed, read_whole(plan, filling))  # no loop, which would keep one while the next are read
     else:
-        shards = read_shards(plan, filling, lambda spec: [parallel.box_of(spec)])
-        yield from ((spec.name, over_host(parts.popitem()[1])) for spec, parts in shards)
+        shards = read_shards(plan, filling, parallel.held.boxes)
+        yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
 
 
 def _placed(one: tuple[ParamSpec, np.ndarray]) -> tuple[str, torch.Tensor]:
     spec, array = one
     return spec.name, over_host(array)
+
+
+def _taken(parts: Shards) -> list[torch.Tensor]:
+    """The parts in their order; they are the caller's from here on."""
+    return [over_host(parts.pop(box)) for box in list(parts)]

@@ -118,7 +118,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         if entries is None:
             entries = self.cache_entries(self.config, self.stage, rows, capacity)
         if self.parallel is not None:
-            entries = self.parallel.held_entries(entries, self.config.text_paths[0])
+            entries = self.parallel.held_entries(entries)
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
@@ -183,7 +183,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
                 final norm around them, and the experts a router chose (``model.layers.3``, ``model.norm``,
                 ``model.layers.3.mlp.gate``). ``modules``: also what every module of a layer says
                 (``model.layers.3.self_attn``). ``operations``: also what happens inside of those
-                (``model.layers.3.self_attn.q_norm``).
+                (``model.layers.3.self_attn.q_norm``); not on a mesh, whose ranks have parts of that.
             within: only the values at this path and below; None: all.
             inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
                 that with a peer's value after every layer each layer is run alone. What is returned under that path is
@@ -196,7 +196,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
                 or rows that cannot be decoded so.
         """
-        if level != "layers":
+        if level == "operations":  # what is inside of modules is there in parts
             self.check_alone(f"taps of {level}")
         if decode:
             self.check_whole()

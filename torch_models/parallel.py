@@ -8,7 +8,6 @@ the same. Transport is torch.distributed's, over the mesh's own groups: gloo on 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from loaders.axes import Cut, axes_of, param_cuts
+from loaders.axes import Cut, axes_of
+from loaders.held import Held
 from loaders.plan import LoadPlan
-from loaders.regions import Box
-from loaders.spec import ParamSpec
+from torch_models.layers.gated_delta import GatedDeltaNet
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
 from torch_models.layers.step import Entry
@@ -32,11 +31,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 MESH_AXES = ("expert", "tensor")
-CUT_LETTERS = {"V", "NH", "KH", "F", "M", "E"}  # layers of others would have to know that they hold a part
 
 
 class Parallel:
     """A mesh as one of its ranks sees it.
+
+    Attributes:
+        held: the part of everything that is here.
+        company: of the ranks that run the model, once it is installed.
 
     Args:
         mesh: with named axes among ``expert`` and ``tensor``, of all processes.
@@ -45,25 +47,23 @@ class Parallel:
         ValueError: axes without meaning, or a model that cannot be cut so; lists everything.
     """
 
+    company: Company
+
     def __init__(self, mesh: DeviceMesh, plan: LoadPlan) -> None:
         names = check_mesh(mesh)
         place = mesh.get_coordinate()
         assert place is not None, "the mesh is of all processes"
-        self.mesh, self.company = mesh, Company(mesh)
+        self.mesh = mesh
         self.sizes = dict(zip(names, mesh.shape, strict=True))
-        self.place = dict(zip(names, place, strict=True))
-        dims = plan.checkpoint.config.dims()
+        self.held = Held(self.sizes, dict(zip(names, place, strict=True)), plan.checkpoint.config.dims())
         self.params = {spec.name: spec for spec in plan.specs}
-        self.cuts = {spec.name: param_cuts(spec, dims, self.sizes) for spec in plan.specs}
+        self.cuts = {spec.name: self.held.cuts(spec) for spec in plan.specs}
         if problems := self._problems(plan):
             raise ValueError("; ".join(problems))
 
-    def box_of(self, spec: ParamSpec) -> Box:
-        """The part of a parameter that is here."""
-        return tuple(self._ends(size, cut) for size, cut in zip(spec.shape, self.cuts[spec.name], strict=True))
-
     def install(self, model: nn.Module) -> None:
-        """Tell the layers of a loaded model what they hold, and what joins it."""
+        """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
+        self.company = Company(self.mesh)
         for path, module in model.named_modules():
             if isinstance(module, Linear):
                 by_output, by_input = self._cuts(f"{path}.weight")
@@ -71,11 +71,13 @@ class Parallel:
             elif isinstance(module, Embedding):
                 by_row, _ = self._cuts(f"{path}.weight")
                 module.summed, module.gathered = self.sum_over(by_row), self.gather_over(by_row)
-                module.held = range(*self._ends(module.num_embeddings, by_row)) if by_row else None
+                module.held = range(*self.held.ends(module.num_embeddings, by_row)) if by_row else None
             elif isinstance(module, Experts):
                 by_expert, _, by_width = self._cuts(f"{path}.down_proj")
                 module.summed = self.sum_over((*axes_of(by_expert), *axes_of(by_width)))
-                module.held = range(*self._ends(module.num_experts, by_expert)) if by_expert else None
+                module.held = range(*self.held.ends(module.num_experts, by_expert)) if by_expert else None
+            elif isinstance(module, GatedDeltaNet):
+                module.hold(self.held.segments("QKV"), *self.held.segments("LN"))
 
     def sum_over(self, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What adds the parts that ranks along ``cut`` have, in float32; None: there is one part."""
@@ -91,17 +93,25 @@ class Parallel:
 
     def gather_over(self, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What puts the parts along ``cut`` side by side on the last axis; None: there is one part."""
-        return (lambda x: self._joined(x, cut, x.ndim - 1)) if cut else None
+        return (lambda x: self._gather(x, cut, x.ndim - 1)) if cut else None
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A parameter of its parts, which all ranks have to hand over at the same time."""
-        for axis, cut in enumerate(self.cuts[name]):
-            part = self._joined(part, cut, axis) if cut else part
+        for axis, (letter, cut) in enumerate(zip(self.params[name].axes, self.cuts[name], strict=True)):
+            if cut:
+                segments = part.split(self.held.segments(letter), dim=axis)
+                part = _side_by_side([self._gather(one, cut, axis) for one in segments], axis)
         return part
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What is here of a parameter's new value."""
-        return whole[tuple(slice(*ends) for ends in self.box_of(self.params[name]))].contiguous()
+        boxes = self.held.boxes(self.params[name])
+        return self.joined(name, [whole[tuple(slice(*ends) for ends in box)] for box in boxes]).contiguous()
+
+    def joined(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What is here of a parameter, of what is in each of its boxes here."""
+        axes = [axis for axis, letter in enumerate(self.params[name].axes) if len(self.held.segments(letter)) > 1]
+        return _side_by_side(parts, *axes)
 
     def as_dtensor(self, name: str, part: torch.Tensor) -> DTensor:
         """A parameter as all ranks hold it together; its memory is the parameter's."""
@@ -119,19 +129,16 @@ class Parallel:
 
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def held_entries(self, entries: dict[str, dict[str, Entry]], text: str) -> dict[str, dict[str, Entry]]:
-        """What layers keep, [B, K, S, H], of the heads that are here. ``text``: path of the text model."""
-        held = {}
-        for layer, parts in entries.items():
-            (cut, _) = self._cuts(f"{text}.layers.{layer}.self_attn.k_proj.weight")
-            count = math.prod(self.sizes[axis] for axis in axes_of(cut))
-            held[layer] = {
-                key: dataclasses.replace(one, shape=(one.shape[0], one.shape[1] // count, *one.shape[2:]))
-                for key, one in parts.items()
+    def held_entries(self, entries: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
+        """What layers keep of the heads that are here."""
+        return {
+            layer: {
+                key: dataclasses.replace(one, shape=self.held.shape(one.axes, one.shape)) for key, one in parts.items()
             }
-        return held
+            for layer, parts in entries.items()
+        }
 
-    def _joined(self, part: torch.Tensor, cut: Cut, axis: int) -> torch.Tensor:
+    def _gather(self, part: torch.Tensor, cut: Cut, axis: int) -> torch.Tensor:
         for mesh_axis in reversed(axes_of(cut)):  # the first of them is the outermost
             parts = [
                 torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.sizes[mesh_axis])
@@ -145,23 +152,9 @@ class Parallel:
         """Of a parameter that is loaded; a layer's whose weight is none (a tied head's second name) have no cuts."""
         return self.cuts.get(name, (None, None, None) if name.endswith("down_proj") else (None, None))
 
-    def _ends(self, size: int, cut: Cut) -> tuple[int, int]:
-        index, count = 0, 1
-        for axis in axes_of(cut):
-            index, count = index * self.sizes[axis] + self.place[axis], count * self.sizes[axis]
-        return index * size // count, (index + 1) * size // count
-
     def _problems(self, plan: LoadPlan) -> list[str]:
         config = plan.checkpoint.config
         problems = [] if config.quantization is None else ["quantised weights are not cut over a mesh"]
-        problems += ["a draft is not cut over a mesh"] if any(name.startswith("mtp.") for name in self.params) else []
-        letters = {
-            letter: spec.name
-            for spec in plan.specs
-            for letter, cut in zip(spec.axes, self.cuts[spec.name], strict=True)
-            if cut and letter not in CUT_LETTERS
-        }
-        problems += [f"{name} would be cut along {letter}, which its layer cannot" for letter, name in letters.items()]
         for name, cuts in self.cuts.items():
             keys = name.replace(".q_proj.", ".k_proj.")
             if keys != name and keys in self.cuts and self.cuts[keys][:1] != cuts[:1]:
@@ -181,6 +174,10 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"mesh has {mesh.size()} ranks, expected all {dist.get_world_size()} processes")
     return names
+
+
+def _side_by_side(parts: list[torch.Tensor], axis: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

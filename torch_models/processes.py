@@ -73,7 +73,9 @@ class Company:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._rank, self._size = mesh.get_rank(), mesh.size()
-        self._store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
+        # models on one mesh count calls of their own; ranks make these in the same order, once all have the weights
+        self._store = dist.PrefixStore(str(store.add(f"companies of {self._rank}", 1)), store)
         self._calls = self._depth = 0
         self._lost: str | None = None  # why nothing can run any more
 

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import torch_models
 from loaders import CheckpointError
 from torch_models import processes
+from torch_models.processes import Company
 
 
 def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -45,6 +46,18 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["of two versions"] = error_of(lambda: model(ids))
     model.update_weights_from_disk(first)
     found["updated again"] = model(ids).numpy().tobytes() == logits.tobytes()
+
+    def slowly(company: Company) -> None:
+        with company.call():
+            time.sleep(2.5 * rank)
+            company.finish(dist.all_reduce(torch.ones(1), async_op=True))
+
+    def badly(company: Company) -> None:
+        with company.call():
+            raise ValueError("bad input of one, in its first call")
+
+    # who waits for the first call of a model is told nothing of another's, which failed everywhere
+    found["two models"] = error_of(lambda: badly(Company(mesh))), error_of(lambda: slowly(Company(mesh)))
 
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")

@@ -27,7 +27,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["read"] = read.count / model.report.num_bytes
     logits = model(**inputs).numpy().copy()
     found["tokens"] = model.generate(**inputs, max_new_tokens=4, ignore_eos=True).tolist()
-    found["one by one"] = model.generate(inputs["input_ids"][:1], max_new_tokens=4, ignore_eos=True).tolist()
+    found["one by one"] = model.generate(inputs["input_ids"][2:3], max_new_tokens=4, ignore_eos=True).tolist()
     found["digests"] = model.digests()
     embed, head = model.get_embed_and_head()
     full = embed.full_tensor().clone()
@@ -46,13 +46,15 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["adapter"] = error_of(lambda: model.attach_lora(first))
     found["graphs"] = error_of(lambda: model.generate(**inputs, graphs=True))
     found["taps"] = error_of(lambda: model.with_taps(**inputs, level="operations"))
+    _, taps = model.with_taps(**inputs, level="modules")
+    injected, _ = model.with_taps(**inputs, inject={job["tap"].replace("layers.0", "layers.1"): taps[job["tap"]]})
     found["uneven"] = error_of(lambda: torch_models.load(job["uneven"], mesh=mesh))
     model.update_weights_from_disk(first)
     found["back"] = model(**inputs).numpy().tobytes() == logits.tobytes()
     model.sleep().wake()
     found["slept"] = model(**inputs).numpy().tobytes() == logits.tobytes()
     if rank == 0:
-        np.savez(work / "logits.npz", logits=logits, changed=changed)
+        np.savez(work / "logits.npz", logits=logits, changed=changed, injected=injected.numpy(), **taps)
     return found
 
 

@@ -20,8 +20,8 @@ def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int
 
     Heads come before slots, so that what a head reads lies together.
     """
-    shape = (rows, num_kv_heads, capacity, head_dim)
-    return {"key": Entry(shape), "value": Entry(shape)}
+    shape, axes = (rows, num_kv_heads, capacity, head_dim), ("B", "KH", "S", "H")
+    return {"key": Entry(shape, axes), "value": Entry(shape, axes)}
 
 
 def remembered(

@@ -71,6 +71,16 @@ class GatedDeltaNet(nn.Module):
         self.key_head_dim, self.value_head_dim = key_head_dim, value_head_dim
         self.taps = taps
 
+    def hold(self, channels: list[int], num_value_heads: int) -> None:
+        """On a mesh: run on these heads alone, the ones whose weights are here.
+
+        Args:
+            channels: of ``in_proj_qkv`` that are here: those of queries, of keys and of values.
+            num_value_heads: whose.
+        """
+        _, self.key_dim, self.value_dim = channels
+        self.num_key_heads, self.num_value_heads = self.key_dim // self.key_head_dim, num_value_heads
+
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         B, T, _ = x_BTD.shape
         mask_BT1 = step.mask_BT[..., None]
@@ -118,7 +128,10 @@ class GatedDeltaNet(nn.Module):
 
 def delta_entries(rows: int, *, channels: int, taps: int, state: tuple[int, int, int]) -> dict[str, Entry]:
     """What a gated delta net keeps: the last W - 1 inputs of its convolution, and its state [J, P, Y], float32."""
-    return {"conv": Entry((rows, taps - 1, channels)), "state": Entry((rows, *state), torch.float32)}
+    return {
+        "conv": Entry((rows, taps - 1, channels), ("B", "W", "QKV")),
+        "state": Entry((rows, *state), ("B", "LN", "P", "Y"), torch.float32),
+    }
 
 
 def keep_first(cache: LayerCache, count_B: torch.Tensor) -> None:

@@ -16,9 +16,13 @@ LayerCache = dict[str, torch.Tensor]  # what one layer keeps, by name
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a layer's cache: its shape, and its dtype where that is not what is computed in."""
+    """One tensor of a layer's cache: its shape, and its dtype where that is not what is computed in.
+
+    ``axes`` name the axes as rules do (``B`` rows, ``KH`` key/value heads), so that a mesh can cut them.
+    """
 
     shape: tuple[int, ...]
+    axes: tuple[str, ...]
     dtype: torch.dtype | None = None
 
 

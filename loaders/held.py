@@ -1,0 +1,77 @@
+"""What one process of a mesh holds where layers run on that alone: no compiler sends them what else they ask for.
+
+The table is that of ``loaders.axes``. Of an axis on which several things lie one after the other, such as a gated delta
+net's queries, keys and values, a process holds its heads of each, joined: one box of the parameter for each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loaders.axes import DELTA_HEADS, LOGICAL_AXES, Cut, axes_of, axis_cut, cut_of, wanted_axes
+from loaders.regions import Box
+from loaders.spec import Dim, ParamSpec, dim_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """The place of a process on a mesh, and what follows from it.
+
+    Attributes:
+        sizes: of the mesh: axis -> processes.
+        place: of this process along each.
+        dims: the axes of the config.
+    """
+
+    sizes: Mapping[str, int]
+    place: Mapping[str, int]
+    dims: dict[str, Dim]
+
+    def cuts(self, spec: ParamSpec) -> tuple[Cut, ...]:
+        """What cuts every axis of a parameter."""
+        return tuple(self._cut(axis, axes) for axis, axes in zip(spec.axes, wanted_axes(spec), strict=True))
+
+    def boxes(self, spec: ParamSpec) -> list[Box]:
+        """The parts of a parameter that are here, in their order along the one axis that has several."""
+        parts = zip(spec.axes, spec.shape, self.cuts(spec), strict=True)
+        return list(itertools.product(*(self._ends_of(axis, size, cut) for axis, size, cut in parts)))
+
+    def segments(self, axis: str) -> list[int]:
+        """How much is here of each of those things that lie one after the other along an axis."""
+        cut = self._cut(axis, LOGICAL_AXES.get(axis, ()))
+        dim = dim_of(axis, self.dims)
+        return [self.share(one.size, cut) for one in dim.segments or (dim,)]
+
+    def shape(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How much is here of what has these axes and this shape, when whole: of what a layer keeps."""
+        found = zip(axes, shape, strict=True)
+        return tuple(self.share(size, self._cut(axis, LOGICAL_AXES.get(axis, ()))) for axis, size in found)
+
+    def share(self, size: int, cut: Cut) -> int:
+        """How much of so much is here."""
+        start, stop = self.ends(size, cut)
+        return stop - start
+
+    def ends(self, size: int, cut: Cut) -> tuple[int, int]:
+        """Which of so many are here: the first, and the one after the last."""
+        index, count = 0, 1
+        for axis in axes_of(cut):  # the first of them is the outermost
+            index, count = index * self.sizes[axis] + self.place[axis], count * self.sizes[axis]
+        return index * size // count, (index + 1) * size // count
+
+    def _ends_of(self, axis: str, size: int, cut: Cut) -> list[tuple[int, int]]:
+        if cut is None or not (segments := dim_of(axis, self.dims).segments):
+            return [self.ends(size, cut)]
+        starts = itertools.accumulate((one.size for one in segments), initial=0)
+        found = [(start, *self.ends(one.size, cut)) for start, one in zip(starts, segments, strict=False)]
+        return [(start + first, start + last) for start, first, last in found]
+
+    def _cut(self, axis: str, axes: tuple[str, ...]) -> Cut:
+        """As ``loaders.axes`` has it; but value heads lie where their key heads are, or all of both are everywhere."""
+        if axis not in DELTA_HEADS:
+            return axis_cut(axis, axes, self.dims, self.sizes)
+        units = math.gcd(*(one.units or one.size for one in self.dims["QKV"].segments))
+        return cut_of(self.sizes, axes, units)

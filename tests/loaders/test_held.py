@@ -1,0 +1,76 @@
+"""What processes of a mesh hold: together everything, and of gated delta nets value heads with their key heads."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from loaders import open_checkpoint
+from loaders.held import Held
+from loaders.plan import plan_load
+from loaders.stage import Stage
+from parity.zoo import make_checkpoint
+
+MESHES = [{"tensor": 2}, {"expert": 2}, {"expert": 2, "tensor": 2}, {"expert": 2, "tensor": 4}]
+HEADS = [(2, 6), (4, 4), (4, 8), (3, 6), (8, 16)]
+
+
+def at(box):
+    return tuple(slice(*ends) for ends in box)
+
+
+def places(sizes):
+    return [dict(zip(sizes, place, strict=True)) for place in product(*map(range, sizes.values()))]
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=str)
+def plan(request, tmp_path_factory):
+    keys, values = request.param
+    sizes = {"linear_num_key_heads": keys, "linear_num_value_heads": values}
+    return plan_load(
+        open_checkpoint(make_checkpoint("qwen3_5-moe", tmp_path_factory.mktemp("it") / "it", **sizes)), Stage()
+    )
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_value_is_held_as_often_as_all_others_of_its_parameter(sizes, plan):
+    dims = plan.checkpoint.config.dims()
+    for spec in plan.specs:
+        times = np.zeros(spec.shape, int)
+        for place in places(sizes):
+            for box in Held(sizes, place, dims).boxes(spec):
+                times[at(box)] += 1
+        assert times.min() == times.max(), spec.name
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_value_heads_lie_with_their_key_heads(sizes, plan):
+    config = plan.checkpoint.config
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    key_of = np.repeat(np.arange(keys), config.linear_key_head_dim)
+    head_of = np.concatenate([key_of, key_of, np.repeat(np.arange(values), config.linear_value_head_dim)])
+    kind_of = np.repeat(["q", "k", "v"], [config.key_dim, config.key_dim, config.value_dim])
+    specs = {spec.name.partition("linear_attn.")[2]: spec for spec in plan.specs if ".layers.0." in spec.name}
+    expected = math.gcd(keys, math.prod(sizes.values()))
+    held = [Held(sizes, place, config.dims()) for place in places(sizes)]
+    for one in held:
+        channels = np.concatenate([np.arange(*box[0]) for box in one.boxes(specs["in_proj_qkv.weight"])])
+        assert [box[0] for box in one.boxes(specs["conv1d.weight"])] == [
+            box[0] for box in one.boxes(specs["in_proj_qkv.weight"])
+        ]
+        kinds, counts = np.unique(kind_of[channels], return_counts=True)
+        assert dict(zip(kinds, counts, strict=True)) == dict(zip("qkv", one.segments("QKV"), strict=True))
+        heads = {kind: list(dict.fromkeys(head_of[channels][kind_of[channels] == kind])) for kind in "qkv"}
+        ((first, last),) = one.boxes(specs["A_log"])[0]
+        assert heads["v"] == list(range(first, last))
+        assert heads["q"] == heads["k"] == list(dict.fromkeys(head * keys // values for head in heads["v"]))
+        assert one.boxes(specs["out_proj.weight"])[0][1] == (
+            first * config.linear_value_head_dim,
+            last * config.linear_value_head_dim,
+        )
+        assert one.shape(("B", "LN", "P", "Y"), (1, values, 5, 7)) == (1, last - first, 5, 7)
+        assert one.shape(("B", "W", "QKV"), (1, 3, len(head_of))) == (1, 3, len(channels))
+        assert len(heads["k"]) * expected == keys
