@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from several import answer, asked, error_of
+from ranks import run_as_rank
+from several import error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
@@ -79,9 +79,5 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job_, rank_ = asked()
-    store = dist.FileStore(str(Path(job_["directory"]) / "store"), job_["count"])
-    dist.init_process_group("gloo", store=store, rank=rank_, world_size=job_["count"])
-    with torch.no_grad():
-        answer(job_, rank_, main(job_, rank_))
+    run_as_rank(main)
     os._exit(0)  # nobody comes to say goodbye

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from several import BytesRead, answer, asked, error_of
+from ranks import part, run_as_rank
+from several import BytesRead, error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
@@ -59,10 +59,5 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job_, rank_ = asked()
-    store = dist.FileStore(str(Path(job_["directory"]) / "store"), job_["count"])
-    dist.init_process_group("gloo", store=store, rank=rank_, world_size=job_["count"])
-    with torch.no_grad():
-        answer(job_, rank_, main(job_, rank_))
-    dist.barrier()
-    dist.destroy_process_group()
+    run_as_rank(main)
+    part()
