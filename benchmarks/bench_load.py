@@ -1,7 +1,7 @@
 """How fast and in how much memory a checkpoint of experts is loaded, beside the fastest loaders of others.
 
 2.8 GB of bfloat16 by default: 807 tensors in 4 files. Every run is a process of its own, forked when the frameworks are
-imported and nothing is loaded; loaders take turns, in reverse order every other round, and medians are given. In a
+imported and nothing is loaded; loaders take turns, in another order every round, and medians are given. In a
 section all have the same destinations, and the same bytes have to be in them at the end. ``limit`` is two threads that
 read the files into warm buffers and keep nothing; ``(reading alone)`` two that read them into as much memory as a load
 does. Ours go in through the front door only. Peers that are not installed are left out, and that is said.
@@ -17,6 +17,7 @@ import ctypes
 import importlib
 import json
 import os
+import random
 import resource
 import tempfile
 import threading
@@ -177,8 +178,9 @@ def prepare(path: str, section: str) -> None:
 def measure(path: str, section: str, rounds: int, gb: float) -> dict[str, dict[str, float]]:
     rows: dict[str, list[dict[str, float]]] = {}
     left = [name for name in sections()[section] if not (name.startswith("runai") and not has_runai())]
-    for turn in range(rounds):
-        for name in left[:: 1 if turn % 2 == 0 else -1]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(left, len(left)):  # what a loader comes after decides which memory it is given
             prepare(path, section)
             found = run(path, section, name, gb)
             if isinstance(found, str):
