@@ -29,6 +29,15 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
     """Arrays and a JSON document to a new directory, which is there once all of it is.
 
     All processes of the mesh call this and no other one; what one of them cannot do is at once an error on all.
+
+    Args:
+        where: the directory, which all of them see; not there yet.
+        mesh: where the arrays lie; None: on this process.
+        arrays: by parameter name, each written by the processes that hold its shards, in its dtype.
+        document: what JSON can say; the same on all.
+    Raises:
+        OSError: it cannot be written, on the process where that is so; FileNotFoundError: not all see one directory.
+        RuntimeError: on the others.
     """
     path, primary = epath.Path(where), processes_of(mesh)[0]
     store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
@@ -63,7 +72,14 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
 
 
 def read_arrays(where: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Each as its sharding says; waits for no other process, which may have failed."""
+    """The arrays of a save; waits for no other process, which may have failed.
+
+    Args:
+        where: its directory.
+        wanted: by name, of which shape and dtype each is to be, and where: the parts that lie here are read.
+    Raises:
+        Exception: whatever Orbax raises over files that are damaged or not there.
+    """
     args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
     with _handlers(jax.process_index()) as handlers:
         return handlers[WEIGHTS].restore(epath.Path(where) / WEIGHTS, args=args)

@@ -18,8 +18,9 @@ from loaders.spec import ParamSpec
 def read_whole(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Read every planned parameter, one after the other as they are complete. None is kept.
 
-    Each is memory of its own, 64-byte aligned and never written again. A large one has huge pages, which are cheap to
-    write first and go back to the system at once.
+    Each has its spec's shape and the checkpoint's dtype, in memory of its own, 64-byte aligned, which is the caller's
+    and not written here again. A large one has huge pages, which are cheap to write first and go back to the system at
+    once.
 
     Args:
         plan: what to read.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import open_checkpoint, whole
+from loaders import memory, open_checkpoint, stream, whole
 from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.sources.positioned import LocalFile
@@ -24,6 +24,9 @@ def test_memory_of_parameters_that_stay_is_mapped_before_anything_is_read_into_i
     plan = plan_load(open_checkpoint(make_checkpoint("qwen3-moe", tmp_path / "it")), Stage()).within(
         None, staged=staged
     )
+    # little at once, or all of so small a model is asked for before the first of it is read
+    monkeypatch.setattr(memory, "STAGING_BYTES", 1 << 10)
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 1 << 12)
     done: list[str] = []
     make_memory, scatter_into = whole.aligned_empty, LocalFile.scatter_into
 
