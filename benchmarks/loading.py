@@ -94,11 +94,13 @@ def reading_alone(case: Case, *, are_resident: bool) -> Run:
     return run
 
 
-def reload_ours(case: Case) -> Run:
-    places = case.destinations()
+def reload_ours(case: Case, scheme: str = "") -> Run:
+    from loaders import open_checkpoint
+
+    places, checkpoint = case.destinations(), open_checkpoint(f"{scheme}{case.path}")
 
     def run() -> list[np.ndarray]:
-        for _ in case.checkpoint.stream(into=places.__getitem__):
+        for _ in checkpoint.stream(into=places.__getitem__):
             pass
         return list(places.values())
 
@@ -337,6 +339,7 @@ def sections() -> dict[str, dict[str, Callable[[Case], Run]]]:
         "experts": {"ours: stream(into=)": stack_ours, "np.stack": stack_numpy},
         "cold": {
             "ours: stream(into=)": reload_ours,
+            "ours: stream(into=), direct://": lambda case: reload_ours(case, "direct://"),
             "safetensors, mmap and copy": lambda case: reload_safetensors(case, "mmap"),
             "runai, sync_buffered": lambda case: reload_runai(case, **BUFFERED),
             "runai, its default": reload_runai,

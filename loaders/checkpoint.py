@@ -236,7 +236,7 @@ class Checkpoint:
 
     def _session(self) -> Session:
         try:
-            return self.source.session()
+            return self.source.session(sum(found.num_bytes for found in self.identities.values()))
         except OSError as error:
             raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
 

@@ -39,10 +39,6 @@ class RememberedSource:
     def gap_bytes(self) -> int:
         return open_source(self.address).gap_bytes
 
-    @property
-    def stretch_bytes(self) -> int:
-        return open_source(self.address).stretch_bytes
-
     def names(self) -> list[str]:
         return open_source(self.address).names()
 
@@ -52,8 +48,8 @@ class RememberedSource:
     def read_file(self, name: str) -> bytes:
         return open_source(self.address).read_file(name)
 
-    def session(self) -> Session:
-        return open_source(self.address).session()
+    def session(self, total_bytes: int) -> Session:
+        return open_source(self.address).session(total_bytes)
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:

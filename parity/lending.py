@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from loaders import memory
 from loaders.regions import Piece
 from loaders.sources import LocalDirectory, OpenFile, PieceError
 
@@ -21,6 +22,7 @@ class Lending:
     """A session over local files; see ``loaders.sources.source.Session``."""
 
     def __init__(self, seed: int) -> None:
+        self.stretch_bytes = memory.STAGING_BYTES  # all of it is lent memory
         self._rng = np.random.default_rng(seed)
         self._waiting: dict[int, tuple[OpenFile, int, int]] = {}
         self._count = 0
@@ -50,5 +52,5 @@ class Lending:
 @contextmanager
 def lent(seed: int = 0) -> Iterator[None]:
     """Inside the block local checkpoints are streamed so."""
-    with patch.object(LocalDirectory, "session", lambda self: Lending(seed)):
+    with patch.object(LocalDirectory, "session", lambda self, total_bytes: Lending(seed)):
         yield

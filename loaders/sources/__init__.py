@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loaders.sources.gs import GsPrefix
-from loaders.sources.local import LocalDirectory, is_plain
+from loaders.sources.library import LOCAL
+from loaders.sources.local import DIRECT, LocalDirectory, is_plain
 from loaders.sources.s3 import S3Prefix
 from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source
 
@@ -21,12 +22,14 @@ __all__ = [
 ]
 
 STORES: dict[str, type[S3Prefix] | type[GsPrefix]] = {"s3": S3Prefix, "gs": GsPrefix}  # by scheme
+READERS = (LOCAL, DIRECT)  # of local files
 
 
 def open_source(uri: object) -> Source:
     """The source for ``uri``.
 
     - a path: a directory on a local file system, read file by file;
+    - ``direct://path``: the same, past the page cache, where it is read once or has no room in memory;
     - ``runai://path``: the same, read by runai-model-streamer, many files at once (``runai:///absolute/path``);
     - ``s3://bucket/prefix``: objects of an S3 server, read by it too;
     - ``gs://bucket/prefix``: likewise, of Google Cloud Storage.
@@ -37,11 +40,11 @@ def open_source(uri: object) -> Source:
     scheme, separator, rest = str(uri).partition("://")
     if not separator:
         lost, _, rest = scheme.partition(":/")
-        if lost in (*STORES, "runai"):
+        if lost in (*STORES, *READERS):
             raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
         return LocalDirectory(uri)
-    if scheme == "runai":
-        return LocalDirectory(rest, is_streamed=True)
+    if scheme in READERS:
+        return LocalDirectory(rest, scheme)
     if scheme in STORES:
         return STORES[scheme](rest)
     raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")

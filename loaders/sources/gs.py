@@ -128,7 +128,7 @@ class GsPrefix(ObjectPrefix):
     def open_object(self, name: str) -> GsFile:
         return GsFile(self, name)
 
-    def session(self) -> RunaiSession:
+    def session(self, total_bytes: int) -> RunaiSession:
         return RunaiSession(str(self))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loaders import memory
+from loaders.memory import physical_bytes
+from loaders.sources.direct import DirectSession
 from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession
 from loaders.sources.source import Session, small_file
 
-STRETCH_PIECES = 4
+DIRECT = "direct"  # the scheme of files that are read past the page cache
 
 
 def is_plain(name: str) -> bool:
@@ -20,27 +21,28 @@ def is_plain(name: str) -> bool:
 
 
 class LocalDirectory:
-    """The files of one directory, by plain file name; ``is_streamed``: many at once, by runai-model-streamer."""
+    """The files of one directory, by plain file name.
+
+    Args:
+        path: of the directory.
+        scheme: how they are read: ``runai``: many at once, by runai-model-streamer; ``direct``: past the page cache;
+            none: through it, unless the checkpoint is larger than the memory there is.
+    Raises:
+        OSError: it is not a directory, or what reads it is not installed.
+    """
 
     gap_bytes = 4096  # a page, which comes from the disk whole
 
-    def __init__(self, path: object, *, is_streamed: bool = False) -> None:
+    def __init__(self, path: object, scheme: str = "") -> None:
         self.path = Path(str(path))
-        self.is_streamed = is_streamed
+        self.scheme = scheme
         if not self.path.is_dir():
             raise OSError(f"{self.path} is not a directory")
-        if is_streamed:
+        if scheme == LOCAL:
             find_library(LOCAL)  # what is not installed is said before anything is read
 
-    @property
-    def stretch_bytes(self) -> int:
-        """More than is lent at once: what goes straight into place takes no memory of ours, and between two stretches
-        a thread waits for Python (measured: 2.8 GB into fresh memory at 1.09 the speed of 8 MiB).
-        """
-        return memory.STAGING_BYTES * (1 if self.is_streamed else STRETCH_PIECES)
-
     def __str__(self) -> str:
-        return f"runai://{self.path}" if self.is_streamed else str(self.path)
+        return f"{self.scheme}://{self.path}" if self.scheme else str(self.path)
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir())
@@ -64,8 +66,10 @@ class LocalDirectory:
         with self.open(name) as file:
             return small_file(file)
 
-    def session(self) -> Session:
-        return RunaiSession(str(self)) if self.is_streamed else PositionedSession()
+    def session(self, total_bytes: int) -> Session:
+        if self.scheme == LOCAL:
+            return RunaiSession(str(self))
+        return DirectSession() if self.scheme == DIRECT or total_bytes > physical_bytes() else PositionedSession()
 
     def _is_inside(self, target: Path) -> bool:
         root = self.path.resolve()

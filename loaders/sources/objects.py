@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import ClassVar, Self
 
-from loaders import memory
 from loaders.sources.local import is_plain
 from loaders.sources.runai import DEADLINE_S
 from loaders.sources.source import Identity, OpenFile, Session, small_file
@@ -79,10 +78,6 @@ class ObjectPrefix(ABC):
         if not self.bucket:
             raise OSError(f"it names no bucket, expected {self.scheme}://bucket/prefix")
 
-    @property
-    def stretch_bytes(self) -> int:
-        return memory.STAGING_BYTES  # all of it is lent memory
-
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}"
 
@@ -100,7 +95,7 @@ class ObjectPrefix(ABC):
     def open_object(self, name: str) -> OpenFile: ...
 
     @abstractmethod
-    def session(self) -> Session: ...
+    def session(self, total_bytes: int) -> Session: ...
 
     def names(self) -> list[str]:
         start = self.key("")

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from loaders import memory
 from loaders.memory import STAGING_BYTES, aligned_empty
 from loaders.regions import Piece
 from loaders.sources.library import Device, install, library_of
@@ -85,6 +86,7 @@ class RunaiSession:
         self._free: list[np.ndarray] = []
         self._failed: list[np.ndarray] = []  # which the library may still be writing to
         self._lent: np.ndarray | None = None
+        self.stretch_bytes = memory.STAGING_BYTES  # all of it is lent memory
         self._endings = _endings_of(self._scheme)
         self._endings.begin(self._start)
         try:

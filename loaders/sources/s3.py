@@ -93,7 +93,7 @@ class S3Prefix(ObjectPrefix):
     def open_object(self, name: str) -> S3File:
         return S3File(self, name)
 
-    def session(self) -> RunaiSession:
+    def session(self, total_bytes: int) -> RunaiSession:
         with _as_os_errors():
             found = self._session.get_credentials()
             frozen = None if found is None else found.get_frozen_credentials()

@@ -62,6 +62,11 @@ class PieceError(OSError):
 class Session(Protocol):
     """Reads many stretches of files at once: straight into place, or into memory of its own, lent for one step."""
 
+    @property
+    def stretch_bytes(self) -> int:
+        """The most that is to be asked for at once, in pieces of ``STAGING_BYTES`` at most."""
+        ...
+
     def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         """Ask for the stretch of ``file``, which has to stay open, that ``pieces`` are, one after the other.
 
@@ -92,19 +97,14 @@ class Source(Protocol):
         """So many bytes between two stretches are read sooner than a second stretch is asked for."""
         ...
 
-    @property
-    def stretch_bytes(self) -> int:
-        """The most that is asked for at once, in pieces of ``STAGING_BYTES`` at most."""
-        ...
-
     def names(self) -> list[str]: ...
     def open(self, name: str) -> OpenFile: ...
     def read_file(self, name: str) -> bytes:
         """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         ...
 
-    def session(self) -> Session:
-        """What reads many stretches at once."""
+    def session(self, total_bytes: int) -> Session:
+        """What reads many stretches at once, of a checkpoint whose files have ``total_bytes``."""
         ...
 
 

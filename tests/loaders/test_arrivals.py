@@ -146,7 +146,7 @@ def test_an_abandoned_a_failed_and_an_unstarted_iterator_leave_nothing_open(
         def close(self) -> None:
             self.calls.append("closed")
 
-    monkeypatch.setattr(LocalDirectory, "session", lambda self: Watched())
+    monkeypatch.setattr(LocalDirectory, "session", lambda self, total_bytes: Watched())
     before = open_files()
     checkpoint.stream()
     stream = checkpoint.stream()
