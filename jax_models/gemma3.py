@@ -23,7 +23,7 @@ class DecoderLayer(nnx.Module):
 
     path: str = ""
 
-    def __init__(self, config: Gemma3Config) -> None:
+    def __init__(self, config: Gemma3Config, mesh: Mesh | None) -> None:
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = GemmaRMSNorm(size, eps=eps)
         self.self_attn = Attention(
@@ -33,6 +33,7 @@ class DecoderLayer(nnx.Module):
             head_dim=config.head_dim,
             eps=eps,
             bias=config.attention_bias,
+            mesh=mesh,
             norm=GemmaRMSNorm,
             scale=config.query_pre_attn_scalar**-0.5,
             softcap=config.attn_logit_softcapping,
@@ -60,7 +61,7 @@ class Gemma3ForCausalLM(nnx.Module):
     """The model and its head."""
 
     def __init__(self, config: Gemma3Config, stage: Stage, mesh: Mesh | None, dtype: jnp.dtype) -> None:
-        layers = {layer: DecoderLayer(config) for layer in stage.layers(config.num_hidden_layers)}
+        layers = {layer: DecoderLayer(config, mesh) for layer in stage.layers(config.num_hidden_layers)}
         self.model = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if stage.is_last and not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -33,6 +33,7 @@ class DecoderLayer(nnx.Module):
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
             bias=config.attention_bias,
+            mesh=mesh,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if isinstance(config, Qwen3MoeConfig) and config.is_sparse(layer):

@@ -47,6 +47,7 @@ class DecoderLayer(nnx.Module):
                 head_dim=config.head_dim,
                 eps=config.rms_norm_eps,
                 bias=config.attention_bias,
+                mesh=mesh,
             )
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if isinstance(config, Qwen3_5MoeConfig):

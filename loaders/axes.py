@@ -71,6 +71,12 @@ def axis_cut(axis: str, axes: tuple[str, ...], dims: dict[str, Dim], sizes: Size
     return _led_by(keys, sizes, axes, dim.units or dim.size)
 
 
+def head_cuts(sizes: Sizes, num_heads: int, num_kv_heads: int) -> tuple[Cut, Cut]:
+    """What cuts query heads, and heads of keys and values."""
+    keys = cut_of(sizes, LOGICAL_AXES["KH"], num_kv_heads)
+    return _led_by(keys, sizes, LOGICAL_AXES["NH"], num_heads), keys
+
+
 def _led_by(keys: Cut, sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
     """``cut_of`` with the axes of another cut, which divides these units too, outermost."""
     first = axes_of(keys)

@@ -7,7 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from jax_models.kernels.prompt_attention import attend_prompt, takes
 from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
@@ -78,12 +80,39 @@ def attend(
     return _mixed(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), visible_BTS, scale, softcap)
 
 
+def attend_alone(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    step: Step,
+    mesh: Mesh | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+) -> jax.Array:
+    """``attend`` of tokens that nothing came before; of many on a TPU by a kernel that stores no scores."""
+
+    def by_xla(*given: jax.Array) -> jax.Array:
+        q_BTNH, k_BTKH, v_BTKH, visible_BTT, _ = given
+        return attend(q_BTNH, k_BTKH, v_BTKH, visible_BTT, scale=scale, softcap=softcap)
+
+    def by_kernel(*given: jax.Array) -> jax.Array:
+        q_BTNH, k_BTKH, v_BTKH, _, mask_BT = given
+        factor = q_BTNH.shape[3] ** -0.5 if scale is None else scale
+        options = {"softcap": softcap, "window": step.window, "mesh": mesh}
+        return attend_prompt(q_BTNH, k_BTKH, v_BTKH, mask_BT, scale=factor, **options)
+
+    given = (q_BTNH, k_BTKH, v_BTKH, step.visible_BTS, step.mask_BT)
+    return jax.lax.platform_dependent(*given, tpu=by_kernel, default=by_xla) if takes(q_BTNH) else by_xla(*given)
+
+
 def attend_cached(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     step: Step,
     cache: LayerCache | None,
+    mesh: Mesh | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -96,11 +125,12 @@ def attend_cached(
         v_BTKH: values.
         step: where they stand, and which keys each may see.
         cache: what came before; None: nothing did.
+        mesh: devices that heads are cut over.
         scale: see ``attend``.
         softcap: see ``attend``.
     """
     if cache is None or step.is_first:
-        return attend(q_BTNH, k_BTKH, v_BTKH, step.visible_BTS, scale=scale, softcap=softcap)
+        return attend_alone(q_BTNH, k_BTKH, v_BTKH, step, mesh, scale=scale, softcap=softcap)
     given = (q_BTNH, k_BTKH, v_BTKH, step.start, step.visible_BTS, cache["key"], cache["value"])
     by_platform = {"cpu": attend_written, "default": attend_apart}
     options = {"scale": scale, "softcap": softcap}
@@ -206,6 +236,7 @@ class Attention(nnx.Module):
         norm: what q and k are normed by.
         scale: see ``attend``.
         softcap: see ``attend``.
+        mesh: devices that heads are cut over.
     """
 
     path: str = ""
@@ -219,6 +250,7 @@ class Attention(nnx.Module):
         head_dim: int,
         eps: float,
         bias: bool,
+        mesh: Mesh | None,
         norm: type[RMSNorm] | type[GemmaRMSNorm] = RMSNorm,
         scale: float | None = None,
         softcap: float | None = None,
@@ -232,6 +264,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
+        self.mesh = mesh
         self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def __call__(
@@ -249,6 +282,6 @@ class Attention(nnx.Module):
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         options = {"scale": self.scale, "softcap": self.softcap}
-        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, **options))
+        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh, **options))
         out_BTNH, cache = in_turn(out_BTNH, remembered(k_BTKH, v_BTKH, step, cache), step)
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))), cache

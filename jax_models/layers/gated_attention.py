@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jax_models.layers.attention import attend_cached, remembered
 from jax_models.layers.fp8 import cache_scales, fp8_kept
@@ -24,7 +25,15 @@ class GatedAttention(nnx.Module):
     path: str = ""
 
     def __init__(
-        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        bias: bool,
+        mesh: Mesh | None,
     ) -> None:
         self.q_proj = Linear(hidden_size, 2 * num_heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -33,6 +42,7 @@ class GatedAttention(nnx.Module):
         self.q_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
+        self.mesh = mesh
         self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
     def __call__(
@@ -50,7 +60,7 @@ class GatedAttention(nnx.Module):
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
-        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache))
+        out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh))
         cache = remembered(k_BTKH, v_BTKH, step, cache)  # not in_turn: on a mesh XLA would gather heads once more
         out_BTNH = tap(self.path, "gated", out_BTNH * jax.nn.sigmoid(gate_BTNH))
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*rows, -1))), cache

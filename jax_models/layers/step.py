@@ -38,6 +38,7 @@ class Step:
         start: slot of the first token in the cache, an integer or int32 [].
         keep_history: leave what undoing some of the tokens takes (``Cache.keep``).
         is_first: nothing is in the cache before these tokens; ``visible_BTS`` is of them alone, S = T.
+        window: so many keys at most a query sees, with itself; None: all before it.
     """
 
     cos_BTR: jax.Array
@@ -47,6 +48,7 @@ class Step:
     start: jax.Array | int
     keep_history: bool = False
     is_first: bool = False
+    window: int | None = None
 
 
 def visible(key_mask_BS: jax.Array, start: jax.Array | int, length: int, window: int | None) -> jax.Array:
@@ -107,6 +109,6 @@ def steps(
                 rope, config.rotary_dim, config.max_position_embeddings, position_ids, length_B
             )
             seen_BTS = visible(key_mask_BS, start, length, window)
-            found[rope, window] = Step(cos_BTR, sin_BTR, seen_BTS, mask_BT, start, keep_history, is_first)
+            found[rope, window] = Step(cos_BTR, sin_BTR, seen_BTS, mask_BT, start, keep_history, is_first, window)
         by_layer[layer] = found[rope, window]
     return by_layer

@@ -46,7 +46,7 @@ def test_both_forms_say_what_attention_over_all_keys_says(form, tokens, window, 
 def test_a_cpu_writes_first_and_anything_else_keeps_the_parts_apart():
     q, k, v, start, seen, k_held, v_held = case(1, None)
     step = Step(q, q, seen, seen[:, :, 0], start)
-    with_cache = jax.jit(lambda *kv: attend_cached(q, k, v, step, dict(zip(("key", "value"), kv, strict=True))))
+    with_cache = jax.jit(lambda *kv: attend_cached(q, k, v, step, dict(zip(("key", "value"), kv, strict=True)), None))
     lowered = {p: with_cache.trace(k_held, v_held).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
     writes = {platform: text.count("dynamic_update_slice") for platform, text in lowered.items()}
     assert writes["cpu"] >= 2

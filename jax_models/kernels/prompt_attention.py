@@ -1,0 +1,121 @@
+"""Attention of a prompt over itself by JAX's splash kernel for TPUs: no score is stored, what is masked as a block is not run.
+
+XLA would write float32 scores of every query and key: 2.1 GB for 8 heads and 8,192 tokens, a row and device.
+Source: ``jax.experimental.pallas.ops.tpu.splash_attention``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, PartitionSpec
+
+from loaders.axes import LOGICAL_AXES, axes_of, cut_of, head_cuts
+
+LEAST_TOKENS = 512  # scores of fewer are small, and XLA fuses what it does with them
+LANES = 128  # of a vector register: what blocks and heads have to be multiples of
+BLOCKS = (512, 384, 256, 128)
+
+
+def takes(q_BTNH: jax.Array) -> bool:
+    """Whether the kernel is for such queries: a long prompt in bfloat16, whose heads fill vector registers."""
+    return q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[1] >= LEAST_TOKENS and q_BTNH.shape[3] % LANES == 0
+
+
+def attend_prompt(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    mesh: Mesh | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(scale · q kᵀ) v over real keys not after the query, [B, T, N, H]; scores and softmax in float32.
+
+    Queries are rounded once more where ``scale`` is no power of two, for the kernel multiplies scores by nothing.
+
+    Args:
+        q_BTNH: queries; see ``takes``.
+        k_BTKH: keys, each for N/K query heads in a row.
+        v_BTKH: values.
+        mask_BT: bool, which tokens are real. What comes out for others is finite and means nothing.
+        scale: of scores.
+        softcap: see ``jax_models.layers.attention.attend``.
+        window: at most so many keys a query, with itself; None: all.
+        mesh: devices that heads and rows are cut over, as the table of ``loaders.axes`` has it.
+        interpret: run on any device, slowly.
+    """
+    q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+    run = functools.partial(_attend, softcap=softcap, window=window, interpret=interpret)
+    if mesh is None:
+        return run(q_BTNH, k_BTKH, v_BTKH, mask_BT)
+    (B, _, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
+    by_query, by_key = head_cuts(mesh.shape, N, K)
+    inner = axes_of(by_query)[len(axes_of(by_key)) :]
+    rows = cut_of(mesh.shape, LOGICAL_AXES["B"], B)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        if inner:
+            asked = _asked_for(jax.lax.axis_index(inner) * q.shape[2], q.shape[2], N // K)
+            k, v = jnp.take(k, asked, axis=2), jnp.take(v, asked, axis=2)
+        return run(q, k, v, mask)
+
+    of_queries, of_keys = PartitionSpec(rows, None, by_query), PartitionSpec(rows, None, by_key)
+    in_specs = (of_queries, of_keys, of_keys, PartitionSpec(rows))
+    shared = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=of_queries, check_vma=False)
+    return shared(q_BTNH, k_BTKH, v_BTKH, mask_BT)
+
+
+def _asked_for(first: jax.Array, count: int, group: int) -> jax.Array:
+    """Which keys ``count`` query heads from ``first`` on ask for, each for as many of them in a row."""
+    if count % group == 0:
+        return first // group + jnp.arange(count // group)
+    if group % count == 0:
+        return first[None] // group
+    return (first + jnp.arange(count)) // group
+
+
+def _attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    softcap: float | None,
+    window: int | None,
+    interpret: bool,
+) -> jax.Array:
+    """On one device, scores as they are."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    missing = -T % LANES  # tokens that nobody sees
+    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    real_BT = jnp.pad(mask_BT, ((0, 0), (0, missing))).astype(jnp.int32)
+    segments = splash.SegmentIds(real_BT, real_BT)  # real tokens see real ones, others each other
+    kernel = _kernel(N // K, T + missing, softcap, window, interpret)
+    out_BKGTH = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q.reshape(B, K, N // K, -1, H), k, v, segments)
+    return out_BKGTH.reshape(B, N, -1, H).swapaxes(1, 2)[:, :T]
+
+
+def _kernel(
+    group: int, length: int, softcap: float | None, window: int | None, interpret: bool
+) -> splash.SplashAttentionKernel:
+    """For the queries of one key head. Made inside a program, whose constants its tables are."""
+    shape = (length, length)
+    seen = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    block = next(size for size in BLOCKS if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # and for gradients
+    return splash.make_splash_mqa_single_device(
+        masks.MultiHeadMask([seen] * group),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
