@@ -1,6 +1,7 @@
-"""Attention of a prompt over itself by JAX's splash kernel for TPUs: no score is stored, what is masked as a block is not run.
+"""Attention of a prompt over itself by JAX's splash kernel for TPUs: no score is stored, no masked block is run.
 
-XLA would write float32 scores of every query and key: 2.1 GB for 8 heads and 8,192 tokens, a row and device.
+XLA writes float32 scores of every query and key and reads them back: prefill of 4,096 tokens through Qwen3-8B on four
+v5e moves 12.9 times the least bytes with it and 3.4 times with this, with 601 and 116 MB of temporaries (4 layers).
 Source: ``jax.experimental.pallas.ops.tpu.splash_attention``.
 """
 

@@ -18,6 +18,7 @@ _TILE = re.compile(r"T((?:\([\d,*]*\))+)")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
 _LINE = re.compile(r"^  (?P<root>ROOT )?%(?P<name>\S+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
+_SPREAD = re.compile(r'\{\n((?:"[^\n]*\n)+)\}')  # what a kernel says of itself, on lines of its own
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -116,7 +117,7 @@ class Module:
         """
         computations: dict[str, Computation] = {}
         entry, current = "", None
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(_SPREAD.sub(_on_one_line, text).splitlines(), 1):
             if header := _HEADER.match(line):
                 current = computations.setdefault(header["name"], Computation(header["name"]))
                 entry = header["name"] if header["entry"] else entry
@@ -129,6 +130,10 @@ class Module:
         if not entry:
             raise ValueError("no ENTRY computation: expected the text of an optimised HLO module (compiled.as_text())")
         return cls(computations, entry)
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "{" + found[1].replace("\n", " ") + "}"
 
 
 def _instruction(line: str, number: int) -> tuple[Instruction, bool]:

@@ -46,7 +46,7 @@ def error(found: jax.Array, given: tuple[jax.Array, ...], scale: float, softcap:
         (512, 4, 2, None, None),
         (700, 3, 1, None, None),
         (515, 2, 2, 2.0, 100),
-        (896, 10, 5, None, 384),
+        (600, 5, 5, None, 384),
         (640, 4, 1, 5.0, 1),
     ],
     ids=["even", "odd", "capped-window", "odd-heads", "itself"],
@@ -59,31 +59,30 @@ def test_it_says_what_attention_says(
     options: Any = {"scale": scale, "softcap": softcap, "window": window}
     found = attend_prompt(*given, **options, mesh=None, interpret=True)
     assert (found.shape, found.dtype) == (given[0].shape, jnp.bfloat16)
-    assert error(found, given, scale, softcap, window) < 1.5
+    assert error(found, given, scale, softcap, window) < 1.25
 
 
-MESHES = [
-    ({"tensor": 2}, 4, 2),
-    ({"data": 2, "tensor": 4}, 8, 4),
-    ({"expert": 2, "tensor": 4}, 8, 2),  # queries of one key on several devices
-    ({"expert": 2, "tensor": 4}, 8, 4),
-    ({"tensor": 8}, 8, 2),  # keys everywhere
-    ({"tensor": 2}, 6, 3),  # queries of a device ask for parts of keys' groups
-    ({"tensor": 4}, 3, 1),  # nothing is cut
-    ({"data": 2, "fsdp": 2, "tensor": 2}, 4, 2),
+MESHES = [  # how many parts of the queries there are
+    ({"tensor": 2}, 4, 2, 2),
+    ({"data": 2, "tensor": 4}, 8, 4, 8),
+    ({"expert": 2, "tensor": 4}, 8, 2, 8),  # queries of one key on several devices
+    ({"expert": 2, "tensor": 4}, 8, 4, 8),
+    ({"tensor": 8}, 8, 2, 8),  # keys everywhere
+    ({"tensor": 2}, 6, 3, 2),  # queries of a device ask for parts of keys' groups
+    ({"tensor": 4}, 3, 1, 1),  # nothing is cut
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 4, 2, 8),
 ]
 
 
-@pytest.mark.parametrize(("axes", "heads", "kv_heads"), MESHES, ids=str)
-def test_on_a_mesh_it_says_the_same_bits(axes: dict[str, int], heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(("axes", "heads", "kv_heads", "parts"), MESHES, ids=str)
+def test_on_a_mesh_it_says_the_same_bits(axes: dict[str, int], heads: int, kv_heads: int, parts: int) -> None:
     count = int(np.prod(list(axes.values())))
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(list(axes.values())), tuple(axes))
     given = case(512, heads, kv_heads, rows=4)
     options: Any = {"scale": 0.1, "softcap": None, "window": None, "interpret": True}
     found = jax.jit(lambda *x: attend_prompt(*x, **options, mesh=mesh))(*given)
     assert np.array_equal(found, attend_prompt(*given, **options, mesh=None))
-    sizes = {tuple(shard.data.shape) for shard in found.addressable_shards}
-    assert len(sizes) == 1
+    assert len({str(shard.index) for shard in found.addressable_shards}) == parts
 
 
 def step_of(mask: jax.Array, window: int | None = None) -> Step:
