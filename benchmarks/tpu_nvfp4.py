@@ -53,9 +53,10 @@ def arguments(way: str, shape: str, sharding: jax.sharding.Sharding) -> list[jax
     A, K, N, E = SHAPES[shape]
     lead = (E,) if E else ()
     weights = [((*lead, N, K // 2), jnp.uint8), ((*lead, N, K // 16), jnp.float8_e4m3fn)]
+    alphas = [((E, 1), jnp.float32)] if E else []
     if way == "bfloat16":
-        weights = [((*lead, N, K), jnp.bfloat16)]
-    sizes = [((E,), jnp.int32)] if E else []
+        weights, alphas = [((*lead, N, K), jnp.bfloat16)], []
+    sizes = [*alphas, ((E,), jnp.int32)] if E else []
     return [jax.ShapeDtypeStruct(*one, sharding=sharding) for one in [((A, K), jnp.bfloat16), *weights, *sizes]]
 
 

@@ -159,13 +159,8 @@ def _chosen(
     ``path``: for taps; None on a mesh, where a device sees its part alone.
     """
     E, _, M, D = gate_up_E2MD.shape
-    X = experts_BTX.shape[-1]
-    expert_A = experts_BTX.reshape(-1) - first
-    is_here_A = (expert_A >= 0) & (expert_A < E)
-    group_A = jnp.where(is_here_A, expert_A, E)  # strangers sort behind every group and are never multiplied
-    order_A = jnp.argsort(group_A, stable=True)
-    size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
-    rows_AD = x_BTD.reshape(-1, D)[order_A // X]
+    group_A, order_A, size_E = by_expert(experts_BTX, first, E)
+    rows_AD = x_BTD.reshape(-1, D)[order_A // experts_BTX.shape[-1]]
     by_group = partial(by_expert_group, sizes=size_E)
     # what an adapter adds to is not rounded yet; else nobody reads more than the rounded rows, and prefill has many
     dtype = x_BTD.dtype if updates is None else jnp.float32
@@ -180,7 +175,21 @@ def _chosen(
     if updates is not None:
         out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
     out_AD = tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, experts_BTX.shape)
-    return weighed(out_AD, order_A, is_here_A, weights_BTX)
+    return weighed(out_AD, order_A, group_A < E, weights_BTX)
+
+
+def by_expert(experts: jax.Array, first: jax.Array | int, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A choices in the order of the experts ``first`` .. ``first + num_experts - 1``, E of them, that are here.
+
+    Returns:
+        group_A: which of them each choice is, in the order of tokens; E is a stranger.
+        order_A: the choices sorted by it: strangers lie behind every group and are never multiplied.
+        size_E: int32, how many each expert has.
+    """
+    expert_A = experts.reshape(-1) - first
+    group_A = jnp.where((expert_A >= 0) & (expert_A < num_experts), expert_A, num_experts)
+    size_E = jnp.bincount(group_A, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    return group_A, jnp.argsort(group_A, stable=True), size_E
 
 
 def weighed(out_AD: jax.Array, order_A: jax.Array, is_here_A: jax.Array, weights_BTX: jax.Array) -> jax.Array:
