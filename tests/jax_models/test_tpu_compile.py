@@ -119,9 +119,12 @@ def test_of_experts_a_prefill_writes_no_rows_of_float32(measure):
 
 @pytest.mark.parametrize("nvfp4", [False, True], ids=["bf16", "nvfp4"])
 def test_of_experts_a_prefill_of_many_rows_moves_them_in_the_models_dtype(measure, nvfp4):
-    """8 x 1,024 tokens, too many for VMEM: rows of experts are 65,536, of float32 0.27 to 0.54 GB at every step."""
+    """8 x 1,024 tokens, too many for VMEM: rows of experts are 65,536, in float32 up to 0.54 GB at every step.
+
+    Counted is the program for all rows; that for half of them, which runs where they are enough, moves less.
+    """
     found = measure("qwen3-30b-a3b", "prefill", 2, rows=8, nvfp4=nvfp4)
-    assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 7500 * MEGABYTE
+    assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 6600 * MEGABYTE
 
 
 def test_in_nvfp4_a_decode_step_of_experts_moves_little_more_than_codes_and_scales(measure):
