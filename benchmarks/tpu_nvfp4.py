@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul, nvfp4_matmul, reference_grouped_matmul, reference_matmul
-from jax_models.layers.moe import grouped_on_tpu
+from jax_models.layers.by_expert import grouped_on_tpu
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "tpu7x": 3690e9}  # bytes a second; of tpu7x half a chip, which is a device
@@ -53,9 +53,10 @@ def arguments(way: str, shape: str, sharding: jax.sharding.Sharding) -> list[jax
     A, K, N, E = SHAPES[shape]
     lead = (E,) if E else ()
     weights = [((*lead, N, K // 2), jnp.uint8), ((*lead, N, K // 16), jnp.float8_e4m3fn)]
+    alphas = [((E, 1), jnp.float32)] if E else []
     if way == "bfloat16":
-        weights = [((*lead, N, K), jnp.bfloat16)]
-    sizes = [((E,), jnp.int32)] if E else []
+        weights, alphas = [((*lead, N, K), jnp.bfloat16)], []
+    sizes = [*alphas, ((E,), jnp.int32)] if E else []
     return [jax.ShapeDtypeStruct(*one, sharding=sharding) for one in [((A, K), jnp.bfloat16), *weights, *sizes]]
 
 

@@ -32,12 +32,10 @@ ONLY_JAX: dict[str, str] = {
     },
     "layers/install.py: module_at()": "torch's modules have get_submodule",
     "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",
-    "layers/moe.py: by_expert_group()": "torch's kernels of experts are chosen with the layer",
-    "layers/moe.py: weighed()": "rows come in the order of experts; torch puts each where its token chose it",
+    "layers/by_expert.py": "rows come in the order of experts; torch goes from expert to expert",
     "layers/moe.py: update_specs()": "a mesh is JAX's alone",
     "layers/vision.py: frame_attention()": "frames share rows, for few sizes of programs; torch attends frame by frame",
     "layers/products.py": "a mesh is JAX's alone; torch calls its kernels straight",
-    "layers/moe.py: grouped_on_tpu()": "chooses a TPU's grouped product; torch goes from expert to expert",
 }
 ONLY_TORCH: dict[str, str] = {
     **{

@@ -6,7 +6,7 @@ How codes become bfloat16 without a table: a word of four bytes holds rows 4i ..
 how bytes are tiled on TPU, so plain 32-bit operations work on eight codes at once, and a masked word is two bfloat16
 (rows 4i and 4i+2, or 4i+1 and 4i+3) where two and two belong together. Even outputs come out before odd ones and are
 put in order when a tile is finished. Even elements of K lie in low nibbles and odd ones in high nibbles, so the rows
-are cut in even and odd columns before the kernel.
+are cut in even and odd columns before the kernel, and before they are gathered where one row goes to many groups.
 
 Compiled for a v5e, 2^19 weights of a decode step take 1200 bundles, so 4096 x 12288 some 90 us at 1.5 GHz; to read it
 at 819 GB/s takes 123 us as bfloat16 and 35 us as codes. In prefill the expansion hides behind the MXU: 4426 bundles
@@ -27,6 +27,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from jax_models.kernels.nvfp4_reference import (
     BLOCK,
+    check_alphas,
     check_rows,
     check_weight,
     dequantized,
@@ -68,12 +69,22 @@ def nvfp4_matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array) -> 
 
 
 def nvfp4_grouped_matmul(
-    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array
+    x_UK: jax.Array,
+    packed_ENJ: jax.Array,
+    scale_ENQ: jax.Array,
+    alphas_EH: jax.Array,
+    sizes_E: jax.Array,
+    row_A: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Rows in groups, each times its weight -> float32 [A, N]; decided like ``nvfp4_matmul``."""
-    return jax.lax.platform_dependent(
-        rows_AK, packed_ENJ, scale_ENQ, sizes_E, tpu=grouped_matmul, default=reference_grouped_matmul
-    )
+    """Rows in groups, each times its weight and alpha -> [A, N]; decided like ``nvfp4_matmul``.
+
+    Arguments as of ``grouped_matmul``.
+    """
+    on_tpu, elsewhere = (partial(product, dtype=dtype) for product in (grouped_matmul, reference_grouped_matmul))
+    given = (x_UK, packed_ENJ, scale_ENQ, alphas_EH, sizes_E, *(() if row_A is None else (row_A,)))
+    return jax.lax.platform_dependent(*given, tpu=on_tpu, default=elsewhere)
 
 
 def matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -99,44 +110,62 @@ def matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array, *, interp
     num_tiles = pl.cdiv(A, blocks.rows)
     group_of_tile = jnp.zeros(num_tiles, jnp.int32)
     tiles = (jnp.array([0, A], jnp.int32), group_of_tile, jnp.arange(num_tiles, dtype=jnp.int32))
-    found_AN = _run(rows_AK, packed_NJ[None], scale_NQ[None], tiles, num_tiles, blocks, interpret)
+    ones, halves = jnp.ones((1, 1), jnp.float32), _columns(rows_AK, blocks.missing(J))
+    found_AN = _run(halves, packed_NJ[None], scale_NQ[None], ones, tiles, num_tiles, blocks, jnp.float32, interpret)
     return found_AN.reshape(len(x_TK), -1, N).sum(axis=1)
 
 
 def grouped_matmul(
-    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
+    x_UK: jax.Array,
+    packed_ENJ: jax.Array,
+    scale_ENQ: jax.Array,
+    alphas_EH: jax.Array,
+    sizes_E: jax.Array,
+    row_A: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Rows sorted by group, each times its group's weight; only groups that have rows are read.
+    """Rows sorted by group, each times its group's weight and alpha; only groups that have rows are read.
 
     Args:
-        rows_AK: bfloat16 or float32 [A, K]; the first ``sizes_E[0]`` belong to group 0, and so on.
+        x_UK: bfloat16 or float32 [U, K].
         packed_ENJ: uint8 [E, N, K/2].
         scale_ENQ: float8_e4m3fn [E, N, K/16].
+        alphas_EH: float32; of H equal parts of the outputs each is multiplied by its own.
         sizes_E: int32; their sum may be less than A.
+        row_A: int32, the rows of x in the order of groups: the first ``sizes_E[0]`` belong to group 0, and so on.
+            None: x is in that order.
+        dtype: of the result; summed and multiplied by alpha in float32, and rounded once.
         interpret: run as plain operations, for tests without a TPU.
 
     Returns:
-        float32 [A, N]; rows behind the last group come out as anything.
+        dtype [A, N]; rows behind the last group come out as anything.
 
     Raises:
         ValueError: shapes or dtypes do not belong together.
     """
     check_weight(packed_ENJ, scale_ENQ)
-    check_rows(rows_AK, packed_ENJ)
-    parts = _as_bfloat16(rows_AK)
-    num_parts = len(parts) // len(rows_AK)
+    check_rows(x_UK, packed_ENJ)
+    check_alphas(alphas_EH, packed_ENJ)
+    parts = _as_bfloat16(x_UK)
+    num_parts, num_rows = len(parts) // len(x_UK), len(x_UK if row_A is None else row_A)
     E, N, J = packed_ENJ.shape
-    blocks = _blocks(len(parts), _GROUPED_TILE, N, J)
+    blocks = _blocks(num_parts * num_rows, _GROUPED_TILE, N, J)
+    halves = _columns(parts, blocks.missing(J))
+    if row_A is not None:  # the columns of U rows were cut, not those of A
+        halves = tuple(half.reshape(len(x_UK), -1)[row_A].reshape(num_parts * num_rows, -1) for half in halves)
     tiles, num_tiles = make_group_metadata(
         group_sizes=num_parts * sizes_E,
-        m=pl.cdiv(len(parts), blocks.rows) * blocks.rows,
+        m=pl.cdiv(num_parts * num_rows, blocks.rows) * blocks.rows,
         tm=blocks.rows,
         start_group=jnp.int32(0),
         num_nonzero_groups=E,
         visit_empty_groups=False,
     )
-    found = _run(parts, packed_ENJ, scale_ENQ, tiles, num_tiles, blocks, interpret)
-    return found.reshape(len(rows_AK), num_parts, N).sum(axis=1)
+    stored = dtype if num_parts == 1 else jnp.float32
+    found = _run(halves, packed_ENJ, scale_ENQ, alphas_EH, tiles, num_tiles, blocks, stored, interpret)
+    return found if num_parts == 1 else found.reshape(num_rows, num_parts, N).sum(axis=1).astype(dtype)
 
 
 def _as_bfloat16(x_AK: jax.Array) -> jax.Array:
@@ -162,6 +191,10 @@ class _Blocks(NamedTuple):
     steps: int  # of so many bytes to a row; the last may reach beyond it
     resident: bool  # all columns of a tile of x at once
 
+    def missing(self, J: int) -> int:
+        """Bytes by which the last block reaches beyond a row's end."""
+        return self.steps * self.bytes - J
+
 
 def _blocks(num_rows: int, most_rows: int, N: int, J: int) -> _Blocks:
     """A block of outputs divides N if it can; of K it need not, what lies behind a row's end is masked."""
@@ -175,33 +208,43 @@ def _blocks(num_rows: int, most_rows: int, N: int, J: int) -> _Blocks:
 
 
 def _run(
-    rows_AK: jax.Array,
+    halves: tuple[jax.Array, ...],
     packed_ENJ: jax.Array,
     scale_ENQ: jax.Array,
+    alphas_EH: jax.Array,
     tiles: tuple[jax.Array, ...],
     num_tiles: int | jax.Array,
     blocks: _Blocks,
+    dtype: jax.typing.DTypeLike,
     interpret: bool,
 ) -> jax.Array:
     """The kernel over blocks of outputs, then tiles of rows (one for each group in it), then blocks of K.
 
-    ``tiles``, read before the grid starts: where groups start [E + 1], and of every tile its group and its number.
+    ``halves``: even and odd columns of the rows. ``tiles``, read before the grid starts as alphas are: where groups
+    start [E + 1], and of every tile its group and its number.
     """
-    A, (_, N, J) = len(rows_AK), packed_ENJ.shape
+    A, (_, N, J) = len(halves[0]), packed_ENJ.shape
     packed_ENJ, scale_ENQ = _whole_lanes(packed_ENJ, scale_ENQ)
     is_narrow = scale_ENQ.shape[-1] < _LANES
     scale = scale_ENQ.swapaxes(1, 2) if is_narrow else scale_ENQ  # as XLA lays out what is narrow, else a copy a call
-    low, high = _columns(rows_AK, blocks.steps * blocks.bytes - J)
     # all groups: how many of them have rows is not known here
-    num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * low.nbytes + 4 * A * N
+    num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * halves[0].nbytes + jnp.dtype(dtype).itemsize * A * N
+    kernel = partial(
+        _kernel,
+        blocks=blocks,
+        num_scales=scale_ENQ.shape[-1],
+        is_narrow=is_narrow,
+        num_alphas=alphas_EH.shape[1],
+        num_outputs=N,
+    )
     return pl.pallas_call(
-        partial(_kernel, blocks=blocks, num_scales=scale_ENQ.shape[-1], is_narrow=is_narrow),
-        out_shape=jax.ShapeDtypeStruct((A, N), jnp.float32),
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((A, N), dtype),
         grid_spec=_grid_spec(blocks, pl.cdiv(N, blocks.outputs), num_tiles, is_narrow),
         cost_estimate=pl.CostEstimate(flops=4 * A * N * J, bytes_accessed=num_bytes, transcendentals=0),
         interpret=interpret,
         name="nvfp4_matmul",
-    )(*tiles, low, high, packed_ENJ, scale)
+    )(*tiles, alphas_EH.reshape(-1), *halves, packed_ENJ, scale)
 
 
 def _whole_lanes(packed_ENJ: jax.Array, scale_ENQ: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -225,16 +268,24 @@ def _grid_spec(
 ) -> pltpu.PrefetchScalarGridSpec:
     """A tile beyond ``num_tiles`` is not run, so it fetches nothing."""
 
-    def x_at(_: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+    def x_at(
+        _: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref, _alphas: Ref
+    ) -> tuple[Index, ...]:
         return numbers[tile], 0 if blocks.resident else k
 
-    def weight_at(n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+    def weight_at(
+        n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref, _alphas: Ref
+    ) -> tuple[Index, ...]:
         return groups[tile], n, k
 
-    def found_at(n: Index, tile: Index, _: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+    def found_at(
+        n: Index, tile: Index, _: Index, starts: Ref, groups: Ref, numbers: Ref, _alphas: Ref
+    ) -> tuple[Index, ...]:
         return numbers[tile], n
 
-    def narrow_at(n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref) -> tuple[Index, ...]:
+    def narrow_at(
+        n: Index, tile: Index, k: Index, starts: Ref, groups: Ref, numbers: Ref, _alphas: Ref
+    ) -> tuple[Index, ...]:
         return groups[tile], k, n
 
     num_scales = blocks.bytes * 2 // BLOCK
@@ -243,7 +294,7 @@ def _grid_spec(
         scale_spec = pl.BlockSpec((None, num_scales, blocks.outputs), narrow_at)
     x_spec = pl.BlockSpec((blocks.rows, blocks.bytes * (blocks.steps if blocks.resident else 1)), x_at)
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=4,
         grid=(num_outputs, num_tiles, blocks.steps),
         in_specs=[
             x_spec,
@@ -265,6 +316,7 @@ def _kernel(
     starts: Ref,
     groups: Ref,
     numbers: Ref,
+    alphas: Ref,
     low: Ref,
     high: Ref,
     packed: Ref,
@@ -278,6 +330,8 @@ def _kernel(
     blocks: _Blocks,
     num_scales: int,
     is_narrow: bool,
+    num_alphas: int,
+    num_outputs: int,
 ) -> None:
     """One block of a weight times one tile of rows, added to ``sums``; ``found`` is written after the last of K.
 
@@ -315,7 +369,13 @@ def _kernel(
             _in_order(sums, turned, *part)
         row = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0) + numbers[tile] * blocks.rows
         is_of_group = (row >= starts[groups[tile]]) & (row < starts[groups[tile] + 1])
-        found[...] = jnp.where(is_of_group, sums[...], found[...])
+        output = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1) + n * blocks.outputs
+        alpha = alphas[groups[tile] * num_alphas]
+        for part in range(1, num_alphas):
+            is_before = output < part * (num_outputs // num_alphas)
+            alpha = jnp.where(is_before, alpha, alphas[groups[tile] * num_alphas + part])
+        scaled = sums[...] * alpha
+        found[...] = jnp.where(is_of_group, scaled.astype(found.dtype), found[...])
 
 
 def _in_order(sums: Ref, turned: Ref, row: int, output: int) -> None:

@@ -1,7 +1,8 @@
 """NVFP4 products in plain ``jax.numpy``: what the kernels of ``nvfp4.py`` compute, on any platform.
 
 Letters of both files: a weight is [N, K], outputs by inputs; ``J`` = K/2 bytes of a row, ``Q`` = K/16 blocks of it,
-``T`` rows of x, ``A`` rows in groups, ``E`` experts. The global scale is the caller's: it multiplies the result.
+``T`` or ``U`` rows of x, ``A`` rows in groups, ``E`` experts. Of ``matmul`` the global scale is the caller's: it
+multiplies the result. Rows in groups are multiplied by alphas [E, H], for each of H equal parts of the outputs one.
 """
 
 from __future__ import annotations
@@ -47,19 +48,32 @@ def reference_matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array)
 
 
 def reference_grouped_matmul(
-    rows_AK: jax.Array, packed_ENJ: jax.Array, scale_ENQ: jax.Array, sizes_E: jax.Array
+    x_UK: jax.Array,
+    packed_ENJ: jax.Array,
+    scale_ENQ: jax.Array,
+    alphas_EH: jax.Array,
+    sizes_E: jax.Array,
+    row_A: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Rows in ``sizes_E`` groups, each times its weight [N, K] -> float32 [A, N]; the rest come out as anything."""
-    check_rows(rows_AK, packed_ENJ)
-    weight_ENK = dequantized(packed_ENJ, scale_ENQ, rows_AK.dtype)
-    return jax.lax.ragged_dot_general(
+    """Rows in ``sizes_E`` groups, each times its weight [N, K] and alpha -> [A, N]; the rest come out as anything."""
+    check_rows(x_UK, packed_ENJ)
+    check_alphas(alphas_EH, packed_ENJ)
+    rows_AK = x_UK if row_A is None else x_UK[row_A]
+    weight_ENK = dequantized(packed_ENJ, scale_ENQ, x_UK.dtype)
+    found_AN = jax.lax.ragged_dot_general(
         rows_AK,
         weight_ENK,
         sizes_E,
         _BY_GROUP,
-        precision=_precision(rows_AK),
+        precision=_precision(x_UK),
         preferred_element_type=jnp.float32,
     )
+    A, N = found_AN.shape
+    owner_A = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=A)
+    alpha_AN = jnp.repeat(alphas_EH[owner_A], N // alphas_EH.shape[1], axis=1)
+    return (found_AN * alpha_AN).astype(dtype)
 
 
 def check_weight(packed: jax.Array, scale: jax.Array) -> None:
@@ -77,6 +91,12 @@ def check_rows(x: jax.Array, packed: jax.Array) -> None:
         raise ValueError(f"x has dtype {x.dtype}, expected bfloat16 or float32")
     if x.shape[-1] != 2 * packed.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} columns, expected {2 * packed.shape[-1]}: two per byte of the weight")
+
+
+def check_alphas(alphas: jax.Array, packed: jax.Array) -> None:
+    """Raises ValueError unless alphas [E, H] scale H equal parts of the outputs of packed [E, N, K/2]."""
+    if alphas.ndim != 2 or len(alphas) != len(packed) or packed.shape[1] % alphas.shape[1]:
+        raise ValueError(f"alphas of shape {alphas.shape} do not belong to NVFP4 weights of shape {packed.shape}")
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:

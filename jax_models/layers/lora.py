@@ -11,6 +11,7 @@ of them, and what they hold is an argument of the program.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -88,9 +89,9 @@ class ExpertUpdates:
     down: Stacks | None
     slot_B: jax.Array
 
-    def slots(self, order_A: jax.Array) -> jax.Array:
-        """Slot of each assignment: rows' assignments one after the other, then in this order."""
-        return jnp.repeat(self.slot_B, order_A.size // self.slot_B.size)[order_A]
+    def slots(self, order_A: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+        """Slot of each assignment: rows' assignments, [B, T, X] of them, one after the other, then in this order."""
+        return self.slot_B[order_A // math.prod(lead[1:])]
 
     def first(
         self,

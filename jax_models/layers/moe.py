@@ -8,18 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu import megablox
 from jax.sharding import Mesh, PartitionSpec
 
+from jax_models.layers.by_expert import by_expert, by_expert_group, of_those_here, weighed
 from jax_models.layers.lora import ExpertUpdates, Stacks
 from jax_models.sharding import ExpertSpecs, expert_specs
 from jax_models.taps import tap, tap_rows
-
-# [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
-_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
-_TILE_ROWS, _TILE_BYTES = 128, 2**21  # of a block of weights; two of them, rows and results fit 16 MiB of VMEM
 
 
 class TopKRouter(nnx.Module):
@@ -120,7 +114,7 @@ class Experts(nnx.Module):
             updates: ExpertUpdates | None,
         ) -> jax.Array:
             first = jax.lax.axis_index("expert") * len(gate_up) if specs.is_cut else jnp.int32(0)
-            out = _chosen(x, weights, experts, gate_up, down, first, updates)
+            out = _chosen(x, weights, experts, gate_up, down, first, updates, parts=E // len(gate_up))
             return jax.lax.psum(out, specs.summed) if specs.summed else out
 
         shared = partial(jax.shard_map, mesh=self.mesh, check_vma=False)
@@ -153,91 +147,49 @@ def _chosen(
     first: jax.Array,
     updates: ExpertUpdates | None = None,
     path: str | None = None,
+    parts: int = 1,
 ) -> jax.Array:
     """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D].
 
-    ``path``: for taps; None on a mesh, where a device sees its part alone.
+    ``path``: for taps; None on a mesh, where a device sees its part alone. ``parts``: of as many this is one.
     """
+    E = len(gate_up_E2MD)
+    group_A, order_A, size_E = by_expert(experts_BTX, first, E)
+    products = partial(_products, x_BTD, experts_BTX.shape, gate_up_E2MD, down_EDM, size_E, updates, path)
+
+    def summed(rows: jax.Array) -> jax.Array:
+        return weighed(products(rows), order_A, group_A < E, weights_BTX)
+
+    return of_those_here(summed, order_A, size_E, x_BTD, parts)
+
+
+def _products(
+    x_BTD: jax.Array,
+    lead: tuple[int, ...],
+    gate_up_E2MD: jax.Array,
+    down_EDM: jax.Array,
+    size_E: jax.Array,
+    updates: ExpertUpdates | None,
+    path: str | None,
+    order_A: jax.Array,
+) -> jax.Array:
+    """What experts make of the choices that they are given, dtype of x [A, D]; ``lead``: [B, T, X]."""
     E, _, M, D = gate_up_E2MD.shape
-    X = experts_BTX.shape[-1]
-    expert_A = experts_BTX.reshape(-1) - first
-    is_here_A = (expert_A >= 0) & (expert_A < E)
-    group_A = jnp.where(is_here_A, expert_A, E)  # strangers sort behind every group and are never multiplied
-    order_A = jnp.argsort(group_A, stable=True)
-    size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
-    rows_AD = x_BTD.reshape(-1, D)[order_A // X]
+    rows_AD = x_BTD.reshape(-1, D)[order_A // lead[-1]]
     by_group = partial(by_expert_group, sizes=size_E)
     # what an adapter adds to is not rounded yet; else nobody reads more than the rounded rows, and prefill has many
     dtype = x_BTD.dtype if updates is None else jnp.float32
     gate_up_AF = by_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), dtype=dtype)
     if updates is not None:
-        gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A))
+        gate_up_AF = updates.first(gate_up_AF, rows_AD, by_group, updates.slots(order_A, lead))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
-    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, experts_BTX.shape)
-    up_AM = tap_rows(path, "up_proj", up_AM, order_A, experts_BTX.shape)
-    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
+    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, lead)
+    up_AM = tap_rows(path, "up_proj", up_AM, order_A, lead)
+    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, lead)
     out_AD = by_group(hidden_AM, down_EDM, dtype=dtype)
     if updates is not None:
-        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
-    out_AD = tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, experts_BTX.shape)
-    return weighed(out_AD, order_A, is_here_A, weights_BTX)
-
-
-def weighed(out_AD: jax.Array, order_A: jax.Array, is_here_A: jax.Array, weights_BTX: jax.Array) -> jax.Array:
-    """What experts made of every token, summed by its weights: float32 [B, T, D].
-
-    Args:
-        out_AD: in the order of experts, whose rows may be anything where they are not here.
-        order_A: which choice of which token each row is.
-        is_here_A: in the order of tokens.
-        weights_BTX: float32.
-    """
-    lead, X = weights_BTX.shape[:-1], weights_BTX.shape[-1]
-    back_XU, is_here_XU, weight_XU = (x.reshape(-1, X).T for x in (jnp.argsort(order_A), is_here_A, weights_BTX))
-    # XLA for TPU would cast all rows to float32 in a pass of its own; behind a barrier they are while they are summed
-    out_XUD = jax.lax.optimization_barrier(out_AD[back_XU]).astype(jnp.float32)
-    out_XUD = out_XUD * weight_XU[..., None]  # no matmul, whose operands a TPU would round
-    return jnp.sum(jnp.where(is_here_XU[..., None], out_XUD, 0.0), axis=0).reshape(*lead, -1)
-
-
-def by_expert_group(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    """rows [A, k] times weights [E, n, k] -> [A, n]; rows behind the last group come out as anything.
-
-    Summed in float32 and rounded to ``dtype`` at the end. Decided when the program is lowered, by the platform it is
-    lowered for.
-    """
-    on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_grouped, dtype=dtype)
-    return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, default=elsewhere)
-
-
-def _grouped(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    found = jax.lax.ragged_dot_general(rows, weights, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
-    return found.astype(dtype)
-
-
-def grouped_on_tpu(
-    rows: jax.Array,
-    weights: jax.Array,
-    sizes: jax.Array,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    interpret: bool = False,
-) -> jax.Array:
-    """The same by a kernel that reads the stacks as they are stored, and of them only the groups that have rows.
-
-    XLA's own ``ragged_dot`` for TPU wants [E, k, n]: it would write a transposed copy of every stack at every step
-    (407 MB a device and step for two layers of Qwen3-30B-A3B on four v5e).
-    """
-    (A, k), n = rows.shape, weights.shape[1]
-    tile = min(_TILE_ROWS, -(-A // 16) * 16)  # 16 rows of bfloat16 fill a register
-    padded = jnp.pad(rows, ((0, -A % tile), (0, 0)))
-    width = min(k, 4096)
-    columns = max(128, _TILE_BYTES // (width * rows.dtype.itemsize) // 128 * 128)
-    tiling = (tile, width, min(n, columns))
-    return megablox.gmm(padded, weights, sizes, jnp.dtype(dtype), tiling, None, None, True, interpret)[:A]
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A, lead))
+    return tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, lead)
 
 
 class SparseMoeBlock(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,8 +11,9 @@ from flax import nnx
 
 from jax_models.kernels.activations import quantized_activations
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul
+from jax_models.layers.by_expert import by_expert, by_expert_group, of_those_here, weighed
 from jax_models.layers.lora import ExpertUpdates
-from jax_models.layers.moe import Experts, by_expert_group, update_specs, weighed
+from jax_models.layers.moe import Experts, update_specs
 from jax_models.layers.quantized import exact_weight, multiplier
 from jax_models.sharding import expert_specs
 from jax_models.taps import tap_rows
@@ -70,7 +72,7 @@ class NVFP4Experts(nnx.Module):
 
         def local(updates: ExpertUpdates | None, *args: jax.Array) -> jax.Array:
             first = jax.lax.axis_index("expert") * len(args[3]) if specs.is_cut else jnp.int32(0)
-            out = _chosen(updates, *args, first=first)
+            out = _chosen(updates, *args, first=first, parts=E // len(args[3]))
             return jax.lax.psum(out, specs.summed) if specs.summed else out
 
         by_stack = (specs.gate_up, specs.gate_up, specs.down, specs.down)
@@ -94,80 +96,93 @@ def _chosen(
     x_BTD: jax.Array,
     weights_BTX: jax.Array,
     experts_BTX: jax.Array,
+    *stacks: jax.Array,
+    first: jax.Array,
+    path: str | None = None,
+    parts: int = 1,
+) -> jax.Array:
+    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D].
+
+    ``path``: for taps; None on a mesh, where a device sees its part alone. ``parts``: of as many this is one.
+    """
+    E = len(stacks[0])
+    group_A, order_A, size_E = by_expert(experts_BTX, first, E)
+
+    def summed(rows: jax.Array) -> jax.Array:
+        out = _products(updates, path, x_BTD, rows, group_A.reshape(experts_BTX.shape), size_E, *stacks)
+        return weighed(out, order_A, group_A < E, weights_BTX)
+
+    return of_those_here(summed, order_A, size_E, x_BTD, parts)
+
+
+def _products(
+    updates: ExpertUpdates | None,
+    path: str | None,
+    x_BTD: jax.Array,
+    order_A: jax.Array,
+    group_BTX: jax.Array,
+    size_E: jax.Array,
     w13_E2MJ: jax.Array,
     w13_scale_E2MQ: jax.Array,
-    w2_EDJ: jax.Array,
-    w2_scale_EDQ: jax.Array,
+    w2: jax.Array,
+    w2_scale: jax.Array,
     w13_scale_2_E2: jax.Array,
     w2_scale_2_E: jax.Array,
     w13_input_scale_E2: jax.Array | None = None,
     w2_input_scale_E: jax.Array | None = None,
-    *,
-    first: jax.Array,
-    path: str | None = None,
 ) -> jax.Array:
-    """The part of the weighted sum that experts ``first`` .. ``first + E - 1`` contribute, float32 [B, T, D].
-
-    ``path``: for taps; None on a mesh, where a device sees its part alone.
-    """
+    """What experts make of the choices that they are given, dtype of x [A, D]; ``w2``: [E, D, M/2]."""
     E, _, M, _ = w13_E2MJ.shape
-    D, X = x_BTD.shape[-1], experts_BTX.shape[-1]
-    expert_A = experts_BTX.reshape(-1) - first
-    is_here_A = (expert_A >= 0) & (expert_A < E)
-    group_A = jnp.where(is_here_A, expert_A, E)  # strangers sort behind every group and are never multiplied
-    order_A = jnp.argsort(group_A, stable=True)
-    size_E = jnp.bincount(group_A, length=E + 1)[:E].astype(jnp.int32)
-    owner_A = jnp.minimum(group_A[order_A], E - 1)
+    lead, x_UD = group_BTX.shape, x_BTD.reshape(-1, x_BTD.shape[-1])
+    token_A = order_A // lead[-1]
+    # as of experts in bfloat16: what an adapter adds to is not rounded yet
+    product = partial(nvfp4_grouped_matmul, dtype=x_BTD.dtype if updates is None else jnp.float32)
     if w13_input_scale_E2 is None or w2_input_scale_E is None:
         g1_alphas_E2, g2_alphas_E = w13_scale_2_E2, w2_scale_2_E
         codes_EFJ, scale_EFQ = (x.reshape(E, 2 * M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
-        rows_AD = x_BTD.reshape(-1, D)[order_A // X]
-        gate_up_AF = nvfp4_grouped_matmul(rows_AD, codes_EFJ, scale_EFQ, size_E)
-        # gate and up stay side by side: an axis of two would be moved about, all rows of it twice
-        gate_A1, up_A1 = jnp.split(g1_alphas_E2[owner_A], 2, axis=1)
-        gate_up_AF = gate_up_AF * jnp.where(jnp.arange(2 * M) < M, gate_A1, up_A1)
+        gate_up_AF = product(x_UD, codes_EFJ, scale_EFQ, g1_alphas_E2, size_E, token_A)
     else:
         g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
-        rows_AD = x_BTD.reshape(-1, D).repeat(X, axis=0)
-        first_A2M = _halves(rows_AD, group_A, w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
-        gate_up_AF = first_A2M[order_A].reshape(-1, 2 * M)
+        given = (w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
+        gate_up_AF = _halves(product, x_UD, order_A, group_BTX, *given)
     by_group = partial(by_expert_group, sizes=size_E)
     if updates is not None:
-        plain_AD = x_BTD.reshape(-1, D)[order_A // X]
-        gate_up_AF = updates.first(gate_up_AF, plain_AD, by_group, updates.slots(order_A))
+        gate_up_AF = updates.first(gate_up_AF, x_UD[token_A], by_group, updates.slots(order_A, lead))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)
-    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, experts_BTX.shape)
-    up_AM = tap_rows(path, "up_proj", up_AM, order_A, experts_BTX.shape)
-    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, experts_BTX.shape)
+    gate_AM = tap_rows(path, "gate_proj", gate_AM, order_A, lead)
+    up_AM = tap_rows(path, "up_proj", up_AM, order_A, lead)
+    hidden_AM = tap_rows(path, "product", jax.nn.silu(gate_AM) * up_AM, order_A, lead)
     inner_AM = hidden_AM
     if w2_input_scale_E is not None:
+        owner_A = jnp.minimum(group_BTX.reshape(-1)[order_A], E - 1)
         inner_AM = quantized_activations(hidden_AM, w2_input_scale_E[owner_A][:, None])
-    out_AD = nvfp4_grouped_matmul(inner_AM, w2_EDJ, w2_scale_EDQ, size_E) * g2_alphas_E[owner_A][:, None]
+    out_AD = product(inner_AM, w2, w2_scale, g2_alphas_E[:, None], size_E)
     if updates is not None:
-        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A))
-    out_AD = tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, experts_BTX.shape)
-    return weighed(out_AD, order_A, is_here_A, weights_BTX)
+        out_AD = updates.second(out_AD, hidden_AM, by_group, updates.slots(order_A, lead))
+    return tap_rows(path, "down_proj", out_AD.astype(x_BTD.dtype), order_A, lead)
 
 
 def _halves(
-    x_AD: jax.Array,
-    group_A: jax.Array,
+    product: Callable[..., jax.Array],
+    x_UD: jax.Array,
+    order_A: jax.Array,
+    group_BTX: jax.Array,
     w13_E2MJ: jax.Array,
     w13_scale_E2MQ: jax.Array,
     input_scale_E2: jax.Array,
     alphas_E2: jax.Array,
 ) -> jax.Array:
-    """Gate and up of every row with its inputs quantised, float32 [A, 2, M]; groups from E on come out as anything.
+    """Gate and up of the choices given, with their inputs quantised, [A, 2M]; groups from E on come out as anything.
 
     Gate and up may have different input scales, and so see different codes: each is an expert of its own here, for a
     slice of the stacks would be a copy of all of them at every step.
     """
-    E, _, M, _ = w13_E2MJ.shape
-    half_C = jnp.minimum((group_A[:, None] * 2 + jnp.arange(2)).reshape(-1), 2 * E)  # strangers behind all others
-    order_C = jnp.argsort(half_C, stable=True)
-    size_F = jnp.bincount(half_C, length=2 * E + 1)[: 2 * E].astype(jnp.int32)
-    owner_C = jnp.minimum(half_C[order_C], 2 * E - 1)
-    rows_CD = quantized_activations(x_AD[order_C // 2], input_scale_E2.reshape(-1)[owner_C][:, None])
+    (E, _, M, _), A, X = w13_E2MJ.shape, len(order_A), group_BTX.shape[-1]
+    half, order, size_F = by_expert(group_BTX[..., None] * 2 + jnp.arange(2), 0, 2 * E)
+    order_C = order[: 2 * A]
+    owner_C = jnp.minimum(half[order_C], 2 * E - 1)
+    rows_CD = quantized_activations(x_UD[order_C // (2 * X)], input_scale_E2.reshape(-1)[owner_C][:, None])
     codes, scale = (x.reshape(2 * E, M, -1) for x in (w13_E2MJ, w13_scale_E2MQ))
-    out_CM = nvfp4_grouped_matmul(rows_CD, codes, scale, size_F) * alphas_E2.reshape(-1)[owner_C][:, None]
-    return out_CM[jnp.argsort(order_C)].reshape(-1, 2, M)
+    out_CM = product(rows_CD, codes, scale, alphas_E2.reshape(-1, 1), size_F)
+    place_A2 = jnp.minimum(jnp.argsort(order).reshape(-1, 2)[order_A], 2 * A - 1)
+    return out_CM[place_A2].reshape(A, 2 * M)

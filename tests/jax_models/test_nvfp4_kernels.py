@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -65,6 +67,11 @@ def assert_sums(found, x, w):
     np.testing.assert_array_less(error, steps * 2.0**-24 * (np.abs(x) @ np.abs(w).T) + 1e-300)
 
 
+def alphas_of(sizes, parts=1):
+    """Powers of two: what they multiply stays as exact as it was."""
+    return 2.0 ** (np.arange(len(sizes) * parts, dtype=np.float32).reshape(len(sizes), parts) % 7 - 3)
+
+
 def groups_of(sizes):
     ends = np.cumsum(sizes)
     return list(zip(ends - sizes, ends, strict=True))
@@ -108,21 +115,49 @@ def test_every_group_meets_its_own_weight(rng, case, dtype):
     (sizes, A), (N, K) = GROUPS[case], (384, 256) if case == "groups that share tiles" else (40, 48)
     packed, scale, w = weight(rng, len(sizes), N, K)
     x, x64 = rows(rng, dtype, A, K)
-    sizes_E = jnp.asarray(sizes, jnp.int32)
+    given = (x, packed, scale, alphas_of(sizes, 2), jnp.asarray(sizes, jnp.int32))
     with checked_shape_suffixes("jax_models"):
-        kernel = nvfp4.grouped_matmul(x, packed, scale, sizes_E, interpret=True)
-        reference = jax.jit(nvfp4.nvfp4_grouped_matmul)(x, packed, scale, sizes_E)
+        kernel = nvfp4.grouped_matmul(*given, interpret=True)
+        reference = jax.jit(nvfp4.nvfp4_grouped_matmul)(*given)
+    weighed = w * np.repeat(alphas_of(sizes, 2).astype(np.float64), N // 2, axis=1)[..., None]
     for found in (kernel, reference):
         assert found.shape == (A, N)
         for expert, (start, end) in enumerate(groups_of(sizes)):
-            assert_sums(found[start:end], x64[start:end], w[expert])
+            assert_sums(found[start:end], x64[start:end], weighed[expert])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_x_are_taken_in_the_order_of_groups(rng, dtype):
+    """Each of 7 rows goes to several groups; 1040 columns, whose last block of bytes reaches beyond a row's end."""
+    sizes, row_A = jnp.asarray([6, 0, 9], jnp.int32), jnp.asarray(rng.integers(0, 7, 20), jnp.int32)
+    packed, scale, _ = weight(rng, 3, 40, 2576)
+    x, _ = rows(rng, dtype, 7, 2576)
+    rest = (packed, scale, alphas_of(sizes, 2), sizes)
+    for product in (partial(nvfp4.grouped_matmul, interpret=True), nvfp4.nvfp4_grouped_matmul):
+        found, expected = product(x, *rest, row_A), product(x[row_A], *rest)
+        np.testing.assert_array_equal(found[:15], expected[:15])
+        assert found.shape == (20, 40)
+
+
+def test_a_result_is_rounded_once_where_it_is_stored(rng):
+    """After alpha, which is no power of two here, in tiles that groups share."""
+    sizes, A = GROUPS["groups that share tiles"]
+    packed, scale, _ = weight(rng, len(sizes), 600, 64)
+    x, _ = rows(rng, "bfloat16", A, 64)
+    alphas = rng.uniform(0.5, 2.0, (len(sizes), 2)).astype(np.float32)
+    given = (x, packed, scale, alphas, jnp.asarray(sizes, jnp.int32))
+    for product in (partial(nvfp4.grouped_matmul, interpret=True), nvfp4.nvfp4_grouped_matmul):
+        found = product(*given, dtype=jnp.bfloat16)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, product(*given).astype(jnp.bfloat16))
 
 
 def test_a_group_without_rows_is_never_read(rng):
     packed, scale, w = weight(rng, 3, 40, 48)
     scale[1] = np.nan
     x, x64 = rows(rng, "bfloat16", 6, 48)
-    found = nvfp4.grouped_matmul(x, packed, scale, jnp.array([2, 0, 4], jnp.int32), interpret=True)
+    sizes, ones = jnp.array([2, 0, 4], jnp.int32), np.ones((3, 1), np.float32)
+    found = nvfp4.grouped_matmul(x, packed, scale, ones, sizes, interpret=True)
     assert_sums(found[:2], x64[:2], w[0])
     assert_sums(found[2:], x64[2:], w[2])
 
@@ -146,3 +181,7 @@ def test_what_does_not_belong_together_is_refused(rng):
             function(x, packed.view(np.int8), scale)
         with pytest.raises(ValueError, match="x has dtype int32"):
             function(x.astype(jnp.int32), packed, scale)
+    ones, sizes = np.ones((2, 3), np.float32), jnp.array([1, 2], jnp.int32)
+    for function in (nvfp4.nvfp4_grouped_matmul, nvfp4.grouped_matmul):
+        with pytest.raises(ValueError, match=r"alphas of shape \(2, 3\) do not belong to .* of shape \(2, 40, 24\)"):
+            function(x, np.stack([packed] * 2), np.stack([scale] * 2), ones, sizes)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
-from jax_models.layers.moe import by_expert_group, grouped_on_tpu, weighed
+from jax_models.layers.by_expert import by_expert_group, grouped_on_tpu
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES, param_spec, replicated
 from jax_models.weights import flatten
@@ -389,20 +389,3 @@ def test_rows_of_experts_are_rounded_once_where_they_are_stored(product):
     found = product(x, weights, sizes, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(found, product(x, weights, sizes).astype(jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_rows_of_strangers_came_out_as_is_not_summed(dtype):
-    """Tokens choose three of five experts, of which this device has all but the last two."""
-    rng = np.random.default_rng(0)
-    chosen_BTX = np.stack([rng.permutation(5)[:3] for _ in range(14)]).reshape(2, 7, 3)
-    is_here_A = chosen_BTX.reshape(-1) < 3
-    order_A = np.argsort(np.where(is_here_A, chosen_BTX.reshape(-1), 3), kind="stable")
-    rows_BTXD = rng.standard_normal((2, 7, 3, 4)).astype(dtype)
-    out_AD = rows_BTXD.reshape(-1, 4)[order_A]
-    out_AD[is_here_A.sum() :] = np.nan
-    weights_BTX = rng.random((2, 7, 3), np.float32)
-    found = weighed(*map(jnp.asarray, (out_AD, order_A, is_here_A, weights_BTX)))
-    expected = np.einsum("btxd,btx->btd", rows_BTXD.astype(float), weights_BTX * (chosen_BTX < 3))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
