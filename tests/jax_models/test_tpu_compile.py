@@ -50,12 +50,13 @@ def measure(tmp_path_factory):
     """What benchmarks/tpu_compile.py found of a program, in a process of its own: libtpu cannot be unloaded."""
 
     @functools.cache
-    def found(model, program, layers=None, *, rows=None, nvfp4=False):
+    def found(model, program, layers=None, *, rows=None, length=None, nvfp4=False):
         result = tmp_path_factory.mktemp("tpu") / "found.json"
         script = [sys.executable, str(ROOT / "benchmarks" / "tpu_compile.py")]
         options = ["--model", model, "--mesh", MESH[model], "--program", program, "--json", str(result)]
         options += ["--layers", str(layers or LAYERS[model]), *(["--nvfp4"] if nvfp4 else [])]
         options += ["--rows", str(rows)] if rows else []
+        options += ["--length", str(length)] if length else []
         with deep_stack():
             done = subprocess.run(script + options, capture_output=True, text=True, timeout=2400, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -125,6 +126,14 @@ def test_of_experts_a_prefill_of_many_rows_moves_them_in_the_models_dtype(measur
     """
     found = measure("qwen3-30b-a3b", "prefill", 2, rows=8, nvfp4=nvfp4)
     assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 6600 * MEGABYTE
+
+
+@pytest.mark.parametrize("model", ["qwen3-8b", "qwen3.5-9b"])
+def test_a_prompt_attends_to_itself_without_scores_in_memory(measure, model):
+    """Two or four layers, 4,096 tokens: scores of a device's heads are 0.54 GB a layer of Qwen3-8B in float32."""
+    found = measure(model, "prefill", 4, length=4096)
+    assert found["temp_bytes"] < 200 * MEGABYTE
+    assert found["ratio"] <= 4
 
 
 def test_in_nvfp4_a_decode_step_of_experts_moves_little_more_than_codes_and_scales(measure):
