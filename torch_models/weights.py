@@ -78,7 +78,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     specs = specs_of(model.config, model.stage)
     if model.parallel is not None:
         # the memory of live parameters is copied before any of it is written
-        embed, head = (model.parallel.gathered(half) for half in (embed, head))
+        embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
@@ -116,6 +116,15 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     _commit(model, staged.items(), list(staged))
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
+
+
+def _handed(model: Model, specs: Specs, name: str | None, value: Any) -> Any:
+    """On a mesh all of a half; of a quantised one the parameter itself, where it is that which was handed over."""
+    assert model.parallel is not None
+    if name is not None and name.rpartition(".")[0] in specs.schemes:
+        param = model.get_parameter(name)
+        return param if model.parallel.is_of(value, param) else value
+    return model.parallel.gathered(value)
 
 
 def _whole(model: Model, name: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     work = Path(job["directory"])
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
     found: dict[str, Any] = {}
-    model = torch_models.load(first, mesh=mesh)
+    model = torch_models.load(first, mesh=mesh, **job["options"])
     found["held"] = sum(param.nbytes for param in model.parameters()) / model.report.num_bytes
     found["read"] = read.count / model.report.num_bytes
     logits = model(**inputs).numpy().copy()

@@ -18,7 +18,7 @@ from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import activation_codes, dequantized, packed_codes, quantized_activations
 from torch_models.layers.fp8 import fp8_rounded
-from torch_models.layers.linear import Linear, empty_param
+from torch_models.layers.linear import Join, Linear, empty_param
 
 
 def multiplier(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -37,6 +37,8 @@ class NVFP4Linear(nn.Module):
     alpha: torch.Tensor
     input_scale_inv: torch.Tensor
     weight_scale_interleaved: torch.Tensor
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # where outputs are, and all are asked for
 
     def __init__(self, plain: Linear, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -74,10 +76,13 @@ class NVFP4Linear(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
         self._derive_scalars()
-        return self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        y32 = self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return y32 if self.gathered is None else self.gathered(y32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y32 = self.project(x)
+        self._derive_scalars()
+        y32 = self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        y32 = y32 if self.summed is None else self.summed(y32)
         if self.has_bias:
             y32 = y32 + self.bias.to(x.dtype).float()
         return y32.to(x.dtype)
@@ -106,7 +111,8 @@ class NVFP4Linear(nn.Module):
     def _block_scales(self) -> torch.Tensor:
         if not self.kernel.swizzles:
             return self.source("block")
-        return nvfp4_blackwell.unswizzled(self.weight_scale_interleaved, (self.out_features, self.in_features // BLOCK))
+        shape = self.get_parameter(self.scheme.leaves["block"]).shape
+        return nvfp4_blackwell.unswizzled(self.weight_scale_interleaved, tuple(shape))
 
 
 class FP8Linear(nn.Module):
@@ -114,6 +120,9 @@ class FP8Linear(nn.Module):
 
     Source: modelopt's ``FP8``: weight = codes * ``weight_scale``; inputs, likewise, by ``input_scale``.
     """
+
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # where outputs are, and all are asked for
 
     def __init__(self, plain: Linear, scheme: Scheme, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -132,16 +141,21 @@ class FP8Linear(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
+        y32 = self._product(x)
+        return y32 if self.gathered is None else self.gathered(y32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y32 = self._product(x)
+        y32 = y32 if self.summed is None else self.summed(y32)
+        if self.has_bias:
+            y32 = y32 + self.bias.to(x.dtype).float()
+        return y32.to(x.dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         alpha = self.weight_scale
         if self.quantizes_inputs:
             x, alpha = fp8_rounded(x, self.input_scale), alpha * self.input_scale
         return F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y32 = self.project(x)
-        if self.has_bias:
-            y32 = y32 + self.bias.to(x.dtype).float()
-        return y32.to(x.dtype)
 
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
