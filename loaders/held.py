@@ -20,6 +20,7 @@ from loaders.regions import Box
 from loaders.spec import Dim, ParamSpec, dim_of
 
 HEADS = frozenset((*SHARING, *SHARING.values()))
+Runs = list[tuple[int, int]]  # start and stop of what is here along an axis, in order
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ class Held:
 
     def boxes(self, spec: ParamSpec) -> list[Box]:
         """The parts of a parameter that are here, in their order along the one axis that has several."""
+        return list(itertools.product(*self.runs(spec)))
+
+    def runs(self, spec: ParamSpec) -> list[Runs]:
+        """What is here along every axis of a parameter."""
         parts = zip(spec.axes, spec.shape, self.cuts(spec), strict=True)
-        return list(itertools.product(*(self._ends_of(axis, size, cut) for axis, size, cut in parts)))
+        return [self._ends_of(axis, size, cut) for axis, size, cut in parts]
 
     def segments(self, axis: str) -> list[int]:
         """How much is here of each of those things that lie one after the other along an axis."""
@@ -70,7 +75,11 @@ class Held:
             index, count = index * self.sizes[axis] + self.place[axis], count * self.sizes[axis]
         return index * size // count, (index + 1) * size // count
 
-    def _ends_of(self, axis: str, size: int, cut: Cut) -> list[tuple[int, int]]:
+    def sizes_of(self, spec: ParamSpec) -> tuple[int, ...]:
+        """The shape of what is here of a parameter."""
+        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs(spec))
+
+    def _ends_of(self, axis: str, size: int, cut: Cut) -> Runs:
         if cut is None or not (segments := dim_of(axis, self.dims).segments):
             return [self.ends(size, cut)]
         starts = itertools.accumulate((one.size for one in segments), initial=0)

@@ -8,7 +8,7 @@ the same. Transport is torch.distributed's, over the mesh's own groups: gloo on 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from loaders.axes import Cut, axes_of
 from loaders.held import Held, in_blocks
 from loaders.plan import LoadPlan
+from loaders.spec import ParamSpec
 from torch_models.layers.gated_delta import GatedDeltaNet
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
@@ -113,6 +114,21 @@ class Parallel:
         """What is here of a parameter's new value."""
         boxes = self.held.boxes(self.params[name])
         return self.joined(name, [whole[tuple(slice(*ends) for ends in box)] for box in boxes]).contiguous()
+
+    def part_along(self, spec: ParamSpec, array: np.ndarray, axes: Sequence[int | None]) -> np.ndarray:
+        """What is here of something that goes with a parameter.
+
+        Args:
+            spec: the parameter, as it would be without quantisation.
+            array: with axes of the parameter's sizes, and others.
+            axes: which of the parameter's each of its axes is; None: one that is whole.
+        """
+        runs = self.held.runs(spec)
+        for axis, of_param in enumerate(axes):
+            if of_param is not None and runs[of_param] != [(0, spec.shape[of_param])]:
+                index = np.concatenate([np.arange(*ends) for ends in runs[of_param]])
+                array = array.take(index, axis)
+        return array
 
     def joined(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         """What is here of a parameter, of what is in each of its boxes here."""

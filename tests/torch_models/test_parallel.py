@@ -15,6 +15,7 @@ import torch_models
 from loaders import open_checkpoint
 from parity.oracle import oracle_forward
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
+from parity.zoo_adapters import DENSE, EXPERTS, TABLES, make_adapter
 from parity.zoo_draft import make_drafting_checkpoint
 from parity.zoo_pictures import pictures
 
@@ -152,7 +153,7 @@ def test_ranks_are_one_model(case, tmp_path):
         assert "rms_norm_eps is 0.5" in each["bad on one"]
         assert "FileExistsError" in each["export again"]
         assert "expected alike: use a mesh that divides num_key_value_heads" in each["uneven"]
-        for what in ("adapter", "graphs", "taps"):
+        for what in ("graphs", "taps"):
             assert "is cut over a mesh" in each[what]
     assert found[0]["bad on one"].startswith(f"RuntimeError: {count - 1} of {count} ranks failed")
     with np.load(tmp_path / "logits.npz") as saved:
@@ -169,16 +170,109 @@ def test_ranks_are_one_model(case, tmp_path):
     }
 
 
+ADAPTED_MOE = EVEN | {"num_experts": 4}
+# zoo model and its sizes, axes of the mesh, what an adapter has beside an update of linear layers, of which all are cut
+ADAPTED: dict[str, tuple] = {
+    "dense": ("qwen3-bias", EVEN, {"tensor": 2}, {"targets": (*DENSE, *TABLES), "base_layer": True}),
+    "tied": ("qwen3-tied", EVEN, {"tensor": 2}, {"targets": (*DENSE, "lm_head")}),
+    "odd heads and a table of its own": (
+        "qwen3",
+        {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 9},
+        {"tensor": 2},
+        {"whole": ("embed_tokens", "k_proj", "down_proj", "norm")},
+    ),
+    "experts": (
+        "qwen3-moe",
+        ADAPTED_MOE,
+        BY_BOTH,
+        {"targets": (*DENSE, "mlp.gate"), "parameters": EXPERTS, "whole": ("lm_head",)},
+    ),
+    "experts apart": ("qwen3-moe", ADAPTED_MOE, {"expert": 2}, {"parameters": EXPERTS[1:], "whole": ("mlp.gate",)}),
+    "hybrid": (
+        "qwen3_5-moe",
+        HYBRID | {"num_experts": 4},
+        {"tensor": 2},
+        {"targets": "all-linear", "parameters": EXPERTS, "whole": ("conv1d",)},
+    ),
+    "over codes": (
+        "qwen3-moe",
+        EXPERT_CODES | {"quantization": ZooQuantization(activations=False, head=True)},
+        BY_BOTH,
+        {"targets": DENSE[:3], "parameters": EXPERTS, "whole": ("o_proj", "lm_head")},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ADAPTED)
+def test_ranks_are_adapted_as_one_model(case, tmp_path):
+    name, sizes, axes, changes = ADAPTED[case]
+    paths = [make_checkpoint(name, tmp_path / f"checkpoint{seed}", seed=seed, **sizes) for seed in range(2)]
+    adapters = [
+        make_adapter(paths[0], tmp_path / "a", **changes),
+        make_adapter(paths[0], tmp_path / "b", seed=1, rank=3),
+        make_adapter(paths[0], tmp_path / "c", seed=2, rank=12, targets=DENSE[:1]),  # of more rank than there is room
+    ]
+    one = torch_models.load(paths[0])
+    inputs = prompts(one.config, rows=4, tokens=24)
+    job = {
+        "axes": axes,
+        "checkpoints": [str(path) for path in paths],
+        "adapters": [str(adapter) for adapter in adapters],
+        "inputs": {key: value.tolist() for key, value in inputs.items()},
+    }
+    found = run_several(PROGRAM.with_name("one_adapted_rank.py"), job, tmp_path, math.prod(axes.values()))
+    real, rows = inputs["attention_mask"].astype(bool), ["a", None, "b", "a"]
+    expected = {"base": one(**inputs).numpy().copy()}
+    one.attach_lora(adapters[0], "a").attach_lora(adapters[1], "b")
+    expected["mixed"] = one(**inputs, adapter=rows).numpy().copy()
+    tokens = one.generate(**inputs, adapter=rows, max_new_tokens=4, ignore_eos=True).tolist()
+    one.attach_lora(adapters[2], "b")
+    expected["in its place"] = one(**inputs).numpy().copy()
+    one.update_weights_from_disk(paths[1])
+    expected["reloaded"] = one(**inputs, adapter=rows).numpy().copy()
+    one.update_weights_from_disk(paths[0])
+    is_merged = "quantization" not in sizes and "tied" not in name
+    digests = [one.digests()]
+    if is_merged:
+        digests.append(one.merge_lora("a").digests())
+        expected["merged"] = one(**inputs).numpy().copy()
+        exported = one.export(tmp_path / "alone")
+        assert {file.name: file.read_bytes() for file in exported.iterdir()} == {
+            file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()
+        }
+    for each in found:
+        assert each["tokens"] == tokens
+        assert "/nowhere" in each["nowhere on one"]
+        assert "ranks found different adapters" in each["different"]
+        assert "out of memory" in each["no room on one"]
+        assert each["still serving"]
+        assert each["moved"] == []
+        assert each["digests"] == digests
+        assert "cannot be merged" in each["merge"] if not is_merged else each["merge"] == "none"
+        assert each["detached"]
+        assert each["slept"]
+        assert ("out of memory" if is_merged else "cannot be merged") in each["merge failed on one"]
+        assert each["untouched"]
+    with np.load(tmp_path / "logits.npz") as saved:
+        assert set(saved) == set(expected)
+        for key, value in expected.items():
+            assert error(saved[key][real], value[real]) < 1e-5, key
+            assert key == "base" or error(value[real], expected["base"][real]) > 0.05, key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5-tied", "qwen3_5-moe"])
 def test_ranks_draft_as_one_model(name, tmp_path):
     sizes = HYBRID | ({"num_experts": 4} if "moe" in name else {})
     paths = [make_drafting_checkpoint(name, tmp_path / f"checkpoint{seed}", seed=seed, **sizes) for seed in range(2)]
     one, other = (torch_models.load(path, mtp=True) for path in paths)
+    adapter = make_adapter(paths[0], tmp_path / "adapter", targets=(*DENSE, *TABLES))
     inputs = prompts(one.config, rows=3, tokens=24)
     job = {
         "axes": {"expert": 2},
         "checkpoints": [str(path) for path in paths],
+        "adapter": str(adapter),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
     found = run_several(PROGRAM.with_name("one_drafting_rank.py"), job, tmp_path, 2)
@@ -190,10 +284,13 @@ def test_ranks_draft_as_one_model(name, tmp_path):
     expected = {
         "greedy": generated(one.draft),
         "sampled": generated(one.draft, temperature=0.8, seed=3),
+        "adapted": generated(one.attach_lora(adapter).draft),
+        "detached": generated(one.detach_lora().draft),
         "of another": generated(other.draft.bind(one)),
         "updated": generated(other.draft),
         "digests": one.digests(),
     }
+    assert expected["adapted"][0] != expected["greedy"][0]
     assert expected["greedy"][1][1] > 0  # a draft that is never right would not show what undoing does
     for each in found:
         assert {key: each[key] for key in expected} == expected
