@@ -41,6 +41,7 @@ class Parallel:
 
     Attributes:
         held: the part of everything that is here.
+        head: the module that has it; None: another stage's.
         company: of the ranks that run the model, once it is installed.
 
     Args:
@@ -60,6 +61,7 @@ class Parallel:
         self.sizes = dict(zip(names, mesh.shape, strict=True))
         here, dims = dict(zip(names, place, strict=True)), plan.checkpoint.config.dims()
         self.held = Held(self.sizes, here, dims, in_blocks(plan.specs))
+        self.head = plan.specs.head and plan.specs.head.rpartition(".")[0]
         self.params = {spec.name: spec for spec in plan.specs}
         self.cuts = {spec.name: self.held.cuts(spec) for spec in plan.specs}
         if problems := self._problems():
@@ -72,7 +74,8 @@ class Parallel:
             if isinstance(module, Linear | NVFP4Linear | FP8Linear):
                 leaf = module.scheme.leaves["codes"] if isinstance(module, NVFP4Linear) else "weight"
                 by_output, by_input = self._cuts(f"{path}.{leaf}")
-                module.summed, module.gathered = self.sum_over(by_input), self.gather_over(by_output)
+                module.summed = self.sum_over(by_input)
+                module.gathered = self.gather_over(by_output) if path == self.head else None
             elif isinstance(module, Embedding):
                 by_row, _ = self._cuts(f"{path}.weight")
                 module.summed, module.gathered = self.sum_over(by_row), self.gather_over(by_row)

@@ -38,7 +38,7 @@ class NVFP4Linear(nn.Module):
     input_scale_inv: torch.Tensor
     weight_scale_interleaved: torch.Tensor
     summed: Join | None = None  # on a mesh, where inputs are cut
-    gathered: Join | None = None  # where outputs are, and all are asked for
+    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, plain: Linear, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -76,13 +76,10 @@ class NVFP4Linear(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
         self._derive_scalars()
-        y32 = self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        return y32 if self.gathered is None else self.gathered(y32)
+        return _joined(self, self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._derive_scalars()
-        y32 = self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        y32 = y32 if self.summed is None else self.summed(y32)
+        y32 = self.project(x)
         if self.has_bias:
             y32 = y32 + self.bias.to(x.dtype).float()
         return y32.to(x.dtype)
@@ -122,7 +119,7 @@ class FP8Linear(nn.Module):
     """
 
     summed: Join | None = None  # on a mesh, where inputs are cut
-    gathered: Join | None = None  # where outputs are, and all are asked for
+    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, plain: Linear, scheme: Scheme, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -141,25 +138,27 @@ class FP8Linear(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
-        y32 = self._product(x)
-        return y32 if self.gathered is None else self.gathered(y32)
+        alpha = self.weight_scale
+        if self.quantizes_inputs:
+            x, alpha = fp8_rounded(x, self.input_scale), alpha * self.input_scale
+        y32 = F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
+        return _joined(self, y32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y32 = self._product(x)
-        y32 = y32 if self.summed is None else self.summed(y32)
+        y32 = self.project(x)
         if self.has_bias:
             y32 = y32 + self.bias.to(x.dtype).float()
         return y32.to(x.dtype)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        alpha = self.weight_scale
-        if self.quantizes_inputs:
-            x, alpha = fp8_rounded(x, self.input_scale), alpha * self.input_scale
-        return F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
-
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
         return F.linear(x, self.weight.to(x.dtype)).float() * alpha
+
+
+def _joined(layer: NVFP4Linear | FP8Linear, y32: torch.Tensor) -> torch.Tensor:
+    """On a mesh all of a product, where a layer has parts of its sums or a head some of its outputs."""
+    y32 = y32 if layer.summed is None else layer.summed(y32)
+    return y32 if layer.gathered is None else layer.gathered(y32)
 
 
 def as_loaded(layer: nn.Module, leaf: str) -> torch.Tensor:
