@@ -78,15 +78,17 @@ def head_cuts(sizes: Sizes, num_heads: int, num_kv_heads: int) -> tuple[Cut, Cut
 
 
 def _led_by(keys: Cut, sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
-    """``cut_of`` with the axes of another cut, which divides these units too, outermost."""
+    """``cut_of`` with the axes of another cut outermost, where that divides these units too."""
     first = axes_of(keys)
+    if units % math.prod(sizes[by] for by in first):
+        return None  # heads that are not whole blocks of codes
     found = cut_of(sizes, (*first, *(by for by in axes if by not in first)), units)
     return found if axes_of(found)[: len(first)] == first else keys
 
 
 def wanted_axes(spec: ParamSpec) -> list[tuple[str, ...]]:
     """The table's mesh axes for every axis. Routers are whole, for they must see all their scores; so are vectors."""
-    is_router = spec.axes[:1] == ("E",) and len(spec.axes) <= 2
+    is_router = spec.axes == ("E", "D")
     letters = [axis.partition("/")[0] for axis in spec.axes]  # codes and block scales are cut as their axis is
     whole = {"E", "D"} if is_router else {"D"} if len(letters) == 1 else set()
     return [() if letter in whole else LOGICAL_AXES.get(letter, ()) for letter in letters]

@@ -2,18 +2,25 @@
 
 The table is that of ``loaders.axes``. Of an axis on which several things lie one after the other, such as a gated delta
 net's queries, keys and values, a process holds its heads of each, joined: one box of the parameter for each of them.
+
+An axis along which one parameter has codes in blocks is cut between blocks in all of them, or in none: what one layer
+says along it is what the next is given.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from loaders.axes import DELTA_HEADS, LOGICAL_AXES, Cut, axes_of, axis_cut, cut_of, wanted_axes
+from loaders.axes import DELTA_HEADS, LOGICAL_AXES, SHARING, Cut, axes_of, axis_cut, cut_of, wanted_axes
+from loaders.quantization import BLOCK
 from loaders.regions import Box
 from loaders.spec import Dim, ParamSpec, dim_of
+
+HEADS = frozenset((*SHARING, *SHARING.values()))
+Runs = list[tuple[int, int]]  # start and stop of what is here along an axis, in order
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class Held:
         sizes: of the mesh: axis -> processes.
         place: of this process along each.
         dims: the axes of the config.
+        in_blocks: the letters of axes along which a parameter has codes in blocks.
     """
 
     sizes: Mapping[str, int]
     place: Mapping[str, int]
     dims: dict[str, Dim]
+    in_blocks: frozenset[str] = frozenset()
 
     def cuts(self, spec: ParamSpec) -> tuple[Cut, ...]:
         """What cuts every axis of a parameter."""
@@ -36,12 +45,16 @@ class Held:
 
     def boxes(self, spec: ParamSpec) -> list[Box]:
         """The parts of a parameter that are here, in their order along the one axis that has several."""
+        return list(itertools.product(*self.runs(spec)))
+
+    def runs(self, spec: ParamSpec) -> list[Runs]:
+        """What is here along every axis of a parameter."""
         parts = zip(spec.axes, spec.shape, self.cuts(spec), strict=True)
-        return list(itertools.product(*(self._ends_of(axis, size, cut) for axis, size, cut in parts)))
+        return [self._ends_of(axis, size, cut) for axis, size, cut in parts]
 
     def segments(self, axis: str) -> list[int]:
         """How much is here of each of those things that lie one after the other along an axis."""
-        cut = self._cut(axis, LOGICAL_AXES.get(axis, ()))
+        cut = self._cut(axis, LOGICAL_AXES.get(axis.partition("/")[0], ()))
         dim = dim_of(axis, self.dims)
         return [self.share(one.size, cut) for one in dim.segments or (dim,)]
 
@@ -62,7 +75,11 @@ class Held:
             index, count = index * self.sizes[axis] + self.place[axis], count * self.sizes[axis]
         return index * size // count, (index + 1) * size // count
 
-    def _ends_of(self, axis: str, size: int, cut: Cut) -> list[tuple[int, int]]:
+    def sizes_of(self, spec: ParamSpec) -> tuple[int, ...]:
+        """The shape of what is here of a parameter."""
+        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs(spec))
+
+    def _ends_of(self, axis: str, size: int, cut: Cut) -> Runs:
         if cut is None or not (segments := dim_of(axis, self.dims).segments):
             return [self.ends(size, cut)]
         starts = itertools.accumulate((one.size for one in segments), initial=0)
@@ -70,8 +87,24 @@ class Held:
         return [(start + first, start + last) for start, first, last in found]
 
     def _cut(self, axis: str, axes: tuple[str, ...]) -> Cut:
-        """As ``loaders.axes`` has it; but value heads lie where their key heads are, or all of both are everywhere."""
-        if axis not in DELTA_HEADS:
-            return axis_cut(axis, axes, self.dims, self.sizes)
-        units = math.gcd(*(one.units or one.size for one in self.dims["QKV"].segments))
-        return cut_of(self.sizes, axes, units)
+        """As ``loaders.axes`` has it; but value heads lie where their key heads are, or all of both are everywhere.
+
+        So do the heads of attention where those are no whole blocks, and any width is cut as its blocks are.
+        """
+        letter = axis.partition("/")[0]
+        if letter in DELTA_HEADS:
+            heads = [one.units or one.size for one in self.dims["QKV"].segments]
+            return cut_of(self.sizes, axes, math.gcd(*heads, *self._blocks(DELTA_HEADS)))
+        if letter not in HEADS:
+            return axis_cut(f"{letter}/{BLOCK}" if letter in self.in_blocks else axis, axes, self.dims, self.sizes)
+        blocks = (axis_cut(f"{one}/{BLOCK}", axes, self.dims, self.sizes) for one in HEADS & self.in_blocks)
+        return None if None in blocks else axis_cut(axis, axes, self.dims, self.sizes)
+
+    def _blocks(self, letters: Iterable[str]) -> list[int]:
+        """In how many units the blocks along those of ``letters`` may be cut that have any."""
+        return [dim_of(f"{one}/{BLOCK}", self.dims).units or 1 for one in letters if one in self.in_blocks]
+
+
+def in_blocks(specs: Iterable[ParamSpec]) -> frozenset[str]:
+    """The letters of axes along which any of these has codes in blocks."""
+    return frozenset(axis.partition("/")[0] for spec in specs for axis in spec.axes if "/" in axis)

@@ -122,9 +122,9 @@ def _first_stays(refill: Any, self: Any, old: Any, new: Any) -> None:
         refill(self, old, new)
 
 
-def _slot_not_cleared(fill: Any, stacks: Any, slot: int, update: Any) -> None:
+def _slot_not_cleared(fill: Any, stacks: Any, slot: int, update: Any, part: Any) -> None:
     if update is not None:
-        fill(stacks, slot, update)
+        fill(stacks, slot, update, part)
 
 
 def _registered(init: Any, self: Any, base_layer: Any) -> None:

@@ -55,6 +55,10 @@ ONLY_TORCH: dict[str, str] = {
     "taps.py: tap_picked()": "a short run goes through every expert, and some of it is used; JAX sorts rows by expert",
     "layers/step.py: Step.slots()": "torch writes into its cache slot by slot; JAX gives where the first one goes",
     "layers/gated_delta.py: GatedDeltaNet.hold()": "on a mesh torch runs the heads that are here; XLA runs all of them",
+    **{
+        f"layers/{line}": "on a mesh torch runs the experts that are here; JAX counts them where it cuts their product"
+        for line in ("moe.py: places_of()", "moe.py: Experts.hold()", "quantized_experts.py: NVFP4Experts.hold()")
+    },
     "layers/linear.py: multiply()": "which operand comes first matters to MKL; XLA chooses for itself",
     "layers/linear.py: empty_param()": "JAX builds its graph under eval_shape, where nothing has storage anyway",
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from loaders.roster import AdapterOfRows, Attached, Roster
@@ -54,8 +55,14 @@ class Adapted:
     def running(self, adapter: AdapterOfRows, batch: Any) -> AbstractContextManager[None]:
         """Inside, each row of ``batch`` [B, ...] runs with its adapter; see ``loaders.roster.Roster.rows``."""
         found = adapters.running(self._model, adapter, len(batch))
-        return found if self._model.parallel is None else self._model.in_company()  # a mesh has no adapters
+        return found if self._model.parallel is None else _inside(self._model.in_company(), found)
 
     @property
     def _model(self) -> Model:
         return cast("Model", self)
+
+
+@contextmanager
+def _inside(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from loaders.adapter_sites import HEAD, Site, Sites, sites_of
 from loaders.adapter_updates import Adapter, LowRank
 from loaders.roster import NONE, Roster, padded
+from loaders.spec import ParamSpec
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.lora import (
     ExpertsWithLoRA,
@@ -27,12 +29,19 @@ from torch_models.layers.lora import (
 from torch_models.layers.moe import Experts, TopKRouter
 from torch_models.layers.quantized import FP8Linear, NVFP4Linear
 from torch_models.layers.quantized_experts import NVFP4Experts
+from torch_models.parallel import Parallel
 from torch_models.storage import of_host
 
 if TYPE_CHECKING:
     from torch_models.model import Model
 
 _EVERY = frozenset({"forward", "project", "add_norm", "logits"})
+# what is here of something that goes with a parameter; see ``Parallel.part_along``
+Part = Callable[[str, np.ndarray, Sequence[int | None]], np.ndarray]
+
+
+def _all(name: str, array: np.ndarray, axes: Sequence[int | None]) -> np.ndarray:
+    return array
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Room:
         copies: by module.
         stands: parent, name there, the layer itself, and the wrapper in its place.
         unmerged: while an adapter is merged, the weights from before, by name, on the host.
+        part: see ``Part``.
     """
 
     is_outside_census = True  # the wrappers hold all that runs
@@ -64,15 +74,17 @@ class Room:
     copies: dict[str, Copies] = field(default_factory=dict)
     stands: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)
     unmerged: dict[str, torch.Tensor] = field(default_factory=dict)
+    part: Part = _all
 
     @classmethod
     def made(cls, model: Model, roster: Roster) -> Room:
         """Room as ``roster`` lays it out, filled, with wrappers that are not in the model yet."""
-        room, sites, layout = cls(), sites_of(model.config), roster.layout
+        sites, layout = sites_of(model.config), roster.layout
+        room = cls() if model.parallel is None else cls(part=_parts(model.parallel, sites))
         layers = {path: unwrapped(module) for path, module in model.named_modules(remove_duplicate=False)}
         for path, rank in layout.ranks.items():
             if (site := sites.low_rank[path]).module in layers:  # else another stage's
-                room.stacks[path] = _stacks(site, layout.slots, rank, model.device)
+                room.stacks[path] = _stacks(model, site, sites, layout.slots, rank)
         for module, places in layout.places.items():
             if (layer := sites.layer(module)) in layers:
                 leaves = sites.of_module(module)
@@ -113,7 +125,7 @@ class Room:
                 for path, stacks in self.stacks.items():
                     was, update = (_update(side.get(slot), path) for side in (before, after))
                     if was is not None or update is not None:
-                        _fill(stacks, slot, update)
+                        _fill(stacks, slot, update, self.part)
         for module, copies in self.copies.items():
             table, there = new.places(module), old.places(module)
             for slot, place in table.items():
@@ -121,7 +133,8 @@ class Room:
                     continue
                 for leaf, name in copies.leaves.items():
                     held = copies.layers[place].get_parameter(leaf)
-                    _put(held, of_host(after[slot].whole[name]).to(held.dtype))
+                    value = self.part(name, after[slot].whole[name], range(held.ndim))
+                    _put(held, of_host(value).to(held.dtype))
             slots = [table.get(slot, NONE) for slot in range(len(copies.places) - 1)]
             _put(copies.places, torch.tensor([*slots, NONE]))
 
@@ -151,27 +164,47 @@ def _with_lora(layer: nn.Module, path: str, found: Mapping[str, Stacks]) -> nn.M
     return LinearWithLoRA(layer, found[path])
 
 
-def _stacks(site: Site, slots: int, rank: int, device: torch.device) -> Stacks:
-    out, inner = site.shape
-    a = (inner, rank) if site.kind == "embedding" else (rank, inner)
-    shapes = ((slots, *site.lead, *a), (slots, *site.lead, out, rank), (slots,))
-    return Stacks(*(torch.zeros(shape, device=device) for shape in shapes))
+def _parts(parallel: Parallel, sites: Sites) -> Part:
+    return lambda name, array, axes: parallel.part_along(sites.parameter(name), array, axes)
+
+
+def _shape(model: Model, spec: ParamSpec) -> tuple[int, ...]:
+    """Of a parameter, as it is here and without quantisation."""
+    return spec.shape if model.parallel is None else model.parallel.held.sizes_of(spec)
+
+
+def _stacks(model: Model, site: Site, sites: Sites, slots: int, rank: int) -> Stacks:
+    """An update is cut as its weight is, a table's that is looked up not at all."""
+    if site.kind == "embedding":
+        (out, inner), lead = site.shape, ()
+        a = (inner, rank)
+    else:
+        *lead, out, inner = _shape(model, sites.parameter(site.parameter))
+        a = (rank, inner)
+    shapes = ((slots, *lead, *a), (slots, *lead, out, rank), (slots,))
+    return Stacks(*(torch.zeros(shape, device=model.device) for shape in shapes))
 
 
 def _update(adapter: Adapter | None, path: str) -> LowRank | None:
     return None if adapter is None else adapter.low_rank.get(path)
 
 
-def _fill(stacks: Stacks, slot: int, update: LowRank | None) -> None:
+def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> None:
     """An update into its slot; None: zeros."""
     if update is None:
-        for part in (stacks.a, stacks.b, stacks.scaling):
-            part[slot].zero_()
+        for stack in (stacks.a, stacks.b, stacks.scaling):
+            stack[slot].zero_()
         return
-    rank = stacks.b.shape[-1]
-    a = padded(update.a, -2, rank)
-    _put(stacks.a[slot], of_host(a.swapaxes(-1, -2) if update.site.kind == "embedding" else a))
-    _put(stacks.b[slot], of_host(padded(update.b, -1, rank)))
+    rank, site = stacks.b.shape[-1], update.site
+    a, b = padded(update.a, -2, rank), padded(update.b, -1, rank)
+    if site.kind == "embedding":
+        a = a.swapaxes(-1, -2)
+    else:
+        lead = range(len(site.lead))
+        a = part(site.parameter, a, (*lead, None, len(lead) + 1))
+        b = part(site.parameter, b, (*lead, len(lead), None))
+    _put(stacks.a[slot], of_host(a))
+    _put(stacks.b[slot], of_host(b))
     _put(stacks.scaling[slot], torch.tensor(update.scaling, dtype=torch.float32))
 
 
@@ -186,12 +219,13 @@ def _copied(model: Model, base: Any, leaves: dict[str, str], sites: Sites) -> nn
     """A layer like ``base`` with parameters of its own, in the dtypes of the base's; of a quantised one, plain."""
     if is_quantized := isinstance(base, NVFP4Linear | FP8Linear):
         other: nn.Module = Linear(base.in_features, base.out_features, bias=base.has_bias)
+        other.summed, other.gathered = base.summed, base.gathered
     else:
         other = copy.copy(base)  # its dictionaries of tensors are still the base's
     other.__dict__["_parameters"] = {}
     for leaf, name in leaves.items():
         dtype = model.dtype if is_quantized else base.get_parameter(leaf).dtype
-        zeros = torch.zeros(sites.whole[name], dtype=dtype, device=model.device)
+        zeros = torch.zeros(_shape(model, sites.parameter(name)), dtype=dtype, device=model.device)
         setattr(other, leaf, nn.Parameter(zeros, requires_grad=False))
     other.__dict__["_buffers"] = {leaf: buffer.clone() for leaf, buffer in base.named_buffers(recurse=False)}
     return other

@@ -7,6 +7,7 @@ builds other stacks, puts other wrappers in place and drops the graphs. All is c
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from loaders.adapter_reading import ReadBase
+from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter
 from loaders.events import Event
 from loaders.merging import merge_problems, merged_weights
@@ -22,10 +24,14 @@ from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
 from torch_models.adapter_room import Room
 from torch_models.layers.lora import active_rows
+from torch_models.parallel import on_host
+from torch_models.processes import together, told_by_all
 from torch_models.sleep import check_awake
-from torch_models.storage import host_view, of_host
+from torch_models.storage import of_host
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from torch_models.cache import Cache
     from torch_models.model import Model
 
@@ -38,16 +44,17 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     Where PEFT wrote the base's embedding or head beside an adapted one, it must be the one that serves now. So after a
     reload to other weights such an adapter is refused; saved without it (``save_embedding_layers=False``) it is not.
 
+    On a mesh all ranks attach it, or none, and each holds the part that goes with its part of the weights.
+
     Raises:
         CheckpointError: the adapter does not fit; lists everything. Nothing was changed.
-        ValueError: an adapter is merged into the weights, or the name is no name.
+        ValueError: an adapter is merged into the weights, or the name is no name, or ranks found different adapters.
         RuntimeError: the model must not run.
     """
     model.check_runnable()
     check_name(name)
-    model.check_alone("an adapter")
     model.roster.check_unmerged("another adapter")
-    adapter = open_adapter(uri, model.config, read_base=_reader(model))
+    adapter = _opened(model, uri)
     _become(model, model.roster.having(adapter, name, model.version + 1))
     model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}"))
     return model
@@ -73,7 +80,8 @@ def merge_lora(model: Model, name: str) -> Model:
     """Write an adapter into the base's weights: float32 sums, rounded once to the dtype each is stored in.
 
     The weights from before are kept on the host for ``unmerge_lora``. Until then that adapter alone runs, and nothing
-    else changes weights or adapters; ``export`` and ``digests`` are of the merged weights.
+    else changes weights or adapters; ``export`` and ``digests`` are of the merged weights. On a mesh every rank merges
+    each weight whole, one after the other, and keeps its part: the bits are those of one device.
 
     Raises:
         ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
@@ -88,7 +96,11 @@ def merge_lora(model: Model, name: str) -> Model:
     held, made = life.parameters(model), merged_weights(adapter, lambda param: _read(model, param))
     changes = {param: make for param, make in made.items() if param in held}
     originals = {param: life.stored(model, param).cpu().clone() for param in changes}
-    life.write(model, ((param, of_host(make())) for param, make in changes.items()), list(changes))
+    values: Iterable[tuple[str, torch.Tensor]] = ((param, of_host(make())) for param, make in changes.items())
+    if (parallel := model.parallel) is not None:  # all before any is written, for it takes all ranks
+        with model.in_company():  # parts of the whole's: a product of parts may round otherwise
+            values = [(param, parallel.part(param, value)) for param, value in values]
+    life.write(model, values, list(changes))
     model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
     model.publish(Event("merge", model.version + 1, name))
     return model
@@ -129,11 +141,16 @@ def of_cache(model: Model, cache: Cache) -> AbstractContextManager[None]:
 
 
 def _become(model: Model, roster: Roster) -> None:
-    """Have the adapters of ``roster``, or on any failure those from before."""
+    """Have the adapters of ``roster``, or on any failure, of any rank, those from before."""
     if roster.layout == model.roster.layout:
-        model.room.refill(model.roster, roster)
+        try:
+            together(_mesh(model), lambda: model.room.refill(model.roster, roster))
+        except Exception:
+            if model.parallel is not None:  # it may be another rank that failed
+                model.room.refill(roster, model.roster)
+            raise
     else:
-        room = Room.made(model, roster)
+        room = together(_mesh(model), lambda: Room.made(model, roster))
         model.room.remove()
         room.install(model)
         model.room = room
@@ -142,10 +159,28 @@ def _become(model: Model, roster: Roster) -> None:
     model.adapter_changes += 1
 
 
-def _reader(model: Model) -> ReadBase:
-    held = life.parameters(model)
-    return lambda name: _read(model, name) if name in held else None
+def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
+    """An adapter that fits; on a mesh the same on every rank."""
+    held, mesh = life.parameters(model), _mesh(model)
+    if mesh is None:
+        return open_adapter(uri, model.config, read_base=lambda name: _read(model, name) if name in held else None)
+    asked: set[str] = set()
+
+    def opened(read_base: ReadBase) -> Adapter:
+        return together(mesh, lambda: open_adapter(uri, model.config, read_base=read_base))
+
+    adapter = opened(asked.add)  # it returns None: nothing is compared yet, as that takes all ranks
+    if len(set(told_by_all(mesh, f"{adapter.digest} {sorted(asked)}"))) > 1:
+        raise ValueError(f"ranks found different adapters at {uri}. Give all of them the same. Nothing was changed.")
+    with model.in_company():
+        tables = {name: _read(model, name) for name in sorted(asked & held.keys())}
+    return opened(tables.get) if tables else adapter
 
 
 def _read(model: Model, name: str) -> np.ndarray:
-    return host_view(life.stored(model, name).cpu())
+    """All of a parameter on this host; on a mesh all ranks have to ask for it."""
+    return on_host(model.parallel, name, life.stored(model, name))
+
+
+def _mesh(model: Model) -> DeviceMesh | None:
+    return None if model.parallel is None else model.parallel.mesh

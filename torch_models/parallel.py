@@ -8,7 +8,7 @@ the same. Transport is torch.distributed's, over the mesh's own groups: gloo on 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +18,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.axes import Cut, axes_of
-from loaders.held import Held
+from loaders.held import Held, in_blocks
 from loaders.plan import LoadPlan
+from loaders.spec import ParamSpec
 from torch_models.layers.gated_delta import GatedDeltaNet
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
+from torch_models.layers.quantized import FP8Linear, NVFP4Linear
+from torch_models.layers.quantized_experts import NVFP4Experts
 from torch_models.layers.step import Entry
 from torch_models.processes import Company
 from torch_models.storage import host_view
@@ -38,6 +41,7 @@ class Parallel:
 
     Attributes:
         held: the part of everything that is here.
+        head: the module that has it; None: another stage's.
         company: of the ranks that run the model, once it is installed.
 
     Args:
@@ -55,27 +59,33 @@ class Parallel:
         assert place is not None, "the mesh is of all processes"
         self.mesh = mesh
         self.sizes = dict(zip(names, mesh.shape, strict=True))
-        self.held = Held(self.sizes, dict(zip(names, place, strict=True)), plan.checkpoint.config.dims())
+        here, dims = dict(zip(names, place, strict=True)), plan.checkpoint.config.dims()
+        self.held = Held(self.sizes, here, dims, in_blocks(plan.specs))
+        self.head = plan.specs.head and plan.specs.head.rpartition(".")[0]
         self.params = {spec.name: spec for spec in plan.specs}
         self.cuts = {spec.name: self.held.cuts(spec) for spec in plan.specs}
-        if problems := self._problems(plan):
+        if problems := self._problems():
             raise ValueError("; ".join(problems))
 
     def install(self, model: nn.Module) -> None:
         """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
         self.company = Company(self.mesh)
         for path, module in model.named_modules():
-            if isinstance(module, Linear):
-                by_output, by_input = self._cuts(f"{path}.weight")
-                module.summed, module.gathered = self.sum_over(by_input), self.gather_over(by_output)
+            if isinstance(module, Linear | NVFP4Linear | FP8Linear):
+                leaf = module.scheme.leaves["codes"] if isinstance(module, NVFP4Linear) else "weight"
+                by_output, by_input = self._cuts(f"{path}.{leaf}")
+                module.summed = self.sum_over(by_input)
+                module.gathered = self.gather_over(by_output) if path == self.head else None
             elif isinstance(module, Embedding):
                 by_row, _ = self._cuts(f"{path}.weight")
                 module.summed, module.gathered = self.sum_over(by_row), self.gather_over(by_row)
                 module.held = range(*self.held.ends(module.num_embeddings, by_row)) if by_row else None
-            elif isinstance(module, Experts):
-                by_expert, _, by_width = self._cuts(f"{path}.down_proj")
+            elif isinstance(module, Experts | NVFP4Experts):
+                is_plain = isinstance(module, Experts)
+                leaf = "down_proj" if is_plain else f"w2_{module.scheme.leaves['codes']}"
+                by_expert, _, by_width = self.cuts[f"{path}.{leaf}"]
                 module.summed = self.sum_over((*axes_of(by_expert), *axes_of(by_width)))
-                module.held = range(*self.held.ends(module.num_experts, by_expert)) if by_expert else None
+                module.hold(range(*self.held.ends(module.num_experts, by_expert)) if by_expert else None)
             elif isinstance(module, GatedDeltaNet):
                 module.hold(self.held.segments("QKV"), *self.held.segments("LN"))
 
@@ -108,6 +118,21 @@ class Parallel:
         boxes = self.held.boxes(self.params[name])
         return self.joined(name, [whole[tuple(slice(*ends) for ends in box)] for box in boxes]).contiguous()
 
+    def part_along(self, spec: ParamSpec, array: np.ndarray, axes: Sequence[int | None]) -> np.ndarray:
+        """What is here of something that goes with a parameter.
+
+        Args:
+            spec: the parameter, as it would be without quantisation.
+            array: with axes of the parameter's sizes, and others.
+            axes: which of the parameter's each of its axes is; None: one that is whole.
+        """
+        runs = self.held.runs(spec)
+        for axis, of_param in enumerate(axes):
+            if of_param is not None and runs[of_param] != [(0, spec.shape[of_param])]:
+                index = np.concatenate([np.arange(*ends) for ends in runs[of_param]])
+                array = array.take(index, axis)
+        return array
+
     def joined(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         """What is here of a parameter, of what is in each of its boxes here."""
         axes = [axis for axis, letter in enumerate(self.params[name].axes) if len(self.held.segments(letter)) > 1]
@@ -129,6 +154,12 @@ class Parallel:
 
         return value.full_tensor() if isinstance(value, DTensor) else value
 
+    def is_of(self, value: Any, param: torch.Tensor) -> bool:
+        """Whether it is a DTensor of a parameter's own memory."""
+        from torch.distributed.tensor import DTensor
+
+        return isinstance(value, DTensor) and value.to_local().data_ptr() == param.data_ptr()
+
     def held_entries(self, entries: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
         """What layers keep of the heads that are here."""
         return {
@@ -149,21 +180,17 @@ class Parallel:
         return part
 
     def _cuts(self, name: str) -> tuple[Cut, ...]:
-        """Of a parameter that is loaded; a layer's whose weight is none (a tied head's second name) have no cuts."""
-        return self.cuts.get(name, (None, None, None) if name.endswith("down_proj") else (None, None))
+        """Of a matrix that is loaded; a layer's whose weight is none (a tied head's second name) have no cuts."""
+        return self.cuts.get(name, (None, None))
 
-    def _problems(self, plan: LoadPlan) -> list[str]:
-        config = plan.checkpoint.config
-        problems = [] if config.quantization is None else ["quantised weights are not cut over a mesh"]
-        for name, cuts in self.cuts.items():
-            keys = name.replace(".q_proj.", ".k_proj.")
-            if keys != name and keys in self.cuts and self.cuts[keys][:1] != cuts[:1]:
-                problems.append(
-                    f"{name} is cut by {cuts[0]} and {keys} by {self.cuts[keys][0]}, expected alike: use a mesh that"
-                    " divides num_key_value_heads"
-                )
-                break
-        return problems
+    def _problems(self) -> list[str]:
+        outputs = {name.rpartition(".")[0]: cuts[0] for name, cuts in self.cuts.items() if len(cuts) == 2}
+        for queries, cut in outputs.items():  # however the two are stored
+            keys = queries.replace(".q_proj", ".k_proj")
+            if outputs.get(keys, cut) != cut:
+                divide = "expected alike: use a mesh that divides num_key_value_heads"
+                return [f"{queries} is cut by {cut} and {keys} by {outputs[keys]}, {divide}"]
+        return []
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:

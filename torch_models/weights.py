@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     specs = specs_of(model.config, model.stage)
     if model.parallel is not None:
         # the memory of live parameters is copied before any of it is written
-        embed, head = (model.parallel.gathered(half) for half in (embed, head))
+        embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
@@ -116,6 +116,15 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     _commit(model, staged.items(), list(staged))
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
+
+
+def _handed(model: Model, specs: Specs, name: str | None, value: Any) -> Any:
+    """On a mesh all of a half; of a quantised one the parameter itself, where it is that which was handed over."""
+    assert model.parallel is not None
+    if name is not None and name.rpartition(".")[0] in specs.schemes:
+        param = model.get_parameter(name)
+        return param if model.parallel.is_of(value, param) else value
+    return model.parallel.gathered(value)
 
 
 def _whole(model: Model, name: str) -> torch.Tensor:
@@ -207,10 +216,8 @@ def update_weights_from_disk(
         filling.finish()
 
     try:
-        together(mesh, written)
+        _together(model, written)
     except Exception as error:
-        if mesh is not None and (refusals := [text for text in told_by_all(mesh, model.refusal or "") if text]):
-            model.refusal = model.refusal or f"{refusals[0]} on another rank"  # all of the ranks run, or none
         if model.refusal is None or not isinstance(error, CheckpointError):
             raise
         raise RuntimeError(f"{model.refusal}: {error} Update again with good weights.") from error
@@ -223,9 +230,20 @@ def write(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[
     """Write values over the live parameters ``names`` and verify them, without publishing.
 
     Raises:
-        RuntimeError: it failed half-way; the model refuses to run.
+        RuntimeError: it failed half-way, on a mesh on any rank; the model refuses to run.
     """
-    _commit(model, values, names)
+    _together(model, lambda: _commit(model, values, names))
+
+
+def _together(model: Model, work: Callable[[], None]) -> None:
+    """On a mesh all of the ranks do it, or none of them runs any more; see ``torch_models.processes.together``."""
+    mesh = None if model.parallel is None else model.parallel.mesh
+    try:
+        together(mesh, work)
+    except Exception:
+        if mesh is not None and (refusals := [text for text in told_by_all(mesh, model.refusal or "") if text]):
+            model.refusal = model.refusal or f"{refusals[0]} on another rank"
+        raise
 
 
 @torch.inference_mode(False)

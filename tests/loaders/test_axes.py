@@ -48,6 +48,20 @@ def test_query_heads_are_cut_as_far_as_they_divide():
         assert math.prod(sizes[axis] for axis in axes_of(cut)) == math.prod(sizes.values())
 
 
+def test_heads_that_are_no_whole_blocks_are_cut_nowhere_in_codes():
+    dims = dims_of(4, 2) | {letter: Dim(24 * count, letter, units=count) for letter, count in (("NH", 4), ("KH", 2))}
+    for letter, expected in {"NH": "tensor", "NH/2": None, "NH/16": None}.items():
+        assert param_cuts(SimpleNamespace(axes=("D", letter)), dims, {"tensor": 2}) == (None, expected)
+
+
+def test_scales_of_experts_are_cut_as_the_experts_and_routers_are_not():
+    dims = {"E": Dim(4, "num_experts"), "D": Dim(64, "hidden_size")}
+    for axes in (("E",), ("E", "1"), ("E", "2"), ("E", "2", "1")):
+        cuts = param_cuts(SimpleNamespace(axes=axes), dims, {"expert": 2})
+        assert cuts == ("expert", *(None for _ in axes[1:]))
+    assert param_cuts(SimpleNamespace(axes=("E", "D")), dims, {"expert": 2}) == (None, None)
+
+
 def test_what_nothing_divides_stays_whole():
     assert cut_of({"expert": 4, "tensor": 8}, ("expert", "tensor"), 6) is None
     assert cut_of({"expert": 2, "tensor": 8}, ("expert", "tensor"), 6) == "expert"

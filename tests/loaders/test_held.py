@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 
 from loaders import open_checkpoint
-from loaders.held import Held
+from loaders.held import Held, in_blocks
 from loaders.plan import plan_load
 from loaders.stage import Stage
-from parity.zoo import make_checkpoint
+from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 MESHES = [{"tensor": 2}, {"expert": 2}, {"expert": 2, "tensor": 2}, {"expert": 2, "tensor": 4}]
+CODES = [
+    ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 24}),
+    ("qwen3-moe", {"num_experts": 4, "intermediate_size": 96, "moe_intermediate_size": 96}),
+    ("qwen3_5", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 24}),
+    ("qwen3_5-moe", {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_value_head_dim": 16}),
+]
 HEADS = [(2, 6), (4, 4), (4, 8), (3, 6), (8, 16)]
 
 
@@ -74,3 +81,25 @@ def test_value_heads_lie_with_their_key_heads(sizes, plan):
         assert one.shape(("B", "LN", "P", "Y"), (1, values, 5, 7)) == (1, last - first, 5, 7)
         assert one.shape(("B", "W", "QKV"), (1, 3, len(head_of))) == (1, 3, len(channels))
         assert len(heads["k"]) * expected == keys
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(("name", "changes"), CODES)
+def test_codes_are_cut_between_blocks_and_what_layers_hand_on_as_they_take_it(name, changes, sizes, tmp_path):
+    changes = block_sizes(name) | changes | {"quantization": ZooQuantization(activations=False)}
+    plan = plan_load(open_checkpoint(make_checkpoint(name, tmp_path / "it", **changes)), Stage())
+    for place in places(sizes):
+        held = Held(sizes, place, plan.checkpoint.config.dims(), in_blocks(plan.specs))
+        parts: dict[str, set[tuple[int, ...]]] = {}
+        for spec in plan.specs:
+            for axis, size, cut, ends in zip(spec.axes, spec.shape, held.cuts(spec), held.boxes(spec)[0], strict=True):
+                letter, _, parts_of = axis.partition("/")
+                if cut is not None and letter not in ("QKV", "E", "V"):
+                    of_all = (end * int(parts_of or 1) for end in ends)  # the elements that codes or scales are of
+                    parts.setdefault(letter, set()).add(tuple(of_all))
+                assert parts_of != "2" or all(end % 8 == 0 or end == size for end in ends), spec.name
+        assert {letter: len(found) for letter, found in parts.items()} == dict.fromkeys(parts, 1)
+        parts |= {"NH": {(one[0] // 2, one[1] // 2) for one in parts["N2H"]} | parts["NH"]} if "N2H" in parts else {}
+        assert ("KH" in parts) == ("NH" in parts)
+        whole = {axis for spec in plan.specs for axis, cut in zip(spec.axes, held.cuts(spec), strict=True) if not cut}
+        assert not {axis.partition("/")[0] for axis in whole if "/" in axis} & set(parts)  # one whole, the other not

@@ -30,6 +30,10 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     said = [part.numpy() for part in model.mtp_forward(**inputs)]
     found["greedy"] = generated()
     found["sampled"] = generated(temperature=0.8, seed=3)
+    model.attach_lora(job["adapter"])
+    found["adapted"] = generated()
+    model.detach_lora()
+    found["detached"] = generated()
     found["digests"] = model.digests()
     # another model's draft, and a call in which all fail, after which ranks that wait look for errors of that one alone
     other = torch_models.load(second, mesh=mesh, mtp=True)

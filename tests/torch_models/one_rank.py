@@ -22,7 +22,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     work = Path(job["directory"])
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
     found: dict[str, Any] = {}
-    model = torch_models.load(first, mesh=mesh)
+    model = torch_models.load(first, mesh=mesh, **job["options"])
     found["held"] = sum(param.nbytes for param in model.parameters()) / model.report.num_bytes
     found["read"] = read.count / model.report.num_bytes
     logits = model(**inputs).numpy().copy()
@@ -43,7 +43,6 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["still serving"] = model(**inputs).numpy().tobytes() == changed.tobytes()
     model.export(work / "export")
     found["export again"] = error_of(lambda: model.export(work / "export"))
-    found["adapter"] = error_of(lambda: model.attach_lora(first))
     found["graphs"] = error_of(lambda: model.generate(**inputs, graphs=True))
     found["taps"] = error_of(lambda: model.with_taps(**inputs, level="operations"))
     _, taps = model.with_taps(**inputs, level="modules")

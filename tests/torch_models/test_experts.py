@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.quantization import BLOCK, Scheme
+from torch_models.derived import allocate_derived
+from torch_models.kernels import nvfp4_reference
+from torch_models.kernels.choice import Kernel
 from torch_models.layers.moe import STEP_TOKENS, Experts
+from torch_models.layers.quantized_experts import NVFP4Experts
 
 D, M, X = 20, 12, 3
 # experts, rows, tokens a row
@@ -73,3 +78,50 @@ def test_an_expert_that_nobody_chose_may_be_anything(way: str) -> None:
     want = experts(x_BTD, weights, chosen)
     experts.down_proj[0] = float("inf")
     assert torch.equal(experts(x_BTD, weights, chosen), want)
+
+
+def coded_experts(held: range | None, rows_seen: list[int]) -> NVFP4Experts:
+    """Four experts in codes, or those of them that are here, on a kernel that notes how many rows it is given."""
+
+    def noting(x_AK: torch.Tensor, *args: torch.Tensor, **options: bool) -> torch.Tensor:
+        rows_seen.append(len(x_AK))
+        return nvfp4_reference.expert_matmul(x_AK, *args, **options)
+
+    E, width = 4, 2 * BLOCK
+    experts = NVFP4Experts(
+        Experts(width, E, width),
+        Scheme("nvfp4", activations=False),
+        Kernel("noting", nvfp4_reference.matmul, noting),
+        quantizes_inputs=False,
+    )
+    draw = torch.Generator().manual_seed(0)
+    for name, param in list(experts.named_parameters()):
+        if name.endswith("_weight"):
+            value = torch.randint(0, 256, param.shape, generator=draw, dtype=torch.uint8)
+        else:
+            value = torch.rand(param.shape, generator=draw) + 0.1
+            value = value.to(torch.float8_e4m3fn) if name.endswith("_scale") else value / 8
+        here = slice(None) if held is None else slice(held.start, held.stop)
+        setattr(experts, name, nn.Parameter(value[here].clone(), requires_grad=False))
+    experts.hold(held)
+    allocate_derived(experts, torch.device("cpu"))
+    return experts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, STEP_TOKENS + 1])
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (2, 3)], ids=["of both", "of one"])
+def test_ranks_with_some_of_the_experts_have_parts_of_the_sum(tokens: int, chosen: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    x_BTD = torch.randn(2, tokens, 2 * BLOCK, generator=draw)
+    experts_BTX = torch.tensor(chosen)[torch.rand(2, tokens, len(chosen), generator=draw).topk(2).indices]
+    weights_BTX = torch.rand(2, tokens, 2, generator=draw)
+    seen: list[int] = []
+    want = coded_experts(None, seen)(x_BTD, weights_BTX, experts_BTX)
+    seen.clear()
+    parts = [coded_experts(held, seen)(x_BTD, weights_BTX, experts_BTX) for held in (range(2), range(2, 4))]
+    assert (sum(parts) - want).norm() <= 1e-6 * want.norm()
+    assert min(seen) > 0  # kernels want a row
+    if tokens > STEP_TOKENS:  # a prompt's are run where their experts are
+        here = [int((experts_BTX < 2).sum()), int((experts_BTX >= 2).sum())]
+        assert seen == [max(count, 1) for count in here for _ in range(2)]

@@ -58,7 +58,7 @@ class Linear(nn.Module):
     k_scale: torch.Tensor  # of a key projection, where keys are kept in FP8
     v_scale: torch.Tensor
     summed: Join | None = None  # on a mesh, where inputs are cut
-    gathered: Join | None = None  # where outputs are, and all are asked for
+    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_models.layers.linear import Join
 from torch_models.taps import tap
 
 _rows: ContextVar[torch.Tensor | None] = ContextVar("rows", default=None)
@@ -37,6 +38,8 @@ def active_rows(slot_B: torch.Tensor | None) -> Iterator[None]:
 @dataclass(frozen=True)
 class Stacks:
     """Low-rank updates of one module, slot by slot; slots and ranks that are not used are zero.
+
+    On a mesh inputs and outputs are those that are here of the weight; of a table that is looked up all are.
 
     Attributes:
         a: float32 [slots, ..., r, in]; of an embedding [slots, V, r].
@@ -65,11 +68,17 @@ def of_rows(is_chosen_B: torch.Tensor, value: torch.Tensor, other: torch.Tensor)
     return torch.where(is_chosen_B.view(-1, *(1,) * (value.ndim - 1)), value, other)
 
 
-def added(y: torch.Tensor, deltas: Sequence[torch.Tensor], slot_B: torch.Tensor) -> torch.Tensor:
-    """``y`` with each row's delta, in the dtype of ``y``; bit for bit the same where a delta is zero."""
+def added(
+    y: torch.Tensor, deltas: Sequence[torch.Tensor], slot_B: torch.Tensor, gathered: Join | None = None
+) -> torch.Tensor:
+    """``y`` with each row's delta, in the dtype of ``y``; bit for bit the same where a delta is zero.
+
+    ``gathered``: on a mesh, what puts the deltas of all outputs together, where ``y`` has all.
+    """
     delta = torch.zeros_like(deltas[0])
     for slot, one in enumerate(deltas):
         delta = of_rows(slot_B == slot, one, delta)
+    delta = delta if gathered is None else gathered(delta)
     return torch.where(delta != 0, (y.float() + delta).to(y.dtype), y)  # -0 + 0 would be 0
 
 
@@ -182,13 +191,17 @@ class LinearWithLoRA(Wrapper):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
-        return self._added(self.base_layer.project(x), x)
+        return self._added(self.base_layer.project(x), x, self.gathered)
 
-    def _added(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        slot_B = _rows.get()
+    def _added(self, y: torch.Tensor, x: torch.Tensor, gathered: Join | None = None) -> torch.Tensor:
+        slot_B, lora = _rows.get(), self.lora
         if slot_B is None:
             return y
-        return added(y, [self.lora.delta(x, slot) for slot in range(len(self.lora.a))], slot_B)
+        if self.summed is None:
+            return added(y, [lora.delta(x, slot) for slot in range(len(lora.a))], slot_B, gathered)
+        inner = self.summed(torch.stack([F.linear(x.float(), a) for a in lora.a]))  # of all slots at once, and narrow
+        deltas = [F.linear(one, b) * by for one, b, by in zip(inner, lora.b, lora.scaling, strict=True)]
+        return added(y, deltas, slot_B)
 
 
 class VocabParallelEmbeddingWithLoRA(Wrapper):
@@ -217,7 +230,7 @@ class VocabParallelEmbeddingWithLoRA(Wrapper):
         y, slot_B, head = self.base_layer.project(x), _rows.get(), self.head
         if slot_B is None or head is None:
             return y
-        return added(y, [head.delta(x, slot) for slot in range(len(head.a))], slot_B)
+        return added(y, [head.delta(x, slot) for slot in range(len(head.a))], slot_B, self.gathered)
 
 
 class RouterWithLoRA(Wrapper):

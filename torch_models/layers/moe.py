@@ -65,6 +65,12 @@ def routed(gate: Any, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tap(gate.path, "weights", weights_BTX, "modules"), given_BTX
 
 
+def places_of(experts_BTX: torch.Tensor, held: range) -> torch.Tensor:
+    """Where experts are among those that are here, -1: nowhere."""
+    place_BTX = experts_BTX - held.start
+    return torch.where(place_BTX < len(held), place_BTX, -1).clamp(min=-1)
+
+
 class Experts(nn.Module):
     """All experts of a layer: ``gate_up_proj`` [E, 2, M, D] (gate first) and ``down_proj`` [E, D, M]."""
 
@@ -77,6 +83,10 @@ class Experts(nn.Module):
         self.hidden_size, self.num_experts, self.expert_size = hidden_size, num_experts, expert_size
         self.gate_up_proj = empty_param(num_experts, 2, expert_size, hidden_size)
         self.down_proj = empty_param(num_experts, hidden_size, expert_size)
+
+    def hold(self, experts: range | None) -> None:
+        """Tell which experts are here; None: all."""
+        self.held = experts
 
     def forward(
         self,
@@ -93,8 +103,7 @@ class Experts(nn.Module):
         """
         x_UD, lead = x_BTD.flatten(0, 1), tuple(experts_BTX.shape)
         if self.held is not None:
-            experts_BTX = experts_BTX - self.held.start
-            experts_BTX = torch.where(experts_BTX < len(self.held), experts_BTX, -1).clamp(min=-1)  # -1: not here
+            experts_BTX = places_of(experts_BTX, self.held)
         if experts_BTX.numel() <= len(self.down_proj):
             out_UXD = self._of_copies(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         elif x_BTD.shape[1] <= STEP_TOKENS:

@@ -18,7 +18,7 @@ from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import activation_codes, dequantized, packed_codes, quantized_activations
 from torch_models.layers.fp8 import fp8_rounded
-from torch_models.layers.linear import Linear, empty_param
+from torch_models.layers.linear import Join, Linear, empty_param
 
 
 def multiplier(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -37,6 +37,8 @@ class NVFP4Linear(nn.Module):
     alpha: torch.Tensor
     input_scale_inv: torch.Tensor
     weight_scale_interleaved: torch.Tensor
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, plain: Linear, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class NVFP4Linear(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
         self._derive_scalars()
-        return self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return _joined(self, self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y32 = self.project(x)
@@ -106,7 +108,8 @@ class NVFP4Linear(nn.Module):
     def _block_scales(self) -> torch.Tensor:
         if not self.kernel.swizzles:
             return self.source("block")
-        return nvfp4_blackwell.unswizzled(self.weight_scale_interleaved, (self.out_features, self.in_features // BLOCK))
+        shape = self.get_parameter(self.scheme.leaves["block"]).shape
+        return nvfp4_blackwell.unswizzled(self.weight_scale_interleaved, tuple(shape))
 
 
 class FP8Linear(nn.Module):
@@ -114,6 +117,9 @@ class FP8Linear(nn.Module):
 
     Source: modelopt's ``FP8``: weight = codes * ``weight_scale``; inputs, likewise, by ``input_scale``.
     """
+
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, plain: Linear, scheme: Scheme, *, quantizes_inputs: bool) -> None:
         super().__init__()
@@ -135,7 +141,8 @@ class FP8Linear(nn.Module):
         alpha = self.weight_scale
         if self.quantizes_inputs:
             x, alpha = fp8_rounded(x, self.input_scale), alpha * self.input_scale
-        return F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
+        y32 = F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
+        return _joined(self, y32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y32 = self.project(x)
@@ -146,6 +153,12 @@ class FP8Linear(nn.Module):
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
         return F.linear(x, self.weight.to(x.dtype)).float() * alpha
+
+
+def _joined(layer: NVFP4Linear | FP8Linear, y32: torch.Tensor) -> torch.Tensor:
+    """On a mesh all of a product, where a layer has parts of its sums or a head some of its outputs."""
+    y32 = y32 if layer.summed is None else layer.summed(y32)
+    return y32 if layer.gathered is None else layer.gathered(y32)
 
 
 def as_loaded(layer: nn.Module, leaf: str) -> torch.Tensor:

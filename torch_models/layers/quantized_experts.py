@@ -11,9 +11,9 @@ from torch_models.derived import alias_or_bind_derived_param, is_derived
 from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import quantized_activations
-from torch_models.layers.linear import empty_param
+from torch_models.layers.linear import Join, empty_param
 from torch_models.layers.lora import ExpertUpdates
-from torch_models.layers.moe import STEP_TOKENS, Experts
+from torch_models.layers.moe import STEP_TOKENS, Experts, places_of
 from torch_models.layers.quantized import as_loaded, exact_weight, multiplier
 from torch_models.taps import tap_rows
 
@@ -27,6 +27,8 @@ class NVFP4Experts(nn.Module):
     """
 
     path: str = ""
+    summed: Join | None = None  # on a mesh, where experts or their width are cut
+    held: range | None = None  # the experts that are here; None: all
 
     g1_alphas: torch.Tensor
     g2_alphas: torch.Tensor
@@ -46,6 +48,12 @@ class NVFP4Experts(nn.Module):
         self.quantizes_inputs = scheme.activations and quantizes_inputs
         self.register_buffer("g1_alphas", torch.empty(E, 2, device="meta"), persistent=False)
         self.register_buffer("g2_alphas", torch.empty(E, device="meta"), persistent=False)
+
+    def hold(self, experts: range | None) -> None:
+        """Tell which experts are here, before anything is derived of them; None: all."""
+        self.held = experts
+        if experts is not None:
+            self.g1_alphas, self.g2_alphas = (one[: len(experts)] for one in (self.g1_alphas, self.g2_alphas))
 
     def source(self, stack: str, role: str) -> torch.Tensor:
         """A tensor of the checkpoint as it was loaded, of stack ``w13`` or ``w2``."""
@@ -78,25 +86,46 @@ class NVFP4Experts(nn.Module):
         ``updates``: what adapters add to both products, before they are rounded.
         """
         self._derive_scalars()
-        x_UD, experts_A = x_BTD.flatten(0, 1), experts_BTX.flatten()
-        x_AD = x_UD.repeat_interleave(experts_BTX.shape[2], dim=0)
         ask_host = x_BTD.shape[1] > STEP_TOKENS  # a step of decoding can be captured
+        place_A, experts_A, is_here_A1 = self._assigned(experts_BTX, ask_host=ask_host)
+        token_A = torch.arange(experts_BTX.numel(), device=x_BTD.device)[place_A] // experts_BTX.shape[2]
+        x_AD = x_BTD.flatten(0, 1)[token_A]
         gate_up_AF = self._first(x_AD, experts_A, ask_host=ask_host)
-        token_A = torch.arange(len(experts_A), device=x_BTD.device) // experts_BTX.shape[2]
         if updates is not None:
             gate_up_AF = updates.first(gate_up_AF, x_AD, experts_A, token_A)
         gate_AM, up_AM = gate_up_AF.to(x_BTD.dtype).chunk(2, dim=1)
         lead = tuple(experts_BTX.shape)
-        gate_AM = tap_rows(self.path, "gate_proj", gate_AM, slice(None), lead)
-        up_AM = tap_rows(self.path, "up_proj", up_AM, slice(None), lead)
-        hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, slice(None), lead)
+        gate_AM = tap_rows(self.path, "gate_proj", gate_AM, place_A, lead)
+        up_AM = tap_rows(self.path, "up_proj", up_AM, place_A, lead)
+        hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, place_A, lead)
         out_AD = self._second(hidden_AM, experts_A, ask_host=ask_host)
         if updates is not None:
             out_AD = updates.second(out_AD, hidden_AM, experts_A, token_A)
-        out_AD = tap_rows(self.path, "down_proj", out_AD.to(x_BTD.dtype), slice(None), lead)
+        out_AD = tap_rows(self.path, "down_proj", out_AD.to(x_BTD.dtype), place_A, lead)
+        if is_here_A1 is not None:
+            out_AD = torch.where(is_here_A1, out_AD, 0)
+        if isinstance(place_A, torch.Tensor):
+            out_AD = out_AD.new_zeros(experts_BTX.numel(), out_AD.shape[1]).index_copy(0, place_A, out_AD)
         out_UXD = out_AD.view(*experts_BTX.flatten(0, 1).shape, -1)
         out_UD = torch.einsum("uxd,ux->ud", out_UXD.float(), weights_BTX.flatten(0, 1))
+        out_UD = out_UD if self.summed is None else self.summed(out_UD)
         return out_UD.view(x_BTD.shape).to(x_BTD.dtype)
+
+    def _assigned(
+        self, experts_BTX: torch.Tensor, *, ask_host: bool
+    ) -> tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor | None]:
+        """Which assignments run here, the place of each one's expert, and which of them count; None: all do.
+
+        A prompt runs those of experts that are here. A step, which may ask nothing, runs others' too, by any expert.
+        """
+        if self.held is None:
+            return slice(None), experts_BTX.flatten(), None
+        experts_A = places_of(experts_BTX, self.held).flatten()
+        if not ask_host:
+            return slice(None), experts_A.clamp(min=0), (experts_A >= 0)[:, None]
+        (place_A,) = (experts_A >= 0).nonzero(as_tuple=True)
+        place_A = place_A if len(place_A) else place_A.new_zeros(1)  # kernels want a row
+        return place_A, experts_A[place_A].clamp(min=0), (experts_A >= 0)[place_A, None]
 
     def _first(self, x_AD: torch.Tensor, experts_A: torch.Tensor, *, ask_host: bool) -> torch.Tensor:
         """Gate and up, float32 [A, 2M]."""
