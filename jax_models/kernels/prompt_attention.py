@@ -103,6 +103,7 @@ def _attend(
     segments = splash.SegmentIds(real_BT, real_BT)  # real tokens see real ones, others each other
     kernel = _kernel(N // K, T + missing, softcap, window, interpret)
     out_BKGTH = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q.reshape(B, K, N // K, -1, H), k, v, segments)
+    assert isinstance(out_BKGTH, jax.Array)
     return out_BKGTH.reshape(B, N, -1, H).swapaxes(1, 2)[:, :T]
 
 
@@ -113,10 +114,10 @@ def _kernel(
     shape = (length, length)
     seen = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     block = next(size for size in BLOCKS if length % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")  # and for gradients
+    sizes = splash.BlockSizes(block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block)
     return splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([seen] * group),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=sizes,
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )

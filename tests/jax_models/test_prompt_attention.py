@@ -62,6 +62,22 @@ def test_it_says_what_attention_says(
     assert error(found, given, scale, softcap, window) < 1.25
 
 
+def test_gradients_are_those_of_attention() -> None:
+    *qkv, mask = case(512, 2, 1, rows=1)
+    seen = visible(mask, 0, 512, None)
+
+    def by_kernel(*qkv: jax.Array) -> jax.Array:
+        options: Any = {"scale": 0.125, "softcap": None, "window": None, "mesh": None, "interpret": True}
+        return jnp.sum(attend_prompt(*qkv, mask, **options).astype(jnp.float32) ** 2 * mask[..., None, None])
+
+    def by_xla(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(attend(*(x.astype(jnp.float32) for x in qkv), seen, scale=0.125) ** 2 * mask[..., None, None])
+
+    for found, expected in zip(*(jax.grad(way, argnums=(0, 1, 2))(*qkv) for way in (by_kernel, by_xla)), strict=True):
+        wrong = abs(found.astype(jnp.float32) - expected.astype(jnp.float32)).max()
+        assert wrong < 2 * EPS * abs(expected).max()
+
+
 MESHES = [  # how many parts of the queries there are
     ({"tensor": 2}, 4, 2, 2),
     ({"data": 2, "tensor": 4}, 8, 4, 8),

@@ -128,12 +128,12 @@ def test_of_experts_a_prefill_of_many_rows_moves_them_in_the_models_dtype(measur
     assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 6600 * MEGABYTE
 
 
-@pytest.mark.parametrize("model", ["qwen3-8b", "qwen3.5-9b"])
-def test_a_prompt_attends_to_itself_without_scores_in_memory(measure, model):
-    """Two or four layers, 4,096 tokens: scores of a device's heads are 0.54 GB a layer of Qwen3-8B in float32."""
+@pytest.mark.parametrize(("model", "most", "ratio"), [("qwen3-8b", 200, 4), ("qwen3.5-9b", 300, 5)])
+def test_a_prompt_attends_to_itself_without_scores_in_memory(measure, model, most, ratio):
+    """4,096 tokens: a layer's scores are 0.54 GB on a device for Qwen3-8B, and 12.9 times the least bytes moved."""
     found = measure(model, "prefill", 4, length=4096)
-    assert found["temp_bytes"] < 200 * MEGABYTE
-    assert found["ratio"] <= 4
+    assert found["temp_bytes"] < most * MEGABYTE
+    assert found["ratio"] <= ratio
 
 
 def test_in_nvfp4_a_decode_step_of_experts_moves_little_more_than_codes_and_scales(measure):
