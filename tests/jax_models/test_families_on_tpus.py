@@ -76,6 +76,12 @@ def test_it_compiles_and_updates_its_cache_in_place(compiled):
         assert abs(found["alias_bytes"] - found["cache_bytes"]) < 2**16
 
 
+def test_prompts_attend_to_themselves_by_the_kernel(compiled):
+    """In every layer that attends: of four of a hybrid one, of others both; Gemma's also in windows."""
+    assert compiled["prefill"]["kernels_of_prompts"] >= 1
+    assert compiled["decode"]["kernels_of_prompts"] == 0
+
+
 def test_a_prompt_with_images_compiles(compiled, request):
     sees = "qwen3_vl" in request.node.callspec.id
     assert compiled.get("images") is (True if sees else None)
