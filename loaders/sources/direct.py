@@ -30,34 +30,25 @@ class DirectSession(PositionedSession):
 
     def __init__(self) -> None:
         super().__init__(max(THREADS, thread_count()))
-        self._past: dict[OpenFile, int | None] = {}  # descriptors that do not go through the cache
 
     @property
     def stretch_bytes(self) -> int:
         return memory.STAGING_BYTES  # all of it goes through a thread's buffer
 
     def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
-        if file not in self._past:
-            self._past[file] = _reopened(file)
+        assert isinstance(file, LocalFile), f"{file.name} is another source's"
+        _ = file.uncached  # opened before threads would, each for itself
         return super().submit(file, position, pieces)
-
-    def close(self) -> None:
-        super().close()
-        for descriptor in self._past.values():
-            if descriptor is not None:
-                os.close(descriptor)
-        self._past.clear()
 
     def _read(self, file: LocalFile, position: int, pieces: Sequence[Piece]) -> None:
         num_bytes = sum(piece.num_bytes for piece in pieces)
-        descriptor = self._past[file]
-        if descriptor is None or num_bytes < LEAST_BYTES or _is_cached(file, position, num_bytes):
+        if file.uncached is None or num_bytes < LEAST_BYTES or _is_cached(file, position, num_bytes):
             return super()._read(file, position, pieces)
         skipped = position % BLOCK_BYTES
         wanted = skipped + num_bytes
         raw = self._blocks(-(-wanted // BLOCK_BYTES))
         try:
-            count = os.preadv(descriptor, [raw.data], position - skipped)
+            count = os.preadv(file.uncached, [raw.data], position - skipped)
         except OSError:
             count = 0
         if count < wanted:
@@ -77,16 +68,8 @@ class DirectSession(PositionedSession):
         return held[: count * BLOCK_BYTES]
 
 
-def _reopened(file: OpenFile) -> int | None:
-    """The file that was opened once more, past the cache; None: there is no such way here, or where the file lies."""
-    try:
-        return os.open(file.address, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except (AttributeError, OSError):
-        return None
-
-
 def _is_cached(file: LocalFile, position: int, num_bytes: int) -> bool:
-    """Whether pages all over a stretch are in the cache, which is asked without reading any that is not."""
+    """Whether pages all over a stretch are in the cache; none that is not is waited for."""
     byte = bytearray(1)
     samples = [*range(position, position + num_bytes, SAMPLE_BYTES), position + num_bytes - 1]
     with contextlib.suppress(AttributeError, OSError):  # BlockingIOError: it is not there

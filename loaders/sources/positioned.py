@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -55,8 +55,18 @@ class LocalFile:
     def address(self) -> str:
         return f"/proc/self/fd/{self.descriptor}"  # the file that was opened, whatever has its name by now
 
+    @cached_property
+    def uncached(self) -> int | None:
+        """Descriptor that reads past the page cache (O_DIRECT); None: there is no such way here, or where it lies."""
+        try:
+            return os.open(self.address, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except (AttributeError, OSError):
+            return None
+
     def close(self) -> None:
         os.close(self.descriptor)
+        if (uncached := self.__dict__.pop("uncached", None)) is not None:
+            os.close(uncached)
 
     def __enter__(self) -> LocalFile:
         return self

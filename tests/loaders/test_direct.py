@@ -135,6 +135,15 @@ def test_tensors_come_in_file_order_straight_to_their_places(directory: Path, re
     assert reads.past
 
 
+def test_a_file_is_closed_with_its_last_tensor(directory: Path, reads: Reads) -> None:
+    seen: set[str] = set()
+    for name, _ in open_checkpoint(f"direct://{directory}").stream():
+        seen.add(name)
+        count = [Path(path).name for path in open_files()].count("model-00001-of-00002.safetensors")
+        assert count == (2 if {"a", "b", "c"} - seen else 0)  # through the cache and past it
+    assert seen == SIZES.keys()
+
+
 def test_regions_rows_and_columns(directory: Path, reads: Reads) -> None:
     boxes = {name: [((1, rows - 1), (0, 4)), ((0, rows), (1, 3))] for name, (rows, _) in SHAPES.items() if rows > 2}
 
