@@ -18,13 +18,16 @@ from jax.sharding import Mesh, PartitionSpec
 from loaders.axes import LOGICAL_AXES, axes_of, cut_of, head_cuts
 
 LEAST_TOKENS = 512  # scores of fewer are small, and XLA fuses what it does with them
+MOST_TOKENS = 32768  # tables of its blocks are made on the host, in time that grows with the square: here 3 to 7 s
 LANES = 128  # of a vector register: what blocks and heads have to be multiples of
 BLOCKS = (512, 384, 256, 128)
 
 
 def takes(q_BTNH: jax.Array) -> bool:
     """Whether the kernel is for such queries: a long prompt in bfloat16, whose heads fill vector registers."""
-    return q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[1] >= LEAST_TOKENS and q_BTNH.shape[3] % LANES == 0
+    return (
+        q_BTNH.dtype == jnp.bfloat16 and LEAST_TOKENS <= q_BTNH.shape[1] <= MOST_TOKENS and q_BTNH.shape[3] % LANES == 0
+    )
 
 
 def attend_prompt(

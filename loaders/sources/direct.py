@@ -1,7 +1,7 @@
 """Local files read past the page cache (O_DIRECT), for what has no room there or is read once.
 
 What lies in the cache is copied from it; the rest goes from the disk to a thread's own buffer and from there to its
-place, for half of the CPU time or less. Nothing stays behind, so the next load is as cold. It is only a way to the same
+place, for less CPU time. Nothing stays behind, so the next load is as cold. It is only a way to the same
 bytes: what cannot be read so, for whatever reason, is read the other way, which also says what is wrong.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from loaders import memory
 from loaders.memory import aligned_empty
 from loaders.regions import Piece
-from loaders.sources.positioned import LocalFile, PositionedSession, thread_count
+from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.source import OpenFile
 
 BLOCK_BYTES = 4096  # of which address, position and size have to be multiples, on every disk that is met today
@@ -29,7 +29,7 @@ class DirectSession(PositionedSession):
     """Reads of local files; see ``loaders.sources.source.Session``. Nothing is lent."""
 
     def __init__(self) -> None:
-        super().__init__(max(THREADS, thread_count()))
+        super().__init__(THREADS)
 
     @property
     def stretch_bytes(self) -> int:
@@ -53,6 +53,7 @@ class DirectSession(PositionedSession):
             count = 0
         if count < wanted:
             return super()._read(file, position, pieces)
+        os.posix_fadvise(file.descriptor, position - skipped, wanted, os.POSIX_FADV_DONTNEED)  # asking brought pages in
         start = skipped
         for piece in pieces:
             piece.take(raw[start : start + piece.num_bytes])

@@ -106,6 +106,14 @@ def test_what_is_cold_is_read_past_the_cache_and_stays_cold(directory: Path, rea
     assert open_files() == before
 
 
+def test_the_tenth_load_is_as_cold_as_the_first(directory: Path, reads: Reads) -> None:
+    """Asking whether a page is in the cache has the system read it."""
+    for _ in range(10):
+        before = reads.past
+        list(open_checkpoint(f"direct://{directory}").stream())
+        assert reads.past - before > sum(SIZES.values()) - 4 * direct.LEAST_BYTES
+
+
 def test_what_is_in_the_cache_is_copied_from_it(directory: Path, reads: Reads) -> None:
     for file in directory.glob("*.safetensors"):
         file.read_bytes()
