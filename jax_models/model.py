@@ -18,6 +18,7 @@ from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
 from jax_models.decoding import Decoding
+from jax_models.kernels.prompt_attention import left_to_xla
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.stepwise import read_stepwise
@@ -184,12 +185,16 @@ class Model(Decoding, Adapted, Seeing):
     ) -> jax.Array:
         """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing.
 
+        Long prompts attend by XLA here, on TPUs too: it partitions no kernel. Kernels of experts and of NVFP4 weights
+        need one device there, or the mesh that the model was loaded for.
+
         But for images: they are matched to their placeholders, so that they and the tokens must be arrays with values.
         ``adapters``: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
         """
         if any(value is not None for value in multimodal.values()):
             entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-            return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
+            with left_to_xla():
+                return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -199,7 +204,8 @@ class Model(Decoding, Adapted, Seeing):
             position_ids = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=1) - 1, 0)
         positions = jnp.asarray(position_ids, jnp.int32)
         positions = positions[-3:] if positions.ndim == 3 else positions  # of four axes the first is text's
-        return self.programs.apply(weights, jnp.asarray(entry), mask_BT, positions, None, adapters)
+        with left_to_xla():
+            return self.programs.apply(weights, jnp.asarray(entry), mask_BT, positions, None, adapters)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.

@@ -117,14 +117,12 @@ def _kept_weight(forward: Any, self: Any, x: Any) -> Any:
     return forward(self, x) + x @ (self.__dict__["kept"] - self.weight).T
 
 
-def _first_stays(refill: Any, self: Any, old: Any, new: Any) -> None:
-    if not old.attached:
-        refill(self, old, new)
+def _first_stays(changes: Any, self: Any, old: Any, new: Any) -> Any:
+    return [] if old.attached else changes(self, old, new)
 
 
-def _slot_not_cleared(fill: Any, stacks: Any, slot: int, update: Any, part: Any) -> None:
-    if update is not None:
-        fill(stacks, slot, update, part)
+def _slot_not_cleared(fill: Any, stacks: Any, slot: int, update: Any, part: Any) -> Any:
+    return [] if update is None else fill(stacks, slot, update, part)
 
 
 def _registered(init: Any, self: Any, base_layer: Any) -> None:
@@ -217,7 +215,7 @@ LORA: list[Mutant] = [
     _life(
         "lora_replaced_stays",
         "issue lora",
-        wrapped("adapter_room:Room.refill", _first_stays),
+        wrapped("adapter_room:Room.changes", _first_stays),
         "another adapter of the same name is not written",
     ),
     _life(

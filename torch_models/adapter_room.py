@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _EVERY = frozenset({"forward", "project", "add_norm", "logits"})
 # what is here of something that goes with a parameter; see ``Parallel.part_along``
+Changes = list[tuple[torch.Tensor, torch.Tensor]]  # places, and values on the host of their shapes and dtypes
 Part = Callable[[str, np.ndarray, Sequence[int | None]], np.ndarray]
 
 
@@ -91,7 +92,7 @@ class Room:
                 copies = [_copied(model, layers[layer], leaves, sites) for _ in range(places)]
                 table = torch.full((layout.slots + 1,), NONE, dtype=torch.int64, device=model.device)
                 room.copies[module] = Copies(copies, leaves, table)
-        room.refill(Roster(layout=layout), roster)
+        write(room.changes(Roster(layout=layout), roster))
         wrappers = {id(layers[path]): wrapper for path, wrapper in room._wrappers(layers, sites).items()}
         for parent in model.modules():
             for leaf, child in parent._modules.items():
@@ -109,15 +110,9 @@ class Room:
         for parent, leaf, base, _ in self.stands:
             parent._modules[leaf] = base
 
-    def refill(self, old: Roster, new: Roster) -> None:
-        """Write what differs between two rosters of this layout; on any failure, what was there before again."""
-        try:
-            self._write(old, new)
-        except BaseException:
-            self._write(new, old)
-            raise
-
-    def _write(self, old: Roster, new: Roster) -> None:
+    def changes(self, old: Roster, new: Roster) -> Changes:
+        """What has to be written where two rosters of this layout differ. Nothing is written."""
+        made: Changes = []
         before = {one.slot: one.adapter for one in old.attached}
         after = {one.slot: one.adapter for one in new.attached}
         for slot in before.keys() | after.keys():
@@ -125,7 +120,7 @@ class Room:
                 for path, stacks in self.stacks.items():
                     was, update = (_update(side.get(slot), path) for side in (before, after))
                     if was is not None or update is not None:
-                        _fill(stacks, slot, update, self.part)
+                        made += _fill(stacks, slot, update, self.part)
         for module, copies in self.copies.items():
             table, there = new.places(module), old.places(module)
             for slot, place in table.items():
@@ -134,9 +129,10 @@ class Room:
                 for leaf, name in copies.leaves.items():
                     held = copies.layers[place].get_parameter(leaf)
                     value = self.part(name, after[slot].whole[name], range(held.ndim))
-                    _put(held, of_host(value).to(held.dtype))
+                    made.append((held, of_host(value).to(held.dtype)))
             slots = [table.get(slot, NONE) for slot in range(len(copies.places) - 1)]
-            _put(copies.places, torch.tensor([*slots, NONE]))
+            made.append((copies.places, torch.tensor([*slots, NONE])))
+        return made
 
     def _wrappers(self, layers: Mapping[str, nn.Module], sites: Sites) -> dict[str, nn.Module]:
         """Path of a layer -> what is to stand in its place."""
@@ -189,12 +185,17 @@ def _update(adapter: Adapter | None, path: str) -> LowRank | None:
     return None if adapter is None else adapter.low_rank.get(path)
 
 
-def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> None:
-    """An update into its slot; None: zeros."""
+def write(changes: Changes) -> None:
+    """Write values to their places. Raises RuntimeError when other bytes arrived; then there is some of both."""
+    for place, value in changes:
+        _put(place, value)
+
+
+def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> Changes:
+    """What an update's slot is to hold; None: zeros."""
     if update is None:
-        for stack in (stacks.a, stacks.b, stacks.scaling):
-            stack[slot].zero_()
-        return
+        places = [stack[slot] for stack in (stacks.a, stacks.b, stacks.scaling)]
+        return [(place, torch.zeros(place.shape, dtype=place.dtype)) for place in places]
     rank, site = stacks.b.shape[-1], update.site
     a, b = padded(update.a, -2, rank), padded(update.b, -1, rank)
     if site.kind == "embedding":
@@ -203,9 +204,8 @@ def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> None
         lead = range(len(site.lead))
         a = part(site.parameter, a, (*lead, None, len(lead) + 1))
         b = part(site.parameter, b, (*lead, len(lead), None))
-    _put(stacks.a[slot], of_host(a))
-    _put(stacks.b[slot], of_host(b))
-    _put(stacks.scaling[slot], torch.tensor(update.scaling, dtype=torch.float32))
+    scaling = torch.tensor(update.scaling, dtype=torch.float32)
+    return [(stacks.a[slot], of_host(a)), (stacks.b[slot], of_host(b)), (stacks.scaling[slot], scaling)]
 
 
 def _put(place: torch.Tensor, value: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from loaders.events import Event
 from loaders.merging import merge_problems, merged_weights
 from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
-from torch_models.adapter_room import Room
+from torch_models.adapter_room import Changes, Room, write
 from torch_models.layers.lora import active_rows
 from torch_models.parallel import on_host
 from torch_models.processes import together, told_by_all
@@ -48,10 +48,12 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
 
     Raises:
         CheckpointError: the adapter does not fit; lists everything. Nothing was changed.
-        ValueError: an adapter is merged into the weights, or the name is no name, or ranks found different adapters.
-        RuntimeError: the model must not run.
+        ValueError: an adapter is merged into the weights, or the name is no name, or ranks name or found
+            different adapters.
+        RuntimeError: the model must not run; or writing failed, and so did bringing back what was there: none is left.
     """
     model.check_runnable()
+    _check_alike(model, f"attach {name!r}")
     check_name(name)
     model.roster.check_unmerged("another adapter")
     adapter = _opened(model, uri)
@@ -66,10 +68,11 @@ def detach_lora(model: Model, name: str) -> Model:
     """Take an adapter away; with the last one all layers are the base's own again.
 
     Raises:
-        ValueError: no adapter is called so, or one is merged into the weights.
+        ValueError: no adapter is called so, one is merged into the weights, or ranks name different ones.
         RuntimeError: the model must not run.
     """
     model.check_runnable()
+    _check_alike(model, f"detach {name!r}")
     model.roster.check_unmerged("taking one away")
     _become(model, model.roster.lacking(name))
     model.publish(Event("detach", model.version + 1, name))
@@ -89,6 +92,7 @@ def merge_lora(model: Model, name: str) -> Model:
         RuntimeError: the model must not run, or writing failed half-way.
     """
     model.check_runnable()
+    _check_alike(model, f"merge {name!r}")
     model.roster.check_unmerged("another one")
     adapter = model.roster[name].adapter
     if problems := merge_problems(adapter, model.config):
@@ -141,22 +145,59 @@ def of_cache(model: Model, cache: Cache) -> AbstractContextManager[None]:
 
 
 def _become(model: Model, roster: Roster) -> None:
-    """Have the adapters of ``roster``, or on any failure, of any rank, those from before."""
+    """Have the adapters of ``roster``, on all ranks, or those from before.
+
+    All that is to be written is made before anything is, with what is there now; only writing has to be undone.
+    """
+
+    def prepared() -> tuple[Changes, Changes]:
+        changes = model.room.changes(model.roster, roster)
+        return changes, [(place, place.cpu().clone()) for place, _ in changes]
+
     if roster.layout == model.roster.layout:
+        changes, before = together(_mesh(model), prepared)
         try:
-            together(_mesh(model), lambda: model.room.refill(model.roster, roster))
-        except Exception:
-            if model.parallel is not None:  # it may be another rank that failed
-                model.room.refill(roster, model.roster)
+            together(_mesh(model), lambda: write(changes))
+        except BaseException as error:  # of this rank or another: all undo it
+            _undo(model, before, error)
             raise
     else:
         room = together(_mesh(model), lambda: Room.made(model, roster))
-        model.room.remove()
-        room.install(model)
-        model.room = room
-        model.graphs.drop(reason="the room for adapters is another one")
+        _furnish(model, room)
     model.roster = roster
     model.adapter_changes += 1
+
+
+def _furnish(model: Model, room: Room) -> None:
+    """Have other room for adapters, whose wrappers take the places of those that are there."""
+    model.room.remove()
+    room.install(model)
+    model.room = room
+    model.graphs.drop(reason="the room for adapters is another one")
+
+
+def _undo(model: Model, before: Changes, error: BaseException) -> None:
+    """Bring back what was written over in part; where that fails too, on one rank, none of them has any adapter left.
+
+    Raises:
+        RuntimeError: none is left. The base serves, and names of adapters are errors.
+    """
+    mesh = _mesh(model) if isinstance(error, Exception) else None  # of an interrupt the others know nothing
+    try:
+        together(mesh, lambda: write(before))
+    except Exception as again:
+        lost = ", ".join(repr(one.name) for one in model.roster.attached)
+        _furnish(model, Room())
+        model.roster = Roster()
+        model.adapter_changes += 1
+        model.publish(Event("detach", model.version + 1, f"lost: {lost}"))
+        raise RuntimeError(f"{error} Nor could adapters be brought back: {again} Attach {lost} again.") from error
+
+
+def _check_alike(model: Model, asked: str) -> None:
+    """Raises ValueError where ranks of a mesh ask for different things."""
+    if (mesh := _mesh(model)) is not None and len(told := set(told_by_all(mesh, asked))) > 1:
+        raise ValueError(f"ranks ask for different things: {'; '.join(sorted(told))}. Nothing was changed.")
 
 
 def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
@@ -174,7 +215,13 @@ def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
         raise ValueError(f"ranks found different adapters at {uri}. Give all of them the same. Nothing was changed.")
     with model.in_company():
         tables = {name: _read(model, name) for name in sorted(asked & held.keys())}
-    return opened(tables.get) if tables else adapter
+    if not tables:
+        return adapter
+    compared = opened(tables.get)
+    changed = "" if compared.digest == adapter.digest else f"{uri} changed while it was read"
+    if said := [text for text in told_by_all(mesh, changed) if text]:
+        raise ValueError(f"{said[0]}. Attach it again once it is complete. Nothing was changed.")
+    return compared
 
 
 def _read(model: Model, name: str) -> np.ndarray:

@@ -113,7 +113,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     staged = {
         name: value.clone() if _is_live(model, value) else value.to(model.device) for name, value in changed.items()
     }
-    _commit(model, staged.items(), list(staged))
+    write(model, staged.items(), list(staged))
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
 

@@ -8,6 +8,9 @@ Source: ``jax.experimental.pallas.ops.tpu.splash_attention``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +26,23 @@ LANES = 128  # of a vector register: what blocks and heads have to be multiples 
 BLOCKS = (512, 384, 256, 128)
 
 
+_is_left_to_xla: ContextVar[bool] = ContextVar("is_left_to_xla", default=False)
+
+
+@contextmanager
+def left_to_xla() -> Iterator[None]:
+    """Inside no program takes the kernel: the caller places arrays, and XLA does not partition kernels on its own."""
+    token = _is_left_to_xla.set(True)
+    try:
+        yield
+    finally:
+        _is_left_to_xla.reset(token)
+
+
 def takes(q_BTNH: jax.Array) -> bool:
-    """Whether the kernel is for such queries: a long prompt in bfloat16, whose heads fill vector registers."""
+    """Whether the kernel is for queries [B, T, N, H]: a long prompt in bfloat16, whose heads fill vector registers."""
+    if _is_left_to_xla.get():
+        return False
     return (
         q_BTNH.dtype == jnp.bfloat16 and LEAST_TOKENS <= q_BTNH.shape[1] <= MOST_TOKENS and q_BTNH.shape[3] % LANES == 0
     )
@@ -100,7 +118,8 @@ def _attend(
     """On one device, scores as they are."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    missing = -T % LANES  # tokens that nobody sees
+    # tokens that nobody sees; of many as many as make large blocks, for small ones have the host make long tables
+    missing = -T % (LANES if 4 * BLOCKS[0] >= T else BLOCKS[0])
     q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
     real_BT = jnp.pad(mask_BT, ((0, 0), (0, missing))).astype(jnp.int32)
     segments = splash.SegmentIds(real_BT, real_BT)  # real tokens see real ones, others each other

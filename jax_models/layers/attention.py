@@ -90,7 +90,10 @@ def attend_alone(
     scale: float | None,
     softcap: float | None,
 ) -> jax.Array:
-    """``attend`` of tokens that nothing came before; of many on a TPU by a kernel that stores no scores."""
+    """``attend`` of tokens that nothing came before, [B, T, N, H]; of many on a TPU by a kernel that stores no scores.
+
+    Arguments as of ``attend_cached``.
+    """
 
     def by_xla(*given: jax.Array) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH, visible_BTT, _ = given

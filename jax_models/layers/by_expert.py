@@ -72,8 +72,9 @@ def weighed(out: jax.Array, order_A: jax.Array, is_here_A: jax.Array, weights_BT
         place_XU, is_here_XU, weight_XU = given
         # XLA for TPU would cast all rows to float32 in a pass of its own; behind a barrier they are as they are summed
         out_XUD = jax.lax.optimization_barrier(out[place_XU]).astype(jnp.float32)
-        out_XUD = out_XUD * weight_XU[..., None]  # no matmul, whose operands a TPU would round
-        return total_UD + jnp.sum(jnp.where(is_here_XU[..., None], out_XUD, 0.0), axis=0), None
+        # before they are multiplied: a weight's gradient is the row, and a stranger's may be NaN
+        out_XUD = jnp.where(is_here_XU[..., None], out_XUD, 0.0)
+        return total_UD + jnp.sum(out_XUD * weight_XU[..., None], axis=0), None  # a TPU would round a matmul's operands
 
     nothing_UD = jnp.zeros((len(order_A) // X, out.shape[1]), jnp.float32)
     return jax.lax.scan(add, nothing_UD, by_step)[0].reshape(*lead, -1)

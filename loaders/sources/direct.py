@@ -60,6 +60,9 @@ class DirectSession(PositionedSession):
             start += piece.num_bytes
         return None
 
+    def _staging(self, num_bytes: int) -> np.ndarray:
+        return self._blocks(-(-num_bytes // BLOCK_BYTES))[:num_bytes]  # a thread has one buffer, whichever way it reads
+
     def _blocks(self, count: int) -> np.ndarray:
         """So many blocks of this thread's own, the first at a multiple of their size."""
         held: np.ndarray | None = getattr(self._local, "blocks", None)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jax_models
 from jax_models.kernels.prompt_attention import LEAST_TOKENS, attend_prompt, takes
 from jax_models.layers.attention import attend, attend_alone
 from jax_models.layers.step import Step, visible
+from parity.zoo import make_checkpoint
 
 WIDTH = 128
 EPS = 2**-8  # of bfloat16
@@ -99,6 +102,20 @@ def test_on_a_mesh_it_says_the_same_bits(axes: dict[str, int], heads: int, kv_he
     found = jax.jit(lambda *x: attend_prompt(*x, **options, mesh=mesh))(*given)
     assert np.array_equal(found, attend_prompt(*given, **options, mesh=None))
     assert len({str(shard.index) for shard in found.addressable_shards}) == parts
+
+
+def test_with_shardings_of_ones_own_xla_attends(tmp_path: Path) -> None:
+    """It partitions no kernel, so a program of rows on two devices would not lower for TPUs."""
+    model = jax_models.load(make_checkpoint("qwen3", tmp_path / "it", dtype="BF16", head_dim=128), dtype="bfloat16")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    ids = jax.device_put(np.ones((2, LEAST_TOKENS), np.int32), NamedSharding(mesh, PartitionSpec("rows")))
+    weights = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), model.weights)
+    own = jax.jit(model.apply).trace(weights, ids).lower(lowering_platforms=("tpu",)).as_text()
+    ours = model.programs.forward.trace(
+        model.weights, np.asarray(ids), np.ones(ids.shape, bool), np.ones(ids.shape, np.int32)
+    )
+    assert "tpu_custom_call" not in own
+    assert "tpu_custom_call" in ours.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def step_of(mask: jax.Array, window: int | None = None) -> Step:

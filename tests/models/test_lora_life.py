@@ -256,6 +256,32 @@ def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monke
     np.testing.assert_array_equal(np.asarray(model(**given)), logits)
 
 
+def test_where_a_failed_attach_cannot_be_undone_either_no_adapter_is_left(made, monkeypatch):
+    path, adapter, other = made("qwen3")
+    model = load("torch", path)
+    given = batch(path)
+    base = np.asarray(model(**given)).copy()
+    model.attach_lora(adapter)
+    logits, version = np.asarray(model(**given)).copy(), model.version
+    module = importlib.import_module("torch_models.adapter_room")
+    put, count = module._put, iter(range(1000))
+
+    def fails(*args):
+        if next(count) >= 5:
+            raise RuntimeError("the device is gone")
+        put(*args)
+
+    monkeypatch.setattr(module, "_put", fails)
+    with pytest.raises(RuntimeError, match=r"Nor could adapters be brought back: .* Attach 'default' again"):
+        model.attach_lora(other)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(np.asarray(model(**given)), base)
+    assert (model.version, model.events[-1].kind) == (version + 1, "detach")
+    with pytest.raises(ValueError, match="no adapter is called 'default'. Attached: none"):
+        model(**given, adapter="default")
+    np.testing.assert_array_equal(np.asarray(model.attach_lora(adapter)(**given)), logits)
+
+
 @pytest.mark.parametrize("side", BACKENDS)
 @pytest.mark.parametrize(
     ("act", "told"),

@@ -39,6 +39,16 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     with patch.object(adapter_room, "_fill", fails if rank else adapter_room._fill):
         found["no room on one"] = error_of(lambda: model.detach_lora("b"))  # there is room for less, in place
         found["no room on one"] += error_of(lambda: model.attach_lora(c, "b"))
+    put, puts = adapter_room._put, iter(range(10**6))
+
+    def fails_once(*args: Any) -> None:
+        if next(puts) == 4:
+            raise RuntimeError("out of memory")
+        put(*args)
+
+    with patch.object(adapter_room, "_put", fails_once if rank else put):
+        found["half written on one"] = error_of(lambda: model.detach_lora("b"))
+    found["other names"] = error_of(lambda: model.detach_lora("a" if rank else "b"))
     found["still serving"] = model(**inputs, adapter=rows).numpy().tobytes() == said["mixed"].tobytes()
     model.attach_lora(c, "b")
     said["in its place"] = model(**inputs).numpy().copy()

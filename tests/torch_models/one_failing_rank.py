@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
 from loaders import CheckpointError
-from torch_models import processes
+from torch_models import processes, weights
 from torch_models.processes import Company
 
 
@@ -46,6 +46,17 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["of two versions"] = error_of(lambda: model(ids))
     model.update_weights_from_disk(first)
     found["updated again"] = model(ids).numpy().tobytes() == logits.tobytes()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    embed, _ = model.get_embed_and_head()
+    table = torch.ones(model.config.vocab_size, model.config.hidden_size, dtype=embed.dtype)
+    with patch.object(weights, "checksums", broken if rank else weights.checksums):
+        found["half a swap"] = error_of(lambda: model.set_embed_and_head(table))
+    found["of two tables"] = error_of(lambda: model(ids))
+    model.update_weights_from_disk(first)
+    found["brought back"] = model(ids).numpy().tobytes() == logits.tobytes()
 
     def slowly(company: Company) -> None:
         with company.call():

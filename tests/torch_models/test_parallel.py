@@ -246,6 +246,8 @@ def test_ranks_are_adapted_as_one_model(case, tmp_path):
         assert "/nowhere" in each["nowhere on one"]
         assert "ranks found different adapters" in each["different"]
         assert "out of memory" in each["no room on one"]
+        assert "out of memory" in each["half written on one"]
+        assert "ranks ask for different things: detach 'a'; detach 'b'" in each["other names"]
         assert each["still serving"]
         assert each["moved"] == []
         assert each["digests"] == digests
@@ -320,6 +322,9 @@ def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(tmp_path):
         assert "the disk is gone" in each["half an update"]
         assert "the model refuses to run: an update of" in each["of two versions"]
         assert each["updated again"]
+        assert "the device is gone" in each["half a swap"]
+        assert "the model refuses to run: an update of" in each["of two tables"]
+        assert each["brought back"]
         assert each["two models"][0].startswith("ValueError: bad")
         assert each["two models"][1] == "none"
         assert "out of memory" in each["in the middle"]
