@@ -185,7 +185,7 @@ def _undo(model: Model, before: Changes, error: BaseException) -> None:
     mesh = _mesh(model) if isinstance(error, Exception) else None  # of an interrupt the others know nothing
     try:
         together(mesh, lambda: write(before))
-    except Exception as again:
+    except Exception as again:  # noqa: BLE001 - whatever it was, it is said
         lost = ", ".join(repr(one.name) for one in model.roster.attached)
         _furnish(model, Room())
         model.roster = Roster()

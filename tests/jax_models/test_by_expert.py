@@ -78,6 +78,9 @@ def test_what_rows_of_strangers_came_out_as_is_not_summed(request, size, behind,
     expected = np.einsum("btxd,btx->btd", rows_BTXD.astype(float), weights_BTX * (chosen_BTX < 3))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda weights: weighed(*map(jnp.asarray, (out, order_A, is_here_A)), weights).sum())
+    expected = rows_BTXD.astype(float).sum(-1) * (chosen_BTX < 3)
+    np.testing.assert_allclose(gradient(jnp.asarray(weights_BTX)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["", "adapter"])

@@ -111,9 +111,8 @@ def test_with_shardings_of_ones_own_xla_attends(tmp_path: Path) -> None:
     ids = jax.device_put(np.ones((2, LEAST_TOKENS), np.int32), NamedSharding(mesh, PartitionSpec("rows")))
     weights = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), model.weights)
     own = jax.jit(model.apply).trace(weights, ids).lower(lowering_platforms=("tpu",)).as_text()
-    ours = model.programs.forward.trace(
-        model.weights, np.asarray(ids), np.ones(ids.shape, bool), np.ones(ids.shape, np.int32)
-    )
+    whole = (np.ones(ids.shape, kind) for kind in (np.int32, bool, np.int32))
+    ours = model.programs.forward.trace(model.weights, *whole)
     assert "tpu_custom_call" not in own
     assert "tpu_custom_call" in ours.lower(lowering_platforms=("tpu",)).as_text()
 

@@ -16,7 +16,7 @@ from handmade import CONFIG, open_files
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.memory import STAGING_BYTES
-from loaders.regions import Region
+from loaders.regions import Piece, Region, Taker
 from loaders.sources import direct
 from loaders.writer import TensorType, write_checkpoint
 from parity.zoo import make_checkpoint
@@ -215,6 +215,22 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors (changed since|cannot be)"):
         list(stream)
     assert open_files() == before
+
+
+def test_a_thread_has_one_buffer_whichever_way_it_reads(directory: Path, reads: Reads) -> None:
+    """Columns go through it: of one file from the cache, of the other from the disk."""
+    (directory / "model-00001-of-00002.safetensors").read_bytes()
+    session = direct.DirectSession()
+    checkpoint = open_checkpoint(f"direct://{directory}")
+    cold = checkpoint.tensors["d"]
+    with checkpoint.open_file(cold.file) as file, checkpoint.open_file(checkpoint.tensors["a"].file) as warm:
+        for place in (file, warm):
+            taken = np.zeros(4 * MIB, np.uint8)
+            session._read(place, 4096 * 9 + 8, [Piece(0, taken.size, takers=(Taker(taken, 0, (1,)),))])  # pyright: ignore[reportArgumentType]
+            assert taken.any()
+    assert reads.past
+    assert vars(session._local).keys() == {"blocks"}
+    session.close()
 
 
 def test_a_disk_that_fails_is_one_error_that_names_what_could_not_be_read(
