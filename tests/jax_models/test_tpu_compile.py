@@ -125,7 +125,7 @@ def test_of_experts_a_prefill_of_many_rows_moves_them_in_the_models_dtype(measur
     Counted is the program for all rows; that for half of them, which runs where they are enough, moves less.
     """
     found = measure("qwen3-30b-a3b", "prefill", 2, rows=8, nvfp4=nvfp4)
-    assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 6600 * MEGABYTE
+    assert found["hbm_read_bytes"] + found["hbm_written_bytes"] <= 5000 * MEGABYTE
 
 
 @pytest.mark.parametrize(("model", "most", "ratio"), [("qwen3-8b", 200, 4), ("qwen3.5-9b", 300, 5)])
