@@ -18,7 +18,7 @@ from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
 from jax_models.decoding import Decoding
-from jax_models.kernels.prompt_attention import left_to_xla
+from jax_models.kernels.heads import left_to_xla
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.stepwise import read_stepwise

@@ -114,7 +114,7 @@ def cache_slots(tokens: int) -> int:
 
     16, 32, 64, then multiples of 128, or from 2048 on of a sixteenth of the next power of two.
     """
-    # A step of JAX reads every slot there is, so that powers of two may cost twice what is needed; here an eighth, or
+    # A step of XLA reads every slot there is, so that powers of two may cost twice what is needed; here an eighth, or
     # 128 slots, is to spare at most, for eight programs where those have one. A TPU lays 128 side by side.
     power = bucket(tokens)
     step = max(128, power // 16)

@@ -28,7 +28,7 @@ ONLY_JAX: dict[str, str] = {
     },
     **{
         f"layers/attention.py: {name}()": "torch writes into its cache, then reads it; XLA for TPU would move all of it"
-        for name in ("attend_cached", "attend_apart", "attend_written", "in_turn", "written")
+        for name in ("attend_cached", "attend_apart", "attend_joined", "attend_written", "in_turn", "written")
     },
     "layers/attention.py: attend_alone()": "chooses a TPU's kernel; torch has one way to attend",
     "layers/install.py: module_at()": "torch's modules have get_submodule",

@@ -8,9 +8,6 @@ Source: ``jax.experimental.pallas.ops.tpu.splash_attention``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +15,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
-from loaders.axes import LOGICAL_AXES, axes_of, cut_of, head_cuts
+from jax_models.kernels.heads import LANES, are_left_to_xla, cuts_of
 
 LEAST_TOKENS = 512  # scores of fewer are small, and XLA fuses what it does with them
 MOST_TOKENS = 32768  # tables of its blocks are made on the host, in time that grows with the square: here 3 to 7 s
-LANES = 128  # of a vector register: what blocks and heads have to be multiples of
 BLOCKS = (512, 384, 256, 128)
-
-
-_is_left_to_xla: ContextVar[bool] = ContextVar("is_left_to_xla", default=False)
-
-
-@contextmanager
-def left_to_xla() -> Iterator[None]:
-    """Inside no program takes the kernel: the caller places arrays, and XLA does not partition kernels on its own."""
-    token = _is_left_to_xla.set(True)
-    try:
-        yield
-    finally:
-        _is_left_to_xla.reset(token)
 
 
 def takes(q_BTNH: jax.Array) -> bool:
     """Whether the kernel is for queries [B, T, N, H]: a long prompt in bfloat16, whose heads fill vector registers."""
-    if _is_left_to_xla.get():
+    if are_left_to_xla():
         return False
     return (
         q_BTNH.dtype == jnp.bfloat16 and LEAST_TOKENS <= q_BTNH.shape[1] <= MOST_TOKENS and q_BTNH.shape[3] % LANES == 0
@@ -79,19 +62,16 @@ def attend_prompt(
     run = functools.partial(_attend, softcap=softcap, window=window, interpret=interpret)
     if mesh is None:
         return run(q_BTNH, k_BTKH, v_BTKH, mask_BT)
-    (B, _, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
-    by_query, by_key = head_cuts(mesh.shape, N, K)
-    inner = axes_of(by_query)[len(axes_of(by_key)) :]
-    rows = cut_of(mesh.shape, LOGICAL_AXES["B"], B)
+    cuts = cuts_of(mesh, q_BTNH.shape[0], q_BTNH.shape[2], k_BTKH.shape[2])
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        if inner:
-            asked = _asked_for(jax.lax.axis_index(inner) * q.shape[2], q.shape[2], N // K)
+        if cuts.inner:
+            asked = _asked_for(jax.lax.axis_index(cuts.inner) * q.shape[2], q.shape[2], cuts.group)
             k, v = jnp.take(k, asked, axis=2), jnp.take(v, asked, axis=2)
         return run(q, k, v, mask)
 
-    of_queries, of_keys = PartitionSpec(rows, None, by_query), PartitionSpec(rows, None, by_key)
-    in_specs = (of_queries, of_keys, of_keys, PartitionSpec(rows))
+    of_queries, of_keys = PartitionSpec(cuts.rows, None, cuts.by_query), PartitionSpec(cuts.rows, None, cuts.by_key)
+    in_specs = (of_queries, of_keys, of_keys, PartitionSpec(cuts.rows))
     shared = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=of_queries, check_vma=False)
     return shared(q_BTNH, k_BTKH, v_BTKH, mask_BT)
 

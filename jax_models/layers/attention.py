@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.kernels.prompt_attention import attend_prompt, takes
+from jax_models.kernels import held_attention, prompt_attention
 from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
@@ -103,10 +104,14 @@ def attend_alone(
         q_BTNH, k_BTKH, v_BTKH, _, mask_BT = given
         factor = q_BTNH.shape[3] ** -0.5 if scale is None else scale
         options = {"softcap": softcap, "window": step.window, "mesh": mesh}
-        return attend_prompt(q_BTNH, k_BTKH, v_BTKH, mask_BT, scale=factor, **options)
+        return prompt_attention.attend_prompt(q_BTNH, k_BTKH, v_BTKH, mask_BT, scale=factor, **options)
 
     given = (q_BTNH, k_BTKH, v_BTKH, step.visible_BTS, step.mask_BT)
-    return jax.lax.platform_dependent(*given, tpu=by_kernel, default=by_xla) if takes(q_BTNH) else by_xla(*given)
+    return (
+        jax.lax.platform_dependent(*given, tpu=by_kernel, default=by_xla)
+        if prompt_attention.takes(q_BTNH)
+        else by_xla(*given)
+    )
 
 
 def attend_cached(
@@ -135,7 +140,9 @@ def attend_cached(
     if cache is None or step.is_first:
         return attend_alone(q_BTNH, k_BTKH, v_BTKH, step, mesh, scale=scale, softcap=softcap)
     given = (q_BTNH, k_BTKH, v_BTKH, step.start, step.visible_BTS, cache["key"], cache["value"])
-    by_platform = {"cpu": attend_written, "default": attend_apart}
+    by_platform: dict[str, Callable[..., jax.Array]] = {"cpu": attend_written, "default": attend_apart}
+    if held_attention.takes(q_BTNH, cache["key"], mesh):
+        by_platform["tpu"] = partial(attend_joined, mesh=mesh)
     options = {"scale": scale, "softcap": softcap}
     return jax.lax.platform_dependent(*given, **{name: partial(way, **options) for name, way in by_platform.items()})
 
@@ -187,6 +194,37 @@ def attend_apart(
         for exp, v in ((held_BKGTS, v_BKSH), (own_BKGTT, v_BKTH))
     ]
     return (mixed[0] + mixed[1]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+def attend_joined(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    start: jax.Array,
+    visible_BTS: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    mesh: Mesh | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """``attend_apart`` with the part that was held by a kernel, which reads no more of the cache than is seen."""
+    (B, T, N, H), K = q_BTNH.shape, k_BKSH.shape[1]
+    factor = H**-0.5 if scale is None else scale
+    out_BTNH, log_sum_BTN = held_attention.attend_held(
+        q_BTNH, k_BKSH, v_BKSH, visible_BTS, start, scale=factor, softcap=softcap, mesh=mesh, interpret=interpret
+    )
+    own_BKGTT = _scores(q_BTNH, k_BTKH.swapaxes(1, 2), _own(visible_BTS, start, T), scale, softcap)
+    held_BKGT1 = log_sum_BTN.reshape(B, T, K, N // K).transpose(0, 2, 3, 1)[..., None]
+    top_BKGT1 = jnp.maximum(held_BKGT1, own_BKGTT.max(axis=-1, keepdims=True))
+    held_BKGT1, own_BKGTT = jnp.exp(held_BKGT1 - top_BKGT1), jnp.exp(own_BKGTT - top_BKGT1)
+    total_BKGT1 = held_BKGT1 + own_BKGTT.sum(axis=-1, keepdims=True)
+    weight_BKGTT = (own_BKGTT / total_BKGT1).astype(v_BTKH.dtype)
+    own_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTT, v_BTKH, preferred_element_type=jnp.float32)
+    share_BTN1 = (held_BKGT1 / total_BKGT1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, 1)
+    return (out_BTNH * share_BTN1 + own_BTKGH.reshape(out_BTNH.shape)).astype(q_BTNH.dtype)
 
 
 def _own(visible_BTS: jax.Array, start: jax.Array, length: int) -> jax.Array:

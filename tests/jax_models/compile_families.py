@@ -33,7 +33,7 @@ from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
 
 MESH = {"expert": 2, "tensor": 2}
-LOAD = Load(rows=8, context=1024, prompt=640, dtype="bfloat16")  # long enough for the kernel of prompts
+LOAD = Load(rows=8, context=1024, prompt=640, dtype="bfloat16")  # long enough for the kernels of attention
 ROWS_OF_PATCHES, PATCHES = 2, 64
 
 
@@ -73,7 +73,8 @@ def main() -> None:
         for program in PROGRAMS:
             hlo = result.with_suffix(".hlo")
             figures = measured(config, program, LOAD, mesh, hlo=str(hlo))
-            figures["kernels_of_prompts"] = len(re.findall(r"%splash\S* = .* custom-call\(", hlo.read_text("utf-8")))
+            for kernel in ("splash", "attend_held"):
+                figures[kernel] = len(re.findall(rf"%{kernel}\S* = .* custom-call\(", hlo.read_text("utf-8")))
             least = minimum_of(config, program, LOAD, MESH).bytes
             found[f"{path.stem} {program}"] = figures | {"least_bytes": least}
         if getattr(config, "vision", None) is not None:

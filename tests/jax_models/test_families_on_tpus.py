@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from parity.planning.compiling import PROGRAMS
 from parity.planning.environment import deep_stack
 from parity.zoo_models import ZOO, zoo_config
 
@@ -76,10 +77,12 @@ def test_it_compiles_and_updates_its_cache_in_place(compiled):
         assert abs(found["alias_bytes"] - found["cache_bytes"]) < 2**16
 
 
-def test_prompts_attend_to_themselves_by_the_kernel(compiled):
+def test_prompts_and_steps_attend_by_a_kernel_each(compiled):
     """In every layer that attends: of four of a hybrid one, of others both; Gemma's also in windows."""
-    assert compiled["prefill"]["kernels_of_prompts"] >= 1
-    assert compiled["decode"]["kernels_of_prompts"] == 0
+    found = {program: (compiled[program]["splash"], compiled[program]["attend_held"]) for program in PROGRAMS}
+    prompts, steps = found["prefill"][0], found["decode"][1]
+    assert prompts == steps >= 1
+    assert found == {"prefill": (prompts, 0), "decode": (0, steps)}
 
 
 def test_a_prompt_with_images_compiles(compiled, request):
