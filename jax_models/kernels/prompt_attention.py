@@ -8,9 +8,11 @@ Source: ``jax.experimental.pallas.ops.tpu.splash_attention``.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
@@ -18,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_models.kernels.heads import LANES, are_left_to_xla, cuts_of
 
 LEAST_TOKENS = 512  # scores of fewer are small, and XLA fuses what it does with them
-MOST_TOKENS = 32768  # tables of its blocks are made on the host, in time that grows with the square: here 3 to 7 s
+MOST_TOKENS = 131072  # tables of its blocks are made on the host, in time that grows with the square: here 3 s
 BLOCKS = (512, 384, 256, 128)
 
 
@@ -109,17 +111,54 @@ def _attend(
     return out_BKGTH.reshape(B, N, -1, H).swapaxes(1, 2)[:, :T]
 
 
+class _ByDistance(masks.Mask):
+    """A mask of nothing but how far before a query a key lies: blocks at one distance are made once, and shared."""
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[int, ...], np.ndarray]:
+        return {}
+
+    def _farthest(self) -> int:
+        """The distance up to which something changes."""
+        return 0
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = (range(*one.indices(size)) for one, size in zip(idx, self.shape, strict=True))
+        distance = max(-len(queries), min(queries.start - keys.start, self._farthest() + len(keys)))
+        kind = distance, len(queries), len(keys)
+        if kind not in self._made:
+            self._made[kind] = super().__getitem__(idx)
+        return self._made[kind]
+
+
+class _CausalMask(_ByDistance, masks.CausalMask):
+    """Keys up to the query itself."""
+
+
+class _LocalMask(_ByDistance, masks.LocalMask):
+    """The last of them."""
+
+    def _farthest(self) -> int:
+        return self.window_size[0] or 0
+
+
+@functools.lru_cache(maxsize=8)
 def _kernel(
     group: int, length: int, softcap: float | None, window: int | None, interpret: bool
 ) -> splash.SplashAttentionKernel:
-    """For the queries of one key head. Made inside a program, whose constants its tables are."""
+    """For the queries of one key head. Its tables are the host's, for the programs of all layers."""
     shape = (length, length)
-    seen = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    seen = _CausalMask(shape) if window is None else _LocalMask(shape, (window - 1, 0), 0)
     block = next(size for size in BLOCKS if length % size == 0)
-    sizes = splash.BlockSizes(block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block)
-    return splash.make_splash_mqa_single_device(
+    make = functools.partial(
+        splash.make_splash_mqa_single_device,
         masks.MultiHeadMask([seen] * group),
-        block_sizes=sizes,
+        block_sizes=splash.BlockSizes(
+            block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
+    # by a thread that traces no program, for the tables of this one would be arrays of that program, on its mesh
+    with ThreadPoolExecutor(1) as thread:
+        return jax.tree.map(np.asarray, thread.submit(make).result())

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_models
-from jax_models.kernels.prompt_attention import LEAST_TOKENS, attend_prompt, takes
+from jax_models.kernels.prompt_attention import LEAST_TOKENS, _kernel, attend_prompt, takes
 from jax_models.layers.attention import attend, attend_alone
 from jax_models.layers.step import Step, visible
 from parity.zoo import make_checkpoint
@@ -63,6 +65,32 @@ def test_it_says_what_attention_says(
     found = attend_prompt(*given, **options, mesh=None, interpret=True)
     assert (found.shape, found.dtype) == (given[0].shape, jnp.bfloat16)
     assert error(found, given, scale, softcap, window) < 1.25
+
+
+@pytest.mark.parametrize("window", [None, 1, 700, 5000])
+def test_its_tables_are_those_of_jaxs_own_masks(window: int | None) -> None:
+    length, group = 4096, 3
+    shape = (length, length)
+    theirs = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    ours = _kernel(group, length, None, window, False)
+    sizes = ours.kwargs["block_sizes"]
+    found = splash.make_splash_mqa_single_device(masks.MultiHeadMask([theirs] * group), block_sizes=sizes)
+    assert jax.tree.all(jax.tree.map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(found)))
+    assert len(jax.tree.leaves(ours)) > 3
+
+
+def test_tables_made_while_a_program_is_traced_serve_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(512, 2, 1)
+    made: list[Any] = []
+    real = splash.make_splash_mqa_single_device
+    monkeypatch.setattr(splash, "make_splash_mqa_single_device", lambda *x, **y: made.append(x) or real(*x, **y))
+    _kernel.cache_clear()
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    options: Any = {"scale": 0.1, "softcap": None, "window": None, "interpret": True, "mesh": mesh}
+    for factor in (1, 2):
+        found = jax.jit(lambda *x, factor=factor: factor * attend_prompt(*x, **options))(*given)
+        assert np.isfinite(np.asarray(found, np.float32)).all()
+    assert len(made) == 1
 
 
 def test_gradients_are_those_of_attention() -> None:
