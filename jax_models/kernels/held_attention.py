@@ -48,6 +48,7 @@ def takes(q_BTNH: jax.Array, k_BKSH: jax.Array, mesh: Mesh | None) -> bool:
     return max(in_vmem) <= _BLOCK_BYTES  # a block and what comes out of a row
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "mesh", "interpret"))  # one trace for all layers
 def attend_held(
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,

@@ -33,6 +33,9 @@ def takes(q_BTNH: jax.Array) -> bool:
     )
 
 
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "window", "mesh", "interpret")
+)  # one trace for all layers
 def attend_prompt(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,

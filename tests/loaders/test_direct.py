@@ -249,7 +249,9 @@ def test_a_disk_that_fails_is_one_error_that_names_what_could_not_be_read(
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_models_load_and_reload_so(backend: str, tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "LEAST_BYTES", 1)
-    monkeypatch.setattr(direct, "_is_cached", lambda *stretch: False)  # of files so small, reading headers brings all in
+    monkeypatch.setattr(
+        direct, "_is_cached", lambda *stretch: False
+    )  # of files so small, reading headers brings all in
     models = importlib.import_module(f"{backend}_models")
     paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, num_hidden_layers=2) for seed in range(2)]
     expected = [models.load(path).digests() for path in paths]
