@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import checksums, digests
+from loaders.digest import checksum, digests
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -256,17 +256,17 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    written: dict[str, list[int]] = {}
+    written: dict[str, int] = {}
     for name, value in values:
         model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module.get_parameter(leaf).copy_(value)
         mark_source(module, leaf)
-        written[name] = checksums(host_view(value.cpu().contiguous()))
+        written[name] = checksum(host_view(value.cpu().contiguous()))
         del value  # before the next one is read
     derive(model)
-    wrong = [name for name, expected in written.items() if checksums(host_view(stored(model, name).cpu())) != expected]
+    wrong = [name for name, expected in written.items() if checksum(host_view(stored(model, name).cpu())) != expected]
     wrong += moved(before, pointer_census(model))
     if wrong:
         model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"
