@@ -60,5 +60,5 @@ def checksum(array: np.ndarray) -> int:
         end = block.size // _ROW_BYTES * _ROW_BYTES
         words = block[:end].view(np.uint64).reshape(-1, _ROW_BYTES // 8)
         for part in (words.sum(axis=0), words.sum(axis=1), block[end:]):
-            found = zlib.crc32(part, found)
+            found = zlib.crc32(part.data, found)
     return found

@@ -200,7 +200,7 @@ def update_weights_from_disk(
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
         trial = Filling(plan)
-        tensors = read_params(plan, trial, parallel)
+        tensors = read_params(plan, trial, parallel, is_kept=False)
         deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
         return plan, trial.finish()
 
@@ -212,7 +212,8 @@ def update_weights_from_disk(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        _commit(model, read_params(plan, filling, parallel), [spec.name for spec in plan.specs])
+        values = read_params(plan, filling, parallel, is_kept=False)
+        _commit(model, values, [spec.name for spec in plan.specs])
         filling.finish()
 
     try:
