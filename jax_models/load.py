@@ -138,10 +138,10 @@ def read_in_vain(plan: LoadPlan, mesh: Mesh | None) -> None:
     """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
     filling = Filling(plan)
     if mesh is None:
-        deque(read_whole(plan, filling), maxlen=0)  # a loop would keep one while it reads the next
+        deque(read_whole(plan, filling, is_kept=False), maxlen=0)  # a loop would keep one while it reads the next
     else:
         dims = plan.checkpoint.config.dims()
-        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)), maxlen=0)
+        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), is_kept=False), maxlen=0)
     filling.finish()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from loaders.memory import aligned_empty
 from loaders.plan import LoadPlan
 from loaders.progress import watched
 from loaders.regions import Box, Region, sizes_of
+from loaders.scratch import Scratch
 from loaders.spec import ParamSpec, Source
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
@@ -43,7 +45,7 @@ def region_of(spec: ParamSpec, source: Source, box: Box, shard: np.ndarray) -> R
 
 
 def read_shards(
-    plan: LoadPlan, filling: Filling, boxes_of: Callable[[ParamSpec], Collection[Box]]
+    plan: LoadPlan, filling: Filling, boxes_of: Callable[[ParamSpec], Collection[Box]], *, is_kept: bool = True
 ) -> Iterator[tuple[ParamSpec, Shards]]:
     """Read every planned parameter's shards, one parameter after the other as they are complete. None is kept.
 
@@ -51,24 +53,25 @@ def read_shards(
         plan: what to read.
         filling: its accounting.
         boxes_of: the parts of a parameter that are held here, disjoint. A redundant tied tensor is held against those.
+        is_kept: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     specs = {spec.name: spec for spec in plan.specs}
     begun: dict[str, Shards] = {}
+    scratch = None if is_kept else Scratch(plan, lambda spec: map(sizes_of, boxes_of(spec)))
 
-    def empty(spec: ParamSpec) -> Shards:
-        dtype = to_numpy(plan.dtypes[spec.name])
-        return {box: aligned_empty(sizes_of(box), dtype) for box in boxes_of(spec)}
+    def empty(spec: ParamSpec, name: str) -> Shards:
+        make = aligned_empty if scratch is None else partial(scratch.take, name)
+        return {box: make(sizes_of(box), to_numpy(plan.dtypes[spec.name])) for box in boxes_of(spec)}
 
     def wanted(tensor: str) -> list[Region]:
         if tensor in plan.verified:
-            return [
-                Region(specs[plan.verified[tensor]].shape, *one) for one in empty(specs[plan.verified[tensor]]).items()
-            ]
+            same_as = specs[plan.verified[tensor]]
+            return [Region(same_as.shape, *one) for one in empty(same_as, tensor).items()]
         spec, source = plan.targets[tensor]
         if spec.name not in begun:
-            begun[spec.name] = empty(spec)
+            begun[spec.name] = empty(spec, spec.name)
         found = (region_of(spec, source, box, shard) for box, shard in begun[spec.name].items())
         return [part for part in found if part is not None]
 
@@ -81,9 +84,12 @@ def read_shards(
         for one in plan.checkpoint.stream_regions(names, wanted, plan.host_budget_bytes)
     )
     num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
-    for spec, source, parts, is_complete in filling.receive(watched(tensors, num_bytes, str(plan.checkpoint.source))):
+    tensors = watched(tensors, num_bytes, str(plan.checkpoint.source))
+    for spec, source, parts, is_complete in filling.receive(tensors if scratch is None else scratch.watched(tensors)):
         filling.check(spec, source, parts)
         if is_complete:
             filling.complete(spec, list(begun[spec.name].values()))
             parts.clear()  # views of the shards, which are the caller's from here on
+            if scratch is not None:
+                scratch.release(spec.name)
             yield spec, begun.pop(spec.name)

@@ -1,8 +1,9 @@
-"""Parameters read whole into new host memory, on both backends."""
+"""Parameters read whole into host memory, on both backends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from loaders.lots import stream_parameters
 from loaders.memory import aligned_empty
 from loaders.place import place_of
 from loaders.plan import LoadPlan
+from loaders.scratch import Scratch
 from loaders.spec import ParamSpec
 
 
-def read_whole(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def read_whole(plan: LoadPlan, filling: Filling, *, is_kept: bool = True) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Read every planned parameter, one after the other as they are complete. None is kept.
 
     Each has its spec's shape and the checkpoint's dtype, in memory of its own, 64-byte aligned, which is the caller's
@@ -25,28 +27,34 @@ def read_whole(plan: LoadPlan, filling: Filling) -> Iterator[tuple[ParamSpec, np
     Args:
         plan: what to read.
         filling: accounts for it.
+        is_kept: False: nobody has a parameter any more when the next is asked for, whose memory may then be the same.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     host: dict[str, np.ndarray] = {}
+    scratch = None if is_kept else Scratch(plan, lambda spec: [spec.shape])
 
     def make(spec: ParamSpec) -> np.ndarray:
         if spec.name not in host:
-            host[spec.name] = aligned_empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
+            empty = aligned_empty if scratch is None else partial(scratch.take, spec.name)
+            host[spec.name] = empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
         return host[spec.name]
 
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
-            return None
+            return None if scratch is None else scratch.take_compared(tensor)
         spec, source = plan.targets[tensor]
         return place_of(make(spec), spec, source)
 
     if not plan.staged:  # mapping memory waits for threads that write to what is mapped, so all of it comes first
         for spec, _ in plan.targets.values():
             make(spec)
-    for spec, source, array, is_complete in filling.receive(stream_parameters(plan, destination)):
+    tensors = stream_parameters(plan, destination)
+    for spec, source, array, is_complete in filling.receive(tensors if scratch is None else scratch.watched(tensors)):
         filling.write(host[spec.name], spec, source, array)
         if is_complete:
             filling.complete(spec, host[spec.name])
             del array  # a view of the parameter, which is the caller's from here on
+            if scratch is not None:
+                scratch.release(spec.name)
             yield spec, host.pop(spec.name)

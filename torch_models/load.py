@@ -123,21 +123,23 @@ def load(
 
 
 def read_params(
-    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None
+    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, is_kept: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every planned parameter into new host memory, one after the other as they are complete. None is kept.
+    """Read every planned parameter into host memory, one after the other as they are complete. None is kept here.
 
     Args:
         plan: what to read.
         filling: accounts for it.
         parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
+        is_kept: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     if parallel is None:
-        yield from map(_placed, read_whole(plan, filling))  # no loop, which would keep one while the next are read
+        whole = read_whole(plan, filling, is_kept=is_kept)
+        yield from map(_placed, whole)  # no loop, which would keep one while the next are read
     else:
-        shards = read_shards(plan, filling, parallel.held.boxes)
+        shards = read_shards(plan, filling, parallel.held.boxes, is_kept=is_kept)
         yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import checksums, digests
+from loaders.digest import checksum, digests
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -200,7 +200,7 @@ def update_weights_from_disk(
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
         trial = Filling(plan)
-        tensors = read_params(plan, trial, parallel)
+        tensors = read_params(plan, trial, parallel, is_kept=False)
         deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
         return plan, trial.finish()
 
@@ -212,7 +212,8 @@ def update_weights_from_disk(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        _commit(model, read_params(plan, filling, parallel), [spec.name for spec in plan.specs])
+        values = read_params(plan, filling, parallel, is_kept=False)
+        _commit(model, values, [spec.name for spec in plan.specs])
         filling.finish()
 
     try:
@@ -256,17 +257,17 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    written: dict[str, list[int]] = {}
+    written: dict[str, int] = {}
     for name, value in values:
         model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module.get_parameter(leaf).copy_(value)
         mark_source(module, leaf)
-        written[name] = checksums(host_view(value.cpu().contiguous()))
+        written[name] = checksum(host_view(value.cpu().contiguous()))
         del value  # before the next one is read
     derive(model)
-    wrong = [name for name, expected in written.items() if checksums(host_view(stored(model, name).cpu())) != expected]
+    wrong = [name for name, expected in written.items() if checksum(host_view(stored(model, name).cpu())) != expected]
     wrong += moved(before, pointer_census(model))
     if wrong:
         model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"

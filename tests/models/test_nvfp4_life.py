@@ -226,7 +226,7 @@ def test_a_reload_that_breaks_half_way_is_refused_and_the_next_one_is_a_cold_loa
     model = torch_models.load(aligned[0], kernel="reference-128x4")
     from torch_models import weights
 
-    real, calls = weights.checksums, []
+    real, calls = weights.checksum, []
 
     def failing(array):
         calls.append(None)
@@ -234,7 +234,7 @@ def test_a_reload_that_breaks_half_way_is_refused_and_the_next_one_is_a_cold_loa
             raise OSError("the device is gone")
         return real(array)
 
-    monkeypatch.setattr(weights, "checksums", failing)
+    monkeypatch.setattr(weights, "checksum", failing)
     with pytest.raises(OSError, match="device is gone"):
         model.update_weights_from_disk(aligned[1])
     monkeypatch.undo()

@@ -1,0 +1,90 @@
+"""Host memory of parameters that are read and not kept, used again and again.
+
+Memory that is new is made by the system when it is first written, one page after the other, and that takes longer than
+to read into it. So a reload, which looks at each parameter or copies it and is done with it, has all of them read into
+the same memory: as much as those of one lot take (see ``loaders.lots``), which would be there together anyhow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from loaders.dtypes import to_numpy
+from loaders.lots import lots_of_plan
+from loaders.memory import aligned_empty
+from loaders.plan import LoadPlan
+from loaders.spec import ParamSpec
+
+_ALIGNMENT = 8  # enough for any dtype, and no more: a budget is met to the byte
+Shape = tuple[int, ...]
+Read = TypeVar("Read")
+
+
+class Scratch:
+    """Memory of what is read in one lot, made when the first array is asked for and gone with this.
+
+    Args:
+        plan: what is read, parameter by parameter.
+        shapes_of: of the arrays that a parameter is read into, or a redundant tied tensor that must equal it.
+    """
+
+    def __init__(self, plan: LoadPlan, shapes_of: Callable[[ParamSpec], Iterable[Shape]]) -> None:
+        assert plan.staged, "of parameters that stay all may be begun at once"
+        self._plan, self._shapes_of = plan, shapes_of
+        self._specs = {spec.name: spec for spec in plan.specs}
+        self._size = max(map(self._lot_bytes, lots_of_plan(plan)), default=0)
+        self._memory: np.ndarray | None = None
+        self._used = 0
+        self._held: set[str] = set()
+
+    def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        """An array for ``name``, which is its own until ``release``; there may be several."""
+        if not self._held:
+            self._used = 0
+        self._held.add(name)
+        start, stop = self._used, self._used + _room(shape, dtype)
+        if stop > self._size:  # a tensor of an earlier lot never came, and is waited for to the end
+            return aligned_empty(shape, dtype)
+        if self._memory is None:
+            self._memory = aligned_empty((self._size,), np.dtype(np.uint8))
+        self._used = stop
+        return self._memory[start : start + _num_bytes(shape, dtype)].view(dtype).reshape(shape)
+
+    def take_compared(self, tensor: str) -> np.ndarray | None:
+        """Likewise, for a redundant tied tensor as it is in the files; None: it is none."""
+        if tensor not in self._plan.verified:
+            return None
+        checkpoint = self._plan.checkpoint
+        return self.take(tensor, checkpoint.stored_shape(tensor), to_numpy(checkpoint.tensors[tensor].dtype))
+
+    def watched(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
+        """The same; redundant tied tensors, of which no more than a digest is kept, are released one by one."""
+        for name, array in tensors:
+            yield name, array
+            del array
+            if name in self._plan.verified:
+                self.release(name)
+
+    def release(self, name: str) -> None:
+        """Nobody reads the arrays of ``name`` any more when the next is taken."""
+        self._held.discard(name)
+
+    def _lot_bytes(self, tensors: set[str]) -> int:
+        verified, targets, dtypes = self._plan.verified, self._plan.targets, self._plan.dtypes
+        params = {targets[name][0].name for name in tensors if name in targets}
+        found = [*params, *(verified[name] for name in tensors if name in verified)]
+        return sum(
+            _room(shape, to_numpy(dtypes[name])) for name in found for shape in self._shapes_of(self._specs[name])
+        )
+
+
+def _num_bytes(shape: Shape, dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _room(shape: Shape, dtype: np.dtype) -> int:
+    return -(-_num_bytes(shape, dtype) // _ALIGNMENT) * _ALIGNMENT
