@@ -1,12 +1,14 @@
-"""A real S3 server on loopback, and one that accepts and never answers."""
+"""A real S3 server on loopback, one that accepts and never answers, and one whose answers are too short."""
 
 from __future__ import annotations
 
+import http.client
 import logging
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,36 @@ def silent_server() -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
         for connection in taken:
             connection.close()
+
+
+@contextmanager
+def shortening_server(url: str, missing: int) -> Iterator[str]:
+    """The address of a server that answers as the one at ``url`` does, but that the last bytes of objects are missing.
+
+    And says that there are no more: to a client all is well that does not compare it with what it asked for.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as behind:
+                behind.request("GET", self.path, headers=dict(self.headers.items()))
+                found = behind.getresponse()
+                body = found.read()[:-missing]
+            self.send_response(found.status)
+            for name, value in found.getheaders():
+                if name.lower() not in ("content-length", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

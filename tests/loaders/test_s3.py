@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from object_stores import assert_same_checkpoint, ends_within
-from s3_server import BUCKET, ENVIRONMENT, Server, client, silent_server
+from s3_server import BUCKET, ENVIRONMENT, Server, client, shortening_server, silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
@@ -218,6 +218,29 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         server.client.put_object(Bucket=BUCKET, Key=f"racing/{file.name}", Body=raw[:-4] + bytes(4))
     with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
         list(stream)
+
+
+@pytest.mark.parametrize("missing", [8, 1000])
+def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_other_weights(
+    missing: int, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the streamer it is a success: what was in memory before would stand for what did not come."""
+    checkpoint, real = open_checkpoint(uri), runai.RunaiSession
+    with shortening_server(server.url, missing) as url:
+        monkeypatch.setattr(s3, "RunaiSession", lambda where, given: real(where, given | {"endpoint": url}))
+        with pytest.raises(CheckpointError, match="cannot be read: fewer bytes came than the .* asked for"):
+            list(checkpoint.stream())
+
+
+def test_marks_lie_where_an_answer_may_end() -> None:
+    """The streamer asks for what lies between multiples of 8 MiB of a file, or of what its environment says."""
+    buffer = np.zeros((5 << 20) + 3, np.uint8)
+    for mark in runai._marks(buffer, (8 << 20) - 100):
+        assert mark.size == runai.MARK_BYTES
+        mark[...] = 1
+    ends = np.flatnonzero(np.diff(np.append(buffer, 0).astype(np.int8)) < 0) + 1
+    assert ends.tolist() == [100 + (mib << 20) for mib in range(5)] + [buffer.size]
+    assert runai._marks(buffer[:7], 0) == []
 
 
 def test_a_failed_load_leaves_the_old_weights_serving(server: Server, directory: Path) -> None:
