@@ -175,6 +175,22 @@ def test_an_address_where_nothing_is_is_an_error(uri: str, says: str) -> None:
     assert len(caught.value.problems) == 1
 
 
+def test_an_index_that_cannot_be_read_is_the_only_problem(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is told to remove the files that it would name."""
+    real = s3.S3File.parts
+
+    def parts(self: s3.S3File, position: int, count: int) -> Iterator[bytes]:
+        if self.name.endswith(".index.json"):
+            raise OSError("SlowDown")
+        return real(self, position, count)
+
+    monkeypatch.setattr(s3.S3File, "parts", parts)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(uri)
+    (problem,) = caught.value.problems
+    assert "index.json cannot be read: SlowDown" in problem
+
+
 def test_missing_and_truncated_objects_are_one_error(server: Server, directory: Path) -> None:
     uri = server.put(directory, "bad")
     first, second = sorted(path.name for path in directory.glob("*.safetensors"))[:2]
