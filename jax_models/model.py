@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
+from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.prompt_attention import left_to_xla
 from jax_models.programs import Programs, Weights
@@ -92,6 +93,7 @@ class Model(Decoding, Adapted, Seeing):
         schemes = specs_of(self.config, self.stage).schemes
         return {path: nvfp4 if scheme.weights == "nvfp4" else "fp8" for path, scheme in schemes.items()}
 
+    @on_own_mesh
     def __call__(
         self,
         input_ids: Any = None,
@@ -124,6 +126,7 @@ class Model(Decoding, Adapted, Seeing):
         given = (self.weights, entry, *self.arrays(checked))
         return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
+    @on_own_mesh
     def with_taps(
         self,
         input_ids: Any = None,
