@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from loaders.errors import brief
+from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
-from loaders.sources import Identity, Source, is_plain
+from loaders.sources import Identity, Source, Unreachable, is_plain
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,6 +49,11 @@ def files(present: list[str], weight_map: dict[str, str] | None, has_index: bool
 def read_headers(
     source: Source, files: list[str], problems: list[str]
 ) -> tuple[dict[str, Header], dict[str, Identity]]:
+    """Headers and identities by file; what is wrong with them becomes problems.
+
+    Raises:
+        CheckpointError: the server does not answer any more.
+    """
     headers: dict[str, Header] = {}
     identities: dict[str, Identity] = {}
     for name in files:
@@ -56,6 +61,8 @@ def read_headers(
             with source.open(name) as file:
                 identities[name] = file.identity()
                 header, found = read_header(file)
+        except Unreachable as error:
+            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
         except OSError as error:
             problems.append(f"{name} cannot be opened: {error.strerror or error}")
             continue

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from object_stores import assert_same_checkpoint, ends_within
-from s3_server import BUCKET, ENVIRONMENT, Server, client, shortening_server, silent_server
+from s3_server import BUCKET, ENVIRONMENT, Server, client, dripping_server, shortening_server, silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
@@ -23,7 +23,7 @@ from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.regions import Box, Region, sizes_of
 from loaders.shards import read_shards
-from loaders.sources import runai, s3
+from loaders.sources import objects, runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
@@ -294,6 +294,17 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_server_of_which_a_byte_comes_now_and_then_is_given_up_once(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a client that is no timeout; and the next file would take as long."""
+    monkeypatch.setattr(objects, "DEADLINE_S", 1.0)
+    with dripping_server(server.url) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "did not come in 1 s. Is the server in trouble?" in ends_within(5, lambda: open_checkpoint(uri))
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamer's own client would wait on; what it still writes to is never used again."""
     checkpoint = open_checkpoint(uri)
@@ -320,7 +331,7 @@ def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: 
 GIVES_UP = """
 import sys
 from loaders import CheckpointError, open_checkpoint
-from loaders.sources import runai, s3
+from loaders.sources import objects, runai, s3
 
 uri, silent = sys.argv[1:]
 runai.DEADLINE_S, runai.CLOSE_S, real = 1.0, 0.2, runai.RunaiSession
