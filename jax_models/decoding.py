@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import numpy as np
 
+from jax_models.ambient import on_own_mesh
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Continuing prompts: base of ``jax_models.model.Model``."""
 
+    @on_own_mesh
     def prefill(
         self,
         input_ids: Any,
@@ -72,6 +74,7 @@ class Decoding:
         checked = check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
         return checked.padded_to(bucket(checked.input_ids.shape[1]))
 
+    @on_own_mesh
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
 
@@ -85,6 +88,7 @@ class Decoding:
         )
         return logits_BV, dataclasses.replace(cache, arrays=arrays)
 
+    @on_own_mesh
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
@@ -101,6 +105,7 @@ class Decoding:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return ids_B1
 
+    @on_own_mesh
     def generate(
         self,
         input_ids: Any,
@@ -146,6 +151,7 @@ class Decoding:
             raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
         return Draft(model, model)
 
+    @on_own_mesh
     def mtp_forward(
         self,
         input_ids: Any,

@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
+from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
+from jax_models.sharding import row_sharding
 from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
 from loaders.checkpoint import Checkpoint
@@ -91,6 +93,7 @@ class Model(Decoding, Adapted, Seeing):
         schemes = specs_of(self.config, self.stage).schemes
         return {path: nvfp4 if scheme.weights == "nvfp4" else "fp8" for path, scheme in schemes.items()}
 
+    @on_own_mesh
     def __call__(
         self,
         input_ids: Any = None,
@@ -123,6 +126,7 @@ class Model(Decoding, Adapted, Seeing):
         given = (self.weights, entry, *self.arrays(checked))
         return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
+    @on_own_mesh
     def with_taps(
         self,
         input_ids: Any = None,
@@ -274,11 +278,17 @@ class Model(Decoding, Adapted, Seeing):
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
         x_BTD = jnp.asarray(hidden_states, self.dtype)
-        if self.mesh is None:  # from a stage on another device
-            x_BTD = jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
+        x_BTD = self._here(x_BTD)
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(multimodal or {}, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
         return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
+
+    def _here(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states from a stage on other devices, on those of this one."""
+        if self.mesh is None:
+            return jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
+        is_elsewhere = x_BTD.committed and x_BTD.sharding.device_set != set(self.mesh.devices.flat)
+        return jax.device_put(x_BTD, row_sharding(self.mesh, len(x_BTD))) if is_elsewhere else x_BTD

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import numpy as np
 
+from jax_models.ambient import on_own_mesh
 from jax_models.frames import VisionArrays, framed, vision_arrays
 from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Seeing:
     """The eyes of a model: base of ``jax_models.model.Model``."""
 
+    @on_own_mesh
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
         """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
 
@@ -34,6 +36,7 @@ class Seeing:
         shown, token_U = framed(config, check_shown(config, pixel_values, image_grid_thw))
         return tuple(tokens[token_U] for tokens in model.programs.see(model.weights, shown))
 
+    @on_own_mesh
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
         """As ``get_image_features``: a video's frames are images."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)

@@ -11,7 +11,7 @@ import numpy as np
 from loaders import dtypes
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo, read_header
-from loaders.sources import Identity, Source, open_source
+from loaders.sources import Identity, OpenFile, Source, open_source
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -43,14 +43,19 @@ class AdapterFiles:
         start, end = info.offsets
         try:
             with self.source.open(info.file) as file:
-                if file.identity() != self.identity:
-                    raise CheckpointError(self.source, [f"{info.file} changed since it was opened. Open it again."])
+                self._check(file)
                 if end > start:
                     file.read_into(out.reshape(-1).view(np.uint8).data, start)
+                if file.is_cheap_to_identify:  # else what is read is of the object that was asked about
+                    self._check(file)
         except OSError as error:
             where = f"tensor {name!r} of {info.file}"
             raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
         return out
+
+    def _check(self, file: OpenFile) -> None:
+        if file.identity() != self.identity:
+            raise CheckpointError(self.source, [f"{file.name} changed since it was opened. Open it again."])
 
 
 def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[str]]:

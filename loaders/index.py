@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from loaders.errors import brief
+from loaders.errors import CheckpointError, brief
 from loaders.header import Header, TensorInfo, read_header
-from loaders.sources import Identity, Source, is_plain
+from loaders.sources import Identity, Source, Unreachable, is_plain
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str]:
+def weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str] | None:
+    """Tensor name -> file name; None: it is none, which is a problem."""
     found = index.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         problems.append(f"{INDEX}: weight_map must map tensor names to file names")
-        return {}
+        return None
     outside = {file for file in found.values() if not is_plain(file)}
     problems += [
         f"{INDEX} names the file {brief(file)}, outside the checkpoint directory. Files are named without a path."
@@ -28,7 +29,9 @@ def files(present: list[str], weight_map: dict[str, str] | None, has_index: bool
     """The safetensors files to read; missing and extra ones become problems."""
     found = [name for name in present if name.endswith(".safetensors")]
     if has_index:
-        named = set((weight_map or {}).values())
+        if weight_map is None:
+            return []  # which files are meant is not known, and why is a problem already
+        named = set(weight_map.values())
         problems += [f"{name} is named in {INDEX} but missing. Download it." for name in sorted(named - set(found))]
         problems += [
             f"{name} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."
@@ -46,6 +49,11 @@ def files(present: list[str], weight_map: dict[str, str] | None, has_index: bool
 def read_headers(
     source: Source, files: list[str], problems: list[str]
 ) -> tuple[dict[str, Header], dict[str, Identity]]:
+    """Headers and identities by file; what is wrong with them becomes problems.
+
+    Raises:
+        CheckpointError: the server does not answer any more.
+    """
     headers: dict[str, Header] = {}
     identities: dict[str, Identity] = {}
     for name in files:
@@ -53,6 +61,8 @@ def read_headers(
             with source.open(name) as file:
                 identities[name] = file.identity()
                 header, found = read_header(file)
+        except Unreachable as error:
+            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
         except OSError as error:
             problems.append(f"{name} cannot be opened: {error.strerror or error}")
             continue

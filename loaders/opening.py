@@ -10,7 +10,7 @@ from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.index import INDEX, files, merge, read_headers, weight_map
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
-from loaders.sources import Source, open_source
+from loaders.sources import Source, Unreachable, open_source
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -22,7 +22,8 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     Only JSON and headers are read.
 
     Raises:
-        CheckpointError: with every problem found in the directory, config.json, the index and all headers.
+        CheckpointError: with every problem found in the directory, config.json, the index and all headers; or as soon
+            as a server does not answer.
     """
     try:
         source = open_source(uri)
@@ -54,6 +55,8 @@ def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]
         return parse_object(source.read_file(name))
     except BadJson as error:
         problems.append(f"{name} {error}")
+    except Unreachable as error:
+        raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
     except OSError as error:
         problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint?")
     return None

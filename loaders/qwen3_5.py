@@ -172,7 +172,9 @@ class Qwen3_5Config:
             linear_num_value_heads=self.linear_num_value_heads, linear_num_key_heads=self.linear_num_key_heads
         )
         partial, section = self.rope_parameters.partial_rotary_factor, self.rope_parameters.mrope_section or ()
-        if not 0 < partial <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
+        if not 0 <= partial <= 1:
+            found.append(f"config.json: partial_rotary_factor={partial}, expected a part of 1")
+        elif self.rotary_dim % 2 or not self.rotary_dim:
             turned = f"partial_rotary_factor={partial} of head_dim={self.head_dim}"
             found.append(f"config.json: {turned} is {self.rotary_dim} dimensions; rotary embedding needs pairs")
         if len(section) != 3 or min(section, default=0) < 0:

@@ -44,14 +44,14 @@ class Devices:
 
 
 def open_subject(path: str) -> Subject:
-    """A checkpoint directory, one that holds config.json and no weights, or a config.json by any name.
+    """A checkpoint, one's directory that holds config.json and no weights, or a config.json by any name.
 
     Raises:
         CheckpointError: it cannot be used; lists everything.
     """
     given = Path(path)
     file = given if given.is_file() else given / CONFIG
-    if given.is_dir() and (not file.exists() or any(given.glob("*.safetensors*"))):
+    if "://" in path or (given.is_dir() and (not file.exists() or any(given.glob("*.safetensors*")))):
         checkpoint = open_checkpoint(path)
         return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
     document, beside = _object(file), file.with_name(DOCUMENT)

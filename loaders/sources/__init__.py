@@ -6,7 +6,7 @@ from loaders.sources.gs import GsPrefix
 from loaders.sources.library import LOCAL
 from loaders.sources.local import DIRECT, LocalDirectory, is_plain
 from loaders.sources.s3 import S3Prefix
-from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source
+from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source, Unreachable
 
 __all__ = [
     "GsPrefix",
@@ -17,6 +17,7 @@ __all__ = [
     "S3Prefix",
     "Session",
     "Source",
+    "Unreachable",
     "is_plain",
     "open_source",
 ]

@@ -21,6 +21,7 @@ from loaders.sources import objects
 from loaders.sources.library import find_library, install
 from loaders.sources.objects import ObjectFile, ObjectPrefix
 from loaders.sources.runai import RunaiSession
+from loaders.sources.source import Unreachable
 
 ENDPOINT, PUBLIC = "CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
@@ -143,10 +144,12 @@ def _said(answer: Any) -> str:
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
     """What requests and google-auth raise, in one line and as the exception that every source has."""
-    kinds: list[type[Exception]] = [importlib.import_module("requests").RequestException]
+    requests = importlib.import_module("requests")
+    kinds: list[type[Exception]] = [requests.RequestException]
     if importlib.util.find_spec("google") and importlib.util.find_spec("google.auth"):
         kinds.append(importlib.import_module("google.auth.exceptions").GoogleAuthError)
     try:
         yield
     except tuple(kinds) as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        gone = (requests.ConnectionError, requests.Timeout)
+        raise (Unreachable if isinstance(error, gone) else OSError)(f"{type(error).__name__}: {error}") from error

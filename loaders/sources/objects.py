@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import TracebackType
@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 from loaders.sources.local import is_plain
 from loaders.sources.runai import DEADLINE_S
-from loaders.sources.source import Identity, OpenFile, Session, small_file
+from loaders.sources.source import Identity, OpenFile, Session, Unreachable, small_file
 
 CONNECT_S, READ_S, ATTEMPTS = 5, 15, 2  # a server that is gone is given up within a minute
 GONE, CHANGED = "there is no such object", "it changed since it was opened"
@@ -44,17 +44,29 @@ class ObjectFile(ABC):
         if not len(out):
             return
         allowed_s = max(DEADLINE_S, len(out) / 1e6)  # slower than 1 MB/s is as good as gone
-        until = time.monotonic() + allowed_s
-        done = 0
-        for part in self.parts(position, len(out)):
-            if done + len(part) > len(out):
-                raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")
-            out[done : done + len(part)] = part
-            done += len(part)
-            if time.monotonic() > until:
-                raise OSError(f"{done} of {len(out)} bytes came in {allowed_s:.0f} s. Is the server in trouble?")
+        found, failed = bytearray(), []
+
+        def take() -> None:
+            try:
+                for part in self.parts(position, len(out)):
+                    found.extend(part)
+                    if len(found) > len(out):
+                        raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")  # noqa: TRY301
+            except Exception as error:  # noqa: BLE001 - it is raised by who waits
+                failed.append(error)
+
+        # a client waits for as long as a byte comes now and then, saying nothing meanwhile: a thread can be left to it
+        taking = threading.Thread(target=take, name="tandem-object", daemon=True)
+        taking.start()
+        taking.join(allowed_s)
+        if taking.is_alive():
+            raise Unreachable(f"{len(out)} bytes did not come in {allowed_s:.0f} s. Is the server in trouble?")
+        if failed:
+            raise failed[0]
+        done = len(found)
         if done != len(out):
             raise OSError(f"{done} bytes came from byte {position} on, expected {len(out)}: truncated")
+        out[:] = found
 
     def read(self, position: int, count: int) -> bytes:
         out = bytearray(count)

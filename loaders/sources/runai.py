@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from loaders.sources.source import OpenFile, PieceError
 DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
 CLOSE_S = 1.0  # that closing waits for what is on its way
 _SUCCESS, _FINISHED, _TIMED_OUT = 0, 1, 16
+MARK_BYTES = 8  # where bytes are to come that did not, these are still there; by chance one time in 2 ** 64
+_MARKED_BYTES = 1 << 20  # of a file between two marks: the library asks a server for so many, or a multiple
 _NO_PLUGIN = (4, 12, 13)
 _SLICE_MS = 200  # of waiting, so that an interrupt is heard
 
@@ -69,6 +72,9 @@ class RunaiSession:
     The library cannot be told to stop: a server that hangs keeps it writing to the memory it was given for as long as
     its own client waits. So that memory is the session's own and is given up with it, never the caller's.
 
+    Nor does it look whether as much came as it asked for: an answer that is shorter, and says so, is a success, and
+    what was in memory stands for the rest. So marks lie where an answer may end, and must be gone when it has come.
+
     Args:
         where: the address; its scheme says which store is asked, the whole is for messages.
         credentials: of an object store, by the library's names: ``access_key_id``, ``endpoint``, ...
@@ -82,6 +88,8 @@ class RunaiSession:
         self._library = library_of(self._scheme)
         self._streamer = ctypes.c_void_p()
         self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
+        self._marks: dict[int, list[np.ndarray]] = {}
+        self._mark = np.frombuffer(os.urandom(MARK_BYTES), np.uint8)
         self._empty: list[int] = []  # tickets below zero, which the library has none of
         self._free: list[np.ndarray] = []
         self._failed: list[np.ndarray] = []  # which the library may still be writing to
@@ -111,6 +119,9 @@ class RunaiSession:
             self._empty.append(-1 - len(self._empty))
             return self._empty[-1]
         buffer = self._buffer(num_bytes)
+        marks = _marks(buffer[:num_bytes], position)
+        for place in marks:
+            place[...] = self._mark
         ticket = ctypes.c_uint64()
         code = self._library.runai_file_streamer_request(
             *(self._streamer, ctypes.byref(ticket), 1),
@@ -120,6 +131,7 @@ class RunaiSession:
         )
         self._check(code)
         self._flying[ticket.value] = buffer, num_bytes
+        self._marks[ticket.value] = marks
         return ticket.value
 
     def next(self) -> tuple[int, np.ndarray]:
@@ -136,6 +148,8 @@ class RunaiSession:
         if code != _SUCCESS:
             self._failed.append(buffer)
             raise PieceError(self._message(code), ticket)
+        if any(np.array_equal(place, self._mark) for place in self._marks.pop(ticket)):
+            raise PieceError(f"fewer bytes came than the {num_bytes} asked for ({self.where}): truncated", ticket)
         self._lent = buffer
         return ticket, buffer[:num_bytes]
 
@@ -144,6 +158,7 @@ class RunaiSession:
         if not streamer:
             return
         flying, self._flying, self._free, self._lent = self._flying, {}, [], None
+        self._marks.clear()
 
         def end() -> None:
             self._library.runai_file_streamer_end(streamer)
@@ -203,6 +218,12 @@ class RunaiSession:
         said = self._library.runai_file_streamer_response_str(code).decode()
         hint = f" {install(self._scheme)}, whose packages have to be of one version" if code in _NO_PLUGIN else ""
         return f"{said} ({self.where}).{hint}"
+
+
+def _marks(buffer: np.ndarray, position: int) -> list[np.ndarray]:
+    """The last ``MARK_BYTES`` of what may be asked for at once, of memory for a file's bytes from ``position`` on."""
+    ends = [*range(_MARKED_BYTES - position % _MARKED_BYTES, buffer.size, _MARKED_BYTES), buffer.size]
+    return [buffer[end - MARK_BYTES : end] for end in ends if end >= MARK_BYTES]
 
 
 @cache

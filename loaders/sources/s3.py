@@ -20,6 +20,7 @@ from loaders.sources import objects
 from loaders.sources.library import find_library, install
 from loaders.sources.objects import ObjectFile, ObjectPrefix
 from loaders.sources.runai import RunaiSession
+from loaders.sources.source import Unreachable
 
 _GONE = ("404", "NoSuchKey", "NotFound")
 _CHANGED = ("412", "PreconditionFailed")
@@ -124,5 +125,7 @@ def _as_os_errors() -> Iterator[None]:
         if code in _CHANGED:
             raise OSError(objects.CHANGED) from error
         raise OSError(str(error)) from error
-    except (exceptions.BotoCoreError, exceptions.HTTPClientError, http.HTTPError) as error:
+    except exceptions.HTTPClientError as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
+    except (exceptions.BotoCoreError, http.HTTPError) as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -51,6 +51,10 @@ class OpenFile(Protocol):
     ) -> None: ...
 
 
+class Unreachable(OSError):
+    """A server that does not answer, or not in time: asking it for another file would only take as long again."""
+
+
 class PieceError(OSError):
     """A piece that could not be read; ``ticket`` says which, None: nothing came any more."""
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from loaders import CheckpointError, Stage
 from loaders.config import config_from_json
-from loaders.plan import compute_dtype, plan_load
+from loaders.plan import compute_dtype, plan_load, specs_of
 from loaders.quantizable import config_documents
+from loaders.quantization import BLOCK
 from loaders.quantization_config import KEY
 from loaders.spec import ModelConfig
 from parity.inspection import PLAIN, Subject, open_subject
@@ -38,7 +39,7 @@ def planned(path: str, quant: str | None) -> Planned:
     """A checkpoint's weights are stored in what its files say, of a config.json alone in its ``dtype``, else bfloat16.
 
     Raises:
-        CheckpointError: it cannot be used, or is quantised already.
+        CheckpointError: it cannot be used, or is quantised already, or there is nothing in it to quantise.
     """
     subject = open_subject(path)
     config = _quantized(path, subject, quant)
@@ -61,6 +62,8 @@ def _quantized(path: str, subject: Subject, quant: str | None) -> ModelConfig:
     config, problems = config_from_json(subject.document | {KEY: inside}, beside=beside, found=("config.json",))
     if config is None:
         raise CheckpointError(path, problems)
+    if not specs_of(config, Stage()).schemes:
+        raise CheckpointError(path, [f"no linear layer has a multiple of {BLOCK} inputs: nothing to quantise"])
     return config
 
 

@@ -152,6 +152,20 @@ def test_logits_tokens_swap_adapter_and_export_are_those_of_one_device(family, m
     assert exported(model, tmp_path / "mesh") == exported(one, tmp_path / "one")
 
 
+@pytest.mark.parametrize("axes", [("tensor", "fsdp"), ("data", None), (None, "tensor")], ids=str)
+def test_stages_on_devices_of_their_own_hand_hidden_states_on(axes, checkpoints):
+    first, _ = checkpoints("qwen3")
+    one, devices = jax_models.load(first), np.array(jax.devices()[:8]).reshape(2, 4)
+    inputs = prompts(one.config, rows=3, tokens=24)
+    hidden = None
+    for index, (axis, mine) in enumerate(zip(axes, devices, strict=True)):
+        stage = jax_models.load(first, mesh=axis and Mesh(mine, (axis,)), stage=(index, 2))
+        given = inputs if hidden is None else {"hidden_states": hidden, "attention_mask": inputs["attention_mask"]}
+        hidden = stage(**given)
+    real = inputs["attention_mask"].astype(bool)
+    assert error(np.asarray(hidden)[real], np.asarray(one(**inputs))[real]) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 moe", "gemma3"])
 @pytest.mark.slow_unless("qwen3")
 def test_merged_adapters_are_the_same_bits_and_go_without_a_trace(name, checkpoints, tmp_path):

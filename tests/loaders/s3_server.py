@@ -1,12 +1,15 @@
-"""A real S3 server on loopback, and one that accepts and never answers."""
+"""A real S3 server on loopback, one that never answers, and ones whose answers are too short or too slow."""
 
 from __future__ import annotations
 
+import http.client
 import logging
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +72,66 @@ def silent_server() -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
         for connection in taken:
             connection.close()
+
+
+@contextmanager
+def _between(url: str, send: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
+    """The address of a server that asks the one at ``url``; objects go through ``send``, after their other headers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as behind:
+                behind.request(self.command, self.path, headers=dict(self.headers.items()))
+                found = behind.getresponse()
+                body = found.read()
+            self.send_response(found.status)
+            for name, value in found.getheaders():
+                if name.lower() not in ("content-length", "connection"):
+                    self.send_header(name, value)
+            if self.command == "GET" and "list-type" not in self.path:
+                send(self, body)
+                return
+            self.send_header("Content-Length", found.getheader("Content-Length") or str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def shortening_server(url: str, missing: int) -> AbstractContextManager[str]:
+    """The address of a server that answers as the one at ``url`` does, but that the last bytes of objects are missing.
+
+    And says that there are no more: to a client all is well that does not compare it with what it asked for.
+    """
+
+    def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        handler.send_header("Content-Length", str(len(body) - missing))
+        handler.end_headers()
+        handler.wfile.write(body[:-missing])
+
+    return _between(url, send)
+
+
+def dripping_server(url: str) -> AbstractContextManager[str]:
+    """Likewise, but objects come a byte at a time, five of them a second."""
+
+    def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        with suppress(OSError):  # nobody listens any more
+            for byte in body:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.2)
+
+    return _between(url, send)

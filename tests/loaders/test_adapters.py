@@ -10,10 +10,12 @@ from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.adapter_config import read_adapter_config
+from loaders.adapter_files import open_adapter_files
 from loaders.adapter_sites import sites_of
 from loaders.adapters import open_adapter
 from loaders.merging import merged
 from loaders.roster import NONE, Roster
+from loaders.sources.positioned import LocalFile
 from parity.zoo import make_checkpoint
 from parity.zoo_adapters import ATTENTION, EXPERTS, TABLES, make_adapter
 
@@ -134,6 +136,21 @@ def test_hostile_files_are_refused(base, adapter):
     assert "header claims" in problem
     (adapter / "adapter_config.json").write_bytes(b'{"r": 1, "r": 2}')
     assert any("more than once" in problem for problem in problems(base, adapter))
+
+
+def test_a_file_that_is_rewritten_while_a_tensor_is_read_is_an_error(base, adapter, monkeypatch):
+    opened, weights = open_adapter_files(adapter)[0], adapter / "adapter_model.safetensors"
+    name, read_into = max(opened.tensors), LocalFile.read_into
+
+    def rewritten(file, out, position):
+        half = len(out) // 2
+        read_into(file, out[:half], position)
+        weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+        read_into(file, out[half:], position + half)
+
+    monkeypatch.setattr(LocalFile, "read_into", rewritten)
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
+        opened.read(name)
 
 
 def test_a_directory_that_is_not_there_is_refused(base, tmp_path):

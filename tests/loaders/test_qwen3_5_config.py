@@ -259,7 +259,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         changed(CONFIG, rope_parameters=ROPE, partial_rotary_factor=0.25),
         "partial_rotary_factor=0.25 and 0.5 in rope_parameters disagree",
     ),
-    "more than a head": (changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 1.5}), "is 12 dimensions"),
+    "more than a head": (
+        changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 1.5}),
+        "partial_rotary_factor=1.5, expected a part of 1",
+    ),
+    "more dimensions than numbers": (
+        changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 1e308}),
+        "partial_rotary_factor=1e+308, expected a part of 1",
+    ),
     "two sections": (
         changed(CONFIG, rope_parameters=ROPE | {"mrope_section": [1, 1]}),
         "mrope_section is [1, 1], expected three numbers",

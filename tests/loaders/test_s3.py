@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from object_stores import assert_same_checkpoint, ends_within
-from s3_server import BUCKET, ENVIRONMENT, Server, client, silent_server
+from s3_server import BUCKET, ENVIRONMENT, Server, client, dripping_server, shortening_server, silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
@@ -23,7 +23,7 @@ from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.regions import Box, Region, sizes_of
 from loaders.shards import read_shards
-from loaders.sources import runai, s3
+from loaders.sources import objects, runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
@@ -175,6 +175,22 @@ def test_an_address_where_nothing_is_is_an_error(uri: str, says: str) -> None:
     assert len(caught.value.problems) == 1
 
 
+def test_an_index_that_cannot_be_read_is_the_only_problem(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is told to remove the files that it would name."""
+    real = s3.S3File.parts
+
+    def parts(self: s3.S3File, position: int, count: int) -> Iterator[bytes]:
+        if self.name.endswith(".index.json"):
+            raise OSError("SlowDown")
+        return real(self, position, count)
+
+    monkeypatch.setattr(s3.S3File, "parts", parts)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(uri)
+    (problem,) = caught.value.problems
+    assert "index.json cannot be read: SlowDown" in problem
+
+
 def test_missing_and_truncated_objects_are_one_error(server: Server, directory: Path) -> None:
     uri = server.put(directory, "bad")
     first, second = sorted(path.name for path in directory.glob("*.safetensors"))[:2]
@@ -220,6 +236,29 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+@pytest.mark.parametrize("missing", [8, 1000])
+def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_other_weights(
+    missing: int, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the streamer it is a success: what was in memory before would stand for what did not come."""
+    checkpoint, real = open_checkpoint(uri), runai.RunaiSession
+    with shortening_server(server.url, missing) as url:
+        monkeypatch.setattr(s3, "RunaiSession", lambda where, given: real(where, given | {"endpoint": url}))
+        with pytest.raises(CheckpointError, match="cannot be read: fewer bytes came than the .* asked for"):
+            list(checkpoint.stream())
+
+
+def test_marks_lie_where_an_answer_may_end() -> None:
+    """The streamer asks for what lies between multiples of 8 MiB of a file, or of what its environment says."""
+    buffer = np.zeros((5 << 20) + 3, np.uint8)
+    for mark in runai._marks(buffer, (8 << 20) - 100):
+        assert mark.size == runai.MARK_BYTES
+        mark[...] = 1
+    ends = np.flatnonzero(np.diff(np.append(buffer, 0).astype(np.int8)) < 0) + 1
+    assert ends.tolist() == [100 + (mib << 20) for mib in range(5)] + [buffer.size]
+    assert runai._marks(buffer[:7], 0) == []
+
+
 def test_a_failed_load_leaves_the_old_weights_serving(server: Server, directory: Path) -> None:
     import torch_models
 
@@ -255,6 +294,17 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_server_of_which_a_byte_comes_now_and_then_is_given_up_once(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a client that is no timeout; and the next file would take as long."""
+    monkeypatch.setattr(objects, "DEADLINE_S", 1.0)
+    with dripping_server(server.url) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "did not come in 1 s. Is the server in trouble?" in ends_within(5, lambda: open_checkpoint(uri))
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streamer's own client would wait on; what it still writes to is never used again."""
     checkpoint = open_checkpoint(uri)
@@ -281,7 +331,7 @@ def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: 
 GIVES_UP = """
 import sys
 from loaders import CheckpointError, open_checkpoint
-from loaders.sources import runai, s3
+from loaders.sources import objects, runai, s3
 
 uri, silent = sys.argv[1:]
 runai.DEADLINE_S, runai.CLOSE_S, real = 1.0, 0.2, runai.RunaiSession

@@ -173,3 +173,11 @@ def test_a_configuration_that_is_none_is_bad_input(files, words, tmp_path, capsy
 @pytest.mark.parametrize("options", [("--expert", "0"), ("--tensor", "-1"), ("--stages", "0"), ("--stages", "99")])
 def test_numbers_that_make_no_sense_are_bad_input(options, tmp_path):
     assert main(["inspect", str(abstract(tmp_path / "p", zoo_config("qwen3"))), *options]) == 2
+
+
+def test_a_checkpoint_may_be_named_by_any_address(tmp_path, capsys):
+    directory = make_checkpoint("qwen3", tmp_path / "plain")
+    found, plain = inspected(capsys, f"direct://{directory}"), inspected(capsys, directory)
+    assert found == plain | {"checkpoint": f"direct://{directory}"}
+    assert main(["inspect", "s3://"]) == 2
+    assert "it names no bucket" in capsys.readouterr().err

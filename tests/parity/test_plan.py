@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_models.abstract import abstract_weights
-from loaders import Stage, open_checkpoint
+from loaders import CheckpointError, Stage, open_checkpoint
 from parity.cli import main
 from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
@@ -24,7 +24,7 @@ from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_f
 from parity.planning.minimum import Minimum, minimum_of
 from parity.planning.plan import Request, judged, plan, smallest
 from parity.planning.subject import planned
-from parity.zoo import make_checkpoint
+from parity.zoo import make_checkpoint, zoo_config
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 LOAD = Load(rows=8, context=2048, prompt=1024, dtype="bfloat16")
@@ -259,6 +259,17 @@ def test_of_a_config_alone_in_what_it_says(said, found, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(document | said), encoding="utf-8")
     subject = planned(str(tmp_path), None)
     assert (subject.dtype, subject.plain) == found
+
+
+def test_a_model_of_which_nothing_can_be_quantised_is_refused_as_loading_would(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(zoo_config("qwen3")), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no linear layer has a multiple of 16 inputs: nothing to quantise"):
+        planned(str(tmp_path), "nvfp4")
+
+
+def test_a_checkpoint_may_be_named_by_any_address(tmp_path):
+    directory = make_checkpoint("qwen3", tmp_path / "c")
+    assert planned(f"direct://{directory}", None) == planned(str(directory), None)
 
 
 @pytest.mark.parametrize("text", ["model=4", "tensor", "tensor=0", "tensor=2,tensor=2"])

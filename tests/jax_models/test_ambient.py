@@ -1,0 +1,47 @@
+"""A mesh that is set around a call changes nothing: a model runs where its weights are."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import jax_models
+from parity.zoo import make_checkpoint, prompts
+
+
+def mesh_of(kind):
+    """None: of other devices, and another number of them."""
+    if kind is None:
+        return jax.make_mesh((3,), ("tensor",), devices=jax.devices()[5:])
+    return jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("ambient") / "c", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eight_devices():
+    if len(jax.devices()) < 8:
+        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
+
+
+@pytest.mark.parametrize("is_sharded", [True, False], ids=["on a mesh", "on one device"])
+@pytest.mark.parametrize("around", [AxisType.Explicit, AxisType.Auto, None], ids=str)
+def test_a_model_says_the_same_under_any_mesh(around, is_sharded, checkpoint):
+    mesh = mesh_of(AxisType.Explicit)
+    model = jax_models.load(checkpoint, mesh=mesh if is_sharded else None)
+    inputs = prompts(model.config, rows=2, tokens=16)
+
+    def said():
+        logits, taps = model.with_taps(**inputs)
+        token_ids = model.generate(**inputs, max_new_tokens=3, ignore_eos=True)
+        return [np.asarray(each) for each in (model(**inputs), token_ids, logits, *taps.values())]
+
+    expected = said()
+    with jax.set_mesh(mesh_of(around)):
+        found = said()
+        changed = model.update_weights_from_disk(checkpoint)
+        assert np.array_equal(np.asarray(changed(**inputs)), expected[0])
+    assert all(map(np.array_equal, found, expected))
