@@ -35,7 +35,7 @@ def run_several(
     (directory / "job.json").write_text(json.dumps({**job, "directory": str(directory), "count": count}))
     command = [sys.executable, str(program), str(directory / "job.json")]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    around = os.environ | {"PYTHONPATH": path} | dict(environment)
+    around = os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"} | dict(environment)
     logs = [directory / f"log{index}" for index in range(count)]
     children = []
     for index, log in enumerate(logs):
@@ -52,7 +52,8 @@ def run_several(
         for child in children:
             child.kill()
             child.wait()
-    assert not any(child.returncode for child in children), "\n".join(log.read_text()[-4000:] for log in logs)
+    ended = [child.returncode for child in children]  # minus the signal that ended one, which may say nothing
+    assert not any(ended), "\n".join([f"ended with {ended}", *(log.read_text()[-4000:] for log in logs)])
     return [json.loads((directory / f"found{index}.json").read_text()) for index in range(count)]
 
 
