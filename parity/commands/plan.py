@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
     parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
     parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that fits")
-    parser.add_argument("--mesh", metavar="M", help="data=2,expert=4,tensor=2; default: what leaves devices the least")
+    parser.add_argument(
+        "--mesh", metavar="M", help="data=2,tensor=4; also fsdp, expert; default: what leaves the least"
+    )
     parser.add_argument("--batch", metavar="B", type=int, default=8, help="rows at a time; default: 8")
     parser.add_argument("--context", metavar="S", type=int, default=8192, help="slots of the cache; default: 8192")
     parser.add_argument("--prompt", metavar="T", type=int, help="tokens a row that prefill reads; default: up to 1024")

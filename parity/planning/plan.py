@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_models.sharding import MESH_AXES, replicated
+from jax_models.sharding import replicated
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.chips import Chip
@@ -24,7 +24,7 @@ from parity.planning.compiling import PROGRAMS
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
+from parity.planning.meshes import AXES, Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
 
@@ -134,7 +134,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "chip": chip.name,
         "topology": topology,
         "devices": devices,
-        "mesh": {axis: sizes[axis] for axis in MESH_AXES if sizes.get(axis, 1) > 1},
+        "mesh": {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1},
         "hbm_bytes": chip.hbm_bytes,
         "usable_bytes": chip.usable_bytes,
         "extrapolated_from_layers": None if depths.is_exact else [depths.shallow, depths.deeper],
