@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_models.sharding import replicated
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.chips import Chip
 from parity.planning.compiling import PROGRAMS
+from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import AXES, Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
+from parity.planning.meshes import AXES, Load, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
 
@@ -114,8 +114,6 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         raise ValueError(f"the mesh takes {used} devices, but {chip.name}:{topology} has {devices}")
     depths = depths_of(config, is_exact=request.is_exact)
     answers = _compiled(request, topology, sizes, depths)
-    whole = abstract_mesh(sizes)
-    specs = specs_for(config, Stage())
     programs = {}
     for program in PROGRAMS:
         figures = joined(answers[program], depths)
@@ -125,6 +123,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "subject": request.subject,
         "architecture": config.architecture,
         "layers": config.num_hidden_layers,
+        "parameters": len(specs_for(config, Stage()).params),
         "quant": request.quant,
         "dtype": load.dtype,
         "stored": stored_bytes(config, load),
@@ -139,22 +138,13 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "usable_bytes": chip.usable_bytes,
         "extrapolated_from_layers": None if depths.is_exact else [depths.shallow, depths.deeper],
         "fits": all(found["fits"] for found in programs.values()),
-        "replicated": replicated(specs.params, config.dims(), whole),
-        "replicated_cache": _whole_cache(config, load, whole),
+        "copied_weights": copied_weights(config, load, sizes),
+        "copied_cache": copied_cache(config, load, sizes),
+        "uncut_rows": uncut_rows(load.rows, sizes),
         "programs": programs,
         "jax": answers["jax"],
         "libtpu": answers["libtpu"],
     }
-
-
-def _whole_cache(config: ModelConfig, load: Load, mesh: Any) -> bool:
-    """Whether heads of keys and values lie on every device although there is an axis to cut them by."""
-    from jax_models.abstract import abstract_cache
-
-    cache = abstract_cache(config, load.rows, load.context, load.dtype, mesh)
-    tensor = mesh.shape["expert"] * mesh.shape["tensor"]
-    kept = [leaf for parts in cache.layers.values() for name, leaf in parts.items() if name in ("key", "value")]
-    return tensor > 1 and any(leaf.sharding.shard_shape(leaf.shape)[1] == leaf.shape[1] for leaf in kept)
 
 
 def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, program: str) -> dict[str, Any]:

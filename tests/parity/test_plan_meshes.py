@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import jax_models
 from jax_models.weights import flatten
 from parity.cli import main
+from parity.planning.compiling import PROGRAMS
+from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.meshes import Load, held, mesh_shape, parse_mesh
 from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
@@ -92,3 +95,127 @@ def test_rows_that_fsdp_does_not_divide_are_all_multiplied_by_every_part():
     assert parts.cache_bytes == whole.cache_bytes
     attended = 36 * 2 * 2 * 3 * 2048 * 32 * 128
     assert parts.flops - attended == pytest.approx((whole.flops - attended) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("mesh", "rows"),
+    [
+        ("data=2", 8),
+        ("data=3", 8),
+        ("data=2,tensor=2", 8),
+        ("expert=4,tensor=2", 2),
+        ("data=2,fsdp=3", 8),
+        ("fsdp=4", 8),
+    ],
+)
+def test_what_lies_on_several_devices_is_what_does_so_of_a_model_that_is_loaded(name, mesh, rows, checkpoint):
+    path, sizes = checkpoint(name), parse_mesh(mesh)
+    config, load = asked(path, rows)
+    for said, arrays in zip((copied_weights, copied_cache), placed(path, mesh, rows), strict=True):
+        groups = said(config, load, sizes)
+        found = {one["name"]: (group["copies"], one["bytes"]) for group in groups for one in group["tensors"]}
+        assert found == {key: copies for key, array in arrays.items() if (copies := copies_of(array))[0] > 1}
+        for group in groups:
+            assert group["copies"] == math.prod(group["axes"].values())
+            assert group["axes"].items() <= sizes.items()
+            assert group["bytes"] == sum(one["bytes"] for one in group["tensors"])
+
+
+def copies_of(array: jax.Array) -> tuple[int, int]:
+    """How many devices have the same part of an array, and what all of these but one take."""
+    shards = array.addressable_shards
+    parts = {str(shard.index): shard.data.nbytes for shard in shards}
+    return len(shards) // len(parts), sum(shard.data.nbytes for shard in shards) - sum(parts.values())
+
+
+def traffic(read: int) -> dict:
+    return {"hbm_read_bytes": read, "hbm_written_bytes": 0, "collectives": {}}
+
+
+@pytest.fixture
+def said(monkeypatch, capsys, tmp_path):
+    """What the verb prints, and writes, of programs without temporaries; nothing is compiled."""
+
+    def compiled(request, topology, sizes, depths):
+        weights, cache = held(request.config, request.load, sizes)
+        program = {"weight_bytes": weights, "cache_bytes": cache, "temp_bytes": 0, "peak_bytes": weights + cache}
+        program |= {"lower_s": 0.0, "compile_s": 0.0, **traffic(10**6), "unknown_loops": []}
+        program["by_layer"] = {str(layer): traffic(10**4) for layer in range(depths.deeper)}
+        return {"jax": "", "libtpu": ""} | dict.fromkeys(PROGRAMS, [program] * len({depths.shallow, depths.deeper}))
+
+    monkeypatch.setattr("parity.planning.plan._compiled", compiled)
+    monkeypatch.setattr("parity.planning.environment.check_installed", lambda: None)
+
+    def run(*options: str) -> tuple[str, dict]:
+        assert main(["plan", *options, "--json", str(tmp_path / "plan.json")]) in (0, 1)
+        return capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+DENSE = str(CONFIGS / "qwen3-8b.json")
+DENSE_BYTES = 16_381_470_720  # published: metadata.total_size of model.safetensors.index.json
+VECTORS = 36 * (2 * 4096 + 2 * 128) + 4096
+
+
+@pytest.mark.parametrize(
+    ("mesh", "lines"),
+    [
+        ("data=4", ["every weight: 4 copies (data=4), 49.14 GB"]),
+        (
+            "data=2,tensor=2",
+            [
+                "every weight not named below: 2 copies (data=2), 16.38 GB",
+                "145 x vector or scalar: 4 copies (data=2, tensor=2), 1.8 MB",
+            ],
+        ),
+        ("tensor=4", ["145 x vector or scalar: 4 copies (tensor=4), 1.8 MB"]),
+        (
+            "tensor=16",
+            [
+                "36 x model.layers.*.self_attn.k_proj.weight, 36 x model.layers.*.self_attn.v_proj.weight,"
+                " 145 x vector or scalar: 16 copies (tensor=16), 9.07 GB",
+                "key, value of the cache: 16 copies (tensor=16), 144.96 GB",
+            ],
+        ),
+    ],
+)
+def test_copies_are_said_in_a_line_for_each_number_of_them(mesh, lines, said):
+    shown, found = said(DENSE, "--topology", "4x4", "--mesh", mesh)
+    title, *listed = shown[shown.index("on more than one device") :].splitlines()
+    assert title == "on more than one device, and what all copies but one take on all devices:"
+    assert [line.strip() for line in listed if line.startswith("  ")] == lines
+    if mesh == "data=4":
+        assert [group["bytes"] for group in found["copied_weights"]] == [3 * DENSE_BYTES]
+    if mesh == "tensor=4":
+        assert [group["bytes"] for group in found["copied_weights"]] == [3 * 2 * VECTORS]
+
+
+def test_on_one_device_nothing_has_copies(said):
+    shown, found = said(DENSE, "--chip", "v5p", "--topology", "1x1x1")
+    assert "on more than one device: nothing" in shown
+    assert found["copied_weights"] == found["copied_cache"] == []
+
+
+def test_rows_that_the_mesh_does_not_divide_are_said_to_be_whole(said):
+    shown, found = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "8")
+    assert "a batch of 8 is not cut by data=3: 8 rows on each device; a batch of 6 or 9 would be" in shown
+    assert found["uncut_rows"] == {"axes": {"data": 3}, "rows_per_device": 8, "dividing": [6, 9]}
+    assert "key, value of the cache: 3 copies (data=3)" in shown
+    shown, found = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "9")
+    assert found["uncut_rows"] is None
+    assert "is not cut by" not in shown
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "found"),
+    [
+        ("data=2,fsdp=3", 8, {"axes": {"fsdp": 3}, "rows_per_device": 4, "dividing": [6, 12]}),
+        ("fsdp=4", 1, {"axes": {"fsdp": 4}, "rows_per_device": 1, "dividing": [4]}),
+        ("data=2,fsdp=2", 8, None),
+        ("expert=3,tensor=5", 8, None),
+    ],
+)
+def test_of_two_axes_for_rows_one_alone_may_cut_them(mesh, rows, found):
+    assert uncut_rows(rows, parse_mesh(mesh)) == found
