@@ -45,17 +45,26 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
 
     Args:
         request: of what.
-        topology: slice; None: the smallest that fits, of those whose devices hold weights and cache.
-        sizes: of the mesh; None: ``default_mesh``.
+        topology: slice; None: the smallest that fits, of those whose devices hold weights and cache; of a mesh that is
+            given the smallest that has its devices too.
+        sizes: of the mesh; None: ``default_mesh``. One that does not fit stays what is planned, and a slice that does
+            with ``default_mesh`` is suggested.
     Raises:
         ValueError: topology and mesh do not fit each other, or no slice is large enough.
     """
-    named = topology or smallest(request)
+    used = math.prod((sizes or {}).values())
+    named = topology or smallest(request, above=used - 1)
     if named is None:
+        largest = request.chip.topologies[-1]
+        if used > request.chip.num_devices(largest):
+            raise ValueError(_too_few(request.chip, largest, used))
         raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use another chip or --quant")
-    found = _planned(request, named, sizes)
-    fitting = _fitting(request, {named: found}) if sizes is None else None
-    if topology is None and fitting is not None:
+    found, fitting = _planned(request, named, sizes), None
+    if sizes is None or not found["fits"]:
+        devices = request.chip.num_devices(named)
+        is_default = sizes is None or found["mesh"] == default_mesh(request.config, devices, request.load)
+        fitting = _fitting(request, {named: found} if is_default else {})
+    if topology is None and sizes is None and fitting is not None:
         found = fitting
     suggestion = fitting and _suggestion(fitting, is_this=fitting is found)
     return found | {"suggestion": suggestion, "is_mesh_given": sizes is not None}
@@ -71,7 +80,9 @@ def smallest(request: Request, above: int = 0) -> str | None:
 
 
 def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The plan of the smallest slice that fits, compiled unless it is among ``plans``; None: none does.
+    """The plan of the smallest slice that fits with its ``default_mesh``, compiled unless it is among ``plans``.
+
+    None: none does.
 
     Temporaries are no smaller on a smaller slice: rows are as many, and devices have more of the heads.
     """
@@ -105,13 +116,17 @@ def _least(request: Request) -> str:
     return f"on {topology} a device would hold {size / 1e9:.1f} GB of {request.chip.usable_bytes / 1e9:.1f}"
 
 
+def _too_few(chip: Chip, topology: str, used: int) -> str:
+    return f"the mesh takes {used} devices, but {chip.name}:{topology} has {chip.num_devices(topology)}"
+
+
 def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> dict[str, Any]:
     config, load, chip = request.config, request.load, request.chip
     devices = chip.num_devices(topology)
     sizes = default_mesh(config, devices, load) if sizes is None else sizes
     used = math.prod(sizes.values())
     if used > devices:
-        raise ValueError(f"the mesh takes {used} devices, but {chip.name}:{topology} has {devices}")
+        raise ValueError(_too_few(chip, topology, used))
     depths = depths_of(config, is_exact=request.is_exact)
     answers = _compiled(request, topology, sizes, depths)
     programs = {}

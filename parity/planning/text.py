@@ -42,6 +42,7 @@ _ROWS = (
     ("traffic over least", "ratio"),
     ("compile time", "compile_s"),
 )
+_SMALLEST = "smallest slice that fits"
 _ROOFS = (("roofline, as compiled", "compiled"), ("roofline, least", "minimum"))
 
 
@@ -94,12 +95,13 @@ def _remarks(found: dict[str, Any]) -> list[str]:
             if suggestion["is_this"]
             else f"{found['chip']}:{suggestion['topology']}, compiled with mesh {_mesh(suggestion['mesh'])}"
         )
-        lines.append(f"smallest slice that fits: {said}")
+        is_other = found["is_mesh_given"] and suggestion["mesh"] != found["mesh"]
+        which = "it does not fit with this mesh; smallest slice that does with another" if is_other else _SMALLEST
+        lines.append(f"{which}: {said}")
     elif not found["fits"]:
-        none = f"nor does any other slice of {found['chip']}"
-        lines.append(
-            f"it does not fit; {'without --mesh, a slice that does is looked for' if found['is_mesh_given'] else none}"
-        )
+        other = "slice" if found["is_mesh_given"] else "other slice"
+        mesh = " with the mesh that leaves devices the least" if found["is_mesh_given"] else ""
+        lines.append(f"it does not fit, nor on any {other} of {found['chip']}{mesh}")
     return lines
 
 

@@ -135,21 +135,23 @@ def traffic(read: int) -> dict:
 
 @pytest.fixture
 def said(monkeypatch, capsys, tmp_path):
-    """What the verb prints, and writes, of programs without temporaries; nothing is compiled."""
+    """What the verb prints and writes, and what it would have compiled; every program takes the same temporaries."""
 
-    def compiled(request, topology, sizes, depths):
-        weights, cache = held(request.config, request.load, sizes)
-        program = {"weight_bytes": weights, "cache_bytes": cache, "temp_bytes": 0, "peak_bytes": weights + cache}
-        program |= {"lower_s": 0.0, "compile_s": 0.0, **traffic(10**6), "unknown_loops": []}
-        program["by_layer"] = {str(layer): traffic(10**4) for layer in range(depths.deeper)}
-        return {"jax": "", "libtpu": ""} | dict.fromkeys(PROGRAMS, [program] * len({depths.shallow, depths.deeper}))
+    def run(*options: str, temporaries: int = 0) -> tuple[str, dict, list]:
+        asked = []
 
-    monkeypatch.setattr("parity.planning.plan._compiled", compiled)
-    monkeypatch.setattr("parity.planning.environment.check_installed", lambda: None)
+        def compiled(request, topology, sizes, depths):
+            asked.append((topology, sizes))
+            weights, cache = held(request.config, request.load, sizes)
+            program = {"weight_bytes": weights, "cache_bytes": cache, "temp_bytes": temporaries}
+            program |= {"peak_bytes": weights + cache + temporaries, "lower_s": 0.0, "compile_s": 0.0}
+            program |= {**traffic(10**6), "by_layer": {str(layer): traffic(10**4) for layer in range(depths.deeper)}}
+            return {"jax": "", "libtpu": ""} | dict.fromkeys(PROGRAMS, [program] * len({depths.shallow, depths.deeper}))
 
-    def run(*options: str) -> tuple[str, dict]:
+        monkeypatch.setattr("parity.planning.plan._compiled", compiled)
+        monkeypatch.setattr("parity.planning.environment.check_installed", lambda: None)
         assert main(["plan", *options, "--json", str(tmp_path / "plan.json")]) in (0, 1)
-        return capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+        return capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text(encoding="utf-8")), asked
 
     return run
 
@@ -182,7 +184,7 @@ VECTORS = 36 * (2 * 4096 + 2 * 128) + 4096
     ],
 )
 def test_copies_are_said_in_a_line_for_each_number_of_them(mesh, lines, said):
-    shown, found = said(DENSE, "--topology", "4x4", "--mesh", mesh)
+    shown, found, _ = said(DENSE, "--topology", "4x4", "--mesh", mesh)
     title, *listed = shown[shown.index("on more than one device") :].splitlines()
     assert title == "on more than one device, and what all copies but one take on all devices:"
     assert [line.strip() for line in listed if line.startswith("  ")] == lines
@@ -193,17 +195,17 @@ def test_copies_are_said_in_a_line_for_each_number_of_them(mesh, lines, said):
 
 
 def test_on_one_device_nothing_has_copies(said):
-    shown, found = said(DENSE, "--chip", "v5p", "--topology", "1x1x1")
+    shown, found, _ = said(DENSE, "--chip", "v5p", "--topology", "1x1x1")
     assert "on more than one device: nothing" in shown
     assert found["copied_weights"] == found["copied_cache"] == []
 
 
 def test_rows_that_the_mesh_does_not_divide_are_said_to_be_whole(said):
-    shown, found = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "8")
+    shown, found, _ = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "8")
     assert "a batch of 8 is not cut by data=3: 8 rows on each device; a batch of 6 or 9 would be" in shown
     assert found["uncut_rows"] == {"axes": {"data": 3}, "rows_per_device": 8, "dividing": [6, 9]}
     assert "key, value of the cache: 3 copies (data=3)" in shown
-    shown, found = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "9")
+    shown, found, _ = said(DENSE, "--topology", "4x4", "--mesh", "data=3", "--batch", "9")
     assert found["uncut_rows"] is None
     assert "is not cut by" not in shown
 
@@ -219,3 +221,58 @@ def test_rows_that_the_mesh_does_not_divide_are_said_to_be_whole(said):
 )
 def test_of_two_axes_for_rows_one_alone_may_cut_them(mesh, rows, found):
     assert uncut_rows(rows, parse_mesh(mesh)) == found
+
+
+GB = 10**9
+
+
+def test_if_it_does_not_fit_with_the_mesh_the_smallest_slice_that_fits_with_another_is_suggested(said):
+    shown, found, asked = said(DENSE, "--topology", "4x4", "--mesh", "data=4")
+    assert (found["fits"], found["topology"], found["mesh"]) == (False, "4x4", {"data": 4})
+    assert found["suggestion"]["topology"] == "2x2"
+    assert found["suggestion"]["mesh"] == {"tensor": 4}
+    assert not found["suggestion"]["is_this"]
+    said_so = (
+        "it does not fit with this mesh; smallest slice that does with another: v5e:2x2, compiled with mesh tensor=4"
+    )
+    assert said_so in shown
+    assert asked == [("4x4", {"data": 4}), ("2x2", {"tensor": 4})]
+
+
+def test_so_it_is_where_the_slice_that_was_named_fits_with_another(said):
+    _, found, asked = said(DENSE, "--topology", "2x2", "--mesh", "data=4")
+    assert (found["fits"], found["suggestion"]["topology"], found["suggestion"]["mesh"]) == (
+        False,
+        "2x2",
+        {"tensor": 4},
+    )
+    assert asked == [("2x2", {"data": 4}), ("2x2", {"tensor": 4})]
+
+
+def test_the_mesh_that_would_have_been_chosen_is_compiled_once(said):
+    _, found, asked = said(DENSE, "--topology", "2x2", "--mesh", "tensor=4", temporaries=12 * GB)
+    assert (found["fits"], found["suggestion"]["topology"], found["suggestion"]["mesh"]) == (
+        False,
+        "2x4",
+        {"tensor": 8},
+    )
+    assert asked == [("2x2", {"tensor": 4}), ("2x4", {"tensor": 8})]
+
+
+def test_a_mesh_that_fits_has_nothing_else_compiled(said):
+    shown, found, asked = said(DENSE, "--topology", "4x4", "--mesh", "tensor=8")
+    assert (found["fits"], found["suggestion"], asked) == (True, None, [("4x4", {"tensor": 8})])
+    assert "smallest slice" not in shown
+
+
+def test_where_it_fits_with_no_mesh_that_is_said(said):
+    shown, found, _ = said(DENSE, "--topology", "2x2", "--mesh", "data=4", temporaries=20 * GB)
+    assert (found["fits"], found["suggestion"]) == (False, None)
+    assert "it does not fit, nor on any slice of v5e with the mesh that leaves devices the least" in shown
+
+
+def test_of_a_mesh_alone_the_smallest_slice_with_its_devices_is_planned(said, capsys):
+    _, found, asked = said(DENSE, "--mesh", "tensor=8")
+    assert (found["topology"], asked) == ("2x4", [("2x4", {"tensor": 8})])
+    assert main(["plan", DENSE, "--mesh", "data=512"]) == 2
+    assert "the mesh takes 512 devices, but v5e:16x16 has 256" in capsys.readouterr().err
