@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 DOES_NOT_FIT = 1
@@ -13,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
     parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
     parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that fits")
-    parser.add_argument("--mesh", metavar="M", help="data=2,expert=4,tensor=2; default: what leaves devices the least")
+    parser.add_argument(
+        "--mesh", metavar="M", help="data=2,tensor=4; also fsdp, expert; default: what leaves the least"
+    )
     parser.add_argument("--batch", metavar="B", type=int, default=8, help="rows at a time; default: 8")
     parser.add_argument("--context", metavar="S", type=int, default=8192, help="slots of the cache; default: 8192")
     parser.add_argument("--prompt", metavar="T", type=int, help="tokens a row that prefill reads; default: up to 1024")
@@ -35,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.prompt is not None and args.prompt > args.context:
         problems.append(f"--prompt is {args.prompt}, expected at most the {args.context} slots of --context")
+    if args.json and (problem := _unwritable(args.json)):  # said before compiling, which takes minutes
+        problems.append(problem)
     if problems:
         raise ValueError("; ".join(problems))
     chip = chip_of(args.chip)
@@ -56,3 +61,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0 if found["fits"] else DOES_NOT_FIT
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why no file can be written there; None: one can. Nothing is made or opened: it may be a pipe."""
+    where = Path(os.path.realpath(path))
+    if where.is_dir():
+        return f"--json {path} is a directory, expected a file"
+    if not where.exists() and not where.parent.is_dir():
+        return f"--json {path}: there is no directory {where.parent}; make it first"
+    is_effective = os.access in os.supports_effective_ids
+    if where.exists():
+        may = os.access(where, os.W_OK, effective_ids=is_effective)
+    else:
+        may = os.access(where.parent, os.W_OK | os.X_OK, effective_ids=is_effective)
+    return None if may else f"--json {path} may not be written; name another file"

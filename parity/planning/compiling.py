@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
 from jax_models.programs import programs_for
-from jax_models.sharding import MESH_AXES
 from loaders.dtypes import to_numpy
 from loaders.quantization import WEIGHTS_ONLY, Activations
 from loaders.spec import ModelConfig
@@ -30,7 +29,7 @@ from loaders.stage import Stage
 from parity.hlo.layers import traffic_by_layer
 from parity.hlo.traffic import Traffic
 from parity.planning.chips import Chip
-from parity.planning.meshes import Load, held_bytes
+from parity.planning.meshes import Load, held_bytes, mesh_shape
 
 PROGRAMS = ("prefill", "decode")
 # of the compiler: what is in use beside arguments, or in all
@@ -46,13 +45,14 @@ def mesh_on(chip: Chip, topology: str, sizes: dict[str, int]) -> Mesh:
     Raises:
         ValueError: the slice has fewer devices than the mesh, or is none of this chip.
     """
-    shape, devices = tuple(sizes.get(axis, 1) for axis in MESH_AXES), chip.num_devices(topology)
-    if math.prod(shape) > devices:
-        spelled = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"the mesh {spelled} takes {math.prod(shape)} devices; {chip.name}:{topology} has {devices}")
+    shape, devices = mesh_shape(sizes), chip.num_devices(topology)
+    size = math.prod(shape.values())
+    if size > devices:
+        spelled = ", ".join(f"{axis}={count}" for axis, count in sizes.items())
+        raise ValueError(f"the mesh {spelled} takes {size} devices; {chip.name}:{topology} has {devices}")
     is_part = devices < chip.num_devices(chip.host)
     found = topologies.get_topology_desc(f"{chip.name}:{chip.host if is_part else topology}", platform="tpu").devices
-    return Mesh(np.array(found[: math.prod(shape)]).reshape(shape), MESH_AXES)
+    return Mesh(np.array(found[:size]).reshape(tuple(shape.values())), tuple(shape))
 
 
 def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Load, mesh: Mesh) -> jax.stages.Lowered:

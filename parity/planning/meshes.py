@@ -13,12 +13,14 @@ import jax
 from jax.sharding import AbstractMesh
 
 from jax_models.abstract import abstract_cache
-from jax_models.sharding import MESH_AXES, param_sharding
+from jax_models.sharding import param_sharding
+from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of
 from loaders.dtypes import bits, to_numpy
 from loaders.plan import specs_of
 from loaders.spec import Dim, ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
 
+AXES = ("data", FSDP, "expert", "tensor")  # outermost first
 LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
 
 
@@ -53,12 +55,12 @@ def parse_mesh(text: str) -> dict[str, int]:
     problems = []
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in MESH_AXES or axis in sizes or not size.isdigit() or int(size) < 1:
+        if axis not in AXES or axis in sizes or not size.isdigit() or int(size) < 1:
             problems.append(repr(part))
         else:
             sizes[axis] = int(size)
     if problems:
-        expected = f"axis=size of {', '.join(MESH_AXES)}, each at most once"
+        expected = f"axis=size of {', '.join(AXES)}, each at most once"
         raise ValueError(f"--mesh {text}: {', '.join(problems)} not understood, expected {expected}")
     return sizes
 
@@ -69,9 +71,25 @@ def held_bytes(tree: Any) -> int:
     return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in shapes)
 
 
+def mesh_shape(sizes: dict[str, int]) -> dict[str, int]:
+    """Every axis that a mesh of these sizes has, also of one device; ``fsdp`` where it is asked for alone."""
+    return {axis: sizes.get(axis, 1) for axis in AXES if axis != FSDP or sizes.get(axis, 1) > 1}
+
+
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices."""
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    shape = mesh_shape(sizes)
+    return AbstractMesh(tuple(shape.values()), tuple(shape))
+
+
+def row_axes(rows: int, sizes: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes that so many rows are cut by: of ``data`` and ``fsdp`` those that divide them."""
+    return axes_of(cut_of(sizes, LOGICAL_AXES["B"], rows))
+
+
+def rows_on_device(rows: int, sizes: dict[str, int]) -> int:
+    """Of so many rows: all of them where no axis cuts them."""
+    return rows // math.prod(sizes[axis] for axis in row_axes(rows, sizes))
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,9 +10,10 @@ import jax
 
 from jax_models.abstract import abstract_cache
 from jax_models.programs import model_class
+from loaders.axes import FSDP, axes_of, param_cuts
 from loaders.spec import ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
-from parity.planning.meshes import Load, abstract_mesh, specs_for, weight_size
+from parity.planning.meshes import Load, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
 
 
 @dataclass(frozen=True)
@@ -47,29 +48,37 @@ class Minimum:
 def minimum_of(
     config: ModelConfig, program: str, load: Load, sizes: dict[str, int], stage: Stage | None = None
 ) -> Minimum:
-    """Of ``prefill`` or ``decode``."""
+    """Of ``prefill`` or ``decode``.
+
+    A part that ``fsdp`` cuts is read once, and multiplied with the rows of all that have the others: or these are
+    gathered, and all of it is multiplied with a part of the rows, which is as much.
+    """
     stage = stage or Stage()
     mesh: Any = abstract_mesh(sizes)
     specs, dims = specs_for(config, stage), config.dims()
-    rows = load.rows // (sizes.get("data", 1) if load.rows % sizes.get("data", 1) == 0 else 1)
+    rows = rows_on_device(load.rows, sizes)
+    gathered = sizes[FSDP] if FSDP in row_axes(load.rows, sizes) else 1
     tokens = rows * (load.prompt if program == "prefill" else 1)
     share = _chosen_share(config)
-    chosen = 1 - (1 - share) ** tokens
     weights = experts = flops = 0
+    distinct = 0.0
     for spec in specs:
         if _is_unused(spec, specs):
             continue
         held, size = weight_size(spec, dims, mesh, load)
         is_expert = spec.axes[:1] == ("E",) and len(spec.axes) > 2
+        shared = gathered if any(FSDP in axes_of(cut) for cut in param_cuts(spec, dims, sizes)) else 1
         weights += size
-        experts += size if is_expert else 0
+        if is_expert:
+            experts += size
+            distinct += size * (1 - (1 - share) ** (tokens * shared))
         if is_expert or specs.rules[spec.sources[0].tensor].is_linear or spec.name == specs.head:
             inner = spec.axes[-1] if spec.axes else ""  # codes are two to a byte, block scales beside them
             numbers = held * (2 if inner.endswith("/2") else 0 if inner.endswith("/16") else 1)
             times = rows if spec.name == specs.head else tokens * share if is_expert else tokens
-            flops += int(2 * numbers * times)
+            flops += int(2 * numbers * times * shared)
     cached, attended = _cached(config, program, load, mesh, stage)
-    return Minimum(weights, experts, int(experts * chosen), cached, flops + attended)
+    return Minimum(weights, experts, int(distinct), cached, flops + attended)
 
 
 def _chosen_share(config: Any) -> float:

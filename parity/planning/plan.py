@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_models.sharding import MESH_AXES, replicated
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.chips import Chip
 from parity.planning.compiling import PROGRAMS
+from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import Load, abstract_mesh, default_mesh, held, specs_for, stored_bytes
+from parity.planning.meshes import AXES, Load, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
 
@@ -45,17 +45,26 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
 
     Args:
         request: of what.
-        topology: slice; None: the smallest that fits, of those whose devices hold weights and cache.
-        sizes: of the mesh; None: ``default_mesh``.
+        topology: slice; None: the smallest that fits, of those whose devices hold weights and cache; of a mesh that is
+            given the smallest that has its devices too.
+        sizes: of the mesh; None: ``default_mesh``. One that does not fit stays what is planned, and a slice that does
+            with ``default_mesh`` is suggested.
     Raises:
         ValueError: topology and mesh do not fit each other, or no slice is large enough.
     """
-    named = topology or smallest(request)
+    used = math.prod((sizes or {}).values())
+    named = topology or smallest(request, above=used - 1)
     if named is None:
+        largest = request.chip.topologies[-1]
+        if used > request.chip.num_devices(largest):
+            raise ValueError(_too_few(request.chip, largest, used))
         raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use another chip or --quant")
-    found = _planned(request, named, sizes)
-    fitting = _fitting(request, {named: found}) if sizes is None else None
-    if topology is None and fitting is not None:
+    found, fitting = _planned(request, named, sizes), None
+    if sizes is None or not found["fits"]:
+        devices = request.chip.num_devices(named)
+        is_default = sizes is None or found["mesh"] == default_mesh(request.config, devices, request.load)
+        fitting = _fitting(request, {named: found} if is_default else {})
+    if topology is None and sizes is None and fitting is not None:
         found = fitting
     suggestion = fitting and _suggestion(fitting, is_this=fitting is found)
     return found | {"suggestion": suggestion, "is_mesh_given": sizes is not None}
@@ -71,7 +80,9 @@ def smallest(request: Request, above: int = 0) -> str | None:
 
 
 def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The plan of the smallest slice that fits, compiled unless it is among ``plans``; None: none does.
+    """The plan of the smallest slice that fits with its ``default_mesh``, compiled unless it is among ``plans``.
+
+    None: none does.
 
     Temporaries are no smaller on a smaller slice: rows are as many, and devices have more of the heads.
     """
@@ -105,17 +116,19 @@ def _least(request: Request) -> str:
     return f"on {topology} a device would hold {size / 1e9:.1f} GB of {request.chip.usable_bytes / 1e9:.1f}"
 
 
+def _too_few(chip: Chip, topology: str, used: int) -> str:
+    return f"the mesh takes {used} devices, but {chip.name}:{topology} has {chip.num_devices(topology)}"
+
+
 def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> dict[str, Any]:
     config, load, chip = request.config, request.load, request.chip
     devices = chip.num_devices(topology)
     sizes = default_mesh(config, devices, load) if sizes is None else sizes
     used = math.prod(sizes.values())
     if used > devices:
-        raise ValueError(f"the mesh takes {used} devices, but {chip.name}:{topology} has {devices}")
+        raise ValueError(_too_few(chip, topology, used))
     depths = depths_of(config, is_exact=request.is_exact)
     answers = _compiled(request, topology, sizes, depths)
-    whole = abstract_mesh(sizes)
-    specs = specs_for(config, Stage())
     programs = {}
     for program in PROGRAMS:
         figures = joined(answers[program], depths)
@@ -125,6 +138,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "subject": request.subject,
         "architecture": config.architecture,
         "layers": config.num_hidden_layers,
+        "parameters": len(specs_for(config, Stage()).params),
         "quant": request.quant,
         "dtype": load.dtype,
         "stored": stored_bytes(config, load),
@@ -134,27 +148,18 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
         "chip": chip.name,
         "topology": topology,
         "devices": devices,
-        "mesh": {axis: sizes[axis] for axis in MESH_AXES if sizes.get(axis, 1) > 1},
+        "mesh": {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1},
         "hbm_bytes": chip.hbm_bytes,
         "usable_bytes": chip.usable_bytes,
         "extrapolated_from_layers": None if depths.is_exact else [depths.shallow, depths.deeper],
         "fits": all(found["fits"] for found in programs.values()),
-        "replicated": replicated(specs.params, config.dims(), whole),
-        "replicated_cache": _whole_cache(config, load, whole),
+        "copied_weights": copied_weights(config, load, sizes),
+        "copied_cache": copied_cache(config, load, sizes),
+        "uncut_rows": uncut_rows(load.rows, sizes),
         "programs": programs,
         "jax": answers["jax"],
         "libtpu": answers["libtpu"],
     }
-
-
-def _whole_cache(config: ModelConfig, load: Load, mesh: Any) -> bool:
-    """Whether heads of keys and values lie on every device although there is an axis to cut them by."""
-    from jax_models.abstract import abstract_cache
-
-    cache = abstract_cache(config, load.rows, load.context, load.dtype, mesh)
-    tensor = mesh.shape["expert"] * mesh.shape["tensor"]
-    kept = [leaf for parts in cache.layers.values() for name, leaf in parts.items() if name in ("key", "value")]
-    return tensor > 1 and any(leaf.sharding.shard_shape(leaf.shape)[1] == leaf.shape[1] for leaf in kept)
 
 
 def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, program: str) -> dict[str, Any]:

@@ -7,15 +7,14 @@ from typing import Any
 
 
 def plan_text(found: dict[str, Any]) -> str:
-    """A headline, a table with a column for each program, what lies whole on every device, and the suggestion."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
+    """A headline, a table with a column for each program, what lies on more than one device, and the suggestion."""
     quant = f", {found['quant']}" if found["quant"] else ""
     stored = ", ".join(f"{_gb(size)} of {name}" for name, size in found["stored"].items())
     lines = [
         f"{found['subject']}: {found['architecture']}, {found['layers']} layers{quant}; {stored}; computed in"
         f" {found['dtype']}",
         f"{found['chip']}:{found['topology']}, {found['devices']} devices of {_gb(found['hbm_bytes'])}"
-        f" ({_gb(found['usable_bytes'])} for a program), mesh {mesh}",
+        f" ({_gb(found['usable_bytes'])} for a program), mesh {_mesh(found['mesh'])}",
         f"batch {found['rows']}, context {found['context']}; prefill reads {found['prompt']} tokens a row",
     ]
     if depths := found["extrapolated_from_layers"]:
@@ -43,6 +42,7 @@ _ROWS = (
     ("traffic over least", "ratio"),
     ("compile time", "compile_s"),
 )
+_SMALLEST = "smallest slice that fits"
 _ROOFS = (("roofline, as compiled", "compiled"), ("roofline, least", "minimum"))
 
 
@@ -84,28 +84,78 @@ def _row(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _remarks(found: dict[str, Any]) -> list[str]:
-    spelled = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name in found["replicated"]]
-    whole = [f"{count} x {name}" if count > 1 else name for name, count in Counter(spelled).items()]
-    whole += ["keys and values of the cache"] if found["replicated_cache"] else []
-    lines = [f"whole on every device though they might be cut: {', '.join(whole) or 'nothing'}"]
+    lines = _uncut(found) + _copied(found)
     if loops := [loop for one in found["programs"].values() for loop in one.get("unknown_loops", ())]:
         lines.append(f"loops whose length only a run knows, counted once: {', '.join(loops)}")
     lines.append("rooflines are bounds of HBM and multipliers; the time of collectives is in none of them")
     suggestion = found["suggestion"]
     if suggestion is not None:
-        mesh = ", ".join(f"{axis}={size}" for axis, size in suggestion["mesh"].items()) or "one device"
         said = (
             "this one"
             if suggestion["is_this"]
-            else f"{found['chip']}:{suggestion['topology']}, compiled with mesh {mesh}"
+            else f"{found['chip']}:{suggestion['topology']}, compiled with mesh {_mesh(suggestion['mesh'])}"
         )
-        lines.append(f"smallest slice that fits: {said}")
+        is_other = found["is_mesh_given"] and suggestion["mesh"] != found["mesh"]
+        which = "it does not fit with this mesh; smallest slice that does with another" if is_other else _SMALLEST
+        lines.append(f"{which}: {said}")
     elif not found["fits"]:
-        none = f"nor does any other slice of {found['chip']}"
-        lines.append(
-            f"it does not fit; {'without --mesh, a slice that does is looked for' if found['is_mesh_given'] else none}"
-        )
+        other = "slice" if found["is_mesh_given"] else "other slice"
+        mesh = " with the mesh that leaves devices the least" if found["is_mesh_given"] else ""
+        lines.append(f"it does not fit, nor on any {other} of {found['chip']}{mesh}")
     return lines
+
+
+def _uncut(found: dict[str, Any]) -> list[str]:
+    """Of a batch that the mesh does not divide."""
+    if (uncut := found["uncut_rows"]) is None:
+        return []
+    dividing = " or ".join(str(batch) for batch in uncut["dividing"])
+    return [
+        f"a batch of {found['rows']} is not cut by {_mesh(uncut['axes'])}: {uncut['rows_per_device']} rows on each"
+        f" device; a batch of {dividing} would be"
+    ]
+
+
+def _copied(found: dict[str, Any]) -> list[str]:
+    """A line for each number of copies, of weights and of the cache."""
+    lines, groups = [], found["copied_weights"]
+    is_all = sum(len(group["tensors"]) for group in groups) == found["parameters"]
+    for group in groups:
+        if is_all and all(group["axes"].keys() <= other["axes"].keys() for other in groups):
+            lines.insert(0, (f"every weight{' not named below' if len(groups) > 1 else ''}", group))
+        else:
+            lines.append((_kinds(group), group))
+    for group in found["copied_cache"]:
+        parts = [one["name"].rpartition(".") for one in group["tensors"]]
+        if kinds := dict.fromkeys(name for layer, _, name in parts if layer):  # the rest of it is small
+            lines.append((f"{', '.join(kinds)} of the cache", group))
+    said = [
+        f"  {what}: {group['copies']} copies ({_mesh(group['axes'])}), {_gb(group['bytes'])}" for what, group in lines
+    ]
+    if not said:
+        return ["on more than one device: nothing"]
+    return ["on more than one device, and what all copies but one take on all devices:", *said]
+
+
+def _kinds(group: dict[str, Any]) -> str:
+    """Most bytes first: names that differ in numbers alone, of a vision tower and of other vectors but how many."""
+    count, size = Counter[str](), Counter[str]()
+    for tensor in group["tensors"]:
+        count[_kind(tensor)] += 1
+        size[_kind(tensor)] += tensor["bytes"]
+    return ", ".join(f"{count[kind]} x {kind}" if count[kind] > 1 else kind for kind, _ in size.most_common())
+
+
+def _kind(tensor: dict[str, Any]) -> str:
+    if tensor["is_visual"]:
+        return "tensor of the vision tower"
+    if len(tensor["shape"]) < 2:
+        return "vector or scalar"
+    return ".".join("*" if part.isdigit() else part for part in tensor["name"].split("."))
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items()) or "one device"
 
 
 def _gb(size: int) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import subprocess
+import tempfile
 from pathlib import Path
 
 import jax
@@ -318,3 +320,52 @@ def test_published_configs_are_json_that_loads():
     assert sorted(path.stem for path in CONFIGS.glob("*.json"))
     for path in CONFIGS.glob("*.json"):
         assert json.loads(path.read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_json_that_could_not_be_written_is_refused_before_anything_is_compiled(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "none" / "plan.json")
+    for name, why in {
+        ".": "is a directory, expected a file",
+        "none/plan.json": f"there is no directory {tmp_path / 'none'}; make it first",
+        "link": f"there is no directory {tmp_path / 'none'}; make it first",
+        "file/plan.json": f"there is no directory {tmp_path / 'file'}; make it first",
+    }.items():
+        path = tmp_path / name
+        assert main(["plan", str(CONFIGS / "qwen3-8b.json"), "--batch", "0", "--json", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"--json {path}" in error
+        assert why in error
+        assert "--batch is 0" in error
+
+
+@pytest.fixture
+def nobody():
+    """Without the privileges of root, which may write anywhere."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(was)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "new.json"])
+def test_so_is_json_that_may_not_be_written(name, nobody, monkeypatch, capsys):
+    monkeypatch.setattr("parity.planning.plan._compiled", lambda *_: pytest.fail("compiled"))
+    with tempfile.TemporaryDirectory() as directory:  # pytest's are for their owner alone
+        where = Path(directory)
+        (where / "plan.json").touch(mode=0o444)
+        where.chmod(0o555)
+        assert main(["plan", str(CONFIGS / "qwen3-8b.json"), "--json", str(where / name)]) == 2
+        assert f"--json {where / name} may not be written" in capsys.readouterr().err
+        where.chmod(0o755)
+
+
+def test_json_that_can_be_written_is_left_alone_until_it_is(tmp_path, capsys):
+    old = tmp_path / "plan.json"
+    old.write_text("old", encoding="utf-8")
+    for path in (old, tmp_path / "new.json", Path("/dev/null")):
+        assert main(["plan", str(CONFIGS / "qwen3-8b.json"), "--batch", "0", "--json", str(path)]) == 2
+        assert "--json" not in capsys.readouterr().err
+    assert old.read_text(encoding="utf-8") == "old"
+    assert not (tmp_path / "new.json").exists()
