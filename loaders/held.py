@@ -3,6 +3,9 @@
 The table is that of ``loaders.axes``. Of an axis on which several things lie one after the other, such as a gated delta
 net's queries, keys and values, a process holds its heads of each, joined: one box of the parameter for each of them.
 
+Where heads of keys and values are cut by fewer axes than query heads, a process holds weights of some that its own
+queries do not ask for: it drops those once they are computed, and keeps the others alone.
+
 An axis along which one parameter has codes in blocks is cut between blocks in all of them, or in none: what one layer
 says along it is what the next is given.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +25,24 @@ from loaders.spec import Dim, ParamSpec, dim_of
 
 HEADS = frozenset((*SHARING, *SHARING.values()))
 Runs = list[tuple[int, int]]  # start and stop of what is here along an axis, in order
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The heads of keys and values that the query heads of one process ask for, several in a row the same.
+
+    Attributes:
+        heads: which, of those whose weights are here.
+        queries: how many of the query heads here ask for each.
+    """
+
+    heads: slice
+    queries: tuple[int, ...]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether as many ask for each."""
+        return len(set(self.queries)) == 1
 
 
 @dataclass(frozen=True)
@@ -60,8 +82,19 @@ class Held:
 
     def shape(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """How much is here of what has these axes and this shape, when whole: of what a layer keeps."""
-        found = zip(axes, shape, strict=True)
-        return tuple(self.share(size, self._cut(axis, LOGICAL_AXES.get(axis, ()))) for axis, size in found)
+        cuts = (self._cut(axis, LOGICAL_AXES.get(axis, ())) for axis in axes)
+        found = zip(axes, shape, cuts, strict=True)
+        return tuple(len(self.asked().queries) if axis == "KH" else self.share(size, cut) for axis, size, cut in found)
+
+    def asked(self) -> Asked:
+        """The heads of keys and values that the query heads here ask for."""
+        queries, keys = (self.dims[axis].units or self.dims[axis].size for axis in ("NH", "KH"))
+        own, there = (self._cut(axis, LOGICAL_AXES[axis]) for axis in ("NH", "KH"))
+        first, last = self.ends(keys, there)
+        times = Counter(head * keys // queries for head in range(*self.ends(queries, own)))
+        heads = range(min(times), max(times) + 1)
+        assert first <= heads.start < heads.stop <= last, f"{heads=} where {first} to {last} are"
+        return Asked(slice(heads.start - first, heads.stop - first), tuple(times[head] for head in heads))
 
     def share(self, size: int, cut: Cut) -> int:
         """How much of so much is here."""

@@ -57,6 +57,13 @@ ONLY_TORCH: dict[str, str] = {
     "layers/step.py: Step.slots()": "torch writes into its cache slot by slot; JAX gives where the first one goes",
     "layers/gated_delta.py: GatedDeltaNet.hold()": "on a mesh torch runs the heads that are here; XLA runs all of them",
     **{
+        f"layers/{line}": "on a mesh torch keeps the keys and values that queries here ask for; XLA keeps all of them"
+        for line in (
+            *("attention.py: taken()", "attention.py: evened()"),
+            *("attention.py: Attention.hold()", "gated_attention.py: GatedAttention.hold()"),
+        )
+    },
+    **{
         f"layers/{line}": "on a mesh torch runs the experts that are here; JAX counts them where it cuts their product"
         for line in ("moe.py: places_of()", "moe.py: Experts.hold()", "quantized_experts.py: NVFP4Experts.hold()")
     },

@@ -73,7 +73,7 @@ def load(
             reads and holds its part, and an error of one is raised by all; see ``torch_models.parallel``.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, stage, kernel, budget or mesh that makes no sense, or a model that cannot be cut so.
+        ValueError: a dtype, stage, kernel, budget or mesh that makes no sense.
     """
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
     if mesh is not None:

@@ -21,6 +21,8 @@ from loaders.axes import Cut, axes_of
 from loaders.held import Held, in_blocks
 from loaders.plan import LoadPlan
 from loaders.spec import ParamSpec
+from torch_models.layers.attention import Attention
+from torch_models.layers.gated_attention import GatedAttention
 from torch_models.layers.gated_delta import GatedDeltaNet
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
@@ -48,7 +50,7 @@ class Parallel:
         mesh: with named axes among ``expert`` and ``tensor``, of all processes.
         plan: what is loaded; says how every parameter is cut.
     Raises:
-        ValueError: axes without meaning, or a model that cannot be cut so; lists everything.
+        ValueError: axes without meaning, or a mesh that is not of all processes.
     """
 
     company: Company
@@ -64,8 +66,6 @@ class Parallel:
         self.head = plan.specs.head and plan.specs.head.rpartition(".")[0]
         self.params = {spec.name: spec for spec in plan.specs}
         self.cuts = {spec.name: self.held.cuts(spec) for spec in plan.specs}
-        if problems := self._problems():
-            raise ValueError("; ".join(problems))
 
     def install(self, model: nn.Module) -> None:
         """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
@@ -86,6 +86,8 @@ class Parallel:
                 by_expert, _, by_width = self.cuts[f"{path}.{leaf}"]
                 module.summed = self.sum_over((*axes_of(by_expert), *axes_of(by_width)))
                 module.hold(range(*self.held.ends(module.num_experts, by_expert)) if by_expert else None)
+            elif isinstance(module, Attention | GatedAttention):
+                module.hold(self.held.asked())
             elif isinstance(module, GatedDeltaNet):
                 module.hold(self.held.segments("QKV"), *self.held.segments("LN"))
 
@@ -182,15 +184,6 @@ class Parallel:
     def _cuts(self, name: str) -> tuple[Cut, ...]:
         """Of a matrix that is loaded; a layer's whose weight is none (a tied head's second name) have no cuts."""
         return self.cuts.get(name, (None, None))
-
-    def _problems(self) -> list[str]:
-        outputs = {name.rpartition(".")[0]: cuts[0] for name, cuts in self.cuts.items() if len(cuts) == 2}
-        for queries, cut in outputs.items():  # however the two are stored
-            keys = queries.replace(".q_proj", ".k_proj")
-            if outputs.get(keys, cut) != cut:
-                divide = "expected alike: use a mesh that divides num_key_value_heads"
-                return [f"{queries} is cut by {cut} and {keys} by {outputs[keys]}, {divide}"]
-        return []
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -103,3 +103,22 @@ def test_codes_are_cut_between_blocks_and_what_layers_hand_on_as_they_take_it(na
         assert ("KH" in parts) == ("NH" in parts)
         whole = {axis for spec in plan.specs for axis, cut in zip(spec.axes, held.cuts(spec), strict=True) if not cut}
         assert not {axis.partition("/")[0] for axis in whole if "/" in axis} & set(parts)  # one whole, the other not
+
+
+@pytest.mark.parametrize("sizes", [*MESHES, {"tensor": 4}, {"expert": 4, "tensor": 2}, {"tensor": 3}], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(6, 3), (8, 2), (8, 4), (16, 2), (12, 4), (9, 3), (8, 1)])
+def test_query_heads_have_the_keys_they_ask_for_and_no_others_are_kept(queries, keys, sizes, tmp_path):
+    changes = {"num_attention_heads": queries, "num_key_value_heads": keys, "num_hidden_layers": 1}
+    plan = plan_load(open_checkpoint(make_checkpoint("qwen3", tmp_path / "it", **changes)), Stage())
+    config, specs = plan.checkpoint.config, {spec.name.rpartition("attn.")[2]: spec for spec in plan.specs}
+    size = config.dims()["H"].size
+    for place in places(sizes):
+        held = Held(sizes, place, config.dims(), in_blocks(plan.specs))
+        own, there = (
+            [head // size for head in range(*held.boxes(specs[f"{name}_proj.weight"])[0][0])[::size]] for name in "qk"
+        )
+        asked = held.asked()
+        kept = there[asked.heads]
+        assert np.repeat(kept, asked.queries).tolist() == [head // (queries // keys) for head in own]
+        assert asked.is_even == (len(own) % len(kept) == 0 and set(asked.queries) == {len(own) // len(kept)})
+        assert held.shape(("B", "KH", "S", "H"), (2, keys, 7, size)) == (2, len(kept), 7, size)

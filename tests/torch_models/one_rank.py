@@ -47,7 +47,6 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["taps"] = error_of(lambda: model.with_taps(**inputs, level="operations"))
     _, taps = model.with_taps(**inputs, level="modules")
     injected, _ = model.with_taps(**inputs, inject={job["tap"].replace("layers.0", "layers.1"): taps[job["tap"]]})
-    found["uneven"] = error_of(lambda: torch_models.load(job["uneven"], mesh=mesh))
     model.update_weights_from_disk(first)
     found["back"] = model(**inputs).numpy().tobytes() == logits.tobytes()
     model.sleep().wake()

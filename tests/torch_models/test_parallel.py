@@ -27,6 +27,8 @@ HYBRID |= {"linear_num_key_heads": 4, "linear_num_value_heads": 8}  # of which a
 CODES = block_sizes("qwen3") | EVEN | {"intermediate_size": 96}
 EXPERT_CODES = block_sizes("qwen3-moe") | EVEN | {"num_experts": 4, "moe_intermediate_size": 96}
 HYBRID_CODES = block_sizes("qwen3_5-moe") | HYBRID | {"num_experts": 4, "shared_expert_intermediate_size": 96}
+THREE = {"num_attention_heads": 6, "num_key_value_heads": 3}
+TWO = {"num_attention_heads": 8, "num_key_value_heads": 2}
 BY_BOTH = {"expert": 2, "tensor": 2}
 # zoo model and its sizes, axes of the mesh, most of the weights that a rank may hold, options of load
 CASES: dict[str, tuple] = {
@@ -56,6 +58,33 @@ CASES: dict[str, tuple] = {
         {"num_hidden_layers": 2, "intermediate_size": 55, "num_attention_heads": 9},
         {"tensor": 2},
         1.0,
+    ),
+    # key heads whole on every rank: of six query heads three ask for two keys, two of them for one
+    "keys too few": ("qwen3-bias", EVEN | THREE, {"tensor": 2}, 0.58),
+    "half as many keys as ranks": ("qwen3", EVEN | TWO, {"tensor": 4}, 0.32),
+    "keys cut by one axis of two": ("qwen3-moe", EVEN | TWO | {"num_experts": 4}, BY_BOTH, 0.3),
+    "gemma3, keys too few": ("gemma3-capped", {"vocab_size": 208} | THREE, {"tensor": 2}, 0.6),
+    "a tower, and keys too few": ("qwen3_vl-moe", EVEN_VL | THREE, {"expert": 2}, 0.85),
+    "hybrid, keys too few": ("qwen3_5", HYBRID | THREE, {"tensor": 2}, 0.54),
+    "hybrid, keys cut by one axis of two": ("qwen3_5-moe", HYBRID | TWO | {"num_experts": 4}, BY_BOTH, 0.29),
+    "codes, keys too few": (
+        "qwen3",
+        CODES | THREE | {"quantization": ZooQuantization(fp8=("*.1.self_attn.*",), kv_cache=True, unify=False)},
+        {"tensor": 2},
+        0.6,
+    ),
+    "codes of a hybrid, keys too few": (
+        "qwen3_5-moe",
+        HYBRID_CODES | THREE | {"linear_value_head_dim": 16, "quantization": ZooQuantization(activations=False)},
+        {"expert": 2},
+        0.54,
+    ),
+    "quantised while read, keys cut by one axis of two": (
+        "qwen3-moe",
+        EXPERT_CODES | TWO,
+        BY_BOTH,
+        0.35,
+        {"quantize": "nvfp4"},
     ),
     "codes": ("qwen3", CODES | {"quantization": ZooQuantization(activations=False)}, {"tensor": 2}, 0.52),
     "codes, 8 bits and rounded inputs": (
@@ -114,8 +143,6 @@ def test_ranks_are_one_model(case, tmp_path):
     options = given[0] if given else {}
     paths = [make_checkpoint(name, tmp_path / f"checkpoint{seed}", seed=seed, **sizes) for seed in range(2)]
     bad = make_checkpoint(name, tmp_path / "bad", **sizes | {"rms_norm_eps": 0.5})
-    # of 6 heads each rank has 3, of 3 none has half
-    uneven = make_checkpoint("qwen3_5" if name.startswith("qwen3_5") else "qwen3", tmp_path / "uneven")
     one = torch_models.load(paths[0], **options)
     inputs = prompts(one.config, rows=4, tokens=24) if one.config.vision is None else pictures(one.config, tokens=48)
     job = {
@@ -123,7 +150,6 @@ def test_ranks_are_one_model(case, tmp_path):
         "options": options,
         "checkpoints": [str(path) for path in paths],
         "bad": str(bad),
-        "uneven": str(uneven),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
     tap = job["tap"] = f"{one.config.text_paths[0]}.layers.0.mlp"
@@ -152,7 +178,6 @@ def test_ranks_are_one_model(case, tmp_path):
         assert each["slept"]
         assert "rms_norm_eps is 0.5" in each["bad on one"]
         assert "FileExistsError" in each["export again"]
-        assert "expected alike: use a mesh that divides num_key_value_heads" in each["uneven"]
         for what in ("graphs", "taps"):
             assert "is cut over a mesh" in each[what]
     assert found[0]["bad on one"].startswith(f"RuntimeError: {count - 1} of {count} ranks failed")
@@ -180,6 +205,18 @@ ADAPTED: dict[str, tuple] = {
         {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 9},
         {"tensor": 2},
         {"whole": ("embed_tokens", "k_proj", "down_proj", "norm")},
+    ),
+    "keys too few": (
+        "qwen3-bias",
+        EVEN | THREE,
+        {"tensor": 2},
+        {"targets": (*DENSE, *TABLES), "base_layer": True},
+    ),
+    "a key that two ranks ask for, of its own": (
+        "qwen3-moe",
+        ADAPTED_MOE | TWO,
+        {"tensor": 4},
+        {"targets": ("q_proj", "v_proj", "o_proj"), "whole": ("k_proj",)},
     ),
     "experts": (
         "qwen3-moe",
@@ -264,9 +301,9 @@ def test_ranks_are_adapted_as_one_model(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_5-tied", "qwen3_5-moe"])
-def test_ranks_draft_as_one_model(name, tmp_path):
-    sizes = HYBRID | ({"num_experts": 4} if "moe" in name else {})
+@pytest.mark.parametrize(("name", "heads"), [("qwen3_5-tied", {}), ("qwen3_5-moe", {}), ("qwen3_5-tied", THREE)])
+def test_ranks_draft_as_one_model(name, heads, tmp_path):
+    sizes = HYBRID | ({"num_experts": 4} if "moe" in name else {}) | heads
     paths = [make_drafting_checkpoint(name, tmp_path / f"checkpoint{seed}", seed=seed, **sizes) for seed in range(2)]
     one, other = (torch_models.load(path, mtp=True) for path in paths)
     adapter = make_adapter(paths[0], tmp_path / "adapter", targets=(*DENSE, *TABLES))

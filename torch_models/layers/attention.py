@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.held import Asked
 from loaders.quantization import KVCache
 from torch_models.layers.fp8 import cache_scales, fp8_kept
 from torch_models.layers.linear import Linear
@@ -22,6 +23,19 @@ def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int
     """
     shape, axes = (rows, num_kv_heads, capacity, head_dim), ("B", "KH", "S", "H")
     return {"key": Entry(shape, axes), "value": Entry(shape, axes)}
+
+
+def taken(x_BTKH: torch.Tensor, asked: Asked | None) -> torch.Tensor:
+    """Of keys or values those that the queries here ask for; None: all."""
+    return x_BTKH if asked is None else x_BTKH[:, :, asked.heads]
+
+
+def evened(x_BSKH: torch.Tensor, asked: Asked | None) -> torch.Tensor:
+    """Keys or values as ``attend`` takes them, each for as many queries: where they are not, a copy for each query."""
+    if asked is None or asked.is_even:
+        return x_BSKH
+    heads = zip(x_BSKH.split(1, dim=2), asked.queries, strict=True)
+    return torch.cat([head_BS1H.expand(-1, -1, times, -1) for head_BS1H, times in heads], dim=2)
 
 
 def remembered(
@@ -87,6 +101,7 @@ class Attention(nn.Module):
     """
 
     path: str = ""
+    asked: Asked | None = None  # on a mesh
 
     def __init__(
         self,
@@ -113,11 +128,15 @@ class Attention(nn.Module):
         self.softcap = softcap
         self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
+    def hold(self, asked: Asked) -> None:
+        """On a mesh: keep of keys and values those alone that the query heads here ask for."""
+        self.asked = asked
+
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = tap(self.path, "q_proj", self.q_proj(x_BTD)).view(heads)
-        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).view(heads)
-        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).view(heads)
+        k_BTKH = taken(tap(self.path, "k_proj", self.k_proj(x_BTD)).view(heads), self.asked)
+        v_BTKH = taken(tap(self.path, "v_proj", self.v_proj(x_BTD)).view(heads), self.asked)
         q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
         q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
         k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
@@ -126,6 +145,7 @@ class Attention(nn.Module):
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, step.visible_BTS, scale=self.scale, softcap=self.softcap)
+        keys_values = evened(k_BSKH, self.asked), evened(v_BSKH, self.asked)
+        out_BTNH = attend(q_BTNH, *keys_values, step.visible_BTS, scale=self.scale, softcap=self.softcap)
         out_BTNH = tap(self.path, "attention", out_BTNH)
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)))

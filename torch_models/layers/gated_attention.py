@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.held import Asked
 from loaders.quantization import KVCache
-from torch_models.layers.attention import remembered
+from torch_models.layers.attention import evened, remembered, taken
 from torch_models.layers.fp8 import cache_scales, fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm
@@ -23,6 +24,7 @@ class GatedAttention(nn.Module):
     """
 
     path: str = ""
+    asked: Asked | None = None  # on a mesh
 
     def __init__(
         self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, bias: bool
@@ -37,12 +39,16 @@ class GatedAttention(nn.Module):
         self.head_dim = head_dim
         self.rounds_cache: KVCache | None = None  # keys and values go through FP8
 
+    def hold(self, asked: Asked) -> None:
+        """On a mesh: keep of keys and values those alone that the query heads here ask for."""
+        self.asked = asked
+
     def forward(self, x_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         rows = x_BTD.shape[:2]
         qg_BTN2H = tap(self.path, "q_proj", self.q_proj(x_BTD)).view(*rows, -1, 2, self.head_dim)
         q_BTNH, gate_BTNH = qg_BTN2H.unbind(-2)
-        k_BTKH = tap(self.path, "k_proj", self.k_proj(x_BTD)).view(*rows, -1, self.head_dim)
-        v_BTKH = tap(self.path, "v_proj", self.v_proj(x_BTD)).view(*rows, -1, self.head_dim)
+        k_BTKH = taken(tap(self.path, "k_proj", self.k_proj(x_BTD)).view(*rows, -1, self.head_dim), self.asked)
+        v_BTKH = taken(tap(self.path, "v_proj", self.v_proj(x_BTD)).view(*rows, -1, self.head_dim), self.asked)
         q_BTNH = tap(self.path, "q_norm", self.q_norm(q_BTNH))
         q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
         k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
@@ -53,8 +59,8 @@ class GatedAttention(nn.Module):
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         out_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
+            evened(k_BSKH, self.asked).transpose(1, 2),
+            evened(v_BSKH, self.asked).transpose(1, 2),
             attn_mask=step.visible_BTS[:, None],
             enable_gqa=True,
         )
