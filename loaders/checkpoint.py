@@ -108,7 +108,7 @@ class Checkpoint:
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
-                128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor do pieces on their way: from
+                128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor does what is on its way: from
                 object storage 64 MiB at most, past the page cache 8 MiB for each of four threads.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read

@@ -113,11 +113,12 @@ def _attend(
     G = _padded(N // K)
     block = _block_of(S, K * H * k_BKSH.dtype.itemsize)
     is_held_BTS = visible_BTS & (jnp.arange(S) < start)
-    first_B = jnp.argmax(is_held_BTS.any(axis=1), axis=1).astype(jnp.int32)
-    last = jnp.maximum(start.astype(jnp.int32) - 1, 0)
-    # in one array: a number by itself would lie in HBM, for which libtpu gives 16 KiB to each tuple of the program
-    slots = jnp.concatenate([first_B, last[None], jnp.zeros_like(last)[None] if asked is None else block * asked[None]])
-    places = jax.lax.div(slots, jnp.int32(block))
+    # the first block of each row. Steps are counted from the cache's start and not from the first of all rows, so that
+    # their number is of scalars alone: one that an array is made of lies in HBM, and any array there makes libtpu give
+    # 16 KiB to each tuple of the program
+    first_B = jnp.argmax(is_held_BTS.any(axis=1), axis=1).astype(jnp.int32) // block
+    num_steps = jax.lax.div(jnp.maximum(start, 1).astype(jnp.int32) + (block - 1), jnp.int32(block))
+    places = first_B if asked is None else jnp.append(first_B, asked)
 
     q_BTKGH = jnp.pad(q_BTNH.reshape(B, T, K, -1, H), ((0, 0), (0, 0), (0, 0), (0, G - N // K), (0, 0)))
     q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
@@ -127,19 +128,19 @@ def _attend(
         return row, 0, 0, 0
 
     def held_at(row: Index, step: Index, places: Ref) -> tuple[Index, ...]:
-        return row, places[B + 1], jnp.minimum(places[row] + step, places[B]), 0  # the same again is not fetched
+        return row, 0 if asked is None else places[B], jnp.maximum(places[row], step), 0  # the same is fetched once
 
     def seen_at(row: Index, step: Index, places: Ref) -> tuple[Index, ...]:
-        return row, 0, jnp.minimum(places[row] + step, places[B])
+        return row, 0, jnp.maximum(places[row], step)
 
     held = pl.BlockSpec((None, K, block, H), held_at)
     of_row = [pl.BlockSpec((None, K, T * G, width), row_at) for width in (H, H, LANES)]
     out_BKRH, sum_BKRL = pl.pallas_call(
-        functools.partial(_kernel, num_rows=B, num_slots=S, scale=scale, softcap=softcap),
+        functools.partial(_kernel, num_slots=S, scale=scale, softcap=softcap),
         out_shape=[jax.ShapeDtypeStruct((B, K, T * G, width), jnp.float32) for width in (H, LANES)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, places[B] - jnp.min(places[:B]) + 1),
+            grid=(B, num_steps),
             in_specs=[of_row[0], held, held, pl.BlockSpec((None, T, block), seen_at)],
             out_specs=of_row[1:],
             scratch_shapes=[pltpu.VMEM((K, T * G, LANES), jnp.float32)],
@@ -182,16 +183,15 @@ def _kernel(
     sums: Ref,
     top: Ref,
     *,
-    num_rows: int,
     num_slots: int,
     scale: float,
     softcap: float | None,
 ) -> None:
     """One block of one row, all heads. ``out`` and ``sums`` stay in VMEM until the row's last, where they are divided.
 
-    Refs: ``places``, each row's first block with something seen, the last filled, and which block of heads; ``q``
-    [K, R, H], of every token G queries; ``k`` and ``v`` [K, block, H]; ``seen`` [T, block], 0 or 1; ``out`` [K, R, H];
-    ``sums`` and ``top``, the largest score so far, [K, R, 128], the same in every lane.
+    Refs: ``places``, each row's first block with something seen; ``q`` [K, R, H], of every token G queries; ``k`` and
+    ``v`` [K, block, H]; ``seen`` [T, block], 0 or 1; ``out`` [K, R, H]; ``sums`` and ``top``, the largest score so far,
+    [K, R, 128], the same in every lane.
     """
     row, step = pl.program_id(0), pl.program_id(1)
     (K, R, _), block, T = q.shape, k.shape[1], seen.shape[0]
@@ -202,9 +202,9 @@ def _kernel(
         sums[...] = jnp.zeros_like(sums)
         top[...] = jnp.full_like(top, _LEAST)
 
-    @pl.when(places[row] + step <= places[num_rows])
+    @pl.when(step >= places[row])
     def _add() -> None:
-        at = (places[row] + step) * block
+        at = step * block
         is_inside_1S = at + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < num_slots
         is_inside_S1 = at + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < num_slots
         seen_TS = jnp.where(is_inside_1S, seen[...], 0)  # behind the cache is anything, as in values
