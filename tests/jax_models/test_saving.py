@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
 import shutil
 import signal
 import subprocess
@@ -142,6 +145,33 @@ def test_what_is_no_whole_save_is_refused(damage, expected, copy):
             shutil.rmtree(copy / "weights")
     with pytest.raises(CheckpointError, match=expected):
         jax_models.restore(copy)
+
+
+@pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}])
+def test_arrays_that_are_cut_short_are_one_error_and_nothing_is_printed(axes, copy, capfd, caplog):
+    """Of every array it had begun Orbax would print a traceback and the whole setup of TensorStore."""
+    for data in copy.glob("weights/ocdbt.process_0/d/*"):
+        data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="its arrays cannot be read"):
+        jax_models.restore(copy, mesh_of(**axes) if axes else None)
+    gc.collect()  # which tells of tasks that nobody asked how they went
+    assert capfd.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_where_one_array_fails_the_others_are_not_left_to_a_loop_that_has_ended(copy, caplog, monkeypatch):
+    """The same, whichever of them is first."""
+
+    async def failing(*_):
+        asyncio.ensure_future(asyncio.sleep(600))  # noqa: RUF006 - as Orbax, which drops what it began
+        await asyncio.sleep(0)
+        raise ValueError("one of them")
+
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", failing)
+    with pytest.raises(CheckpointError, match="its arrays cannot be read: one of them"):
+        jax_models.restore(copy)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_what_orbax_was_still_writing_is_refused_however_much_of_it_is_there(copy):
