@@ -36,6 +36,10 @@ class RememberedSource:
         return self.address
 
     @property
+    def absolute(self) -> str:
+        return self.address
+
+    @property
     def gap_bytes(self) -> int:
         return open_source(self.address).gap_bytes
 
@@ -55,7 +59,7 @@ class RememberedSource:
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is to be remembered of a checkpoint, as JSON."""
     return {
-        "address": str(checkpoint.source),
+        "address": checkpoint.source.absolute,
         "config": checkpoint.config_document,
         "generation": checkpoint.generation_document,
         "quantization": checkpoint.quantization_document,

@@ -21,7 +21,7 @@ def is_plain(name: str) -> bool:
 
 
 class LocalDirectory:
-    """The files of one directory, by plain file name.
+    """The files of one directory, by plain file name; the same one wherever the process goes (``os.chdir``).
 
     Args:
         path: of the directory.
@@ -34,15 +34,23 @@ class LocalDirectory:
     gap_bytes = 4096  # a page, which comes from the disk whole
 
     def __init__(self, path: object, scheme: str = "") -> None:
-        self.path = Path(str(path))
+        self._written = Path(str(path))
+        self.path = self._written.absolute()
         self.scheme = scheme
         if not self.path.is_dir():
-            raise OSError(f"{self.path} is not a directory")
+            raise OSError(f"{self._written} is not a directory")
         if scheme == LOCAL:
             find_library(LOCAL)  # what is not installed is said before anything is read
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}" if self.scheme else str(self.path)
+        return self._address(self._written)
+
+    @property
+    def absolute(self) -> str:
+        return self._address(self.path)
+
+    def _address(self, path: Path) -> str:
+        return f"{self.scheme}://{path}" if self.scheme else str(path)
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir())

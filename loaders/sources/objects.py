@@ -93,6 +93,10 @@ class ObjectPrefix(ABC):
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}"
 
+    @property
+    def absolute(self) -> str:
+        return str(self)
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 

@@ -97,6 +97,11 @@ class Source(Protocol):
     """The files of one checkpoint, by plain name. ``str`` of it is the address it was opened by."""
 
     @property
+    def absolute(self) -> str:
+        """The address it is found by from any directory."""
+        ...
+
+    @property
     def gap_bytes(self) -> int:
         """So many bytes between two stretches are read sooner than a second stretch is asked for."""
         ...

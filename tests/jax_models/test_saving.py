@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 import jax_models
 from jax_models.weights import flatten
-from loaders import CheckpointError
+from loaders import CheckpointError, open_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 from parity.zoo_adapters import make_adapter
 
@@ -75,6 +75,16 @@ def test_a_restored_model_lives_on(saved, checkpoint, tmp_path):
     assert bits_of(again) == bits_of(restored)
     restored.save(tmp_path / "third")
     assert jax_models.restore(tmp_path / "third", verify=False).events[-1].detail == str(tmp_path / "third")
+
+
+def test_a_save_knows_what_it_was_loaded_from_by_a_relative_path(tmp_path, monkeypatch):
+    make_checkpoint("qwen3_5-wrapped", tmp_path / "it")
+    monkeypatch.chdir(tmp_path)
+    jax_models.load("it", vision=False).save("save")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    exported = jax_models.restore(tmp_path / "save").export("again")  # with the tower, which is read from there
+    assert open_checkpoint(exported).tensors.keys() == open_checkpoint(tmp_path / "it").tensors.keys()
 
 
 KINDS = {

@@ -62,6 +62,19 @@ def test_tensors_of_several_files_are_in_file_order(tmp_path: Path) -> None:
     assert [(name, info.file) for name, info in checkpoint.tensors.items()] == [("y", A), ("z", B), ("c", B)]
 
 
+@pytest.mark.parametrize("address", ["it", "direct://it"])
+def test_a_relative_path_is_that_of_the_directory_it_was_opened_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    write(tmp_path / "it", {"model.safetensors": ONE_TENSOR})
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint(address)
+    (tmp_path / "elsewhere" / "it").mkdir(parents=True)  # which is not meant
+    monkeypatch.chdir("elsewhere")
+    assert [name for name, _ in checkpoint.stream()] == list(checkpoint.tensors)
+    assert str(checkpoint.source) == address  # as the caller calls it
+
+
 # what is wrong -> (files, the problems exactly)
 BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no config": (
