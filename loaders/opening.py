@@ -32,11 +32,11 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
     problems: list[str] = []
     config = None
-    document = _read_json(source, CONFIG, problems)
-    generation = _read_json(source, GENERATION, problems) if GENERATION in present else {}
-    quantization = _read_json(source, QUANTIZATION, problems) if QUANTIZATION in present else None
+    document = _read_json(source, CONFIG, present, problems)
+    generation = _read_json(source, GENERATION, present, problems) if GENERATION in present else {}
+    quantization = _read_json(source, QUANTIZATION, present, problems) if QUANTIZATION in present else None
     problems += _generation_problems(generation or {})
-    index = _read_json(source, INDEX, problems) if INDEX in present else None
+    index = _read_json(source, INDEX, present, problems) if INDEX in present else None
     mapped = weight_map(index, problems) if index is not None else None
     names = files(present, mapped, INDEX in present, problems)
     headers, identities = read_headers(source, names, problems)
@@ -50,7 +50,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(source, config, tensors, document, generation or {}, quantization or {}, metadata, identities)
 
 
-def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any] | None:
+def _read_json(source: Source, name: str, present: list[str], problems: list[str]) -> dict[str, Any] | None:
     try:
         return parse_object(source.read_file(name))
     except BadJson as error:
@@ -58,7 +58,8 @@ def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]
     except Unreachable as error:
         raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
     except OSError as error:
-        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint?")
+        hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
+        problems.append(f"{name} cannot be read: {error.strerror or error}{hint}")
     return None
 
 

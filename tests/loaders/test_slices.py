@@ -124,7 +124,7 @@ def test_an_index_of_another_kind_is_a_value_error_that_says_what_is_accepted(
 
 def test_integers_of_numpy_are_integers(checkpoint: Checkpoint) -> None:
     index = (np.int64(-1), slice(np.uint8(1), np.int32(3)))
-    np.testing.assert_array_equal(checkpoint.read_slice("a", index), ARRAYS["a"][index])  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(checkpoint.read_slice("a", index), ARRAYS["a"][index])
 
 
 def test_a_destination_of_a_part_may_be_strided_but_not_read_only(checkpoint: Checkpoint) -> None:
