@@ -34,6 +34,8 @@ class Checkpoint:
         generation_document: generation_config.json as it was written; empty when there is none.
         quantization_document: hf_quant_config.json, likewise.
         metadata: file -> its safetensors metadata.
+        identities: file -> what it was when its header was read.
+        documents: JSON file -> what it was when it was read.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class Checkpoint:
     quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
     identities: dict[str, Identity] = field(repr=False)
+    documents: dict[str, Identity] = field(repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -279,14 +282,22 @@ class Checkpoint:
             raise
         return file
 
+    def check_documents(self) -> None:
+        """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
+        for name, expected in self.documents.items():
+            self._check(name, partial(self.source.identity, name), expected)
+
     def check_identity(self, file: OpenFile) -> None:
         """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
+        self._check(file.name, file.identity, self.identities[file.name])
+
+    def _check(self, name: str, ask: Callable[[], Identity], expected: Identity) -> None:
         try:
-            found = file.identity()
+            found = ask()
         except OSError as error:
-            raise CheckpointError(self.source, [f"{file.name} is gone: {error.strerror or error}"]) from error
-        if found != self.identities[file.name]:
-            problem = f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."
+            raise CheckpointError(self.source, [f"{name} is gone: {error.strerror or error}"]) from error
+        if found != expected:
+            problem = f"{name} changed since the checkpoint was opened. Open it again once it is complete."
             raise CheckpointError(self.source, [problem])
 
 

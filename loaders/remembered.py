@@ -9,7 +9,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.sources import OpenFile, Session, open_source
+from loaders.sources import Identity, OpenFile, Session, open_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,9 @@ class RememberedSource:
 
     def open(self, name: str) -> OpenFile:
         return open_source(self.address).open(name)
+
+    def identity(self, name: str) -> Identity:
+        return open_source(self.address).identity(name)
 
     def read_file(self, name: str) -> bytes:
         return open_source(self.address).read_file(name)
@@ -94,6 +97,7 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
         quantization_document=document["quantization"],
         metadata=document["metadata"],
         identities={file: RememberedIdentity(**found) for file, found in document["identities"].items()},
+        documents={},
     )
 
 

@@ -41,7 +41,7 @@ class GsFile(ObjectFile[ObjectGeneration]):
         super().__init__(name, prefix.address(name))
         self._prefix = prefix
         self._path = f"o/{quote(prefix.key(name), safe='')}"
-        self._pinned = self.identity()
+        self.pinned = self.identity()
 
     def identify(self) -> ObjectGeneration:
         with self._prefix.get(self._path, fields="generation,size") as found:
@@ -53,7 +53,7 @@ class GsFile(ObjectFile[ObjectGeneration]):
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = {"Range": f"bytes={position}-{position + count - 1}"}
-        pinned = {"alt": "media", "ifGenerationMatch": str(self._pinned.generation)}
+        pinned = {"alt": "media", "ifGenerationMatch": str(self.pinned.generation)}
         with self._prefix.get(self._path, span, **pinned) as found:
             if found.status_code != 206:
                 raise OSError(f"the server has no ranges: it answers {found.status_code}, expected 206")

@@ -10,7 +10,7 @@ from loaders.sources.direct import DirectSession
 from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession
-from loaders.sources.source import Session, small_file
+from loaders.sources.source import Identity, Session, small_file
 
 DIRECT = "direct"  # the scheme of files that are read past the page cache
 
@@ -70,9 +70,13 @@ class LocalDirectory:
                 raise OSError(f"it is a link to {target}, outside the checkpoint directory")
         return LocalFile(path)
 
+    def identity(self, name: str) -> Identity:
+        with self.open(name) as file:
+            return file.identity()
+
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file)
+            return small_file(file, file.identity().num_bytes)
 
     def session(self, total_bytes: int) -> Session:
         if self.scheme == LOCAL:

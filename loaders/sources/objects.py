@@ -22,8 +22,9 @@ Pinned = TypeVar("Pinned", bound=Identity)
 
 
 class ObjectFile(ABC, Generic[Pinned]):
-    """One object, as it was when it was opened: a part of another one is never read."""
+    """One object, as it was when it was opened (``pinned``): a part of another one is never read."""
 
+    pinned: Pinned
     is_cheap_to_identify = False  # a request
 
     def __init__(self, name: str, address: str) -> None:
@@ -107,7 +108,7 @@ class ObjectPrefix(ABC):
         """Keys of all objects whose key starts so, and has no slash in the rest; each page is a request."""
 
     @abstractmethod
-    def open_object(self, name: str) -> OpenFile: ...
+    def open_object(self, name: str) -> ObjectFile: ...
 
     @abstractmethod
     def session(self, total_bytes: int) -> Session: ...
@@ -133,9 +134,12 @@ class ObjectPrefix(ABC):
             raise OSError("it is not a plain file name inside the checkpoint")
         return self.open_object(name)
 
+    def identity(self, name: str) -> Identity:
+        return self.open_object(name).pinned
+
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file)
+            return small_file(file, file.identity().num_bytes)
 
 
 def in_time(work: Callable[[], Result], allowed_s: float, what: str) -> Result:

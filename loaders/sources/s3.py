@@ -42,7 +42,7 @@ class S3File(ObjectFile[ObjectIdentity]):
         super().__init__(name, prefix.address(name))
         self._prefix = prefix
         self._place = {"Bucket": prefix.bucket, "Key": prefix.key(name)}
-        self._pinned = self.identity()
+        self.pinned = self.identity()
 
     def identify(self) -> ObjectIdentity:
         with _as_os_errors():
@@ -52,7 +52,7 @@ class S3File(ObjectFile[ObjectIdentity]):
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
         with _as_os_errors():
-            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self._pinned.etag)["Body"]
+            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.pinned.etag)["Body"]
             yield from body.iter_chunks(1 << 20)
 
 

@@ -108,6 +108,10 @@ class Source(Protocol):
 
     def names(self) -> list[str]: ...
     def open(self, name: str) -> OpenFile: ...
+    def identity(self, name: str) -> Identity:
+        """Of a file as it is now. Raises OSError as ``open``."""
+        ...
+
     def read_file(self, name: str) -> bytes:
         """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         ...
@@ -117,9 +121,8 @@ class Source(Protocol):
         ...
 
 
-def small_file(file: OpenFile) -> bytes:
-    """All of a file. Raises OSError when it is larger than any JSON of a checkpoint."""
-    num_bytes = file.identity().num_bytes
+def small_file(file: OpenFile, num_bytes: int) -> bytes:
+    """All of a file of so many bytes. Raises OSError when it is larger than any JSON of a checkpoint."""
     if num_bytes > MAX_JSON_BYTES:
         raise OSError(f"it has {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
     return file.read(0, num_bytes)

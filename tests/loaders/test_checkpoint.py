@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from handmade import CONFIG, ONE_TENSOR, entry, indexed, safetensors, write
 
-from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint
+from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint, opening
+from loaders.index import read_headers
 
 INDEX = "model.safetensors.index.json"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -73,6 +74,23 @@ def test_a_relative_path_is_that_of_the_directory_it_was_opened_in(
     monkeypatch.chdir("elsewhere")
     assert [name for name, _ in checkpoint.stream()] == list(checkpoint.tensors)
     assert str(checkpoint.source) == address  # as the caller calls it
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_replaced_between_it_and_the_headers_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It would be the config of other tensors."""
+    path = write(tmp_path / "it", indexed({A: ONE_TENSOR}, {"a": A}))
+    assert open_checkpoint(path).documents.keys() == {"config.json", INDEX}
+
+    def late(*args: Any) -> Any:
+        (path / "copy").write_bytes((path / name).read_bytes())
+        (path / "copy").replace(path / name)
+        return read_headers(*args)
+
+    monkeypatch.setattr(opening, "read_headers", late)
+    assert refusal(path) == [f"{name} changed since the checkpoint was opened. Open it again once it is complete."]
 
 
 # what is wrong -> (files, the problems exactly)

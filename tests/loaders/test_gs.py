@@ -132,6 +132,14 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
+    checkpoint = open_checkpoint(server.put(directory, "described"))
+    checkpoint.check_documents()
+    server.put_object("described/config.json", (directory / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"config\.json changed since the checkpoint was opened"):
+        checkpoint.check_documents()
+
+
 def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, directory: Path) -> None:
     server.put(directory, "pinned")
     file = gs.GsPrefix(f"{BUCKET}/pinned").open("config.json")

@@ -245,6 +245,14 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
+    checkpoint = open_checkpoint(server.put(directory, "described"))
+    checkpoint.check_documents()
+    server.client.put_object(Bucket=BUCKET, Key="described/config.json", Body=b"{}")
+    with pytest.raises(CheckpointError, match=r"config\.json changed since the checkpoint was opened"):
+        checkpoint.check_documents()
+
+
 @pytest.mark.parametrize("missing", [8, 1000])
 def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_other_weights(
     missing: int, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
