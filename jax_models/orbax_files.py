@@ -104,11 +104,23 @@ class _Shards:
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Also saves arrays that lie on one of several processes, which Orbax refuses as a mistake."""
+    """Also saves arrays that lie on one of several processes, which Orbax refuses as a mistake; fails once."""
 
     async def serialize(self, values: Sequence[jax.Array], infos: Any, args: Any = None) -> Any:
         shards: Any = [_Shards(array) for array in values]
         return await super().serialize(shards, infos, args)
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        """Where one array fails no other is left behind: each would print its own error once Orbax's loop has ended."""
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except Exception:
+            while begun := asyncio.all_tasks() - before:
+                for task in begun:
+                    task.cancel()
+                await asyncio.wait(begun)
+            raise
 
 
 @contextlib.contextmanager

@@ -19,10 +19,12 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     ``jax.make_mesh`` gives axes of type Explicit, where every ambiguous product is an error.
 
     Raises:
-        ValueError: the mesh has an axis we give no meaning.
+        ValueError: it is no mesh of devices, or has an axis we give no meaning.
     """
     if mesh is None:
         return None
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r} is a {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, or None")
     unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
     if unknown:
         raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")

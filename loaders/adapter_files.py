@@ -75,7 +75,8 @@ def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[
     except BadJson as error:
         problems.append(f"{CONFIG} {error}")
     except OSError as error:
-        problems.append(f"{CONFIG} cannot be read: {error.strerror or error}. Is this a PEFT adapter?")
+        hint = "" if CONFIG in present else ". Is this a PEFT adapter?"
+        problems.append(f"{CONFIG} cannot be read: {error.strerror or error}{hint}")
     if WEIGHTS not in present:
         pickle = (
             f" {PICKLE} is there, but it is a pickle, which can run any code and is never read."

@@ -34,6 +34,8 @@ class Checkpoint:
         generation_document: generation_config.json as it was written; empty when there is none.
         quantization_document: hf_quant_config.json, likewise.
         metadata: file -> its safetensors metadata.
+        identities: file -> what it was when its header was read.
+        documents: JSON file -> what it was when it was read.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class Checkpoint:
     quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
     identities: dict[str, Identity] = field(repr=False)
+    documents: dict[str, Identity] = field(repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -88,6 +91,7 @@ class Checkpoint:
             out: array of the part's shape to read into; by default memory of its own.
         Raises:
             KeyError, IndexError: no such tensor, or no such part of it.
+            ValueError: an index of another kind.
             CheckpointError: as ``read``.
         """
         part = Slice(name, index)
@@ -117,12 +121,10 @@ class Checkpoint:
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
-                ``into`` when it is asked for.
+                ``into`` when it is asked for. Or ``names`` is one name.
             CheckpointError: as ``read``.
         """
-        chosen = self.tensors.keys() if names is None else set(names)
-        if unknown := chosen - self.tensors.keys():
-            raise KeyError(min(unknown))
+        chosen = self.names_of(names)
         wanted = [Slice(name) for name in self.tensors if name in chosen]
         given = None if into is None else lambda part: into(part.name)
         return _named(self._stream(wanted, given, host_budget_bytes))
@@ -184,9 +186,16 @@ class Checkpoint:
 
         For ``stream_slices``, of tensors that are larger than memory.
         """
-        for name in self.tensors if names is None else names:
+        for name in self.tensors if names is None else _several(names):
             itemsize = dtypes.to_numpy(self.tensors[name].dtype).itemsize
             yield from in_parts(name, self.stored_shape(name), itemsize, most_bytes)
+
+    def names_of(self, names: Iterable[str] | None) -> Collection[str]:
+        """Those that are asked for, by default all. Raises KeyError: no such tensor; ValueError: it is one name."""
+        chosen = self.tensors.keys() if names is None else set(_several(names))
+        if unknown := chosen - self.tensors.keys():
+            raise KeyError(min(unknown))
+        return chosen
 
     @cached_property
     def _order(self) -> dict[str, int]:
@@ -273,15 +282,29 @@ class Checkpoint:
             raise
         return file
 
+    def check_documents(self) -> None:
+        """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
+        for name, expected in self.documents.items():
+            self._check(name, partial(self.source.identity, name), expected)
+
     def check_identity(self, file: OpenFile) -> None:
         """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
+        self._check(file.name, file.identity, self.identities[file.name])
+
+    def _check(self, name: str, ask: Callable[[], Identity], expected: Identity) -> None:
         try:
-            found = file.identity()
+            found = ask()
         except OSError as error:
-            raise CheckpointError(self.source, [f"{file.name} is gone: {error.strerror or error}"]) from error
-        if found != self.identities[file.name]:
-            problem = f"{file.name} changed since the checkpoint was opened. Open it again once it is complete."
+            raise CheckpointError(self.source, [f"{name} is gone: {error.strerror or error}"]) from error
+        if found != expected:
+            problem = f"{name} changed since the checkpoint was opened. Open it again once it is complete."
             raise CheckpointError(self.source, [problem])
+
+
+def _several(names: Iterable[str]) -> Iterable[str]:
+    if isinstance(names, str):  # whose letters would be names
+        raise ValueError(f"names={names!r} is one name, expected several: [{names!r}]")
+    return names
 
 
 def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -89,8 +89,10 @@ class Filling:
     def finish(self) -> LoadReport:
         """Check that everything arrived, scales can be, and redundant tied tensors equal what they are tied to.
 
+        And that the JSON, by which all of it was understood, has not been replaced meanwhile.
+
         Raises:
-            CheckpointError: listing all that did not.
+            CheckpointError: listing all that did not, or saying which file was.
         """
         problems = list(self._bad_scales)
         for spec in self._plan.specs:
@@ -105,6 +107,7 @@ class Filling:
         ]
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)
+        self._plan.checkpoint.check_documents()
         return self._plan.report()
 
 

@@ -10,7 +10,7 @@ from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
 from loaders.index import INDEX, files, merge, read_headers, weight_map
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
-from loaders.sources import Source, Unreachable, open_source
+from loaders.sources import Identity, Source, Unreachable, open_source, small_file
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -19,7 +19,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     """Open a Hugging Face checkpoint: ``config.json`` with ``model.safetensors``, or with an index and its files.
 
-    Only JSON and headers are read.
+    Only JSON and headers are read; JSON that changed before all headers were read is an error.
 
     Raises:
         CheckpointError: with every problem found in the directory, config.json, the index and all headers; or as soon
@@ -31,12 +31,13 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
     problems: list[str] = []
+    documents: dict[str, Identity] = {}
     config = None
-    document = _read_json(source, CONFIG, problems)
-    generation = _read_json(source, GENERATION, problems) if GENERATION in present else {}
-    quantization = _read_json(source, QUANTIZATION, problems) if QUANTIZATION in present else None
+    document = _read_json(source, CONFIG, present, documents, problems)
+    generation = _read_json(source, GENERATION, present, documents, problems) if GENERATION in present else {}
+    quantization = _read_json(source, QUANTIZATION, present, documents, problems) if QUANTIZATION in present else None
     problems += _generation_problems(generation or {})
-    index = _read_json(source, INDEX, problems) if INDEX in present else None
+    index = _read_json(source, INDEX, present, documents, problems) if INDEX in present else None
     mapped = weight_map(index, problems) if index is not None else None
     names = files(present, mapped, INDEX in present, problems)
     headers, identities = read_headers(source, names, problems)
@@ -47,18 +48,27 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     if problems or config is None or document is None:
         raise CheckpointError(source, problems)
     metadata = {name: header.metadata for name, header in headers.items()}
-    return Checkpoint(source, config, tensors, document, generation or {}, quantization or {}, metadata, identities)
+    given = source, config, tensors, document, generation or {}, quantization or {}, metadata
+    checkpoint = Checkpoint(*given, identities, documents)
+    checkpoint.check_documents()
+    return checkpoint
 
 
-def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any] | None:
+def _read_json(
+    source: Source, name: str, present: list[str], documents: dict[str, Identity], problems: list[str]
+) -> dict[str, Any] | None:
+    """The object in a file, whose identity goes to ``documents``; None: there is none, which is a problem."""
     try:
-        return parse_object(source.read_file(name))
+        with source.open(name) as file:
+            documents[name] = file.identity()
+            return parse_object(small_file(file, documents[name].num_bytes))
     except BadJson as error:
         problems.append(f"{name} {error}")
     except Unreachable as error:
         raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
     except OSError as error:
-        problems.append(f"{name} cannot be read: {error.strerror or error}. Is this a Hugging Face checkpoint?")
+        hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
+        problems.append(f"{name} cannot be read: {error.strerror or error}{hint}")
     return None
 
 

@@ -114,11 +114,9 @@ class QuantizedCheckpoint(Checkpoint):
         are on their way, and the matrices of a group are held beside it. Codes and scales are computed straight into
         their destinations.
         """
-        chosen = self.tensors.keys() if names is None else set(names)
-        if unknown := chosen - self.tensors.keys():
-            raise KeyError(min(unknown))
+        chosen = self.names_of(names)
         groups: dict[str, list[Matrix]] = {}
-        for name in chosen & self._places.keys():
+        for name in self._places.keys() & chosen:
             group = self._places[name][0].group
             groups[group] = self._groups[group]
         direct = {name for name in chosen if name not in self._places}

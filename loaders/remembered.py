@@ -9,7 +9,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.sources import OpenFile, Session, open_source
+from loaders.sources import Identity, OpenFile, Session, open_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,10 @@ class RememberedSource:
         return self.address
 
     @property
+    def absolute(self) -> str:
+        return self.address
+
+    @property
     def gap_bytes(self) -> int:
         return open_source(self.address).gap_bytes
 
@@ -44,6 +48,9 @@ class RememberedSource:
 
     def open(self, name: str) -> OpenFile:
         return open_source(self.address).open(name)
+
+    def identity(self, name: str) -> Identity:
+        return open_source(self.address).identity(name)
 
     def read_file(self, name: str) -> bytes:
         return open_source(self.address).read_file(name)
@@ -55,7 +62,7 @@ class RememberedSource:
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is to be remembered of a checkpoint, as JSON."""
     return {
-        "address": str(checkpoint.source),
+        "address": checkpoint.source.absolute,
         "config": checkpoint.config_document,
         "generation": checkpoint.generation_document,
         "quantization": checkpoint.quantization_document,
@@ -90,6 +97,7 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
         quantization_document=document["quantization"],
         metadata=document["metadata"],
         identities={file: RememberedIdentity(**found) for file, found in document["identities"].items()},
+        documents={},
     )
 
 

@@ -18,12 +18,20 @@ class Slice:
 
     Attributes:
         name: of the tensor.
-        index: as NumPy would be asked, ``tensor[index]``: integers, and slices of step 1. Axes that are not said are
-            whole. Of packed formats, whose bytes are read, the last axis is that of bytes.
+        index: as NumPy would be asked, ``tensor[index]``: a tuple of integers, and slices of step 1. Axes that are not
+            said are whole. Of packed formats, whose bytes are read, the last axis is that of bytes.
+
+    Raises:
+        ValueError: anything else is an index to NumPy, if at all, and to us is none: True, None, ``...``, a list.
     """
 
     name: str
     index: tuple[int | slice, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.index, tuple) or not all(map(_is_index, self.index)):
+            expected = "a tuple of integers and slices of them"
+            raise ValueError(f"{self.name!r} is asked for by the index {self.index!r}, expected {expected}")
 
     def __hash__(self) -> int:
         return hash((self.name, str(self.index)))  # a slice has none before Python 3.12
@@ -65,6 +73,17 @@ class Slice:
         """The part of a tensor of this shape, and ``out`` of the part's, as what is read."""
         place = out[(*(slice(None) if isinstance(one, slice) else None for one in self.index), ...)]
         return Region(tuple(shape), self.bounds(shape), place)
+
+
+def _is_index(found: object) -> bool:
+    if isinstance(found, slice):
+        return all(end is None or _is_integer(end) for end in (found.start, found.stop, found.step))
+    return _is_integer(found)
+
+
+def _is_integer(found: object) -> bool:
+    """Python's or NumPy's; what is true or false is no position."""
+    return isinstance(found, int | np.integer) and not isinstance(found, bool)
 
 
 def in_parts(name: str, shape: Sequence[int], itemsize: int, most_bytes: int) -> Iterator[Slice]:

@@ -24,10 +24,14 @@ class Stage:
 
     @classmethod
     def of(cls, stage: Stage | tuple[int, int] | None, *, mtp: bool = False, vision: bool = True) -> Stage:
-        """Accept what callers write: None for the whole model, or (index, count)."""
+        """Accept what callers write: None for the whole model, or (index, count). Raises ValueError for others."""
         if isinstance(stage, Stage):
             return stage
-        return cls(*(stage or ()), mtp=mtp, vision=vision)
+        if stage is None:
+            return cls(mtp=mtp, vision=vision)
+        if not isinstance(stage, tuple | list) or len(stage) != 2:
+            raise ValueError(f"stage={stage!r}, expected (index, count) of a pipeline, or None for the whole model")
+        return cls(*stage, mtp=mtp, vision=vision)
 
     @property
     def is_first(self) -> bool:

@@ -187,7 +187,10 @@ class Parallel:
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
-    """Names of its axes. Raises ValueError for names without meaning, or a mesh that is not of all processes."""
+    """Names of its axes. Raises ValueError for what is no mesh, has names without meaning, or not all processes."""
+    if not isinstance(mesh, DeviceMesh):
+        kind = type(mesh).__name__
+        raise ValueError(f"mesh={mesh!r} is a {kind}, expected a torch.distributed.device_mesh.DeviceMesh, or None")
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - set(MESH_AXES):
         raise ValueError(f"mesh has axes {list(names)}, expected names among {', '.join(MESH_AXES)}")

@@ -6,7 +6,7 @@ from loaders.sources.gs import GsPrefix
 from loaders.sources.library import LOCAL
 from loaders.sources.local import DIRECT, LocalDirectory, is_plain
 from loaders.sources.s3 import S3Prefix
-from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source, Unreachable
+from loaders.sources.source import Identity, OpenFile, PieceError, Session, Source, Unreachable, small_file
 
 __all__ = [
     "GsPrefix",
@@ -20,6 +20,7 @@ __all__ = [
     "Unreachable",
     "is_plain",
     "open_source",
+    "small_file",
 ]
 
 STORES: dict[str, type[S3Prefix] | type[GsPrefix]] = {"s3": S3Prefix, "gs": GsPrefix}  # by scheme

@@ -25,7 +25,6 @@ from loaders.sources.source import Unreachable
 
 ENDPOINT, PUBLIC = "CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com"
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
-_WORTH_ANOTHER_ATTEMPT = (429, 500, 502, 503, 504)
 
 
 class ObjectGeneration(NamedTuple):
@@ -35,16 +34,16 @@ class ObjectGeneration(NamedTuple):
     num_bytes: int
 
 
-class GsFile(ObjectFile):
+class GsFile(ObjectFile[ObjectGeneration]):
     """An object in Google Cloud Storage; see ``ObjectFile``."""
 
     def __init__(self, prefix: GsPrefix, name: str) -> None:
         super().__init__(name, prefix.address(name))
         self._prefix = prefix
         self._path = f"o/{quote(prefix.key(name), safe='')}"
-        self._pinned = self.identity()
+        self.pinned = self.identity()
 
-    def identity(self) -> ObjectGeneration:
+    def identify(self) -> ObjectGeneration:
         with self._prefix.get(self._path, fields="generation,size") as found:
             document = found.json()
         try:
@@ -54,7 +53,7 @@ class GsFile(ObjectFile):
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = {"Range": f"bytes={position}-{position + count - 1}"}
-        pinned = {"alt": "media", "ifGenerationMatch": str(self._pinned.generation)}
+        pinned = {"alt": "media", "ifGenerationMatch": str(self.pinned.generation)}
         with self._prefix.get(self._path, span, **pinned) as found:
             if found.status_code != 206:
                 raise OSError(f"the server has no ranges: it answers {found.status_code}, expected 206")
@@ -90,7 +89,7 @@ class GsPrefix(ObjectPrefix):
                 raise OSError(f"google-auth is not installed. {install(self.scheme)}") from error
             client = transport.AuthorizedSession(auth.default(scopes=[SCOPE])[0], refresh_timeout=objects.READ_S)
         retries = importlib.import_module("urllib3").Retry(
-            objects.ATTEMPTS - 1, status_forcelist=_WORTH_ANOTHER_ATTEMPT, raise_on_status=False, backoff_factor=0.5
+            objects.ATTEMPTS - 1, status_forcelist=objects.BUSY, raise_on_status=False, backoff_factor=0.05
         )
         for scheme in ("http://", "https://"):
             client.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
@@ -113,15 +112,16 @@ class GsPrefix(ObjectPrefix):
             if found.status_code >= 400:
                 known = {404: objects.GONE if path != "o" else f"there is no bucket {self.bucket!r}"}
                 known |= {412: objects.CHANGED}
-                raise OSError(known.get(found.status_code) or f"{found.status_code} {found.reason}: {_said(found)}")
+                says = known.get(found.status_code) or f"{found.status_code} {found.reason}: {_said(found)}"
+                raise (Unreachable if found.status_code in objects.BUSY else OSError)(says)
             yield found
 
-    def keys(self, start: str) -> Iterator[str]:
+    def pages(self, start: str) -> Iterator[list[str]]:
         asked = {"prefix": start, "delimiter": "/", "fields": "items(name),nextPageToken"}
         while True:
             with self.get("o", None, **asked) as found:
                 page = found.json()
-            yield from (item["name"] for item in page.get("items", ()))
+            yield [item["name"] for item in page.get("items", ())]
             if "nextPageToken" not in page:
                 return
             asked["pageToken"] = page["nextPageToken"]

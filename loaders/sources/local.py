@@ -10,7 +10,7 @@ from loaders.sources.direct import DirectSession
 from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession
-from loaders.sources.source import Session, small_file
+from loaders.sources.source import Identity, Session, small_file
 
 DIRECT = "direct"  # the scheme of files that are read past the page cache
 
@@ -21,7 +21,7 @@ def is_plain(name: str) -> bool:
 
 
 class LocalDirectory:
-    """The files of one directory, by plain file name.
+    """The files of one directory, by plain file name; the same one wherever the process goes (``os.chdir``).
 
     Args:
         path: of the directory.
@@ -34,15 +34,23 @@ class LocalDirectory:
     gap_bytes = 4096  # a page, which comes from the disk whole
 
     def __init__(self, path: object, scheme: str = "") -> None:
-        self.path = Path(str(path))
+        self._written = Path(str(path))
+        self.path = self._written.absolute()
         self.scheme = scheme
         if not self.path.is_dir():
-            raise OSError(f"{self.path} is not a directory")
+            raise OSError(f"{self._written} is not a directory")
         if scheme == LOCAL:
             find_library(LOCAL)  # what is not installed is said before anything is read
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}" if self.scheme else str(self.path)
+        return self._address(self._written)
+
+    @property
+    def absolute(self) -> str:
+        return self._address(self.path)
+
+    def _address(self, path: Path) -> str:
+        return f"{self.scheme}://{path}" if self.scheme else str(path)
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir())
@@ -62,9 +70,13 @@ class LocalDirectory:
                 raise OSError(f"it is a link to {target}, outside the checkpoint directory")
         return LocalFile(path)
 
+    def identity(self, name: str) -> Identity:
+        with self.open(name) as file:
+            return file.identity()
+
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file)
+            return small_file(file, file.identity().num_bytes)
 
     def session(self, total_bytes: int) -> Session:
         if self.scheme == LOCAL:

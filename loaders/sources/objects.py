@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Self, TypeVar
 
 from loaders.sources.local import is_plain
 from loaders.sources.runai import DEADLINE_S
 from loaders.sources.source import Identity, OpenFile, Session, Unreachable, small_file
 
-CONNECT_S, READ_S, ATTEMPTS = 5, 15, 2  # a server that is gone is given up within a minute
+CONNECT_S, READ_S = 5, 15  # for each of the attempts at a request
+ATTEMPTS = 8  # with growing pauses where a server is busy or does not answer; after DEADLINE_S it is given up
+BUSY = (429, 500, 502, 503, 504)
 GONE, CHANGED = "there is no such object", "it changed since it was opened"
 
+Result = TypeVar("Result")
+Pinned = TypeVar("Pinned", bound=Identity)
 
-class ObjectFile(ABC):
-    """One object, as it was when it was opened: a part of another one is never read."""
 
+class ObjectFile(ABC, Generic[Pinned]):
+    """One object, as it was when it was opened (``pinned``): a part of another one is never read."""
+
+    pinned: Pinned
     is_cheap_to_identify = False  # a request
 
     def __init__(self, name: str, address: str) -> None:
@@ -33,8 +39,12 @@ class ObjectFile(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def identity(self) -> Pinned:
+        return in_time(self.identify, DEADLINE_S, "an answer")
+
     @abstractmethod
-    def identity(self) -> Identity: ...
+    def identify(self) -> Pinned:
+        """What the server says of the object, in whatever time."""
 
     @abstractmethod
     def parts(self, position: int, count: int) -> Iterable[bytes]:
@@ -44,25 +54,15 @@ class ObjectFile(ABC):
         if not len(out):
             return
         allowed_s = max(DEADLINE_S, len(out) / 1e6)  # slower than 1 MB/s is as good as gone
-        found, failed = bytearray(), []
+        found = bytearray()
 
         def take() -> None:
-            try:
-                for part in self.parts(position, len(out)):
-                    found.extend(part)
-                    if len(found) > len(out):
-                        raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")  # noqa: TRY301
-            except Exception as error:  # noqa: BLE001 - it is raised by who waits
-                failed.append(error)
+            for part in self.parts(position, len(out)):
+                found.extend(part)
+                if len(found) > len(out):
+                    raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")
 
-        # a client waits for as long as a byte comes now and then, saying nothing meanwhile: a thread can be left to it
-        taking = threading.Thread(target=take, name="tandem-object", daemon=True)
-        taking.start()
-        taking.join(allowed_s)
-        if taking.is_alive():
-            raise Unreachable(f"{len(out)} bytes did not come in {allowed_s:.0f} s. Is the server in trouble?")
-        if failed:
-            raise failed[0]
+        in_time(take, allowed_s, f"{len(out)} bytes")
         done = len(found)
         if done != len(out):
             raise OSError(f"{done} bytes came from byte {position} on, expected {len(out)}: truncated")
@@ -93,6 +93,10 @@ class ObjectPrefix(ABC):
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}"
 
+    @property
+    def absolute(self) -> str:
+        return str(self)
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
@@ -100,18 +104,22 @@ class ObjectPrefix(ABC):
         return f"{self.scheme}://{self.bucket}/{self.key(name)}"
 
     @abstractmethod
-    def keys(self, start: str) -> Iterable[str]:
-        """Of all objects whose key starts so, and has no slash in the rest."""
+    def pages(self, start: str) -> Iterator[list[str]]:
+        """Keys of all objects whose key starts so, and has no slash in the rest; each page is a request."""
 
     @abstractmethod
-    def open_object(self, name: str) -> OpenFile: ...
+    def open_object(self, name: str) -> ObjectFile: ...
 
     @abstractmethod
     def session(self, total_bytes: int) -> Session: ...
 
     def names(self) -> list[str]:
         start = self.key("")
-        names = sorted(key[len(start) :] for key in self.keys(start) if key != start)
+        pages = self.pages(start)
+        keys: list[str] = []
+        while (page := in_time(lambda: next(pages, None), DEADLINE_S, "an answer")) is not None:
+            keys += page
+        names = sorted(key[len(start) :] for key in keys if key != start)
         if not names:
             raise OSError(f"there is no object under {self}/")
         return names
@@ -126,6 +134,33 @@ class ObjectPrefix(ABC):
             raise OSError("it is not a plain file name inside the checkpoint")
         return self.open_object(name)
 
+    def identity(self, name: str) -> Identity:
+        return self.open_object(name).pinned
+
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file)
+            return small_file(file, file.identity().num_bytes)
+
+
+def in_time(work: Callable[[], Result], allowed_s: float, what: str) -> Result:
+    """What ``work`` returns, or raises. Raises Unreachable where it does not end in time; ``what`` says what is late.
+
+    A client waits for as long as a byte comes now and then, saying nothing meanwhile: a thread can be left to it.
+    """
+    found: list[Result] = []
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            found.append(work())
+        except Exception as error:  # noqa: BLE001 - it is raised by who waits
+            failed.append(error)
+
+    working = threading.Thread(target=attempt, name="tandem-object", daemon=True)
+    working.start()
+    working.join(allowed_s)
+    if working.is_alive():
+        raise Unreachable(f"{what} did not come in {allowed_s:.0f} s. Is the server in trouble?")
+    if failed:
+        raise failed[0]
+    return found[0]

@@ -35,16 +35,16 @@ class ObjectIdentity:
     modified: datetime
 
 
-class S3File(ObjectFile):
+class S3File(ObjectFile[ObjectIdentity]):
     """An object in S3; see ``ObjectFile``."""
 
     def __init__(self, prefix: S3Prefix, name: str) -> None:
         super().__init__(name, prefix.address(name))
         self._prefix = prefix
         self._place = {"Bucket": prefix.bucket, "Key": prefix.key(name)}
-        self._pinned = self.identity()
+        self.pinned = self.identity()
 
-    def identity(self) -> ObjectIdentity:
+    def identify(self) -> ObjectIdentity:
         with _as_os_errors():
             found = self._prefix.client.head_object(**self._place)
         return ObjectIdentity(found["ETag"], found["ContentLength"], found["LastModified"])
@@ -52,7 +52,7 @@ class S3File(ObjectFile):
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
         with _as_os_errors():
-            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self._pinned.etag)["Body"]
+            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.pinned.etag)["Body"]
             yield from body.iter_chunks(1 << 20)
 
 
@@ -76,7 +76,7 @@ class S3Prefix(ObjectPrefix):
         config = importlib.import_module("botocore.config").Config(
             connect_timeout=objects.CONNECT_S,
             read_timeout=objects.READ_S,
-            retries={"total_max_attempts": objects.ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": objects.ATTEMPTS},
         )
         with _as_os_errors():
             return self._session.client("s3", config=config)
@@ -85,11 +85,11 @@ class S3Prefix(ObjectPrefix):
     def _session(self) -> Any:
         return importlib.import_module("boto3").Session()
 
-    def keys(self, start: str) -> list[str]:
+    def pages(self, start: str) -> Iterator[list[str]]:
         with _as_os_errors():
             pages = self.client.get_paginator("list_objects_v2")
-            found = pages.paginate(Bucket=self.bucket, Prefix=start, Delimiter="/")
-            return [entry["Key"] for page in found for entry in page.get("Contents", ())]
+            for page in pages.paginate(Bucket=self.bucket, Prefix=start, Delimiter="/"):
+                yield [entry["Key"] for entry in page.get("Contents", ())]
 
     def open_object(self, name: str) -> S3File:
         return S3File(self, name)
@@ -124,8 +124,9 @@ def _as_os_errors() -> Iterator[None]:
             raise OSError(objects.GONE) from error
         if code in _CHANGED:
             raise OSError(objects.CHANGED) from error
-        raise OSError(str(error)) from error
-    except exceptions.HTTPClientError as error:
+        is_busy = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in objects.BUSY
+        raise (Unreachable if is_busy else OSError)(str(error)) from error
+    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
     except (exceptions.BotoCoreError, http.HTTPError) as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

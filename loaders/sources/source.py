@@ -97,12 +97,21 @@ class Source(Protocol):
     """The files of one checkpoint, by plain name. ``str`` of it is the address it was opened by."""
 
     @property
+    def absolute(self) -> str:
+        """The address it is found by from any directory."""
+        ...
+
+    @property
     def gap_bytes(self) -> int:
         """So many bytes between two stretches are read sooner than a second stretch is asked for."""
         ...
 
     def names(self) -> list[str]: ...
     def open(self, name: str) -> OpenFile: ...
+    def identity(self, name: str) -> Identity:
+        """Of a file as it is now. Raises OSError as ``open``."""
+        ...
+
     def read_file(self, name: str) -> bytes:
         """A whole small file. Raises OSError as ``open``, and when it is larger than any JSON of a checkpoint."""
         ...
@@ -112,9 +121,8 @@ class Source(Protocol):
         ...
 
 
-def small_file(file: OpenFile) -> bytes:
-    """All of a file. Raises OSError when it is larger than any JSON of a checkpoint."""
-    num_bytes = file.identity().num_bytes
+def small_file(file: OpenFile, num_bytes: int) -> bytes:
+    """All of a file of so many bytes. Raises OSError when it is larger than any JSON of a checkpoint."""
     if num_bytes > MAX_JSON_BYTES:
         raise OSError(f"it has {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
     return file.read(0, num_bytes)

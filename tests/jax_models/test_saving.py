@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
 import shutil
 import signal
 import subprocess
@@ -16,7 +19,7 @@ from jax.sharding import Mesh
 
 import jax_models
 from jax_models.weights import flatten
-from loaders import CheckpointError
+from loaders import CheckpointError, open_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 from parity.zoo_adapters import make_adapter
 
@@ -72,6 +75,16 @@ def test_a_restored_model_lives_on(saved, checkpoint, tmp_path):
     assert bits_of(again) == bits_of(restored)
     restored.save(tmp_path / "third")
     assert jax_models.restore(tmp_path / "third", verify=False).events[-1].detail == str(tmp_path / "third")
+
+
+def test_a_save_knows_what_it_was_loaded_from_by_a_relative_path(tmp_path, monkeypatch):
+    make_checkpoint("qwen3_5-wrapped", tmp_path / "it")
+    monkeypatch.chdir(tmp_path)
+    jax_models.load("it", vision=False).save("save")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    exported = jax_models.restore(tmp_path / "save").export("again")  # with the tower, which is read from there
+    assert open_checkpoint(exported).tensors.keys() == open_checkpoint(tmp_path / "it").tensors.keys()
 
 
 KINDS = {
@@ -142,6 +155,33 @@ def test_what_is_no_whole_save_is_refused(damage, expected, copy):
             shutil.rmtree(copy / "weights")
     with pytest.raises(CheckpointError, match=expected):
         jax_models.restore(copy)
+
+
+@pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}])
+def test_arrays_that_are_cut_short_are_one_error_and_nothing_is_printed(axes, copy, capfd, caplog):
+    """Of every array it had begun Orbax would print a traceback and the whole setup of TensorStore."""
+    for data in copy.glob("weights/ocdbt.process_0/d/*"):
+        data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="its arrays cannot be read"):
+        jax_models.restore(copy, mesh_of(**axes) if axes else None)
+    gc.collect()  # which tells of tasks that nobody asked how they went
+    assert capfd.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_where_one_array_fails_the_others_are_not_left_to_a_loop_that_has_ended(copy, caplog, monkeypatch):
+    """The same, whichever of them is first."""
+
+    async def failing(*_):
+        asyncio.ensure_future(asyncio.sleep(600))  # noqa: RUF006 - as Orbax, which drops what it began
+        await asyncio.sleep(0)
+        raise ValueError("one of them")
+
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", failing)
+    with pytest.raises(CheckpointError, match="its arrays cannot be read: one of them"):
+        jax_models.restore(copy)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_what_orbax_was_still_writing_is_refused_however_much_of_it_is_there(copy):

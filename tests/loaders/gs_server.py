@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class Server:
     """One bucket, in a thread. ``asked`` has the path, the range and the answer's status of every request.
 
     While ``speaks`` is not set, the streamer gets no answer. It stays with the server it first met, so one that falls
-    silent has to be the same.
+    silent has to be the same. What ``refusal`` has a status for is refused, with ``refusal_headers``.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,8 @@ class Server:
         self.asked: list[tuple[str, str | None, int]] = []
         self.speaks = threading.Event()
         self.speaks.set()
+        self.refusal: Callable[[str], int | None] = lambda path: None
+        self.refusal_headers: dict[str, str] = {}
         self._generation = 0
         server = self
 
@@ -59,6 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else the body waits 40 ms for the headers to be acknowledged
 
     def do_GET(self) -> None:  # noqa: N802
+        if (status := self.store.refusal(self.path)) is not None:
+            return self._refuse(status, "Refused.")
         url = urlsplit(self.path)
         params = {name: values[0] for name, values in parse_qs(url.query).items()}
         found = re.fullmatch(r"/storage/v1/b/([^/]+)/o(?:/(.+))?", url.path)
@@ -95,7 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(206 if span else 200, body[first : last + 1], "application/octet-stream", headers)
 
     def _document(self, document: dict[str, Any], status: int = 200) -> None:
-        self._answer(status, json.dumps(document).encode(), "application/json", {})
+        headers = self.store.refusal_headers if status >= 400 else {}
+        self._answer(status, json.dumps(document).encode(), "application/json", headers)
 
     def _refuse(self, status: int, message: str) -> None:
         self._document({"error": {"code": status, "message": message}}, status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def ends_within(seconds: float, attempt: Callable[[], object]) -> str:
     assert time.monotonic() - started < seconds
     assert len(caught.value.problems) == 1
     return caught.value.problems[0]
+
+
+class Refusal:
+    """Refuses the first requests for each address in which ``where`` is; ``asked`` counts all that were made for it."""
+
+    def __init__(self, where: str, status: int, times: int) -> None:
+        self.where, self.status, self.times = where, status, times
+        self.asked: Counter[str] = Counter()
+
+    def __call__(self, path: str) -> int | None:
+        if self.where not in path:
+            return None
+        self.asked[path] += 1
+        return self.status if self.asked[path] <= self.times else None

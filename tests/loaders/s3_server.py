@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, one that never answers, and ones whose answers are too short or too slow."""
+"""A real S3 server on loopback, one that never answers, and ones that refuse, or answer too briefly or too slowly."""
 
 from __future__ import annotations
 
@@ -75,13 +75,25 @@ def silent_server() -> Iterator[str]:
 
 
 @contextmanager
-def _between(url: str, send: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
-    """The address of a server that asks the one at ``url``; objects go through ``send``, after their other headers."""
+def _between(
+    url: str,
+    send: Callable[[BaseHTTPRequestHandler, bytes], None],
+    refusal: Callable[[str], int | None] = lambda _: None,
+) -> Iterator[str]:
+    """The address of a server that asks the one at ``url``; objects go through ``send``, after their other headers.
+
+    What ``refusal`` has a status for is refused: it is asked by method and path.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if (status := refusal(f"{self.command} {self.path}")) is not None:
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as behind:
                 behind.request(self.command, self.path, headers=dict(self.headers.items()))
                 found = behind.getresponse()
@@ -121,6 +133,17 @@ def shortening_server(url: str, missing: int) -> AbstractContextManager[str]:
         handler.wfile.write(body[:-missing])
 
     return _between(url, send)
+
+
+def refusing_server(url: str, refusal: Callable[[str], int | None]) -> AbstractContextManager[str]:
+    """Likewise, but what ``refusal`` has a status for."""
+
+    def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return _between(url, send, refusal)
 
 
 def dripping_server(url: str) -> AbstractContextManager[str]:

@@ -57,6 +57,16 @@ def test_a_good_adapter_has_an_update_for_every_target(base, adapter):
     assert {one.scaling for one in opened.low_rank.values()} == {1.5}
 
 
+def test_only_where_no_config_is_it_asks_whether_this_is_an_adapter(base, adapter):
+    path = adapter / "adapter_config.json"
+    path.unlink()
+    assert "adapter_config.json cannot be read: No such file or directory. Is this a PEFT adapter?" in problems(
+        base, adapter
+    )
+    path.mkdir()
+    assert "adapter_config.json cannot be read: it is not a regular file" in problems(base, adapter)
+
+
 def test_everything_that_is_wrong_is_told_at_once(base, adapter):
     q = PREFIX + "model.layers.0.self_attn.q_proj."
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from handmade import CONFIG, ONE_TENSOR, entry, indexed, safetensors, write
 
-from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint
+from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint, opening
+from loaders.index import read_headers
 
 INDEX = "model.safetensors.index.json"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -60,6 +61,36 @@ def test_tensors_of_several_files_are_in_file_order(tmp_path: Path) -> None:
     files = indexed({A: tensor("y"), B: second}, {"c": B, "y": A, "z": B})
     checkpoint = open_checkpoint(str(write(tmp_path, files)))
     assert [(name, info.file) for name, info in checkpoint.tensors.items()] == [("y", A), ("z", B), ("c", B)]
+
+
+@pytest.mark.parametrize("address", ["it", "direct://it"])
+def test_a_relative_path_is_that_of_the_directory_it_was_opened_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    write(tmp_path / "it", {"model.safetensors": ONE_TENSOR})
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint(address)
+    (tmp_path / "elsewhere" / "it").mkdir(parents=True)  # which is not meant
+    monkeypatch.chdir("elsewhere")
+    assert [name for name, _ in checkpoint.stream()] == list(checkpoint.tensors)
+    assert str(checkpoint.source) == address  # as the caller calls it
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_replaced_between_it_and_the_headers_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It would be the config of other tensors."""
+    path = write(tmp_path / "it", indexed({A: ONE_TENSOR}, {"a": A}))
+    assert open_checkpoint(path).documents.keys() == {"config.json", INDEX}
+
+    def late(*args: Any) -> Any:
+        (path / "copy").write_bytes((path / name).read_bytes())
+        (path / "copy").replace(path / name)
+        return read_headers(*args)
+
+    monkeypatch.setattr(opening, "read_headers", late)
+    assert refusal(path) == [f"{name} changed since the checkpoint was opened. Open it again once it is complete."]
 
 
 # what is wrong -> (files, the problems exactly)
@@ -225,10 +256,7 @@ def test_a_giant_json_file_is_refused_unread(tmp_path: Path) -> None:
     write(tmp_path, {"model.safetensors": ONE_TENSOR})
     with open(tmp_path / "config.json", "r+b") as file:
         file.truncate(1 << 40)
-    assert refusal(tmp_path) == [
-        "config.json cannot be read: it has 1099511627776 bytes, expected at most 67108864."
-        " Is this a Hugging Face checkpoint?"
-    ]
+    assert refusal(tmp_path) == ["config.json cannot be read: it has 1099511627776 bytes, expected at most 67108864"]
 
 
 def test_all_problems_of_a_checkpoint_are_in_one_error(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from gs_server import BUCKET, Server
-from object_stores import assert_same_checkpoint, ends_within
+from object_stores import Refusal, assert_same_checkpoint, ends_within
 from s3_server import silent_server
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
-from loaders.sources import gs, library, runai
+from loaders.sources import gs, library, objects, runai
 from parity.zoo import make_checkpoint
 
 
@@ -28,6 +28,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gs.ENDPOINT, server.url)
+    monkeypatch.setattr(server, "refusal", lambda path: None)
     server.asked.clear()
 
 
@@ -131,6 +132,14 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
+    checkpoint = open_checkpoint(server.put(directory, "described"))
+    checkpoint.check_documents()
+    server.put_object("described/config.json", (directory / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"config\.json changed since the checkpoint was opened"):
+        checkpoint.check_documents()
+
+
 def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, directory: Path) -> None:
     server.put(directory, "pinned")
     file = gs.GsPrefix(f"{BUCKET}/pinned").open("config.json")
@@ -200,6 +209,41 @@ def test_a_server_that_falls_silent_half_way_is_given_up(
     finally:
         server.speaks.set()
     assert said == f"nothing has come from {uri} for 1 s. Is it still there?"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_opening_is_as_patient_with_a_busy_server_as_streaming_is(uri: str, server: Server, status: int) -> None:
+    for where in ("delimiter=", "%2Fconfig.json", "%2Fmodel-00001-"):
+        server.refusal = Refusal(where, status, times=4)
+        assert open_checkpoint(uri).tensors
+        assert server.refusal.asked
+        assert min(server.refusal.asked.values()) >= 5
+
+
+def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(uri: str, server: Server) -> None:
+    for status, says in ((403, "403 Forbidden: Refused."), (404, "there is no such object")):
+        server.refusal = Refusal("%2Fconfig.json", status, times=9)
+        said = ends_within(5, lambda: open_checkpoint(uri))
+        assert said == f"config.json cannot be read: {says}"  # and not that this may be no checkpoint
+        assert list(server.refusal.asked.values()) == [1]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_stays_busy_is_given_up_at_the_first_file(uri: str, server: Server) -> None:
+    server.refusal = Refusal("fields=generation", 503, times=9)
+    said = ends_within(5, lambda: open_checkpoint(uri))
+    assert said == "config.json cannot be read: 503 Service Unavailable: Refused."
+    assert list(server.refusal.asked.values()) == [objects.ATTEMPTS]
+
+
+def test_a_server_that_asks_for_a_long_pause_is_given_up_in_time(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(server, "refusal_headers", {"Retry-After": "20"})
+    for where in ("delimiter=", "fields=generation", "alt=media"):
+        server.refusal = Refusal(where, 503, times=1)
+        assert "did not come in 1 s. Is the server in trouble?" in ends_within(5, lambda: open_checkpoint(uri))
 
 
 def test_an_answer_that_is_cut_or_too_long_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from object_stores import assert_same_checkpoint, ends_within
-from s3_server import BUCKET, ENVIRONMENT, Server, client, dripping_server, shortening_server, silent_server
+from object_stores import Refusal, assert_same_checkpoint, ends_within
+from s3_server import (
+    BUCKET,
+    ENVIRONMENT,
+    Server,
+    client,
+    dripping_server,
+    refusing_server,
+    shortening_server,
+    silent_server,
+)
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
@@ -236,6 +245,14 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
+    checkpoint = open_checkpoint(server.put(directory, "described"))
+    checkpoint.check_documents()
+    server.client.put_object(Bucket=BUCKET, Key="described/config.json", Body=b"{}")
+    with pytest.raises(CheckpointError, match=r"config\.json changed since the checkpoint was opened"):
+        checkpoint.check_documents()
+
+
 @pytest.mark.parametrize("missing", [8, 1000])
 def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_other_weights(
     missing: int, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +308,53 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
     with silent_server() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         assert "ReadTimeout" in ends_within(20, lambda: open_checkpoint("s3://ckpt/x"))
+
+
+@pytest.mark.parametrize("where", ["list-type", "/config.json", "/model-00001-"])
+def test_opening_is_as_patient_with_a_busy_server_as_streaming_is(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    refusal = Refusal(where, 503, times=4)
+    with refusing_server(server.url, refusal) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert open_checkpoint(uri).tensors
+    assert refusal.asked
+    assert min(refusal.asked.values()) >= 5
+
+
+@pytest.mark.parametrize(("status", "says"), [(403, "Forbidden"), (404, "there is no such object")])
+def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch, status: int, says: str
+) -> None:
+    refusal = Refusal("/config.json", status, times=9)
+    with refusing_server(server.url, refusal) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        said = ends_within(5, lambda: open_checkpoint(uri))
+    assert said.startswith("config.json cannot be read: ")
+    assert said.endswith(says)  # and not that this may be no checkpoint
+    assert list(refusal.asked.values()) == [1]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_stays_busy_is_given_up_at_the_first_file(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = Refusal("HEAD", 503, times=9)
+    with refusing_server(server.url, refusal) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "503" in ends_within(5, lambda: open_checkpoint(uri))
+    assert list(refusal.asked.values()) == [objects.ATTEMPTS]
+
+
+def test_no_request_takes_longer_than_the_deadline_whatever_the_client_would(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "DEADLINE_S", 1.0)
+    with silent_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "an answer did not come in 1 s. Is the server in trouble?" in ends_within(
+            5, lambda: open_checkpoint(uri)
+        )
 
 
 @pytest.mark.usefixtures("impatient")

@@ -111,6 +111,22 @@ def test_a_part_that_is_none_is_an_index_error_before_anything_is_read(
         checkpoint.stream_slices([Slice("x")])
 
 
+@pytest.mark.parametrize(
+    "index",
+    [(True,), (0, np.False_), (...,), (None,), (0.0,), ([0, 1],), (slice(0.0, 2.0),), (slice(True),), ..., 0, "a", [0]],
+)
+def test_an_index_of_another_kind_is_a_value_error_that_says_what_is_accepted(
+    checkpoint: Checkpoint, index: Any
+) -> None:
+    with pytest.raises(ValueError, match="'a' is asked for by the index .*, expected a tuple of integers and slices"):
+        checkpoint.read_slice("a", index)
+
+
+def test_integers_of_numpy_are_integers(checkpoint: Checkpoint) -> None:
+    index = (np.int64(-1), slice(np.uint8(1), np.int32(3)))
+    np.testing.assert_array_equal(checkpoint.read_slice("a", index), ARRAYS["a"][index])
+
+
 def test_a_destination_of_a_part_may_be_strided_but_not_read_only(checkpoint: Checkpoint) -> None:
     memory = np.zeros((5, 3, 4), np.uint16)
     checkpoint.read_slice("e", (slice(1, 5), slice(2, 5)), memory[2].T)

@@ -200,6 +200,12 @@ def test_a_stage_that_does_not_exist_is_refused(stage: tuple[Any, Any]) -> None:
         Stage.of(stage)
 
 
+@pytest.mark.parametrize("stage", [0, 1, "01", (), (1,), (0, 2, True), {0: 2, 1: 2}, False])
+def test_what_is_no_pair_is_no_stage_and_not_the_whole_model(stage: Any) -> None:
+    with pytest.raises(ValueError, match="expected \\(index, count\\) of a pipeline, or None for the whole model"):
+        Stage.of(stage)
+
+
 def test_a_stage_is_given_as_a_pair_or_not_at_all() -> None:
     assert Stage.of(None) == Stage(0, 1)
     assert Stage.of((1, 2)) == Stage.of(Stage(1, 2)) == Stage(1, 2)

@@ -245,6 +245,12 @@ def test_an_unknown_name_is_a_key_error_before_anything_is_read(checkpoint: Chec
         checkpoint.stream(names=["a", "x"])
 
 
+def test_one_name_where_several_are_expected_is_not_taken_for_its_letters(checkpoint: Checkpoint) -> None:
+    for attempt in (lambda: checkpoint.stream(names="ab"), lambda: list(checkpoint.slices(1 << 20, "ab"))):
+        with pytest.raises(ValueError, match=r"names='ab' is one name, expected several: \['ab'\]"):
+            attempt()
+
+
 # Files that change between opening and reading
 
 

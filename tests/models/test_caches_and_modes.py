@@ -109,3 +109,12 @@ def test_numpy_and_jax_dtype_objects_are_understood(pair):
         assert jax_models.load(pair[0], dtype=dtype).dtype.name == "float32"
     with pytest.raises(ValueError, match="not computed in"):
         jax_models.load(pair[0], dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_a_stage_or_mesh_of_another_kind_says_what_is_expected(package, pair):
+    with pytest.raises(ValueError, match=r"stage=1, expected \(index, count\) of a pipeline, or None"):
+        package.load(pair[0], stage=1)
+    for mesh, kind in (("tensor", "str"), (2, "int"), ({"tensor": 2}, "dict"), (np.array([0]), "ndarray")):
+        with pytest.raises(ValueError, match=rf"is a {kind}, expected a .*Mesh"):
+            package.load(pair[0], mesh=mesh)

@@ -15,9 +15,11 @@ import torch
 from lives import BACKENDS, Benches
 
 import jax_models
+import torch_models
 from loaders import CheckpointError
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
+from loaders.filling import Filling
 from loaders.place import weight_loader
 from loaders.sources.local import LocalFile
 from parity.faults import (
@@ -31,6 +33,7 @@ from parity.faults import (
     other_config,
 )
 from parity.live_model import LiveModel, same_bits
+from parity.zoo import make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("young_heap")
 
@@ -148,6 +151,30 @@ def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
         assert life.model.digests() == before
     reads["left"] = -1
     life.check()
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_json_that_is_replaced_while_weights_are_read_is_an_error_at_the_end(file, backend, tmp_path, monkeypatch):
+    """As a checkpoint is being copied over another one: the weights may be those of the other config."""
+    models, path = {"jax": jax_models, "torch": torch_models}[backend], tmp_path / "it"
+    make_checkpoint("qwen3", path, num_hidden_layers=2, max_file_bytes=1 << 15)
+    (path / "generation_config.json").write_text("{}")
+    model = models.load(path)
+    before, receive = model.digests(), Filling.receive
+
+    def replaced(self, tensors):
+        (path / "copy").write_bytes((path / file).read_bytes())
+        (path / "copy").replace(path / file)
+        return receive(self, tensors)
+
+    monkeypatch.setattr(Filling, "receive", replaced)
+    for attempt in (lambda: models.load(path), lambda: model.update_weights_from_disk(path)):
+        with pytest.raises(CheckpointError, match=rf"{file} changed since the checkpoint was opened"):
+            attempt()
+    assert (model.version, model.digests()) == (1, before)
+    monkeypatch.undo()
+    assert model.update_weights_from_disk(path).version == 2
 
 
 def test_any_order_of_delivery_from_one_buffer_that_is_overwritten_gives_the_same_weights(life):
