@@ -112,8 +112,8 @@ class Checkpoint:
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
-                128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor does what is on its way: from
-                object storage 64 MiB at most, past the page cache 8 MiB for each of four threads.
+                128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor does what is on its way:
+                from object storage 64 MiB at most, past the page cache 8 MiB for each of four threads.
             names: only these tensors (default: all).
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
                 straight there and that very array is yielded; None means memory of its own. A strided view (the tensor
