@@ -156,7 +156,7 @@ def update_weights_from_disk(
             if donate:
                 live[name].delete()
                 given_up.append(name)
-        return placed, filling.finish()
+        return placed, filling.finish(is_again=donate)
 
     plan = together(model.mesh, planned)
     try:

@@ -214,7 +214,7 @@ def update_weights_from_disk(
     def written() -> None:
         values = read_params(plan, filling, parallel, is_kept=False)
         _commit(model, values, [spec.name for spec in plan.specs])
-        filling.finish()
+        filling.finish(is_again=True)
 
     try:
         _together(model, written)

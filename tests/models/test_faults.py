@@ -177,6 +177,29 @@ def test_json_that_is_replaced_while_weights_are_read_is_an_error_at_the_end(fil
     assert model.update_weights_from_disk(path).version == 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_json_that_is_replaced_once_all_was_found_good_takes_no_model_out_of_service(backend, tmp_path, monkeypatch):
+    """The first reading found the files good, the second has them in the old weights' place."""
+    models, paths = {"jax": jax_models, "torch": torch_models}[backend], []
+    for seed in range(2):
+        paths.append(make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, num_hidden_layers=2))
+    model, expected, receive = models.load(paths[0]), models.load(paths[1]).digests(), Filling.receive
+    readings = []
+
+    def replaced(self, tensors):
+        readings.append(1)
+        if len(readings) == 2:
+            (tmp_path / "copy").write_bytes((paths[1] / "config.json").read_bytes())
+            (tmp_path / "copy").replace(paths[1] / "config.json")
+        return receive(self, tensors)
+
+    monkeypatch.setattr(Filling, "receive", replaced)
+    model = model.update_weights_from_disk(paths[1], **({"donate": True} if backend == "jax" else {}))
+    assert len(readings) == 2
+    assert (model.version, model.digests()) == (2, expected)
+    assert np.isfinite(np.asarray(model(np.arange(1, 9)[None]))).all()
+
+
 def test_any_order_of_delivery_from_one_buffer_that_is_overwritten_gives_the_same_weights(life):
     rng = np.random.default_rng(0)
 
