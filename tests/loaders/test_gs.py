@@ -223,7 +223,7 @@ def test_opening_is_as_patient_with_a_busy_server_as_streaming_is(uri: str, serv
 def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(uri: str, server: Server) -> None:
     for status, says in ((403, "403 Forbidden: Refused."), (404, "there is no such object")):
         server.refusal = Refusal("%2Fconfig.json", status, times=9)
-        said = ends_within(5, lambda: open_checkpoint(uri))
+        said = ends_within(20, lambda: open_checkpoint(uri))
         assert said == f"config.json cannot be read: {says}"  # and not that this may be no checkpoint
         assert list(server.refusal.asked.values()) == [1]
 
@@ -231,7 +231,7 @@ def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(uri: str, ser
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_stays_busy_is_given_up_at_the_first_file(uri: str, server: Server) -> None:
     server.refusal = Refusal("fields=generation", 503, times=9)
-    said = ends_within(5, lambda: open_checkpoint(uri))
+    said = ends_within(20, lambda: open_checkpoint(uri))
     assert said == "config.json cannot be read: 503 Service Unavailable: Refused."
     assert list(server.refusal.asked.values()) == [objects.ATTEMPTS]
 
@@ -243,7 +243,7 @@ def test_a_server_that_asks_for_a_long_pause_is_given_up_in_time(
     monkeypatch.setattr(server, "refusal_headers", {"Retry-After": "20"})
     for where in ("delimiter=", "fields=generation", "alt=media"):
         server.refusal = Refusal(where, 503, times=1)
-        assert "did not come in 1 s. Is the server in trouble?" in ends_within(5, lambda: open_checkpoint(uri))
+        assert "did not come in 1 s. Is the server in trouble?" in ends_within(20, lambda: open_checkpoint(uri))
 
 
 def test_an_answer_that_is_cut_or_too_long_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,7 @@ def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(
     refusal = Refusal("/config.json", status, times=9)
     with refusing_server(server.url, refusal) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        said = ends_within(5, lambda: open_checkpoint(uri))
+        said = ends_within(20, lambda: open_checkpoint(uri))
     assert said.startswith("config.json cannot be read: ")
     assert said.endswith(says)  # and not that this may be no checkpoint
     assert list(refusal.asked.values()) == [1]
@@ -342,7 +342,7 @@ def test_a_server_that_stays_busy_is_given_up_at_the_first_file(
     refusal = Refusal("HEAD", 503, times=9)
     with refusing_server(server.url, refusal) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        assert "503" in ends_within(5, lambda: open_checkpoint(uri))
+        assert "503" in ends_within(20, lambda: open_checkpoint(uri))
     assert list(refusal.asked.values()) == [objects.ATTEMPTS]
 
 
@@ -365,7 +365,7 @@ def test_a_server_of_which_a_byte_comes_now_and_then_is_given_up_once(
     monkeypatch.setattr(objects, "DEADLINE_S", 1.0)
     with dripping_server(server.url) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        assert "did not come in 1 s. Is the server in trouble?" in ends_within(5, lambda: open_checkpoint(uri))
+        assert "did not come in 1 s. Is the server in trouble?" in ends_within(20, lambda: open_checkpoint(uri))
 
 
 @pytest.mark.usefixtures("impatient")
