@@ -111,15 +111,16 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         return await super().serialize(shards, infos, args)
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        """Where one array fails no other is left behind: each would print its own error once Orbax's loop has ended."""
+        """Where one array fails the others are waited for: each would print its own error once Orbax's loop has ended.
+
+        Not cancelled, for TensorStore says so to the loop from a thread of its own, at a time that nobody knows.
+        """
         before = asyncio.all_tasks()
         try:
             return await super().deserialize(infos, args)
         except Exception:
             while begun := asyncio.all_tasks() - before:
-                for task in begun:
-                    task.cancel()
-                await asyncio.wait(begun)
+                await asyncio.gather(*begun, return_exceptions=True)
             raise
 
 

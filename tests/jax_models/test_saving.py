@@ -171,9 +171,15 @@ def test_arrays_that_are_cut_short_are_one_error_and_nothing_is_printed(axes, co
 
 def test_where_one_array_fails_the_others_are_not_left_to_a_loop_that_has_ended(copy, caplog, monkeypatch):
     """The same, whichever of them is first."""
+    ended = []
+
+    async def another():
+        await asyncio.sleep(0.3)
+        ended.append(1)
+        raise ValueError("another")
 
     async def failing(*_):
-        asyncio.ensure_future(asyncio.sleep(600))  # noqa: RUF006 - as Orbax, which drops what it began
+        asyncio.ensure_future(another())  # noqa: RUF006 - as Orbax, which drops what it began
         await asyncio.sleep(0)
         raise ValueError("one of them")
 
@@ -181,6 +187,7 @@ def test_where_one_array_fails_the_others_are_not_left_to_a_loop_that_has_ended(
     with pytest.raises(CheckpointError, match="its arrays cannot be read: one of them"):
         jax_models.restore(copy)
     gc.collect()
+    assert ended
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
