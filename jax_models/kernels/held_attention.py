@@ -128,10 +128,10 @@ def _attend(
         return row, 0, 0, 0
 
     def held_at(row: Index, step: Index, places: Ref) -> tuple[Index, ...]:
-        return row, 0 if asked is None else places[B], jnp.maximum(places[row], step), 0  # the same is fetched once
+        return row, 0 if asked is None else places[B], _fetched(row, step, places), 0
 
     def seen_at(row: Index, step: Index, places: Ref) -> tuple[Index, ...]:
-        return row, 0, jnp.maximum(places[row], step)
+        return row, 0, _fetched(row, step, places)
 
     held = pl.BlockSpec((None, K, block, H), held_at)
     of_row = [pl.BlockSpec((None, K, T * G, width), row_at) for width in (H, H, LANES)]
@@ -165,6 +165,11 @@ def _block_of(num_slots: int, slot_bytes: int) -> int:
     """Slots of a block: of ``_BLOCK_BYTES``, but whole lanes; the last block may reach beyond the cache."""
     most = max(LANES, _BLOCK_BYTES // slot_bytes // LANES * LANES)
     return min(most, pl.cdiv(num_slots, LANES) * LANES)
+
+
+def _fetched(row: Index, step: Index, places: Ref) -> Index:
+    """The block that is in VMEM at a step: until the row's first it is that one, and the same is fetched once."""
+    return jnp.maximum(places[row], step)
 
 
 def _cost(B: int, K: int, R: int, S: int, H: int) -> pl.CostEstimate:
@@ -202,7 +207,7 @@ def _kernel(
         sums[...] = jnp.zeros_like(sums)
         top[...] = jnp.full_like(top, _LEAST)
 
-    @pl.when(step >= places[row])
+    @pl.when(step == _fetched(row, step, places))  # what is fetched is added once, and nothing else is
     def _add() -> None:
         at = step * block
         is_inside_1S = at + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < num_slots

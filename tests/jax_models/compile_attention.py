@@ -33,6 +33,8 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
     "many queries of one": (2, 8, 16, 1, 1000, 128, {"tensor": 1}),
     "wide heads": (8, 3, 8, 4, 1024, 256, {"tensor": 4}),
     "many heads": (8, 1, 64, 32, 640, 128, {"tensor": 1}),
+    "as much as VMEM is given": (2, 8, 32, 32, 640, 128, {"tensor": 1}),
+    "the same of wide heads": (2, 8, 16, 16, 640, 256, {"tensor": 1}),
     "keys everywhere": (8, 2, 8, 2, 2048, 128, {"expert": 2, "tensor": 2}),
     "rows cut": (8, 1, 32, 8, 32768, 128, {"data": 2, "tensor": 2}),
 }
