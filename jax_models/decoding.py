@@ -88,7 +88,6 @@ class Decoding:
         )
         return logits_BV, dataclasses.replace(cache, arrays=arrays)
 
-    @on_own_mesh
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
@@ -151,7 +150,6 @@ class Decoding:
             raise ValueError("this model holds no draft: load it with mtp=True, and of a pipeline take the last stage")
         return Draft(model, model)
 
-    @on_own_mesh
     def mtp_forward(
         self,
         input_ids: Any,

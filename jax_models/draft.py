@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters
+from jax_models.ambient import on_own_mesh
 from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
@@ -58,6 +60,11 @@ class Draft:
         stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
         return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices that it and its target lie on; None: one."""
+        return self.source.mesh
+
     def __call__(
         self,
         input_ids: Any,
@@ -73,6 +80,7 @@ class Draft:
         logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
+    @on_own_mesh
     def with_taps(
         self,
         input_ids: Any,

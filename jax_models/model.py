@@ -187,7 +187,8 @@ class Model(Decoding, Adapted, Seeing):
         adapters: RowAdapters | None = None,
         **multimodal: Any,
     ) -> jax.Array:
-        """The pure function behind ``__call__``, for jit, grad and shardings of your own. Checks nothing.
+        """The pure function behind ``__call__``, for jit, grad and shardings of your own, on axes of type Auto. Checks
+        nothing.
 
         Long prompts attend by XLA here, on TPUs too: it partitions no kernel. Kernels of experts and of NVFP4 weights
         need one device there, or the mesh that the model was loaded for.

@@ -36,7 +36,6 @@ class Seeing:
         shown, token_U = framed(config, check_shown(config, pixel_values, image_grid_thw))
         return tuple(tokens[token_U] for tokens in model.programs.see(model.weights, shown))
 
-    @on_own_mesh
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:
         """As ``get_image_features``: a video's frames are images."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)

@@ -7,6 +7,8 @@ from jax.sharding import AxisType
 
 import jax_models
 from parity.zoo import make_checkpoint, prompts
+from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo_pictures import pictures
 
 
 def mesh_of(kind):
@@ -44,4 +46,30 @@ def test_a_model_says_the_same_under_any_mesh(around, is_sharded, checkpoint):
         found = said()
         changed = model.update_weights_from_disk(checkpoint)
         assert np.array_equal(np.asarray(changed(**inputs)), expected[0])
+    assert all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["draft", "pictures"])
+@pytest.mark.parametrize("is_sharded", [True, False], ids=["on a mesh", "on one device"])
+def test_so_do_its_draft_its_eyes_and_steps_taken_one_by_one(name, is_sharded, tmp_path):
+    mesh = mesh_of(AxisType.Explicit) if is_sharded else None
+    if name == "draft":
+        model = jax_models.load(make_drafting_checkpoint("qwen3_5", tmp_path / "c"), mtp=True, mesh=mesh)
+        inputs = prompts(model.config, rows=2, tokens=16)
+    else:
+        model = jax_models.load(make_checkpoint("qwen3_vl", tmp_path / "c"), mesh=mesh)
+        inputs = pictures(model.config, tokens=48)
+
+    def said():
+        logits_BV, cache = model.prefill(**inputs, max_new_tokens=2)
+        token_ids = model.next_ids(np.asarray(logits_BV).argmax(axis=-1), cache)
+        found = [logits_BV, model.decode(token_ids, cache)[0]]
+        if name == "draft":
+            return [*found, *model.mtp_forward(**inputs), *model.draft(**inputs)]
+        shown = inputs["pixel_values"], inputs["image_grid_thw"]
+        return [*found, *model.get_image_features(*shown), *model.get_video_features(*shown)]
+
+    expected = [np.asarray(each) for each in said()]
+    with jax.set_mesh(mesh_of(None)):
+        found = [np.asarray(each) for each in said()]
     assert all(map(np.array_equal, found, expected))
