@@ -22,6 +22,7 @@ PARAMETERS = ("Param", "Parameter", "empty_param")  # what makes one
 # Files ("layers/a.py") and public names ("layers/a.py: f()") that one side alone has, each with the reason.
 ONLY_JAX: dict[str, str] = {
     "draft.py: Draft.weights()": "torch's modules hold theirs",
+    "draft.py: Draft.mesh()": "of jax.set_mesh; torch sets none around a call",
     **{
         f"draft.py: {line}": "torch has no compiled programs; the draft runs as it stands"
         for line in ("DraftPrograms", "DraftPrograms.__init__()")
