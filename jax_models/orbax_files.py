@@ -71,6 +71,14 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
             together(mesh, step)
 
 
+class UnreadableArrays(Exception):
+    """What was raised over each array that cannot be read, by its name."""
+
+    def __init__(self, errors: dict[str, BaseException]) -> None:
+        super().__init__(f"{len(errors)} arrays, the first {next(iter(errors))!r}")
+        self.errors = errors
+
+
 def read_arrays(where: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of a save; waits for no other process, which may have failed.
 
@@ -78,7 +86,8 @@ def read_arrays(where: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
         where: its directory.
         wanted: by name, of which shape and dtype each is to be, and where: the parts that lie here are read.
     Raises:
-        Exception: whatever Orbax raises over files that are damaged or not there.
+        UnreadableArrays: some cannot be read, and which.
+        Exception: whatever else Orbax raises over files that are damaged or not there.
     """
     args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
     with _handlers(jax.process_index()) as handlers:
@@ -104,24 +113,26 @@ class _Shards:
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Also saves arrays that lie on one of several processes, which Orbax refuses as a mistake; fails once."""
+    """Also saves arrays that lie on one of several processes, which Orbax refuses as a mistake; reads all it can."""
 
     async def serialize(self, values: Sequence[jax.Array], infos: Any, args: Any = None) -> Any:
         shards: Any = [_Shards(array) for array in values]
         return await super().serialize(shards, infos, args)
 
-    async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        """Where one array fails the others are waited for: each would print its own error once Orbax's loop has ended.
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
+        """Each array by itself, so that all that fail are known; Orbax would end with the first.
 
-        Not cancelled, for TensorStore says so to the loop from a thread of its own, at a time that nobody knows.
+        Each would then print its own error once Orbax's loop has ended, so what was begun is waited for. Not cancelled,
+        for TensorStore says so to the loop from a thread of its own, at a time that nobody knows.
         """
-        before = asyncio.all_tasks()
-        try:
-            return await super().deserialize(infos, args)
-        except Exception:
+        before, read = asyncio.all_tasks(), super().deserialize
+        each = [read([info], [arg]) for info, arg in zip(infos, args or (), strict=True)]
+        found: list[Any] = await asyncio.gather(*each, return_exceptions=True)
+        if errors := {str(info.name): one for info, one in zip(infos, found) if isinstance(one, BaseException)}:
             while begun := asyncio.all_tasks() - before:
                 await asyncio.gather(*begun, return_exceptions=True)
-            raise
+            raise UnreadableArrays(errors)
+        return [array for (array,) in found]
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
 
 
 def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None) -> dict[str, Any]:
-    from jax_models.orbax_files import read_arrays
+    from jax_models.orbax_files import UnreadableArrays, read_arrays
 
     dims = checkpoint.config.dims()
     wanted = {
@@ -122,6 +122,9 @@ def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None
     }
     try:
         flat = read_arrays(where, wanted)
+    except UnreadableArrays as error:
+        problems = [f"tensor {name!r} cannot be read: {_first_line(one)}" for name, one in error.errors.items()]
+        raise CheckpointError(where, problems) from error
     except Exception as error:
         raise CheckpointError(where, [f"its arrays cannot be read: {_first_line(error)}"]) from error
     return traverse_util.unflatten_dict(flat, sep=".")
@@ -182,5 +185,7 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax says which slice it read, TensorStore what was wrong with the file
+        error = error.__cause__
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__  # TensorStore adds its whole setup

@@ -115,16 +115,17 @@ def test_so_is_every_kind_of_model(kind, tmp_path):
             restored.export(tmp_path / "c")
 
 
-def test_every_array_that_is_damaged_is_named(copy):
-    data = max((file for file in copy.glob("weights/ocdbt.process_0/d/*")), key=lambda file: file.stat().st_size)
-    raw = bytearray(data.read_bytes())
-    for place in range(200, len(raw) - 200, len(raw) // 8):
-        raw[place] ^= 0x10
-    data.write_bytes(raw)
+def test_every_array_that_is_damaged_is_named(saved, copy):
+    """Its files hold what they hold in an order of their own: what is damaged and can be read has another digest."""
+    for data in copy.glob("weights/ocdbt.process_0/d/*"):
+        raw = bytearray(data.read_bytes())
+        raw[::16] = (byte ^ 0x10 for byte in raw[::16])
+        data.write_bytes(raw)
     with pytest.raises(CheckpointError) as caught:
         jax_models.restore(copy)
-    assert len(caught.value.problems) > 1 or "cannot be read" in caught.value.problems[0]
-    assert "model.layers." in str(caught.value)
+    large = {name for name, array in flatten(saved[0].weights).items() if array.nbytes > 1000}  # others are beside them
+    named = {problem.split("'")[1] for problem in caught.value.problems}
+    assert named >= large and len(named) == len(caught.value.problems)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_arrays_that_are_cut_short_are_one_error_and_nothing_is_printed(axes, co
     """Of every array it had begun Orbax would print a traceback and the whole setup of TensorStore."""
     for data in copy.glob("weights/ocdbt.process_0/d/*"):
         data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="its arrays cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tensor 'model\.\S+' cannot be read: .*in OCDBT database"):
         jax_models.restore(copy, mesh_of(**axes) if axes else None)
     gc.collect()  # which tells of tasks that nobody asked how they went
     assert capfd.readouterr() == ("", "")
@@ -184,7 +185,7 @@ def test_where_one_array_fails_the_others_are_not_left_to_a_loop_that_has_ended(
         raise ValueError("one of them")
 
     monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", failing)
-    with pytest.raises(CheckpointError, match="its arrays cannot be read: one of them"):
+    with pytest.raises(CheckpointError, match="cannot be read: one of them"):
         jax_models.restore(copy)
     gc.collect()
     assert ended
