@@ -128,7 +128,9 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         before, read = asyncio.all_tasks(), super().deserialize
         each = [read([info], [arg]) for info, arg in zip(infos, args or (), strict=True)]
         found: list[Any] = await asyncio.gather(*each, return_exceptions=True)
-        if errors := {str(info.name): one for info, one in zip(infos, found) if isinstance(one, BaseException)}:
+        if errors := {
+            str(info.name): one for info, one in zip(infos, found, strict=True) if isinstance(one, BaseException)
+        }:
             while begun := asyncio.all_tasks() - before:
                 await asyncio.gather(*begun, return_exceptions=True)
             raise UnreadableArrays(errors)

@@ -28,8 +28,8 @@ ONLY_JAX: dict[str, str] = {
         for line in ("DraftPrograms", "DraftPrograms.__init__()")
     },
     **{
-        f"layers/attention.py: {name}()": "torch writes into its cache, then reads it; XLA for TPU would move all of it"
-        for name in ("attend_cached", "attend_apart", "attend_joined", "attend_written", "in_turn", "written")
+        f"layers/{what}": "torch writes into its cache, then reads it; XLA for TPU would move all of it"
+        for what in ("attention.py: attend_cached()", "attention.py: in_turn()", "cached_attention.py")
     },
     "layers/attention.py: attend_alone()": "chooses a TPU's kernel; torch has one way to attend",
     "layers/install.py: module_at()": "torch's modules have get_submodule",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_models.kernels.heads import cuts_of
-from jax_models.layers.attention import attend_joined
+from jax_models.layers.cached_attention import Given, attend_joined
 from parity.planning.chips import chip_of
 from parity.planning.compiling import mesh_on
 
@@ -47,15 +47,15 @@ def compiled(mesh: Mesh, B: int, T: int, N: int, K: int, S: int, H: int) -> dict
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*by)))
 
     new, held = [(cuts.rows, None, by) for by in (cuts.by_query, cuts.by_key)], (cuts.rows, cuts.by_key)
-    arguments = [
+    arguments = Given(
         given(B, T, N, H, by=new[0]),
         *(given(B, T, K, H, by=new[1]) for _ in "kv"),
         given(dtype=jnp.int32),
         given(B, T, S, dtype=jnp.bool_, by=(cuts.rows,)),
         *(given(B, K, S, H, by=held) for _ in "kv"),
-    ]
+    )
     attend = jax.jit(partial(attend_joined, scale=0.1, softcap=5.0, mesh=mesh))
-    found = attend.lower(*arguments).compile()
+    found = attend.lower(arguments).compile()
     return {
         "kernels": len(re.findall(r"%attend_held\S* = .* custom-call\(", found.as_text())),
         "temp_bytes": found.memory_analysis().temp_size_in_bytes,

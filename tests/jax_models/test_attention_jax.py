@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_models.layers.attention import attend, attend_apart, attend_cached, attend_written, in_turn, written
+from jax_models.layers.attention import attend, attend_cached, in_turn
+from jax_models.layers.cached_attention import Given, attend_apart, attend_written, written
 from jax_models.layers.step import Step, visible
 
 ROWS, SLOTS, HEADS, KV_HEADS, WIDTH = 3, 13, 6, 2, 8
 
 
-def case(tokens: int, window: int | None):
+def case(tokens: int, window: int | None) -> Given:
     """Queries, keys and values of ``tokens`` tokens from slot 5 on, what they see, and a cache with junk behind it."""
     rng = np.random.default_rng(tokens)
     start = 5
@@ -29,7 +30,7 @@ def case(tokens: int, window: int | None):
     key_mask = np.zeros((ROWS, SLOTS), bool)
     key_mask[:, : start + tokens] = True
     key_mask[1, :3] = key_mask[2, start + tokens - 1 :] = False  # padded on the left; its last token is none
-    return q, k, v, jnp.int32(start), visible(jnp.asarray(key_mask), jnp.int32(start), tokens, window), *held
+    return Given(q, k, v, jnp.int32(start), visible(jnp.asarray(key_mask), jnp.int32(start), tokens, window), *held)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "capped"])
@@ -40,7 +41,7 @@ def test_both_forms_say_what_attention_over_all_keys_says(form, tokens, window, 
     q, k, v, start, seen, k_held, v_held = given = case(tokens, window)
     whole = [written(part, new, start).swapaxes(1, 2) for part, new in ((k_held, k), (v_held, v))]
     expected = attend(q, *whole, seen, scale=0.3, softcap=softcap)
-    np.testing.assert_allclose(form(*given, scale=0.3, softcap=softcap), expected, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(form(given, scale=0.3, softcap=softcap), expected, rtol=2e-5, atol=2e-6)
 
 
 def test_a_cpu_writes_first_and_anything_else_keeps_the_parts_apart():
@@ -54,9 +55,8 @@ def test_a_cpu_writes_first_and_anything_else_keeps_the_parts_apart():
 
 
 def test_on_a_tpu_one_token_looks_nothing_up_to_see_itself():
-    q, k, v, start, seen, *held = case(1, None)
-    form = jax.jit(lambda seen, start, *held: attend_apart(q, k, v, start, seen, *held, scale=None, softcap=None))
-    assert "dynamic_slice" not in form.trace(seen, start, *held).lower(lowering_platforms=("tpu",)).as_text()
+    form = jax.jit(lambda given: attend_apart(given, scale=None, softcap=None))
+    assert "dynamic_slice" not in form.trace(case(1, None)).lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_a_slot_is_written_where_the_cache_says_with_no_look_at_its_sign():

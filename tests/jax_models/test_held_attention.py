@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 import jax_models
 from jax_models.kernels.heads import left_to_xla
 from jax_models.kernels.held_attention import LEAST_SLOTS, MOST_TOKENS, takes
-from jax_models.layers.attention import attend_apart, attend_cached, attend_joined
+from jax_models.layers.attention import attend_cached
+from jax_models.layers.cached_attention import Given, attend_apart, attend_joined
 from jax_models.layers.step import Step, visible
 from parity.zoo import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 EPS = 2**-8  # of bfloat16
-Given = tuple[jax.Array, ...]
 
 
 def case(
@@ -40,7 +40,7 @@ def case(
     width: int = 128,
     window: int | None = None,
 ) -> Given:
-    """Arguments of ``attend_apart``: a row padded on the left, a whole one, one with empty slots; junk is not held."""
+    """A row padded on the left, a whole one, one with empty slots; junk is not held."""
     rng = np.random.default_rng(slots + heads)
 
     def drawn(*shape: int) -> jax.Array:
@@ -52,14 +52,14 @@ def case(
     mask = np.zeros((rows, slots), bool)
     mask[:, : start + tokens] = True
     mask[0, : start // 2] = mask[2 % rows, start // 3 : start // 2] = False
-    return q, k, v, jnp.int32(start), visible(jnp.asarray(mask), jnp.int32(start), tokens, window), *held
+    return Given(q, k, v, jnp.int32(start), visible(jnp.asarray(mask), jnp.int32(start), tokens, window), *held)
 
 
 def error(found: jax.Array, given: Given, scale: float | None, softcap: float | None) -> float:
     """The largest, in roundings of the largest value."""
-    exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in given]
-    expected = attend_apart(*exact, scale=scale, softcap=softcap)  # pyright: ignore[reportArgumentType]
-    assert (found.shape, found.dtype) == (given[0].shape, jnp.bfloat16)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, given)
+    expected = attend_apart(exact, scale=scale, softcap=softcap)
+    assert (found.shape, found.dtype) == (given.q_BTNH.shape, jnp.bfloat16)
     return float(abs(found.astype(jnp.float32) - expected).max() / EPS / abs(expected).max())
 
 
@@ -80,7 +80,7 @@ def error(found: jax.Array, given: Given, scale: float | None, softcap: float | 
 @pytest.mark.parametrize(("scale", "softcap"), [(None, None), (0.3, 2.0)], ids=["plain", "capped"])
 def test_it_says_what_attention_says(sizes: Any, options: Any, scale: float | None, softcap: float | None) -> None:
     given = case(*sizes, **options)
-    found = attend_joined(*given, scale=scale, softcap=softcap, mesh=None, interpret=True)  # pyright: ignore[reportArgumentType]
+    found = attend_joined(given, scale=scale, softcap=softcap, mesh=None, interpret=True)
     assert error(found, given, scale, softcap) < 1.25
 
 
@@ -88,19 +88,19 @@ def test_it_says_what_attention_says(sizes: Any, options: Any, scale: float | No
 def test_a_row_reads_from_the_first_block_it_sees_to_the_last_that_is_filled(window: int | None) -> None:
     """What is read is multiplied by something, so that no number there would make numbers of the row none."""
     block = 4096  # of one key head of 128
-    q, k, v, start, seen, *held = case(2, 2, 1, 6 * block, 3 * block + 5, rows=2, window=window)
+    given = case(2, 2, 1, 6 * block, 3 * block + 5, rows=2, window=window)
     first = [3 * block // 2 // block * block, 0] if window is None else [(3 * block - window) // block * block] * 2
     slots = np.arange(6 * block)
     unread = np.stack([(slots < row) | (slots >= 4 * block) for row in first])
-    junk = [jnp.where(unread[:, None, :, None], jnp.nan, part) for part in held]
-    given = (q, k, v, start, seen, *junk)
+    junk_k, junk_v = (jnp.where(unread[:, None, :, None], jnp.nan, part) for part in given[5:])
+    junk = given._replace(held_k_BKSH=junk_k, held_v_BKSH=junk_v)
     options: Any = {"scale": None, "softcap": None, "mesh": None, "interpret": True}
-    found = attend_joined(*given, **options)
-    assert jnp.array_equal(found, attend_joined(q, k, v, start, seen, *held, **options))
-    assert error(found, (q, k, v, start, seen, *held), None, None) < 1.25
+    found = attend_joined(junk, **options)
+    assert jnp.array_equal(found, attend_joined(given, **options))
+    assert error(found, given, None, None) < 1.25
     for row, at in [(0, first[0]), (1, first[1]), (1, 4 * block - 1)]:  # the edges of what is
-        missing = junk[1].at[row, :, at].set(jnp.nan)
-        assert jnp.isnan(attend_joined(q, k, v, start, seen, junk[0], missing, **options)[row]).all()
+        missing = junk._replace(held_v_BKSH=junk_v.at[row, :, at].set(jnp.nan))
+        assert jnp.isnan(attend_joined(missing, **options)[row]).all()
 
 
 MESHES = [  # how many parts of queries there are, None: XLA attends
@@ -122,12 +122,12 @@ def test_on_a_mesh_it_says_the_same_bits(axes: dict[str, int], heads: int, kv_he
     count = int(np.prod(list(axes.values())))
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(list(axes.values())), tuple(axes))
     given = case(2, heads, kv_heads, 600, 520, rows=4)
-    assert takes(given[0], given[5], mesh) == (parts is not None)
+    assert takes(given.q_BTNH, given.held_k_BKSH, mesh) == (parts is not None)
     if parts is None:
         return
     options: Any = {"scale": 0.1, "softcap": None, "interpret": True}
-    found = jax.jit(lambda *x: attend_joined(*x, **options, mesh=mesh))(*given)
-    assert jnp.array_equal(found, attend_joined(*given, **options, mesh=None))
+    found = jax.jit(lambda given: attend_joined(given, **options, mesh=mesh))(given)
+    assert jnp.array_equal(found, attend_joined(given, **options, mesh=None))
     assert len({str(shard.index) for shard in found.addressable_shards}) == parts
 
 
