@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of, param_cuts
-from loaders.axes import replicated as replicated_params
 from loaders.spec import Dim, ParamSpec
 
 MESH_AXES = ("data", "expert", "tensor")  # and FSDP, which few meshes have
@@ -84,8 +83,3 @@ def expert_specs(mesh: Mesh, *, num_experts: int, width: int, rows: int, whole: 
         summed=(*axes_of(experts), *axes_of(inner)),
         is_cut=experts is not None,
     )
-
-
-def replicated(params: tuple[ParamSpec, ...], dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> list[str]:
-    """Parameters that every device holds whole although the table would cut them."""
-    return replicated_params(params, dims, mesh.shape)

@@ -133,7 +133,7 @@ def _scheme(recipe: Recipe, rule: Rule, names: Sequence[str], experts: Stored, f
     group = recipe.group(names)
     if group is None:
         return None
-    is_apart = rule.is_visual or (rule.on == "mtp" and found)
+    is_apart = rule.is_visual or rule.on == "mtp"
     if is_apart and f"{names[0]}.{group.scheme.leaves['global']}" not in found:
         return None
     is_plain = bool(experts) and not any(_is_quantized(leaves, group.scheme) for leaves in experts.values())

@@ -6,7 +6,7 @@ Source: transformers ``Qwen3Config``, ``Qwen3MoeConfig`` and the models' saved n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loaders.checks import (
@@ -45,8 +45,8 @@ class Qwen3Config:
     layer_types: tuple[str, ...]
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    use_sliding_window: bool = False
-    sliding_window: int | None = None  # keys a query sees, itself included; only where layer_types says so
+    sliding_window: int | None = None  # keys a query sees, itself included, in layers of that type; None without any
+    use_sliding_window: bool = field(default=False, compare=False)  # of layer_types, which say it layer by layer
     # how generation ends is not what the model computes: two configs that differ here are equal
     eos_token_id: tuple[int, ...] = field(default=(), compare=False)
     pad_token_id: int | None = field(default=None, compare=False)
@@ -174,6 +174,8 @@ def read_text(
         problems.append(f"config.json: layer_types {expected}")
     config, more = read_fields(kind, spelled)
     problems += more + (config.problems() if config is not None else [])
+    if config is not None and SLIDING not in config.layer_types:
+        config = replace(config, sliding_window=None)
     return (None if problems else config), problems
 
 

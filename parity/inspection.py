@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders import Checkpoint, CheckpointError, Stage, open_checkpoint
+from loaders.axes import axes_of, param_cuts, replicated
 from loaders.config import config_from_json
 from loaders.dtypes import bits
 from loaders.opening import CONFIG
@@ -56,7 +57,7 @@ def open_subject(path: str) -> Subject:
         return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
     document, beside = _object(file), file.with_name(DOCUMENT)
     # of no tensor is it said that the draft is quantised: exporters leave it alone, and do not say so
-    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None, found=(CONFIG,))
+    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None)
     if config is None:
         raise CheckpointError(path, problems)
     return Subject(str(given), config, document)
@@ -137,17 +138,12 @@ def _cutting(config: ModelConfig, specs: Specs, devices: Devices) -> tuple[Calla
     """In how many parts a parameter is cut, and which are whole on every device though they might be cut."""
     if devices == Devices():
         return (lambda spec: 1), []
-    from jax.sharding import AbstractMesh
-
-    from jax_models.sharding import axes_of, param_spec, replicated
-
-    mesh = AbstractMesh((devices.expert, devices.tensor), ("expert", "tensor"))
-    dims = config.dims()
+    sizes, dims = {"expert": devices.expert, "tensor": devices.tensor}, config.dims()
 
     def share(spec: ParamSpec) -> int:
-        return math.prod(mesh.shape[name] for axis in param_spec(spec, dims, mesh) for name in axes_of(axis))
+        return math.prod(sizes[axis] for cut in param_cuts(spec, dims, sizes) for axis in axes_of(cut))
 
-    return share, replicated(specs.params, dims, mesh)
+    return share, replicated(specs.params, dims, sizes)
 
 
 def quantisation(subject: Subject) -> dict[str, Any] | str:

@@ -59,7 +59,7 @@ def _quantized(path: str, subject: Subject, quant: str | None) -> ModelConfig:
     if subject.config.quantization is not None:
         raise CheckpointError(path, [f"it is quantised already. Plan it without --quant {quant}."])
     inside, beside = config_documents(subject.config)
-    config, problems = config_from_json(subject.document | {KEY: inside}, beside=beside, found=("config.json",))
+    config, problems = config_from_json(subject.document | {KEY: inside}, beside=beside)
     if config is None:
         raise CheckpointError(path, problems)
     if not specs_of(config, Stage()).schemes:

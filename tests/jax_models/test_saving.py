@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jax_models
+from jax_models import orbax_files
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
@@ -113,6 +114,35 @@ def test_so_is_every_kind_of_model(kind, tmp_path):
         shutil.rmtree(path)
         with pytest.raises(CheckpointError, match="cannot be opened"):
             restored.export(tmp_path / "c")
+
+
+def test_of_a_source_that_changed_since_nothing_is_exported(tmp_path):
+    path = make_checkpoint("qwen3_5-wrapped", tmp_path / "it")
+    model = jax_models.load(path, vision=False)
+    model.save(tmp_path / "save")
+    for file in make_checkpoint("qwen3_5-wrapped", tmp_path / "other", seed=1).glob("*.safetensors"):
+        shutil.copy(file, path / file.name)  # of the same names and sizes
+    restored = jax_models.restore(tmp_path / "save")
+    assert bits_of(restored) == bits_of(model)
+    with pytest.raises(CheckpointError, match="changed since"):
+        restored.export(tmp_path / "export")  # with the tower, which would be another one's
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_array_that_is_another_than_was_saved_is_named(saved, monkeypatch):
+    """Whatever Orbax and the disk made of it."""
+    name, read_arrays = "model.layers.1.mlp.up_proj.weight", orbax_files.read_arrays
+
+    def altered(*args):
+        arrays = read_arrays(*args)
+        return arrays | {name: arrays[name].at[3, 5].add(1)}
+
+    monkeypatch.setattr(orbax_files, "read_arrays", altered)
+    with pytest.raises(CheckpointError) as caught:
+        jax_models.restore(saved[1])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"tensor '{name}' is damaged: its digest is ")
+    assert jax_models.restore(saved[1], verify=False).version == 2
 
 
 def test_every_array_that_is_damaged_is_named(saved, copy):

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 import loaders.shards
-from jax_models.sharding import replicated
 from jax_models.weights import flatten
 from loaders import open_checkpoint
+from loaders.axes import replicated
 from loaders.dtypes import to_numpy
 from loaders.memory import aligned_empty
 from loaders.plan import plan_load, specs_of
@@ -191,7 +191,7 @@ def test_weights_are_cut_along_the_width_and_vectors_and_routers_are_not(checkpo
     assert cuts[layer + "mlp.gate.weight"] == PartitionSpec(None, None)
     held = sum(array.addressable_shards[0].data.nbytes for array in flatten(model.weights).values())
     assert held < model.report.num_bytes / 3  # heads of 6 and 3 are whole, and so are vectors
-    assert replicated(specs_of(model.config, Stage()).params, model.config.dims(), model.mesh) == []
+    assert replicated(specs_of(model.config, Stage()).params, model.config.dims(), model.mesh.shape) == []
 
 
 def test_on_cpu_what_was_read_into_is_what_the_devices_hold(checkpoints, monkeypatch):

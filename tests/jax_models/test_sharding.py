@@ -18,9 +18,10 @@ import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
 from jax_models.layers.by_expert import by_expert_group, grouped_on_tpu
 from jax_models.programs import programs_for
-from jax_models.sharding import MESH_AXES, param_spec, replicated
+from jax_models.sharding import MESH_AXES, param_spec
 from jax_models.weights import flatten
 from loaders import open_checkpoint
+from loaders.axes import replicated
 from loaders.plan import specs_of
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint, prompts
@@ -279,14 +280,14 @@ def test_the_table_cuts_what_it_says(name, table, mesh_name, checkpoints):
     full = {parameter: parameter if parameter in flat else f"model.layers.0.{parameter}" for parameter in expected}
     found = {parameter: flat[full[parameter]].addressable_shards[0].data.shape for parameter in expected}
     assert found == expected
-    assert replicated(specs_of(model.config, Stage()).params, model.config.dims(), model.mesh) == []
+    assert replicated(specs_of(model.config, Stage()).params, model.config.dims(), model.mesh.shape) == []
 
 
 def test_what_a_mesh_does_not_divide_is_whole_everywhere_and_named(checkpoints):
     mesh = mesh_of("data2-tensor4")
     model = jax_models.load(checkpoints("qwen3", "odd"), mesh=mesh)  # vocabulary 211, heads 6 and 3
     flat = flatten(model.weights)
-    named = replicated(specs_of(model.config, Stage()).params, model.config.dims(), mesh)
+    named = replicated(specs_of(model.config, Stage()).params, model.config.dims(), mesh.shape)
     assert "model.embed_tokens.weight" in named
     assert "model.layers.0.self_attn.q_proj.weight" in named
     assert all(flat[parameter].is_fully_replicated for parameter in named)

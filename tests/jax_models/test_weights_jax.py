@@ -506,6 +506,12 @@ def test_a_reload_that_would_change_the_computation_is_refused_by_name(make: Mak
     assert all(flatten(dense.weights)[name] is value for name, value in before.items())
 
 
+def test_a_reload_may_say_otherwise_of_windows_that_no_layer_has(make: Make) -> None:
+    words = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 4}
+    model = jax_models.load(make("qwen3")).update_weights_from_disk(make("qwen3", seed=1, **words))
+    assert model.digests() == jax_models.load(make("qwen3", seed=1)).digests()
+
+
 def test_a_reload_may_change_how_generation_ends(make: Make, dense: jax_models.Model) -> None:
     new = dense.update_weights_from_disk(make(eos_token_id=[7, 9]))
     assert new.checkpoint.eos_token_ids == (7, 9)

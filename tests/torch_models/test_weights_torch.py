@@ -447,6 +447,12 @@ def test_a_reload_that_would_change_the_computation_is_refused_by_name(make: Mak
     assert (dense.digests(), pointer_census(dense), dense.version) == (before, census, 1)
 
 
+def test_a_reload_may_say_otherwise_of_windows_that_no_layer_has(make: Make) -> None:
+    words = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 4}
+    model = torch_models.load(make("qwen3")).update_weights_from_disk(make("qwen3", seed=1, **words))
+    assert model.digests() == torch_models.load(make("qwen3", seed=1)).digests()
+
+
 def test_a_reload_may_change_how_generation_ends(make: Make, dense: torch_models.Model) -> None:
     dense.update_weights_from_disk(make(eos_token_id=[7, 9]))
     assert dense.checkpoint.eos_token_ids == (7, 9)
