@@ -42,6 +42,8 @@ class Decoding:
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
             adapter: of the rows, as for the model itself; ``decode`` goes on with it.
             multimodal: as for the model itself.
+        Returns:
+            The logits, and the cache with the prompt in it.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
@@ -78,6 +80,9 @@ class Decoding:
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
 
+        Args:
+            token_ids: integers [B], or [B, 1].
+            cache: of ``prefill`` or of the last step.
         Raises:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """

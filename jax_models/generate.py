@@ -69,9 +69,7 @@ def generate(
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
-    pad = model.checkpoint.pad_token_id
-    filler = pad if pad is not None else (ends[0] if len(ends) else 0)
+    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
     key = jax.random.key(seed)

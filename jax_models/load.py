@@ -53,7 +53,7 @@ def load(
     Parameters keep the checkpoint's dtypes; ``dtype`` is what is computed in.
 
     Args:
-        uri: checkpoint directory.
+        uri: the checkpoint's directory or address, see ``loaders.open_checkpoint``.
         dtype: float32 or bfloat16; None: the checkpoint's own, float32 for a float16 one.
         mesh: devices to shard over, with axes among ``data``, ``expert``, ``tensor``, ``fsdp``; None: the default
             device. Of several processes each calls this, and reads what its own devices hold; an error of one is raised

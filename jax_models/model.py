@@ -188,13 +188,21 @@ class Model(Decoding, Adapted, Seeing):
         **multimodal: Any,
     ) -> jax.Array:
         """The pure function behind ``__call__``, for jit, grad and shardings of your own, on axes of type Auto. Checks
-        nothing.
+        nothing, but that images match their placeholders: they and the tokens must be arrays with values.
 
         Long prompts attend by XLA here, on TPUs too: it partitions no kernel. Kernels of experts and of NVFP4 weights
         need one device there, or the mesh that the model was loaded for.
 
-        But for images: they are matched to their placeholders, so that they and the tokens must be arrays with values.
-        ``adapters``: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
+        Args:
+            weights: of the structure, shapes and dtypes of ``model.weights``.
+            input_ids: int32 [B, T], of the first stage.
+            attention_mask: [B, T], padding on either side; None: all tokens are real.
+            position_ids: int32 [B, T], or [3, B, T]; None: counted from the mask.
+            hidden_states: [B, T, D], of later stages, instead of ``input_ids``.
+            adapters: ``model.of_rows(adapter, rows).get("adapters")``, an argument as the weights are; None: the base.
+            multimodal: images and videos, as for the model itself.
+        Returns:
+            Logits, float32 [B, T, V]; of a stage that is not the last, hidden states [B, T, D].
         """
         if any(value is not None for value in multimodal.values()):
             entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)

@@ -76,7 +76,7 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def embed(self, input_ids_BT: jax.Array) -> jax.Array:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        return tap("model", "embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype), "layers")
+        return self.model.embed(input_ids_BT, self.dtype)
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

@@ -74,9 +74,7 @@ def generate_with_draft(
         )
     programs, weights = draft.source.programs, draft.weights
     rng = np.random.default_rng(seed)
-    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
-    pad = model.checkpoint.pad_token_id
-    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
 
     def probabilities(logits: jax.Array) -> np.ndarray:
         return distribution(to_host(logits), temperature, top_p or 1.0, top_k)

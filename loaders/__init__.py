@@ -1,4 +1,4 @@
-"""Checkpoints: bytes -> named arrays. NumPy only."""
+"""Checkpoints, bytes -> named arrays, and what is done on the host around a model. NumPy only."""
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError

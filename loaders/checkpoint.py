@@ -66,6 +66,15 @@ class Checkpoint:
         found = self.generation_document.get("pad_token_id")
         return self.config.pad_token_id if found is None else found
 
+    def endings(self, *, ignore_eos: bool = False) -> tuple[np.ndarray, int]:
+        """Tokens that end a row, int64 [n], with ``ignore_eos`` none; and what fills one that has ended.
+
+        That is the pad token, else the first of them, else 0.
+        """
+        ends = np.array([] if ignore_eos else self.eos_token_ids, np.int64)
+        pad = self.pad_token_id
+        return ends, pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+
     def group_of(self, name: str) -> str:
         """What a tensor shares with those that are read at the cost of one; here every tensor is by itself."""
         return name

@@ -3,7 +3,7 @@
 A checkpoint holds none of them. Applying one twice is corruption, for none is its own inverse.
 
 Source: weight loading of TensorRT-LLM and FlashInfer kernels for Blackwell (128x4 interleave of block scales; rows for
-an epilogue tile of 128). Checked by their index formulas in tests/loaders/test_nvfp4.py.
+an epilogue tile of 128). Checked by their index formulas in tests/loaders/test_nvfp4_layout.py.
 """
 
 from __future__ import annotations

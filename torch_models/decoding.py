@@ -43,6 +43,8 @@ class Decoding:
             max_new_tokens: how many tokens a row may be continued by; room for at least so many is made.
             adapter: of the rows, as for the model itself; ``decode`` goes on with it.
             multimodal: as for the model itself.
+        Returns:
+            The logits, and the cache with the prompt in it.
         Raises:
             ValueError: bad inputs, a row without tokens, or a pipeline stage (stages pass hidden states instead).
         """
@@ -99,6 +101,9 @@ class Decoding:
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
 
+        Args:
+            token_ids: integers [B], or [B, 1].
+            cache: of ``prefill`` or of the last step.
         Raises:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """

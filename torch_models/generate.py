@@ -68,9 +68,8 @@ def generate(
         RuntimeError: a graph's tensors were moved since it was captured.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    ends = torch.tensor([] if ignore_eos else model.checkpoint.eos_token_ids, dtype=torch.int64, device=model.device)
-    pad = model.checkpoint.pad_token_id
-    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
+    ends = model.long(ends)
     prefill = model.graphs.prefill if graphs else model.prefill
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)

@@ -56,7 +56,7 @@ def load(
     Parameters keep the checkpoint's dtypes; ``dtype`` is what is computed in.
 
     Args:
-        uri: checkpoint directory.
+        uri: the checkpoint's directory or address, see ``loaders.open_checkpoint``.
         dtype: float32 or bfloat16 (name or torch.dtype); None: the checkpoint's own, float32 for a float16 one.
         device: where the parameters live.
         stage: (index, count) of a pipeline; None: the whole model.

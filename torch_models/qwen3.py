@@ -76,7 +76,7 @@ class Qwen3ForCausalLM(Model):
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states the first decoder layer takes, [B, T, D] in the compute dtype."""
-        return tap("model", "embed_tokens", self.model.embed_tokens(input_ids_BT, self.dtype), "layers")
+        return self.model.embed(input_ids_BT, self.dtype)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, T, V]."""

@@ -68,9 +68,7 @@ def generate_with_draft(
             " Use model.draft, or draft.bind(model)."
         )
     rng = np.random.default_rng(seed)
-    ends = np.array([] if ignore_eos else model.checkpoint.eos_token_ids, np.int64)
-    pad = model.checkpoint.pad_token_id
-    filler = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
 
     def probabilities(logits: torch.Tensor) -> np.ndarray:
         return distribution(logits.cpu().numpy(), temperature, top_p or 1.0, top_k)
@@ -88,7 +86,7 @@ def generate_with_draft(
     room = cache_slots(length + max_new_tokens + 3 * T)
     cache = draft.empty_cache(B, room)
     hidden_BTD, seen = model.read_into(checked, cache)
-    logits_BV = model.head(hidden_BTD[:, -1:])[:, 0]
+    logits_BV = model.last_logits(hidden_BTD)
     rows = Rows(B, max_new_tokens, ends, filler)
     token_B, _ = choose(logits_BV)
     for row in range(B):

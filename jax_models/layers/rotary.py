@@ -61,53 +61,53 @@ def _axes(rope: RopeParameters, rotary_dim: int) -> np.ndarray:
     return np.array(axes, np.int32)
 
 
-def _exponents(head_dim: int) -> np.ndarray:
-    return np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+def _exponents(rotary_dim: int) -> np.ndarray:
+    return np.arange(0, rotary_dim, 2).astype(np.float32) / np.float32(rotary_dim)
 
 
-def _static_frequencies(rope: RopeParameters, head_dim: int) -> tuple[np.ndarray, float]:
+def _static_frequencies(rope: RopeParameters, rotary_dim: int) -> tuple[np.ndarray, float]:
     """Radians per position, float32 [R], and the factor on cos and sin."""
     # theta ** x rounded once to float32, then inverted in float32
-    period = np.power(float(rope.rope_theta), _exponents(head_dim).astype(np.float64)).astype(np.float32)
+    period = np.power(float(rope.rope_theta), _exponents(rotary_dim).astype(np.float64)).astype(np.float32)
     if rope.rope_type == "linear":
         assert rope.factor is not None
         return (np.float32(1) / period) / np.float32(rope.factor), 1.0
     if rope.rope_type == "yarn":
-        return _yarn_frequencies(rope, head_dim, period)
+        return _yarn_frequencies(rope, rotary_dim, period)
     return np.float32(1) / period, 1.0
 
 
-def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, length_B: jax.Array) -> jax.Array:
+def _dynamic_frequencies(rope: RopeParameters, rotary_dim: int, longest: int, length_B: jax.Array) -> jax.Array:
     """Frequencies [B, R] whose base grows with the length beyond ``longest``."""
     assert rope.factor is not None
     length_B1 = jnp.maximum(length_B, longest).astype(jnp.float32)[:, None]
     stretch_B1 = rope.factor * length_B1 / longest - (rope.factor - 1)
-    base_B1 = rope.rope_theta * stretch_B1 ** (head_dim / (head_dim - 2))
-    return 1.0 / base_B1 ** jnp.asarray(_exponents(head_dim))[None, :]
+    base_B1 = rope.rope_theta * stretch_B1 ** (rotary_dim / (rotary_dim - 2))
+    return 1.0 / base_B1 ** jnp.asarray(_exponents(rotary_dim))[None, :]
 
 
-def _yarn_frequencies(rope: RopeParameters, head_dim: int, period: np.ndarray) -> tuple[np.ndarray, float]:
+def _yarn_frequencies(rope: RopeParameters, rotary_dim: int, period: np.ndarray) -> tuple[np.ndarray, float]:
     """Blend of interpolated and original frequencies, and the attention factor."""
     assert rope.factor is not None
     assert rope.original_max_position_embeddings is not None
     low, high = (
-        _dimension_of(rotations, head_dim, rope.rope_theta, rope.original_max_position_embeddings)
+        _dimension_of(rotations, rotary_dim, rope.rope_theta, rope.original_max_position_embeddings)
         for rotations in (rope.beta_fast or 32, rope.beta_slow or 1)
     )
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
     original = np.float32(1) / period
     interpolated = np.float32(1) / (np.float32(rope.factor) * period)
     keep = np.float32(1) - ramp
     return (interpolated * (np.float32(1) - keep) + original * keep).astype(np.float32), _yarn_attention_factor(rope)
 
 
-def _dimension_of(rotations: float, head_dim: int, theta: float, length: int) -> float:
+def _dimension_of(rotations: float, rotary_dim: int, theta: float, length: int) -> float:
     """The pair of dimensions that turns ``rotations`` times over ``length`` positions."""
-    return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    return rotary_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
 
 def _yarn_attention_factor(rope: RopeParameters) -> float:

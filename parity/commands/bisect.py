@@ -10,7 +10,7 @@ from parity.commands.options import add_backend, add_decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
     parser.add_argument("--a", choices=("jax", "torch"), default="jax", help="one backend (default: jax)")
     parser.add_argument("--b", choices=("jax", "torch"), default="torch", help="the other (default: torch)")
     add_backend(parser)

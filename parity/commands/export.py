@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
     parser.add_argument("--backend", choices=("jax", "torch"), required=True)
     parser.add_argument("--reload", metavar="CKPT_B", help="hot reload this checkpoint over the first")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty directory")

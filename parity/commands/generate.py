@@ -10,7 +10,7 @@ from parity.commands.options import add_backend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
     parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
     add_backend(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, or a config.json")
     parser.add_argument("--stages", metavar="N", type=int, default=1, help="pipeline stages to plan for")
     parser.add_argument("--tensor", metavar="N", type=int, default=1, help="tensor-parallel devices")
     parser.add_argument("--expert", metavar="N", type=int, default=1, help="expert-parallel devices")

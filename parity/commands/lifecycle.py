@@ -9,7 +9,7 @@ from parity.commands.options import add_reports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="CKPT_A", help="checkpoint directory every model starts from")
+    parser.add_argument("a", metavar="CKPT_A", help="checkpoint directory or address every model starts from")
     parser.add_argument("b", metavar="CKPT_B", help="other weights of the same config")
     parser.add_argument("--backend", choices=("jax", "torch", "both"), default="both", help="default: both")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, tpu, ...; default: cpu (torch), the first (jax)")

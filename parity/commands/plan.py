@@ -11,7 +11,7 @@ DOES_NOT_FIT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a config.json without weights")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, or a config.json")
     parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
     parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that fits")
     parser.add_argument(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, not quantised")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, not quantised")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty directory")
     parser.add_argument(
         "--calibrate",

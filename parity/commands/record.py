@@ -9,7 +9,7 @@ from parity.commands.options import add_backend, add_decode, add_inputs, add_pro
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
     parser.add_argument("--backend", choices=("jax", "torch", "oracle"), required=True, help="oracle: float64 in NumPy")
     add_backend(parser)
     add_inputs(parser)

@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         self.stage = stage
         self.path = config.text_paths[0]
 
-    def embed(self, ids_BT: torch.Tensor, dtype: torch.dtype, seen: Seen | None) -> torch.Tensor:
+    def embed(self, ids_BT: torch.Tensor, dtype: torch.dtype, seen: Seen | None = None) -> torch.Tensor:
         """Embeddings, [B, T, D], with what the vision tower saw in its places."""
         x_BTD = self.embed_tokens(ids_BT, dtype)
         return tap(self.path, "embed_tokens", x_BTD if seen is None else seen.placed(x_BTD), "layers")

@@ -67,24 +67,24 @@ def _axes(rope: RopeParameters, rotary_dim: int, device: torch.device) -> torch.
     return torch.tensor(axes, device=device)
 
 
-def _exponents(head_dim: int) -> torch.Tensor:
-    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def _exponents(rotary_dim: int) -> torch.Tensor:
+    return torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
 
 
 @functools.cache
 @torch.inference_mode(False)
-def _exponents_on(head_dim: int, device: torch.device) -> torch.Tensor:
-    return _exponents(head_dim).to(device)
+def _exponents_on(rotary_dim: int, device: torch.device) -> torch.Tensor:
+    return _exponents(rotary_dim).to(device)
 
 
 @functools.cache  # a constant of the config, on each device once: a captured graph reads it where it is
 @torch.inference_mode(False)
-def _static_frequencies(rope: RopeParameters, head_dim: int, device: torch.device) -> tuple[torch.Tensor, float]:
+def _static_frequencies(rope: RopeParameters, rotary_dim: int, device: torch.device) -> tuple[torch.Tensor, float]:
     """Radians per position, float32 [R], and the factor on cos and sin. Computed on the CPU, wherever they go."""
-    period = rope.rope_theta ** _exponents(head_dim)
+    period = rope.rope_theta ** _exponents(rotary_dim)
     scale = 1.0
     if rope.rope_type == "yarn":
-        frequencies, scale = _yarn_frequencies(rope, head_dim, period)
+        frequencies, scale = _yarn_frequencies(rope, rotary_dim, period)
     elif rope.rope_type == "linear":
         assert rope.factor is not None
         frequencies = (1.0 / period) / rope.factor
@@ -93,37 +93,37 @@ def _static_frequencies(rope: RopeParameters, head_dim: int, device: torch.devic
     return frequencies.to(device), scale
 
 
-def _dynamic_frequencies(rope: RopeParameters, head_dim: int, longest: int, length_B: torch.Tensor) -> torch.Tensor:
-    """Frequencies [B, H/2] whose base grows with the length beyond ``longest``."""
+def _dynamic_frequencies(rope: RopeParameters, rotary_dim: int, longest: int, length_B: torch.Tensor) -> torch.Tensor:
+    """Frequencies [B, R] whose base grows with the length beyond ``longest``."""
     assert rope.factor is not None
     length_B1 = length_B.clamp(min=longest).float()[:, None]
     stretch_B1 = rope.factor * length_B1 / longest - (rope.factor - 1)
-    base_B1 = rope.rope_theta * stretch_B1 ** (head_dim / (head_dim - 2))
-    return 1.0 / base_B1 ** _exponents_on(head_dim, length_B.device)[None, :]
+    base_B1 = rope.rope_theta * stretch_B1 ** (rotary_dim / (rotary_dim - 2))
+    return 1.0 / base_B1 ** _exponents_on(rotary_dim, length_B.device)[None, :]
 
 
-def _yarn_frequencies(rope: RopeParameters, head_dim: int, period: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _yarn_frequencies(rope: RopeParameters, rotary_dim: int, period: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Blend of interpolated and original frequencies, and the attention factor."""
     assert rope.factor is not None
     assert rope.original_max_position_embeddings is not None
     low, high = (
-        _dimension_of(rotations, head_dim, rope.rope_theta, rope.original_max_position_embeddings)
+        _dimension_of(rotations, rotary_dim, rope.rope_theta, rope.original_max_position_embeddings)
         for rotations in (rope.beta_fast or 32, rope.beta_slow or 1)
     )
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     original = 1.0 / period
     interpolated = 1.0 / (rope.factor * period)
     keep = 1 - ramp
     return interpolated * (1 - keep) + original * keep, _yarn_attention_factor(rope)
 
 
-def _dimension_of(rotations: float, head_dim: int, theta: float, length: int) -> float:
+def _dimension_of(rotations: float, rotary_dim: int, theta: float, length: int) -> float:
     """The pair of dimensions that turns ``rotations`` times over ``length`` positions."""
-    return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    return rotary_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
 
 def _yarn_attention_factor(rope: RopeParameters) -> float:
