@@ -13,7 +13,7 @@ from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.speculative import generate_with_draft
-from loaders.inputs import ModelInputs, bucket, cache_slots, check_text
+from loaders.inputs import ModelInputs, bucket, cache_slots, check_next, check_room
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 
@@ -60,6 +60,7 @@ class Decoding:
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> VersionedCache:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
+        check_room(max_new_tokens)
         rows, length = prompt.input_ids.shape
         arrays = model.programs.empty_cache(rows=rows, capacity=cache_slots(length + max_new_tokens))
         return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
@@ -101,10 +102,7 @@ class Decoding:
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
                 f" at {model.version}). Run prefill again."
             )
-        ids_B1 = np.asarray(token_ids, np.int32).reshape(-1, 1)
-        if len(ids_B1) != cache.arrays.position.shape[0]:
-            raise ValueError(f"{len(ids_B1)} tokens for a cache of {cache.arrays.position.shape[0]} rows")
-        check_text(ids_B1, None, None, vocab_size=model.config.vocab_size)
+        ids_B1 = check_next(token_ids, rows=cache.arrays.position.shape[0], vocab_size=model.config.vocab_size)
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return ids_B1
@@ -139,6 +137,8 @@ class Decoding:
             raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
         if draft is None:
             return generate(model, *prompt, **options, **multimodal)
+        if not isinstance(draft, Draft):
+            raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
         tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
         return tokens

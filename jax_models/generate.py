@@ -68,7 +68,7 @@ def generate(
     Raises:
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)

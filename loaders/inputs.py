@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,13 +102,27 @@ def check_text(
     return ModelInputs(ids.astype(np.int32), mask, axes.astype(np.int32))
 
 
+def check_next(token_ids: object, *, rows: int, vocab_size: int) -> np.ndarray:
+    """What a row each is continued by, int32 [B, 1].
+
+    Raises:
+        ValueError: they are no integers, not as many as there are rows, or outside [0, vocab_size).
+    """
+    ids = np.asarray(token_ids)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token_ids is {ids.dtype} {ids.shape}, expected integers [B]")
+    if ids.size != rows:
+        raise ValueError(f"{ids.size} tokens for a cache of {rows} rows")
+    return check_text(ids.reshape(-1, 1), None, None, vocab_size=vocab_size).input_ids
+
+
 def _fit(positions: np.ndarray) -> bool:
     return bool((positions >= 0).all() and (positions < 2**31).all())
 
 
 def bucket(length: int) -> int:
     """The size a compiled program is made for: the next power of two from 16 on, so that lengths share programs."""
-    return max(16, 1 << (length - 1).bit_length())
+    return max(16, 1 << (operator.index(length) - 1).bit_length())
 
 
 def cache_slots(tokens: int) -> int:
@@ -116,21 +132,43 @@ def cache_slots(tokens: int) -> int:
     """
     # A step of XLA reads every slot there is, so that powers of two may cost twice what is needed; here an eighth, or
     # 128 slots, is to spare at most, for eight programs where those have one. A TPU lays 128 side by side.
-    power = bucket(tokens)
+    power, tokens = bucket(tokens), operator.index(tokens)
     step = max(128, power // 16)
     return min(power, -(-tokens // step) * step)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError listing every generation option that is out of range."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}, expected 0, or 1e-5 and more")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}, expected at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p}, expected in (0, 1]")
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int, draft_tokens: int = 1
+) -> None:
+    """Raises ValueError listing every generation option that is of another kind or out of range."""
+    problems = _whole("max_new_tokens", max_new_tokens, 1) + _whole("draft_tokens", draft_tokens, 1)
+    warmth, share = _number(temperature), None if top_p is None else _number(top_p)
+    if warmth is None or (warmth != 0 and not 1e-5 <= warmth < float("inf")):
+        problems.append(f"temperature={temperature!r}, expected 0, or 1e-5 and more")
+    problems += [] if top_k is None else _whole("top_k", top_k, 1)
+    if top_p is not None and (share is None or not 0 < share <= 1):
+        problems.append(f"top_p={top_p!r}, expected in (0, 1]")
+    problems += _whole("seed", seed, 0, 2**63 - 1)
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_room(max_new_tokens: int) -> None:
+    """Raises ValueError if it is no number of tokens to make room for."""
+    if problems := _whole("max_new_tokens", max_new_tokens, 0):
+        raise ValueError(problems[0])
+
+
+def _whole(name: str, value: object, least: int, most: float = float("inf")) -> list[str]:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= operator.index(value) <= most:
+        return []
+    bounds = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+    return [f"{name}={value!r}, expected an integer, {bounds}"]
+
+
+def _number(value: Any) -> float | None:
+    """A number of whichever library; None: it is none."""
+    try:
+        return None if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        return None

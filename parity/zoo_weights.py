@@ -89,7 +89,7 @@ def zoo_weights(
         for number, source in enumerate(spec.sources):
             rule, part = written.rules[source.tensor], parts[spec.name]
             dtype = "F32" if rule.tensor.endswith(ALWAYS_F32) else None
-            if len(spec.sources) == len(part.sources):
+            if spec.tensor_shape == part.tensor_shape:  # of one expert there is one source in either form
                 values = partial(draw, part.sources[number].tensor)
             else:
                 values = partial(_fused, spec, part, draw)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
-from loaders.inputs import ModelInputs, cache_slots, check_text
+from loaders.inputs import ModelInputs, cache_slots, check_next, check_room
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import positions_beyond
@@ -56,6 +55,7 @@ class Decoding:
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> Cache:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
+        check_room(max_new_tokens)
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
         cache = model.empty_cache(rows, cache_slots(length + max_new_tokens))
@@ -122,10 +122,7 @@ class Decoding:
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
                 f" at {model.version}). Run prefill again."
             )
-        ids_B1 = np.asarray(on_host(token_ids), np.int64).reshape(-1, 1)
-        if len(ids_B1) != rows:
-            raise ValueError(f"{len(ids_B1)} tokens for a cache of {rows} rows")
-        check_text(ids_B1, None, None, vocab_size=model.config.vocab_size)
+        ids_B1 = check_next(on_host(token_ids), rows=rows, vocab_size=model.config.vocab_size)
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return model.long(ids_B1)
@@ -171,6 +168,8 @@ class Decoding:
                 return generate(model, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
         if graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
+        if not isinstance(draft, Draft):
+            raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
         guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
         with model.running(adapter, input_ids), draft.source.in_company():
             tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)

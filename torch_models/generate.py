@@ -67,13 +67,13 @@ def generate(
         ValueError: options out of range, bad inputs, or a pipeline stage.
         RuntimeError: a graph's tensors were moved since it was captured.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
     ends = model.long(ends)
     prefill = model.graphs.prefill if graphs else model.prefill
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(int(seed))
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []
     for step in range(max_new_tokens):

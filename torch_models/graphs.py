@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from loaders.inputs import cache_slots
+from loaders.inputs import cache_slots, check_room
 from loaders.roster import AdapterOfRows
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -213,6 +213,7 @@ class DecodeGraphs:
         """As ``Model.prefill``, into the cache of a graph: logits, float32 [B, V], and the batch to decode with."""
         model = self._model
         prompt = model.checked_prompt(input_ids, attention_mask, **multimodal)
+        check_room(max_new_tokens)
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
         (graph,) = self.capture(rows, length + max_new_tokens)

@@ -59,9 +59,7 @@ def generate_with_draft(
     Raises:
         ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    if type(draft_tokens) is not int or draft_tokens < 1:
-        raise ValueError(f"draft_tokens={draft_tokens}, expected at least 1")
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed, draft_tokens)
     if draft.target is not model:
         raise ValueError(
             f"the draft is bound to another model or version, this model is at version {model.version}."

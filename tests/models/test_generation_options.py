@@ -1,0 +1,99 @@
+"""What is given to generation: numbers of any library are taken, what is none is refused by name, on both backends."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from planted import PACKAGES, TWO_LAYERS
+
+from parity.zoo import make_checkpoint
+from parity.zoo_draft import make_drafting_checkpoint
+
+IDS = np.array([[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]])
+FURTHER = np.array([7, 3])
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def package(request):
+    return PACKAGES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(package, tmp_path_factory):
+    return package.load(make_checkpoint("qwen3", tmp_path_factory.mktemp("it") / "it", num_hidden_layers=1))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "words"),
+    [
+        (FURTHER + 2**32, "input_ids holds 2 ids outside"),  # of 32 bits they would be others
+        (FURTHER + 0.9, "token_ids is float64"),
+        ([True, False], "token_ids is bool"),
+        (["7", "3"], "token_ids is <U1"),
+        (None, "token_ids is object"),
+        ([7, 3, 1], "3 tokens for a cache of 2 rows"),
+        ([-1, 7], "input_ids holds 1 ids outside"),
+    ],
+    ids=["wide", "fractions", "bools", "words", "none", "others", "negative"],
+)
+def test_tokens_that_are_none_are_refused_and_the_cache_is_as_it_was(model, token_ids, words):
+    _, cache = model.prefill(IDS)
+    with pytest.raises(ValueError, match=words):
+        model.decode(token_ids, cache)
+    logits, _ = model.decode(FURTHER, cache)
+    expected, _ = model.decode(FURTHER, model.prefill(IDS)[1])
+    assert np.array_equal(np.asarray(logits), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "token_ids",
+    [list(FURTHER), FURTHER[:, None], FURTHER.astype(np.uint8), jnp.asarray(FURTHER), torch.from_numpy(FURTHER)],
+    ids=["list", "column", "uint8", "jax", "torch"],
+)
+def test_integers_are_tokens_whoever_made_them(model, token_ids):
+    logits, _ = model.decode(token_ids, model.prefill(IDS)[1])
+    expected, _ = model.decode(FURTHER, model.prefill(IDS)[1])
+    assert np.array_equal(np.asarray(logits), np.asarray(expected))
+
+
+@pytest.mark.parametrize("max_new_tokens", [-30, 2.0, "2", True, None], ids=str)
+def test_room_for_no_number_of_tokens_is_refused(model, max_new_tokens):
+    for start in (model.prefill, model.generate):
+        with pytest.raises(ValueError, match=r"max_new_tokens=.*, expected an integer, at least \d"):
+            start(IDS, max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"top_p": "0.5"},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"temperature": float("nan")},
+        {"seed": 1.5},
+        {"seed": 2**70},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_an_option_of_another_kind_is_refused_by_name(model, option):
+    ((name, _),) = option.items()
+    with pytest.raises(ValueError, match=f"^{name}=[^;]*, expected [^;]*$"):
+        model.generate(IDS, **{"temperature": 1.0} | option)
+
+
+def test_numbers_of_numpy_are_those_numbers(model):
+    plain = model.generate(IDS, None, 3, 0.8, top_k=5, top_p=0.9, seed=4, ignore_eos=True)
+    of_numpy = {"top_k": np.int32(5), "top_p": np.float64(0.9), "seed": np.int64(4)}
+    found = model.generate(IDS, None, np.int64(3), np.float64(0.8), **of_numpy, ignore_eos=True)
+    assert np.array_equal(np.asarray(found), np.asarray(plain))
+
+
+def test_a_draft_that_is_none_is_refused(package, tmp_path):
+    model = package.load(make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS), mtp=True)
+    with pytest.raises(ValueError, match="draft='a draft' is no draft"):
+        model.generate(IDS, draft="a draft")
+    with pytest.raises(ValueError, match=r"draft_tokens=1\.5, expected an integer, at least 1"):
+        model.generate(IDS, draft=model.draft, draft_tokens=1.5)
