@@ -31,6 +31,7 @@ ONLY_JAX: dict[str, str] = {
         f"layers/{what}": "torch writes into its cache, then reads it; XLA for TPU would move all of it"
         for what in ("attention.py: attend_cached()", "attention.py: in_turn()", "cached_attention.py")
     },
+    "layers/attention.py: cut_as_kept()": "of a mesh that XLA cuts for; torch's ranks keep what they compute",
     "layers/attention.py: attend_alone()": "chooses a TPU's kernel; torch has one way to attend",
     "layers/install.py: module_at()": "torch's modules have get_submodule",
     "layers/lora.py: ExpertUpdates.slots()": "assignments are sorted by expert; torch knows the token of each",

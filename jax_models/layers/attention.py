@@ -16,6 +16,7 @@ from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm, RMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import Entry, LayerCache, Step
+from jax_models.sharding import entry_sharding
 from jax_models.taps import tap
 from loaders.quantization import KVCache
 
@@ -37,6 +38,17 @@ def remembered(k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCac
         "key": written(cache["key"], k_BTKH, step.start),
         "value": written(cache["value"], v_BTKH, step.start),
     }
+
+
+def cut_as_kept(k_BTKH: jax.Array, v_BTKH: jax.Array, cache: LayerCache | None, mesh: Mesh | None) -> list[jax.Array]:
+    """Keys and values where the cache has them, though queries may be cut further.
+
+    Cut as those, they make XLA gather all of the cache at every step, to write a row of it.
+    """
+    if cache is None or mesh is None:
+        return [k_BTKH, v_BTKH]
+    cuts = entry_sharding(mesh, k_BTKH.shape, ("B", "T", "KH", "H"))
+    return [jax.lax.with_sharding_constraint(new, cuts) for new in (k_BTKH, v_BTKH)]
 
 
 def in_turn(out_BTNH: jax.Array, cache: LayerCache | None, step: Step) -> tuple[jax.Array, LayerCache | None]:
@@ -199,6 +211,7 @@ class Attention(nnx.Module):
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
+        k_BTKH, v_BTKH = cut_as_kept(k_BTKH, v_BTKH, cache, self.mesh)
         options = {"scale": self.scale, "softcap": self.softcap}
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh, **options))
         out_BTNH, cache = in_turn(out_BTNH, remembered(k_BTKH, v_BTKH, step, cache), step)

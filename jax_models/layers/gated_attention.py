@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_models.layers.attention import attend_cached, remembered
+from jax_models.layers.attention import attend_cached, cut_as_kept, remembered
 from jax_models.layers.fp8 import cache_scales, fp8_kept
 from jax_models.layers.linear import Linear
 from jax_models.layers.norm import GemmaRMSNorm
@@ -60,6 +60,7 @@ class GatedAttention(nnx.Module):
         if self.rounds_cache:
             k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
+        k_BTKH, v_BTKH = cut_as_kept(k_BTKH, v_BTKH, cache, self.mesh)
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh))
         cache = remembered(k_BTKH, v_BTKH, step, cache)  # not in_turn: on a mesh XLA would gather heads once more
         out_BTNH = tap(self.path, "gated", out_BTNH * jax.nn.sigmoid(gate_BTNH))

@@ -304,6 +304,18 @@ def test_heads_are_never_cut_in_two(checkpoints):
     )
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "gemma3"])
+def test_where_queries_are_cut_further_than_keys_nothing_is_gathered_to_keep_them(family, tmp_path):
+    """New keys cut as the queries are make XLA for TPU gather the whole cache, at every step and of every layer."""
+    path = make_checkpoint(family, tmp_path / "it", num_attention_heads=8, num_key_value_heads=4)
+    model = jax_models.load(path, mesh=mesh_of("expert4-tensor2"))
+    cache = model.programs.empty_cache(rows=2, capacity=64)
+    tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    step = model.programs.decode.trace(model.weights, tokens, cache).lower().compile().as_text()
+    assert "all-reduce" in step
+    assert "all-gather" not in step
+
+
 @pytest.mark.parametrize("axis", ["model", "Tensor"])
 def test_an_axis_without_meaning_is_a_value_error(axis, checkpoints):
     mesh = Mesh(np.array(jax.devices()[:2]), (axis,))
