@@ -86,6 +86,7 @@ class Walk:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.done: dict[str, Traffic] = {}
+        self.continued: set[str] = set()  # collectives that began in a fusion before and go on beside another one
 
     def run(self, name: str) -> Traffic:
         """What running a computation once costs."""
@@ -99,8 +100,14 @@ class Walk:
     def each(self, name: str) -> Iterator[tuple[Instruction, Traffic]]:
         """The instructions of a computation in the order they run, and what each costs."""
         inside = self.module.computations[name]
-        repeated = _fetched_again(inside)
+        repeated, begun = _fetched_again(inside), set[str]()
         for one in inside.instructions.values():
+            for inner, _, _ in self.sent_inside(one) if one.opcode == "fusion" else ():
+                channel = inner.attribute("channel_id")
+                if channel in begun:
+                    self.continued.add(inner.name)
+                elif channel is not None:
+                    begun.add(channel)
             yield one, Traffic() if one.name in repeated else self.instruction(one, inside)
 
     def instruction(self, one: Instruction, inside: Computation) -> Traffic:
@@ -121,7 +128,9 @@ class Walk:
         if base in COLLECTIVES:
             _send(found, base, one, inside)
         elif opcode == "fusion":
-            self._sent_inside(one, found)
+            for inner, kind, called in self.sent_inside(one):
+                if inner.name not in self.continued:
+                    _send(found, kind, inner, called)
         for position, operand in enumerate(one.operands):
             found.read_bytes += self.read(one, base, position, inside.instructions[operand].shape, inside)
         found.written_bytes += self.written(one, base, result, inside)
@@ -152,7 +161,7 @@ class Walk:
         total = 0
         for user in inside.users(value.name):
             for position, operand in enumerate(user.operands):
-                if operand != value.name or user.opcode == "tuple":
+                if operand != value.name or user.opcode == "tuple" or user.name in self.continued:
                     continue
                 if user.opcode in _VIEWS:
                     total += whole if user.name == inside.root else self.used(inside, user, whole)
@@ -203,7 +212,7 @@ class Walk:
         """Bytes that one result of a fused computation costs."""
         while one.opcode in _VIEWS:
             one = inside.instructions[one.operands[0]]
-        if one.opcode == "parameter":  # handed through
+        if one.opcode == "parameter" or one.name in self.continued:  # handed through
             return 0
         if result.space != HBM:
             return 0
@@ -218,15 +227,15 @@ class Walk:
         given = inside.instructions[one.operands[0]]
         return next(arrays(given.shape)).space == next(arrays(one.shape)).space
 
-    def _sent_inside(self, one: Instruction, found: Traffic) -> None:
-        """Collectives that were fused, with what they take."""
+    def sent_inside(self, one: Instruction) -> Iterator[tuple[Instruction, str, Computation]]:
+        """Collectives that were fused, their kinds, and where they stand."""
         called = self.module.computations[one.attribute("calls") or ""]
         for inner in called.instructions.values():
             base = inner.opcode.removesuffix("-start")
             if base in COLLECTIVES:
-                _send(found, base, inner, called)
+                yield inner, base, called
             elif inner.opcode == "fusion":
-                self._sent_inside(inner, found)
+                yield from self.sent_inside(inner)
 
 
 def _send(found: Traffic, kind: str, one: Instruction, inside: Computation) -> None:

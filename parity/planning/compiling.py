@@ -33,9 +33,9 @@ from parity.planning.meshes import Load, held_bytes, mesh_shape
 
 PROGRAMS = ("prefill", "decode")
 # of the compiler: what is in use beside arguments, or in all
-_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG]?)")
+_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _FLOATS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
 
@@ -94,12 +94,14 @@ def measured(
         try:
             compiled, memory = _compiled(lowered)
         except jax.errors.JaxRuntimeError as error:
-            needed = _EXHAUSTED.search(str(error))
+            needed = exhausted_bytes(str(error))
             if needed is None:
                 raise
             found["compile_s"] = time.perf_counter() - started - found["lower_s"]
-            return found | {"out_of_memory_bytes": int(float(needed[1]) * _UNITS[needed[2]])}
+            return found | {"out_of_memory_bytes": needed}
     found["compile_s"] = time.perf_counter() - started - found["lower_s"]
+    # what no argument is made of, as the vision tower of a text program, lies in HBM all the same
+    memory["peak_bytes"] += max(0, found["weight_bytes"] + found["cache_bytes"] - memory["argument_bytes"])
     text = compiled.as_text()
     assert text is not None
     if hlo:
@@ -117,6 +119,12 @@ def measured(
         else full_vocabulary(text, config.vocab_size, load.prompt, mesh.size),
         "hlo_lines": text.count("\n"),
     }
+
+
+def exhausted_bytes(message: str) -> int | None:
+    """What a program takes for which there is not enough memory, as the compiler says; None: it says something else."""
+    found = _EXHAUSTED.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, dict[str, int]]:

@@ -108,7 +108,7 @@ def _cached(config: Any, program: str, load: Load, mesh: Any, stage: Stage) -> t
             window = config.window(int(layer)) or load.context
             seen = min(window, load.context) if program == "decode" else min(window, (load.prompt + 1) / 2)
             tokens = 1 if program == "decode" else load.prompt
-            moved += size * load.prompt // load.context if program == "prefill" else size
+            moved += size * (load.prompt if program == "prefill" else min(window, load.context)) // load.context
             heads = config.num_attention_heads // entries[layer][name].shape[1]
             flops += int(2 * shape[0] * tokens * seen * shape[1] * heads * shape[3])
     return moved, flops

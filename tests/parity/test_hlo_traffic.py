@@ -80,3 +80,41 @@ def test_an_array_takes_whole_tiles(shape, size, space):
 def test_what_is_no_module_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         traffic_of(text)
+
+
+SENT_BESIDE_OTHERS = """HloModule fused, is_scheduled=true
+
+%begun (p.1: bf16[8,128], b.1: bf16[16,128]) -> (bf16[8,128], bf16[16,128]) {
+  %p.1 = bf16[8,128]{1,0} parameter(0)
+  %b.1 = bf16[16,128]{1,0} parameter(1)
+  %gather.1 = bf16[16,128]{1,0} all-gather(%p.1), channel_id=5, dimensions={0}
+  ROOT %both.1 = (bf16[8,128]{1,0}, bf16[16,128]{1,0}) tuple(%p.1, %gather.1)
+}
+
+%goes_on (p.2: bf16[8,128], b.2: bf16[16,128], x.2: bf16[4,128]) -> (bf16[4,128], bf16[16,128]) {
+  %p.2 = bf16[8,128]{1,0} parameter(0)
+  %b.2 = bf16[16,128]{1,0} parameter(1)
+  %x.2 = bf16[4,128]{1,0} parameter(2)
+  %gather.2 = bf16[16,128]{1,0} all-gather(%p.2), channel_id=5, dimensions={0}
+  %work.2 = bf16[4,128]{1,0} negate(%x.2)
+  ROOT %both.2 = (bf16[4,128]{1,0}, bf16[16,128]{1,0}) tuple(%work.2, %gather.2)
+}
+
+ENTRY %main (p: bf16[8,128], b: bf16[16,128], x: bf16[4,128]) -> (bf16[4,128], bf16[16,128]) {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[16,128]{1,0} parameter(1)
+  %x = bf16[4,128]{1,0} parameter(2)
+  %first = (bf16[8,128]{1,0}, bf16[16,128]{1,0}) fusion(%p, %b), kind=kCustom, calls=%begun
+  %given = bf16[8,128]{1,0} get-tuple-element(%first), index=0
+  %made = bf16[16,128]{1,0} get-tuple-element(%first), index=1
+  ROOT %second = (bf16[4,128]{1,0}, bf16[16,128]{1,0}) fusion(%given, %made, %x), kind=kCustom, calls=%goes_on
+}
+"""
+
+
+def test_what_is_sent_beside_several_fusions_is_sent_once():
+    """As libtpu writes what it gathers while other work goes on: once more in every fusion that it goes on beside."""
+    found = traffic_of(SENT_BESIDE_OTHERS)
+    assert found.collectives == {"all-gather": {"count": 1, "bytes": 16 * 128 * BF16}}
+    assert found.read_bytes == (8 + 4) * 128 * BF16
+    assert found.written_bytes == (16 + 4) * 128 * BF16

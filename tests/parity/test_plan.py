@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -53,6 +54,37 @@ def test_the_least_of_a_dense_step_is_every_weight_but_the_embedding_and_the_cac
     assert (least.weight_bytes, least.cache_bytes) == (2 * weights, 2 * cache)
     attended = 36 * 2 * 2 * 8 * 2048 * 32 * 128 // 4
     assert least.flops == 2 * 8 * (36 * layer + 151936 * 4096) // 4 + attended
+
+
+def test_of_layers_that_slide_a_step_reads_what_its_window_shows(dense):
+    kinds = tuple("sliding_attention" if layer % 3 else "full_attention" for layer in range(36))
+    slides = dataclasses.replace(dense, layer_types=kinds, sliding_window=512)
+    of_a_slot = 2 * 8 * 8 * 128 * 2
+    assert minimum_of(slides, "decode", LOAD, {}).cache_bytes == of_a_slot * (12 * 2048 + 24 * 512)
+    assert minimum_of(slides, "prefill", LOAD, {}).cache_bytes == of_a_slot * 36 * 1024  # all of it is kept
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [("Used 1.16T of 15.75G hbm", 1.16 * 2**40), ("Used 20.00G of 15.75G hbm", 20 * 2**30)]
+)
+def test_how_much_is_missing_is_understood_whatever_its_unit(said, size):
+    from parity.planning.compiling import exhausted_bytes
+
+    assert exhausted_bytes(f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. {said}.") == int(size)
+    assert exhausted_bytes("INTERNAL: something else") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'")
+def test_a_vision_tower_that_no_text_program_takes_is_in_memory_all_the_same(tmp_path):
+    config = zoo_config("qwen3_vl", hidden_size=256, intermediate_size=256)
+    config["vision_config"] |= {"hidden_size": 768, "out_hidden_size": 256, "intermediate_size": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--chip", "v5e", "--topology", "1x1", "--batch", "1", "--context", "64", "--prompt", "16"]
+    assert main(["plan", str(tmp_path / "config.json"), *options, "--json", str(tmp_path / "plan.json")]) == 0
+    for program in json.loads((tmp_path / "plan.json").read_text())["programs"].values():
+        held = program["weight_bytes"] + program["cache_bytes"]
+        assert held + program["temp_bytes"] <= program["peak_bytes"]
 
 
 def test_of_experts_as_many_are_expected_as_so_many_choices_hit(experts):
