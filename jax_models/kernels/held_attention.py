@@ -27,6 +27,7 @@ Index = Any  # known when the kernel runs
 LEAST_SLOTS = 512  # of fewer there is little to leave out
 MOST_TOKENS = 8  # more are a prompt's, whose scores would not stay in registers
 _BLOCK_BYTES = 2**20  # of keys and as much of values, of which VMEM holds two
+_SCORE_BYTES = 2**22  # of one head of keys, float32, of which there are a few in VMEM
 _SUBLANES = 8
 _LEAST = float(jnp.finfo(jnp.float32).min)
 _NT = (((1,), (1,)), ((), ()))  # both contract their second axis
@@ -44,7 +45,8 @@ def takes(q_BTNH: jax.Array, k_BKSH: jax.Array, mesh: Mesh | None) -> bool:
     if cuts.inner and cuts.group % (N // parts):
         return False  # of keys that devices share each would ask for several
     num_keys = 1 if cuts.inner else K // parts
-    in_vmem = _block_of(S, num_keys * H * 2) * num_keys * H * 2, num_keys * T * _padded(cuts.group) * H * 4
+    queries = T * _padded(cuts.group)
+    in_vmem = _block_of(S, num_keys * H * 2, queries) * num_keys * H * 2, num_keys * queries * H * 4
     return max(in_vmem) <= _BLOCK_BYTES  # a block and what comes out of a row
 
 
@@ -111,7 +113,7 @@ def _attend(
     B, T, N, H = q_BTNH.shape
     S, K = k_BKSH.shape[2], k_BKSH.shape[1] if asked is None else 1
     G = _padded(N // K)
-    block = _block_of(S, K * H * k_BKSH.dtype.itemsize)
+    block = _block_of(S, K * H * k_BKSH.dtype.itemsize, T * G)
     is_held_BTS = visible_BTS & (jnp.arange(S) < start)
     # the first block of each row. Steps are counted from the cache's start and not from the first of all rows, so that
     # their number is of scalars alone: one that an array is made of lies in HBM, and any array there makes libtpu give
@@ -161,9 +163,10 @@ def _padded(group: int) -> int:
     return pl.cdiv(group, _SUBLANES) * _SUBLANES
 
 
-def _block_of(num_slots: int, slot_bytes: int) -> int:
-    """Slots of a block: of ``_BLOCK_BYTES``, but whole lanes; the last block may reach beyond the cache."""
-    most = max(LANES, _BLOCK_BYTES // slot_bytes // LANES * LANES)
+def _block_of(num_slots: int, slot_bytes: int, queries: int) -> int:
+    """Slots of a block: what there is room for, but whole lanes; the last block may reach beyond the cache."""
+    room = min(_BLOCK_BYTES // slot_bytes, _SCORE_BYTES // (4 * queries))
+    most = max(LANES, room // LANES * LANES)
     return min(most, pl.cdiv(num_slots, LANES) * LANES)
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, int]]] = {
     "many heads": (8, 1, 64, 32, 640, 128, {"tensor": 1}),
     "as much as VMEM is given": (2, 8, 32, 32, 640, 128, {"tensor": 1}),
     "the same of wide heads": (2, 8, 16, 16, 640, 256, {"tensor": 1}),
+    "scores of many queries": (1, 8, 128, 1, 8192, 128, {"tensor": 1}),
     "keys everywhere": (8, 2, 8, 2, 2048, 128, {"expert": 2, "tensor": 2}),
     "rows cut": (8, 1, 32, 8, 32768, 128, {"data": 2, "tensor": 2}),
 }

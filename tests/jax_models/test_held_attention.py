@@ -71,11 +71,12 @@ def error(found: jax.Array, given: Given, scale: float | None, softcap: float | 
         ((3, 5, 5, 4500, 4400), {}),  # six blocks
         ((MOST_TOKENS, 18, 2, 1000, 990), {"rows": 2}),
         ((2, 2, 1, 20000, 13000), {"window": 300, "rows": 1}),
+        ((MOST_TOKENS, 128, 1, 3000, 2900), {"rows": 1}),  # three blocks, for scores would fill VMEM
         ((1, 6, 3, 640, 128), {"width": 256}),
         ((1, 4, 4, 600, 1), {}),
         ((2, 4, 2, 600, 0), {}),
     ],
-    ids=["even", "full", "odd-heads", "many-queries", "window", "wide", "one-slot", "nothing"],
+    ids=["even", "full", "odd-heads", "many-queries", "window", "many-scores", "wide", "one-slot", "nothing"],
 )
 @pytest.mark.parametrize(("scale", "softcap"), [(None, None), (0.3, 2.0)], ids=["plain", "capped"])
 def test_it_says_what_attention_says(sizes: Any, options: Any, scale: float | None, softcap: float | None) -> None:
