@@ -55,7 +55,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     problems = []
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.isdigit() or int(size) < 1:
+        if axis not in AXES or axis in sizes or not (size.isascii() and size.isdigit()) or int(size) < 1:
             problems.append(repr(part))
         else:
             sizes[axis] = int(size)

@@ -27,6 +27,8 @@ from parity.planning.extrapolating import joined
 from parity.planning.meshes import AXES, Load, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
+BF16_PASSES = 6  # of a product in float32, as JAX's precision "highest" has it, which models of that dtype run at
+
 
 @dataclass(frozen=True)
 class Request:
@@ -168,10 +170,11 @@ def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, prog
     if figures["peak_bytes"] is None:
         return {"fits": False, "minimum": minimum}
     moved = figures["hbm_read_bytes"] + figures["hbm_written_bytes"]
+    multiplied = least.flops * (BF16_PASSES if load.dtype == "float32" else 1)
     tokens = load.rows * (load.prompt if program == "prefill" else 1)
 
     def roof(size: float) -> dict[str, float]:
-        seconds = max(size / chip.bandwidth, least.flops / chip.flops)
+        seconds = max(size / chip.bandwidth, multiplied / chip.flops)
         return {"seconds": seconds, "tokens_per_s": tokens / seconds}
 
     return {

@@ -87,7 +87,8 @@ def _remarks(found: dict[str, Any]) -> list[str]:
     lines = _uncut(found) + _copied(found)
     if loops := [loop for one in found["programs"].values() for loop in one.get("unknown_loops", ())]:
         lines.append(f"loops whose length only a run knows, counted once: {', '.join(loops)}")
-    lines.append("rooflines are bounds of HBM and multipliers; the time of collectives is in none of them")
+    lines.append("rooflines know HBM and multipliers alone: the time of collectives is in none of them")
+    lines.append("as compiled, a kernel counts with all it is given, also where it skips experts or blocks of a cache")
     suggestion = found["suggestion"]
     if suggestion is not None:
         said = (

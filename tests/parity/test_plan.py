@@ -251,6 +251,14 @@ def test_it_fits_up_to_what_a_program_may_use(spare, fits):
     assert verdict["roofline"]["minimum"]["tokens_per_s"] == pytest.approx(80)
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [("bfloat16", 1), ("float32", 6)])
+def test_products_in_float32_take_as_many_passes_as_they_do(dtype, passes):
+    chip, load = CHIPS["v5e"], dataclasses.replace(LOAD, dtype=dtype)
+    found = program(1, 1, 1) | {"peak_bytes": 1, "hbm_read_bytes": 1, "hbm_written_bytes": 0}
+    verdict = judged(found, Minimum(1, 0, 0, 0, int(chip.flops)), chip, load, "decode")
+    assert verdict["roofline"]["minimum"]["seconds"] == pytest.approx(passes, rel=1e-6)
+
+
 def test_quantised_on_request_as_loading_would(dense):
     config = planned(str(CONFIGS / "qwen3-8b.json"), "nvfp4").config
     assert config.quantization is not None
