@@ -58,7 +58,7 @@ def generate(
         temperature: 0 = the best token (the lowest id among equals); else the softmax temperature.
         top_k: sample among the best k only.
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling; ignored at temperature 0.
+        seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
         ignore_eos: go on after an end-of-sequence token.
         adapter: of the rows, see ``Model``.
         multimodal: images and videos, as for the model itself.

@@ -55,7 +55,7 @@ def generate_with_draft(
         draft_tokens: guesses in each round.
         top_k: sample among the best k only.
         top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling.
+        seed: of the sampling, 0 to 2**63 - 1.
         ignore_eos: go on after an end-of-sequence token.
         adapter: of the rows, see ``Model``.
         multimodal: images and videos, as for the model itself; the draft sees them too.

@@ -21,6 +21,8 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
 
     Only JSON and headers are read; JSON that changed before all headers were read is an error.
 
+    Args:
+        uri: its directory or address, of the kinds that ``loaders.sources.open_source`` lists.
     Raises:
         CheckpointError: with every problem found in the directory, config.json, the index and all headers; or as soon
             as a server does not answer.

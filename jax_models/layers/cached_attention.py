@@ -61,11 +61,11 @@ def attend_apart(given: Given, *, scale: float | None, softcap: float | None) ->
     top_BKGT1 = jnp.maximum(held_BKGTS.max(axis=-1, keepdims=True), own_BKGTT.max(axis=-1, keepdims=True))
     held_BKGTS, own_BKGTT = jnp.exp(held_BKGTS - top_BKGT1), jnp.exp(own_BKGTT - top_BKGT1)
     total_BKGT1 = held_BKGTS.sum(axis=-1, keepdims=True) + own_BKGTT.sum(axis=-1, keepdims=True)
-    mixed = [
+    held_BTKGH, own_BTKGH = (
         jnp.einsum("bkgts,bksh->btkgh", (exp / total_BKGT1).astype(v.dtype), v, preferred_element_type=jnp.float32)
         for exp, v in ((held_BKGTS, v_BKSH), (own_BKGTT, v_BKTH))
-    ]
-    return (mixed[0] + mixed[1]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+    )
+    return (held_BTKGH + own_BTKGH).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
 
 
 def attend_joined(

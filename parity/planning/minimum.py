@@ -24,7 +24,8 @@ class Minimum:
         weight_bytes: every weight that is used, once; of the embedding only a tied head reads more than rows.
         expert_bytes: those of them that are experts'.
         distinct_expert_bytes: of the experts that so many tokens are expected to choose.
-        cache_bytes: decode reads keys and values once, and reads and writes states; prefill writes its tokens'.
+        cache_bytes: decode reads the keys and values that its windows show, once, and reads and writes states; prefill
+            writes its tokens'.
         flops: products and sums.
     """
 

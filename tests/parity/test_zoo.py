@@ -94,18 +94,21 @@ def test_another_dtype_is_another_rounding_of_the_same_weights(
         np.testing.assert_array_equal(rounded.read(tensor), array.astype(rounded.read(tensor).dtype))
 
 
-def test_both_forms_of_the_experts_are_one_model(zoo: Callable[..., Checkpoint]) -> None:
-    fused = zoo("qwen3_5-moe", experts="fused", draft_experts="fused")
-    apart = zoo("qwen3_5-moe", experts="per expert", draft_experts="per expert")
+@pytest.mark.parametrize("count", [1, 5])  # of one there is one source in either form
+def test_both_forms_of_the_experts_are_one_model(count: int, zoo: Callable[..., Checkpoint]) -> None:
+    sizes = {"num_experts": count, "num_experts_per_tok": min(count, 2)}
+    fused = zoo("qwen3_5-moe", experts="fused", draft_experts="fused", **sizes)
+    apart = zoo("qwen3_5-moe", experts="per expert", draft_experts="per expert", **sizes)
     for found, is_fused in ((fused, True), (apart, False)):
+        last = f"experts.{count - 1}.up_proj.weight"
         assert any(tensor.endswith("experts.gate_up_proj") for tensor in found.tensors) == is_fused
-        assert any(tensor.endswith("experts.3.up_proj.weight") for tensor in found.tensors) == (not is_fused)
+        assert any(tensor.endswith(last) for tensor in found.tensors) == (not is_fused)
     for spec in specs(fused):
         if "experts" not in spec.name:
             np.testing.assert_array_equal(fused.read(spec.name), apart.read(spec.name))
             continue
         whole, place = fused.read(spec.name), spec.name.rpartition(".")[0]
-        for expert in range(5):
+        for expert in range(count):
             down, gate, up = (apart.read(f"{place}.{expert}.{kind}_proj.weight") for kind in ("down", "gate", "up"))
             expected = down if spec.name.endswith("down_proj") else np.concatenate([gate, up])
             np.testing.assert_array_equal(whole[expert], expected)
