@@ -1,14 +1,14 @@
-"""What speculative decoding decides on the host: how many drafted tokens stay, and which token follows them.
-
-Source: arXiv:2211.17192, algorithm 1. Rows are independent; both backends and the tests use it.
-"""
+"""The host's side of speculative decoding, of both backends: what is drawn, what stays, what the next round reads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from loaders.acceptance import accept_greedy, accept_sampled, distribution, draw
 from loaders.inputs import ModelInputs
 
 
@@ -26,89 +26,110 @@ class SpeculationReport:
         return 1 + self.accepted / self.rounds if self.rounds else 0.0
 
 
-def positions_ahead(prompt: ModelInputs) -> np.ndarray:
-    """Position of the token after each, int32 as the prompt's own: the last one's is where the row goes on.
+class Speculation:
+    """One speculative generation of B rows, a round after the other.
+
+    A round: the draft reads ``next_ids_BT`` at ``next_positions`` and guesses from its state at ``last_B``; each guess
+    but the last is read for the one after it; the target reads ``fed``, of which ``verify`` says what to keep.
 
     Args:
         prompt: every row's real tokens at its end.
+        rows: what becomes of it.
+        draft_tokens: K, guesses in each round.
+        temperature: 0 = the best token; else the softmax temperature.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the sampling.
+        best: the best token of logits [..., V] wherever they lie, integers [...].
+        on_host: logits as NumPy's, floats [..., V].
+
+    Attributes:
+        next_ids_BT: int32, the token after each of the slots that the target read last; T is K + 1 after the prompt.
+        next_positions: int32, theirs: [B, T], or [3, B, T] of a prompt that shows something.
+        last_B: int32, the last of those that stayed.
     """
-    next_B = positions_beyond(prompt)
-    next_1 = np.broadcast_to(next_B[:, None], (*prompt.position_ids.shape[:-1], 1))
-    return np.concatenate([prompt.position_ids[..., 1:], next_1], axis=-1)
 
+    def __init__(
+        self,
+        prompt: ModelInputs,
+        rows: Rows,
+        draft_tokens: int,
+        *,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        best: Callable[[Any], np.ndarray],
+        on_host: Callable[[Any], np.ndarray],
+    ) -> None:
+        B, length = prompt.input_ids.shape
+        self.rows, self.best = rows, best
+        self._prompt, self._draft_tokens, self._rng = prompt, draft_tokens, np.random.default_rng(seed)
+        self._is_greedy = temperature == 0
+        self._probabilities = lambda logits: distribution(on_host(logits), temperature, top_p or 1.0, top_k)
+        self._rounds, self._accepted = 0, 0
+        self._guesses: list[np.ndarray] = []  # of this round, and what each was drawn from
+        self._drawn_from: list[np.ndarray] = []
+        self.next_positions = positions_ahead(prompt)
+        self.last_B, self._position_B = np.full(B, length - 1, np.int32), positions_beyond(prompt)
 
-def positions_beyond(prompt: ModelInputs) -> np.ndarray:
-    """Where each row goes on, int32 [B]: at the number of its tokens, or off it where something is shown."""
-    count_B = prompt.attention_mask.sum(1, dtype=np.int32)
-    return count_B if prompt.vision is None else count_B + prompt.vision.delta_B
+    def begin(self, logits_BV: Any) -> None:
+        """Choose the token after the prompt."""
+        self._token_B, _ = self._chosen(logits_BV)
+        self.rows.add(self._token_B[:, None])
+        self.next_ids_BT = np.concatenate([self._prompt.input_ids[:, 1:], self._token_B[:, None]], axis=1)
 
+    def guess(self, logits_BV: Any) -> np.ndarray:
+        """Choose the next guess, of the draft's logits; int32 [B]."""
+        guess_B, found_BV = self._chosen(logits_BV)
+        self._guesses.append(guess_B)
+        if found_BV is not None:
+            self._drawn_from.append(found_BV)
+        return guess_B
 
-def accept_greedy(drafted_BK: np.ndarray, best_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take drafted tokens as long as they are what the target takes.
+    @property
+    def drafted(self) -> np.ndarray:
+        """This round's guesses, int32 [B, K]."""
+        return np.stack(self._guesses, axis=1)
 
-    Args:
-        drafted_BK: integers [B, K], the draft's tokens.
-        best_BT: integers [B, K + 1], the target's token after each prefix.
-    Returns:
-        How many stay, [B], 0..K; and the target's token after them, [B].
-    """
-    is_same_BK = drafted_BK == best_BT[:, :-1]
-    count_B = np.cumprod(is_same_BK, axis=1).sum(axis=1)
-    return count_B, best_BT[np.arange(len(best_BT)), count_B]
+    @property
+    def fed(self) -> np.ndarray:
+        """What the target reads to verify them: its own last token, and the guesses; int32 [B, K + 1]."""
+        return np.concatenate([self._token_B[:, None], self.drafted], axis=1)
 
+    def verify(self, logits_BTV: Any) -> np.ndarray:
+        """Of the target's logits after each token of ``fed``, how many of these stay, int32 [B]; the round ends."""
+        drafted_BK, was_active_B = self.drafted, self.rows.is_active_B.copy()
+        count_B, token_B = (array.astype(np.int32) for array in self.accepted(logits_BTV))
+        self._rounds += int(was_active_B.sum())
+        self._accepted += int(count_B[was_active_B].sum())
+        steps_T = np.arange(drafted_BK.shape[1] + 1)
+        self.next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
+        self.rows.add(self.next_ids_BT, count_B + 1)
+        kept_B = np.where(self.rows.is_active_B, count_B + 1, 0).astype(np.int32)  # what has ended needs no more room
+        self.next_positions = (self._position_B[:, None] + steps_T + 1).astype(np.int32)
+        self.last_B, self._position_B, self._token_B = count_B, self._position_B + kept_B, token_B
+        self._guesses, self._drawn_from = [], []
+        return kept_B
 
-def accept_sampled(
-    drafted_BK: np.ndarray, draft_BKV: np.ndarray, target_BTV: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take each drafted token with probability min(1, p / q); else draw from what p has more than q.
+    def accepted(self, logits_BTV: Any) -> tuple[np.ndarray, np.ndarray]:
+        """How many guesses stay, integers [B], and the target's token after them, [B]."""
+        if self._is_greedy:
+            return accept_greedy(self.drafted, self.best(logits_BTV))
+        drawn_from_BKV = np.stack(self._drawn_from, axis=1)
+        return accept_sampled(self.drafted, drawn_from_BKV, self._probabilities(logits_BTV), self._rng)
 
-    So the tokens are distributed as if drawn from the target alone, whatever the draft is.
+    @property
+    def report(self) -> SpeculationReport:
+        """What the draft was worth so far."""
+        return SpeculationReport(self._rounds, self._rounds * self._draft_tokens, self._accepted)
 
-    Args:
-        drafted_BK: integers [B, K], drawn from ``draft_BKV``.
-        draft_BKV: the draft's distributions q, [B, K, V].
-        target_BTV: the target's distributions p after each prefix, [B, K + 1, V].
-        rng: of the draws.
-    Returns:
-        How many stay, [B], 0..K; and the token after them, [B].
-    """
-    B, K = drafted_BK.shape
-    q_BK, p_BK = (
-        np.take_along_axis(part, drafted_BK[..., None], axis=-1)[..., 0] for part in (draft_BKV, target_BTV[:, :K])
-    )
-    is_taken_BK = rng.random((B, K)) * q_BK < p_BK  # never for p = 0
-    count_B = np.cumprod(is_taken_BK, axis=1).sum(axis=1)
-    rows_B, is_rejected_B = np.arange(B), count_B < K
-    left_BV = target_BTV[rows_B, count_B].astype(np.float64)
-    more_BV = np.maximum(left_BV - draft_BKV[rows_B, np.minimum(count_B, K - 1)], 0.0)
-    # rounding may leave nothing where p and q are equal; then the token was one of p's in any case
-    has_more_B = is_rejected_B & (more_BV.sum(axis=1) > 0)
-    return count_B, draw(np.where(has_more_B[:, None], more_BV, left_BV), rng)
-
-
-def draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices into the last axis, each with probability in proportion to its weight; float64 sums."""
-    total = np.cumsum(weights, axis=-1, dtype=np.float64)
-    wanted = rng.random(total.shape[:-1]) * total[..., -1]
-    return (total <= wanted[..., None]).sum(axis=-1).clip(max=total.shape[-1] - 1)
-
-
-def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int | None) -> np.ndarray:
-    """softmax(logits / temperature) cut to the best ``top_k``, then to ``top_p``; float64, over the last axis.
-
-    ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
-    """
-    scaled = logits.astype(np.float64) / temperature
-    order = np.argsort(-scaled, axis=-1, kind="stable")
-    best = np.take_along_axis(scaled, order, axis=-1)
-    if top_k is not None:
-        best[..., top_k:] = -np.inf
-    best = np.exp(best - best[..., :1])
-    best /= best.sum(axis=-1, keepdims=True)
-    best[np.cumsum(best, axis=-1) - best >= top_p] = 0.0
-    found = np.zeros_like(scaled)
-    np.put_along_axis(found, order, best / best.sum(axis=-1, keepdims=True), axis=-1)
-    return found
+    def _chosen(self, logits_BV: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """A token a row, int32 [B], and the distribution it was drawn from; None: it is the best."""
+        if self._is_greedy:
+            return self.best(logits_BV).astype(np.int32), None
+        found_BV = self._probabilities(logits_BV)
+        return draw(found_BV, self._rng).astype(np.int32), found_BV
 
 
 class Rows:
@@ -126,15 +147,33 @@ class Rows:
         self._limit, self._ends, self._filler = max_new_tokens, {int(end) for end in ends}, filler
         self.is_active_B = np.ones(num_rows, bool)
 
-    def add(self, row: int, tokens: list[int]) -> None:
-        """Append to a row until it ends; what comes after its end is dropped."""
-        for token in tokens:
-            if not self.is_active_B[row]:
-                return
-            self._tokens[row].append(token)
-            self.is_active_B[row] = token not in self._ends and len(self._tokens[row]) < self._limit
+    def add(self, tokens_BT: np.ndarray, count_B: np.ndarray | None = None) -> None:
+        """Append tokens to each row until it ends: the first ``count_B`` of them, or all. The rest is dropped."""
+        counts = [tokens_BT.shape[1]] * len(tokens_BT) if count_B is None else count_B.tolist()
+        for row, (tokens, count) in enumerate(zip(tokens_BT.tolist(), counts, strict=True)):
+            for token in tokens[:count]:
+                if self.is_active_B[row]:
+                    self._tokens[row].append(token)
+                    self.is_active_B[row] = token not in self._ends and len(self._tokens[row]) < self._limit
 
     def finished(self) -> np.ndarray:
         """int64 [B, N]: every row, filled up to the longest."""
         length = max(map(len, self._tokens))
         return np.array([row + [self._filler] * (length - len(row)) for row in self._tokens], np.int64)
+
+
+def positions_ahead(prompt: ModelInputs) -> np.ndarray:
+    """Position of the token after each, int32 as the prompt's own: the last one's is where the row goes on.
+
+    Args:
+        prompt: every row's real tokens at its end.
+    """
+    next_B = positions_beyond(prompt)
+    next_1 = np.broadcast_to(next_B[:, None], (*prompt.position_ids.shape[:-1], 1))
+    return np.concatenate([prompt.position_ids[..., 1:], next_1], axis=-1)
+
+
+def positions_beyond(prompt: ModelInputs) -> np.ndarray:
+    """Where each row goes on, int32 [B]: at the number of its tokens, or off it where something is shown."""
+    count_B = prompt.attention_mask.sum(1, dtype=np.int32)
+    return count_B if prompt.vision is None else count_B + prompt.vision.delta_B

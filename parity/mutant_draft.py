@@ -107,12 +107,18 @@ def _draft_stays(published: Any, self: Any, weights: Any, kind: str, *args: Any)
 def _accepting(change: Callable[[Any, Any], Any], following: Callable[[Any, Any], Any]) -> Callable[[], list[Patch]]:
     """``change(count, most)`` are accepted, and the token after ``following(count, most)`` comes next."""
 
-    def accept(original: Any, drafted_BK: Any, best_BT: Any) -> Any:
-        count_B, _ = original(drafted_BK, best_BT)
-        most = drafted_BK.shape[1]
-        return change(count_B, most), best_BT[np.arange(len(best_BT)), following(count_B, most)]
+    def speculation(original: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        right = made.accepted
 
-    return wrapped("speculative:accept_greedy", accept)
+        def accepted(logits_BTV: Any) -> Any:
+            (count_B, _), best_BT, most = right(logits_BTV), made.best(logits_BTV), made.drafted.shape[1]
+            return change(count_B, most), best_BT[np.arange(len(best_BT)), following(count_B, most)]
+
+        made.accepted = accepted
+        return made
+
+    return wrapped("speculative:Speculation", speculation)
 
 
 def _all_kept(original: Any, np_: Any, parts: Any, count: Any) -> Any:

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from loaders.speculation import Rows, SpeculationReport, accept_greedy, accept_sampled, distribution, draw
+from loaders.acceptance import accept_greedy, accept_sampled, distribution, draw
+from loaders.speculation import Rows, SpeculationReport
 
 V, K, ROWS = 5, 3, 20_000
 LIMIT = {24: 66.0, 4: 24.0}  # chi-square of so many degrees of freedom exceeds this once in 100 000 times
@@ -120,14 +121,11 @@ def test_draw_never_takes_what_has_no_weight():
 
 def test_rows_end_at_an_end_token_or_at_the_limit_and_are_filled():
     rows = Rows(3, 4, np.array([7]), -1)
-    rows.add(0, [1, 7, 2])
-    rows.add(1, [1, 2])
-    rows.add(2, [7])
+    rows.add(np.array([[1, 7, 2], [1, 2, 5], [7, 5, 5]]), np.array([3, 2, 1]))
     assert rows.is_active_B.tolist() == [False, True, False]
-    rows.add(1, [3])
-    rows.add(0, [9])
+    rows.add(np.array([[9], [3], [9]]))
     assert rows.finished().tolist() == [[1, 7, -1], [1, 2, 3], [7, -1, -1]]
-    rows.add(1, [4, 5])
+    rows.add(np.array([[4, 5]] * 3))
     assert not rows.is_active_B.any()
     assert rows.finished()[1].tolist() == [1, 2, 3, 4]
 

@@ -11,9 +11,10 @@ from planted import LENGTHS, PACKAGES, batch, expected_report, load, plant, watc
 from shape_suffixes import checked_shape_suffixes
 
 import jax_models
-import jax_models.speculative
-import torch_models.speculative
-from loaders.speculation import accept_greedy
+import jax_models.draft
+import loaders.speculation
+import torch_models.draft
+from loaders.acceptance import accept_greedy
 
 MODELS = ("qwen3_5", "qwen3_5-tied", "qwen3_5-moe", "qwen3_5-wrapped")
 LONGEST = 90
@@ -46,7 +47,7 @@ def ending(model, ends):
     return found
 
 
-def accepted_counts(monkeypatch, package):
+def accepted_counts(monkeypatch):
     """Every round's counts, [B] each, filled while the model generates."""
     counts = []
 
@@ -55,7 +56,7 @@ def accepted_counts(monkeypatch, package):
         counts.append(found[0])
         return found
 
-    monkeypatch.setattr(package.speculative, "accept_greedy", spy)
+    monkeypatch.setattr(loaders.speculation, "accept_greedy", spy)
     return counts
 
 
@@ -63,7 +64,7 @@ def accepted_counts(monkeypatch, package):
 @pytest.mark.slow_unless("torch-*", "jax-3-left")
 def test_greedy_tokens_are_those_without_a_draft_whatever_it_gets_right(model, plain, package, K, side, monkeypatch):
     plant(monkeypatch, model, plain)
-    counts = accepted_counts(monkeypatch, package)
+    counts = accepted_counts(monkeypatch)
     for N in (1, 2, K, 24) if package is torch_models or K == 3 else (24,):  # JAX compiles for each capacity
         draft = model.draft
         found = model.generate(*batch(side), N, ignore_eos=True, draft=draft, draft_tokens=K)
@@ -185,8 +186,7 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
     """Whatever finite value: a masked key has weight 0, and 0 NaN is NaN; only what a model computed lies there."""
     plant(monkeypatch, model, plain)
     said = []
-    module = package.speculative
-    monkeypatch.setattr(module, "accept_greedy", lambda *args: said.append(args) or accept_greedy(*args))
+    monkeypatch.setattr(loaders.speculation, "accept_greedy", lambda *args: said.append(args) or accept_greedy(*args))
     model.generate(*batch("left"), LONGEST, ignore_eos=True, draft=model.draft)
     clean = list(said)
     said.clear()
@@ -242,4 +242,4 @@ def test_shape_suffixes_tell_the_truth_while_speculating(model, temperature):
     with checked_shape_suffixes("jax_models", "torch_models", "loaders") as seen:
         model.generate(*batch("left"), 24, temperature, ignore_eos=True, draft=model.draft)
         model.mtp_forward(*batch("right"))
-    assert {"loaders.speculation.accept_sampled" if temperature else "loaders.speculation.accept_greedy"} <= seen
+    assert {"loaders.acceptance.accept_sampled" if temperature else "loaders.acceptance.accept_greedy"} <= seen

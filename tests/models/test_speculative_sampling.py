@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from planted import PACKAGES, TWO_LAYERS
 
-from loaders.speculation import distribution, draw
+import loaders.speculation
+from loaders.acceptance import distribution, draw
 from parity.zoo_draft import make_drafting_checkpoint
 
 V, ROWS, PROMPT = 19, 3000, [3, 14, 15, 9, 2, 6]
@@ -56,12 +57,12 @@ def test_pairs_of_sampled_tokens_have_the_targets_distribution(model, options):
     assert deviation < 4
 
 
-def test_the_test_would_see_a_rule_that_always_accepts(model, package, monkeypatch):
+def test_the_test_would_see_a_rule_that_always_accepts(model, monkeypatch):
     def always(drafted_BK, draft_BKV, target_BTV, rng):
         count_B = np.full(len(drafted_BK), drafted_BK.shape[1])
         return count_B, draw(target_BTV[:, -1], rng)
 
-    monkeypatch.setattr(package.speculative, "accept_sampled", always)
+    monkeypatch.setattr(loaders.speculation, "accept_sampled", always)
     assert excess(model, (1.0, None, None))[0] > 20
 
 

@@ -310,7 +310,7 @@ def replays_nothing(replay):
 HYBRID_SABOTAGE = [
     ("qwen3_5", "torch_models.weights._commit", forgets_the_draft, lambda life: life.reload("B")),
     ("qwen3_5", "torch_models.sleep.wake", forgets_to_restore, lambda life: life.nap()),
-    ("qwen3_5", "torch_models.speculative.accept_greedy", accepts_everything, lambda life: life.speculate()),
+    ("qwen3_5", "loaders.speculation.accept_greedy", accepts_everything, lambda life: life.speculate()),
     ("qwen3_5", "torch_models.recording.Recording.replay", replays_nothing, lambda life: life.replay()),
     (
         "qwen3_5-wrapped",
