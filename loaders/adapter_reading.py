@@ -171,6 +171,11 @@ class Reading:
 
     def _read(self, name: str, shape: tuple[int, ...], what: str) -> np.ndarray | None:
         """A tensor in float32; None when it is not what it must be."""
+        value = self._stored(name, shape, what)
+        return None if value is None else value.astype(np.float32)
+
+    def _stored(self, name: str, shape: tuple[int, ...], what: str) -> np.ndarray | None:
+        """A tensor as it is in the file; None when it is not what it must be."""
         self.taken.add(name)
         info = self.files.tensors[name]
         before = len(self.problems)
@@ -189,7 +194,7 @@ class Reading:
         value = self.files.read(name)
         if not np.isfinite(value.astype(np.float32)).all():
             self.problems.append(f"tensor {name!r} holds values that are not finite")
-        return value.astype(np.float32)
+        return value
 
     def _whole(self) -> dict[str, np.ndarray]:
         """Tensors of ``modules_to_save``."""
@@ -201,8 +206,8 @@ class Reading:
             name = by_path.get(tensor)
             if name is None:
                 self.problems.append(f"tensor {tensor!r} is missing: modules_to_save names its module")
-            elif self._read(name, shape, "the model's sizes") is not None:
-                found[tensor] = self.files.read(name)
+            elif (value := self._stored(name, shape, "the model's sizes")) is not None:
+                found[tensor] = value
         return found
 
     def _left_out(self) -> tuple[str, ...]:

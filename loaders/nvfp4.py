@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-BLOCK = 16  # consecutive elements of the last axis that share a block scale
+from loaders.quantization import BLOCK
+
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # the least positive one

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-BLOCK = 16  # weights that share a block scale
+BLOCK = 16  # weights that share a block scale, consecutive ones of the last axis
 
 KV_LEAVES = ("k_scale", "v_scale")  # of key and value projections, where they are kept in FP8
 

@@ -19,10 +19,10 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.lots import Part, lots_of
-from loaders.nvfp4 import BLOCK, NVFP4Tensor, global_scale, quantize
+from loaders.nvfp4 import NVFP4Tensor, global_scale, quantize
 from loaders.opening import open_checkpoint
 from loaders.quantizable import Matrix, documents, infos, matrices_of
-from loaders.quantization import WEIGHTS_ONLY, Activations, Scheme
+from loaders.quantization import BLOCK, WEIGHTS_ONLY, Activations, Scheme
 from loaders.quantization_config import KEY
 from loaders.regions import Region
 from loaders.slices import Slice

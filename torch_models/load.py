@@ -87,13 +87,13 @@ def load(
     plan, parallel = together(mesh, planned)
     checkpoint = plan.checkpoint
     activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
-    family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
-    build = vars(family)[checkpoint.config.architecture]
-    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
     if kernel is not None and not has_nvfp4(quantization):
         raise ValueError(
             f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."
         )
+    family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
+    build = vars(family)[checkpoint.config.architecture]
+    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
     where = {"quantizes_inputs": activations.inputs, "kernel": kernel}
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
     kv_cache = None if quantization is None else quantization.kv_cache

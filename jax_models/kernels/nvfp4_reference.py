@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-BLOCK = 16  # elements along K that share a scale
+from loaders.quantization import BLOCK
 
 # [A, K] x [E, N, K] -> [A, N], rows in groups along A, one expert each
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_models.kernels.nvfp4_reference import BLOCK
+from loaders.quantization import BLOCK
 
 Ref = Any  # what Pallas hands to a kernel: memory, read and written by index
 Index = Any  # int, or one that is known when the kernel runs

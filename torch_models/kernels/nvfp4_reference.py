@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-BLOCK = 16
+from loaders.quantization import BLOCK
+
 PIECE = 1 << 24  # elements of a weight that are expanded at once: 64 MiB in float32
 E2M1_MAX, E4M3_MAX, E4M3_MIN = 6.0, 448.0, 2.0**-9
 # midpoints of the e2m1 magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6; one that ties goes to the even code, under or over it
