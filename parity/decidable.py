@@ -2,8 +2,8 @@
 
 A token is decidable when the reference's margin between its two best logits is above twice the largest error of the
 side that shows less of it: no rounding of that size can turn it, and what the other side is off beyond that is no
-rounding, so it excuses neither. There 100 % agreement is owed; elsewhere a difference is a
-tie and proves nothing.
+rounding, so it excuses neither. There 100 % agreement is owed; elsewhere, and at a token that the oracle says rounding
+alone may turn around, a difference is a tie and proves nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ OUTCOMES = ("differs", "undecided", "router flip", "tie", "equal")
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """Top-1 of one side and of its reference by token [n], the reference's margin, and the largest error [scalar]."""
+    """Top-1 of one side and of its reference by token [n], the reference's margin, and the largest error [scalar].
+
+    The margin is 0 where rounding alone may turn a token around.
+    """
 
     own: np.ndarray
     reference: np.ndarray
@@ -39,12 +42,13 @@ def picks(case: Case, keep: np.ndarray) -> tuple[Picks, ...]:
     best: list[list[np.ndarray]] = [[], []]
     margins: list[list[np.ndarray]] = [[], []]
     errors, largest = [0.0, 0.0], [0.0, 0.0]
-    for _, (a, b, *oracles) in chunks(case, LOGITS, keep):
+    may_turn = case.limits.may_turn(case.amplification(LOGITS)[keep[case.mask()]])
+    for where, (a, b, *oracles) in chunks(case, LOGITS, keep):
         pairs = zip((a, b), oracles, strict=True) if oracles else [(a, b)]
         for side, (mine, reference) in enumerate(pairs):
             own[side].append(mine.argmax(axis=1))
             best[side].append(reference.argmax(axis=1))
-            margins[side].append(_margin(reference))
+            margins[side].append(np.where(may_turn[where], 0.0, _margin(reference)))
             errors[side] = max(errors[side], float(np.abs(mine - reference).max()))
             largest[side] = max(largest[side], float(np.abs(reference).max()))
     if not own[0]:

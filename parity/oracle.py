@@ -46,6 +46,7 @@ def oracle_forward(
     routing: Mapping[str, np.ndarray] | None = None,
     mtp: bool = False,
     shake: float = 0.0,
+    draw: int = 0,
     saw: Saw | None = None,
     adapter: Adapter | None = None,
     taps: Taps | None = None,
@@ -68,6 +69,7 @@ def oracle_forward(
             t+1, and is real where both are.
         shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
             result moves says how much the checkpoint amplifies rounding.
+        draw: which random error; each is another direction.
         multimodal: images and videos under their Hugging Face processor's names.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
         adapter: of every row.
@@ -103,7 +105,7 @@ def oracle_forward(
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
         positions = sight.positions if sight is not None and position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, saw, sight, adapter, taps, fault)
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, draw, saw, sight, adapter, taps, fault)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

@@ -24,6 +24,9 @@ from parity.trace import Trace
 from parity.trace_layout import AMPLIFICATION, activations, hidden_layers
 
 SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
+# How hard to shake for a token's amplification. One direction may happen to leave a token where it is that another
+# moves 200 times as far; and what nearly cancels may turn over under bfloat16's roundings, yet not under smaller ones.
+SHAKES = (SHAKE, 2.0**-9, 2.0**-9, 2.0**-9)
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,19 @@ def amplification(
     """How much larger a relative error of every layer has become in each tensor, by token: ``amplification.NAME``.
 
     Where a norm follows what nearly cancels, as the first tokens of a gated delta net can, rounding alone decides; the
-    ruler has to know. Measured by shaking the oracle, with its own experts replayed. Float32 [B, T].
+    ruler has to know. Measured by shaking the oracle, with its own experts replayed: the root of the mean square over
+    ``SHAKES``. Float32 [B, T].
     """
     routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
-    shaken = oracle_forward(checkpoint, **inputs, routing=routing or None, mtp=mtp, shake=SHAKE, adapter=adapter)
+    common = {"routing": routing or None, "mtp": mtp, "adapter": adapter}
+    names = activations(tensors)
+    moved_sq = dict.fromkeys(names, 0.0)
+    for draw, shake in enumerate(SHAKES):
+        shaken = oracle_forward(checkpoint, **inputs, **common, shake=shake, draw=draw)
+        for name in names:
+            moved_sq[name] += np.square((shaken[name] - tensors[name]) / shake).sum(axis=-1) / len(SHAKES)
     found: dict[str, np.ndarray] = {}
-    for name in activations(tensors):
-        size = np.linalg.norm(tensors[name], axis=-1)
-        moved = np.linalg.norm(shaken[name] - tensors[name], axis=-1)
-        found[AMPLIFICATION + name] = (moved / np.maximum(size, 1e-30) / SHAKE).clip(max=1e6).astype(np.float32)
+    for name in names:
+        size = np.maximum(np.linalg.norm(tensors[name], axis=-1), 1e-30)
+        found[AMPLIFICATION + name] = (np.sqrt(moved_sq[name]) / size).clip(max=1e6).astype(np.float32)
     return found

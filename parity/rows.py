@@ -17,13 +17,14 @@ from parity.ruler import Judgement, Side
 class Errors:
     """Errors of one tensor: of the whole over the tokens kept, and float64 [n] by token; inf where not finite.
 
+    What rounding alone may turn around is left out of the whole, unless nothing else is there.
     e_a and e_b are not there without an oracle, direct is always.
     """
 
     whole: dict[str, float]
     by_token: dict[str, np.ndarray]
     amplification: np.ndarray  # of rounding by the oracle, by token; 0 where unknown
-    overall: float  # the same of the whole tensor
+    overall: float  # the same of the whole
 
 
 def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np.ndarray]:
@@ -39,7 +40,7 @@ def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np
     kept = keep[mask]
     finite = total.finite_a & total.finite_b
     judged = kept | ~finite  # what is not finite fails, also behind a router flip
-    errors = _errors(total, judged, case.amplification(name))
+    errors = _errors(case, total, judged, case.amplification(name))
     used = _used_by_token(case, errors)
     picture = np.full(mask.shape, np.nan, np.float32)
     places = np.argwhere(mask)[judged]
@@ -52,7 +53,7 @@ def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np
     return _row(case, name, errors, worst, len(used)), picture
 
 
-def _errors(total: Sums, judged: np.ndarray, amplification: np.ndarray) -> Errors:
+def _errors(case: Case, total: Sums, judged: np.ndarray, amplification: np.ndarray) -> Errors:
     parts = {"direct": (total.diff, total.size, total.finite_a & total.finite_b)}
     for key, error, scale, finite in (
         ("e_a", total.error_a, total.scale_a, total.finite_a),
@@ -60,16 +61,20 @@ def _errors(total: Sums, judged: np.ndarray, amplification: np.ndarray) -> Error
     ):
         if error is not None and scale is not None:
             parts[key] = (error, scale, finite)
+    amplified = amplification[judged]
+    counted = ~case.limits.may_turn(amplified)
+    counted |= not counted.any()  # all of them: then together
     whole, by_token = {}, {}
     for key, (error, scale, finite) in parts.items():
         error, scale, finite = error[judged], scale[judged], finite[judged]
         # Where a is not finite, so is every sum with a in it; b's error stays what it is.
         safe_error, safe_scale = np.where(finite, error, 0.0), np.where(np.isfinite(scale), scale, 0.0)
         by_token[key] = np.where(finite, ruler.relative_by_token(safe_error, safe_scale), np.inf)
-        whole[key] = ruler.relative(float(safe_error.sum()), float(safe_scale.sum())) if finite.all() else math.inf
-    amplified, scale = amplification[judged], total.size[judged]
+        error_sq, scale_sq = (float(array[counted].sum()) for array in (safe_error, safe_scale))
+        whole[key] = ruler.relative(error_sq, scale_sq) if finite.all() else math.inf
+    scale = total.size[judged][counted]
     scale = np.where(np.isfinite(scale), scale, 0.0)
-    overall = ruler.relative(float((amplified**2 * scale).sum()), float(scale.sum()))
+    overall = ruler.relative(float((amplified[counted] ** 2 * scale).sum()), float(scale.sum()))
     return Errors(whole, by_token, amplified, overall)
 
 
@@ -99,7 +104,8 @@ def _judge_whole(case: Case, errors: Errors) -> Judgement:
     if "e_a" not in errors.whole:
         return ruler.judge_direct(errors.whole["direct"], lid=lid)
     e_a, e_b = errors.whole["e_a"], errors.whole["e_b"]
-    return ruler.judge(e_a, e_b, k=limits.k, lid=lid, floor_a=limits.u, floor_b=limits.u)
+    floor = max(limits.u, limits.layer * errors.overall)  # or a peer that was lucky at one token would fail us
+    return ruler.judge(e_a, e_b, k=limits.k, lid=lid, floor_a=floor, floor_b=floor)
 
 
 def _judge_token(case: Case, errors: Errors, token: TokenError) -> Judgement:

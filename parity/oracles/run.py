@@ -120,6 +120,7 @@ class Run:
     positions: np.ndarray  # [B, T] or [3, B, T]
     replayed: Mapping[str, np.ndarray]
     shake: float = 0.0
+    draw: int = 0
     saw: Saw | None = None
     sight: Sight | None = None  # what the prompt shows
     adapter: Adapter | None = None
@@ -174,7 +175,7 @@ class Run:
         x_BTD = self.text.tap(f"layers.{layer - 1}" if layer else "embed_tokens", x_BTD)
         if not self.shake:
             return x_BTD
-        rng = np.random.default_rng(list(name.encode()))
+        rng = np.random.default_rng([self.draw, *name.encode()])
         return x_BTD * (1 + self.shake * rng.standard_normal(x_BTD.shape))
 
     def final(self, x_BTD: np.ndarray) -> np.ndarray:

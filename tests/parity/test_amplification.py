@@ -58,6 +58,40 @@ def test_a_token_may_be_as_much_further_off_as_rounding_moves_it_and_no_more():
     assert compare(ours, peer, amplified(oracle, 1e6)).verdict == "FAIL"
 
 
+def test_a_token_that_rounding_may_turn_around_says_nothing_of_the_others():
+    ours, peer, oracle = one_token_off(1.5)  # as much as all the others together, many times over
+    assert compare(ours, peer, amplified(oracle, 31.0)).verdict == "FAIL"  # of 8 u 31 < 1
+    comparison = compare(ours, peer, amplified(oracle, 300.0))
+    assert comparison.verdict == "PASS"
+    assert all(count.first_miss is None for count in comparison.top1)
+    others = ours.tensors["logits"].copy()
+    others[0, 1:] *= 1.05  # and they are not excused
+    off = Trace({**ours.tensors, "logits": others}, ours.meta)
+    assert compare(off, peer, amplified(oracle, 300.0)).verdict == "FAIL"
+
+
+def test_a_top_1_that_rounding_may_turn_is_a_tie():
+    ours, peer, oracle = trio()
+    wrong = ours.tensors["logits"].copy()
+    best = oracle.tensors["logits"][0, 0].argmax()
+    wrong[0, 0, best] = wrong[0, 0].min()
+    ours = Trace({**ours.tensors, "logits": wrong}, ours.meta)
+    (count, _) = compare(ours, peer, oracle).top1
+    assert count.first_miss == (0, 0)
+    (count, _) = compare(ours, peer, amplified(oracle, 300.0)).top1
+    assert count.first_miss is None
+    assert count.ties > compare(peer, peer, oracle).top1[0].ties
+
+
+def test_a_whole_tensor_may_be_off_what_the_oracle_makes_of_rounding_where_its_peer_was_lucky():
+    ours, _, oracle = trio()
+    peer = Trace({name: array.copy() for name, array in oracle.tensors.items()}, ours.meta)  # without any error
+    assert compare(ours, peer, oracle).verdict == "FAIL"
+    everywhere = Trace({**oracle.tensors, NAME: np.full((B, T), 4.0, np.float32)}, oracle.meta)
+    row = next(row for row in compare(ours, peer, everywhere).rows if row.name == "logits")
+    assert row.verdict == "PASS"
+
+
 def test_a_whole_tensor_that_is_wrong_fails_however_much_is_amplified():
     ours, peer, oracle = trio()
     for trace in (ours, peer):  # alike, so that only the lid can tell
