@@ -23,7 +23,7 @@ from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
-from loaders.writer import check_free
+from loaders.writer import new_directory
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -225,7 +225,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     if len(processes) == 1:
         return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
     is_writer = jax.process_index() == processes[0]
-    together(model.mesh, lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    together(model.mesh, lambda: new_directory(directory) if is_writer else None)
     waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
 
     def read_param(name: str) -> np.ndarray:

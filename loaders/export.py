@@ -79,6 +79,7 @@ def export_checkpoint(
         left_out: tensors the model never loaded, to be copied from ``checkpoint`` so that the export is whole.
     Raises:
         FileExistsError: the directory holds something already.
+        ValueError: it is an address.
         CheckpointError: a left out tensor can no longer be read.
     """
     reader = TensorReader(checkpoint, specs, read_param)

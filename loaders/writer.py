@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -94,11 +95,10 @@ def write_checkpoint(
         The directory.
     Raises:
         FileExistsError: ``directory`` exists and is not an empty directory. It is left as it is.
-        ValueError: listing all that a checkpoint cannot hold, before anything is written; or ``read`` gave something
-            else than planned. Nothing is left behind.
+        ValueError: listing all that a checkpoint cannot hold, before anything is written; an address for a directory;
+            or ``read`` gave something else than planned. Nothing is left behind.
     """
-    target = Path(os.path.realpath(directory))
-    check_free(target)
+    target = new_directory(directory)
     if odd := [name for name in copied or {} if not is_plain(name)]:
         raise ValueError(_listed([f"copied names the file {name!r}, expected a plain name" for name in odd]))
     layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
@@ -136,19 +136,40 @@ def writing_order(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -
     return [name for file in _headers(plan, _given_layout(plan, files), {}) for name in file.tensors]
 
 
-def check_free(target: Path) -> None:
-    """Raises FileExistsError unless a directory is new or empty."""
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Where something is to be written.
+
+    Raises:
+        ValueError: an address, which would make a directory of that name here.
+    """
+    if address := re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(path)):
+        raise ValueError(
+            f"{os.fspath(path)!r} is an address, and nothing is written to {address[1]}://. Write to a local directory"
+            " and copy it."
+        )
+    return Path(path)
+
+
+def new_directory(directory: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is to be written, links resolved.
+
+    Raises:
+        FileExistsError: it is not new and not empty.
+        ValueError: it is an address.
+    """
+    target = Path(os.path.realpath(local_path(directory)))
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty. Write to a new directory, or remove it first.")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
+    return target
 
 
 def _publish(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except OSError:
-        check_free(target)  # somebody filled it meanwhile: say so
+        new_directory(target)  # somebody filled it meanwhile: say so
         raise
 
 

@@ -22,7 +22,7 @@ from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
 from loaders.spec import Specs
-from loaders.writer import check_free
+from loaders.writer import new_directory
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
@@ -305,7 +305,7 @@ def _export_together(
 ) -> Path:
     """The first rank writes, and the others hand it their parts."""
     is_writer = parallel.mesh.get_rank() == 0
-    together(parallel.mesh, lambda: check_free(Path(os.path.realpath(directory))) if is_writer else None)
+    together(parallel.mesh, lambda: new_directory(directory) if is_writer else None)
     waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
 
     def read_param(name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from parity.commands.options import add_backend, add_decode
+from parity.commands.options import add_backend, add_decode, output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="feed each backend the other's values alone: quick, but not whose it is",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="print the last sentence only")
 
 

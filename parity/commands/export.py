@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
     parser.add_argument("--backend", choices=("jax", "torch"), required=True)
     parser.add_argument("--reload", metavar="CKPT_B", help="hot reload this checkpoint over the first")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty directory")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty directory")
 
 
 def run(args: argparse.Namespace) -> int:
+    from loaders.writer import new_directory
     from parity.backends import open_backend
 
+    new_directory(args.output)  # what is wrong with it is said before a checkpoint is loaded
     backend = open_backend(args.backend)
     model = backend.load(args.checkpoint)
     with backend.scope():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -52,7 +53,29 @@ def add_probes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def output_file(text: str) -> Path:
+    """A file to write, of an option: what is wrong with it is said before anything runs.
+
+    Nothing is made or opened: it may be a pipe.
+    """
+    from loaders.writer import local_path
+
+    try:
+        path = local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    where = Path(os.path.realpath(path))
+    if where.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory, expected a file")
+    if not where.exists() and not where.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no directory {where.parent}; make it first")
+    asked, mode = (where, os.W_OK) if where.exists() else (where.parent, os.W_OK | os.X_OK)
+    if not os.access(asked, mode, effective_ids=os.access in os.supports_effective_ids):
+        raise argparse.ArgumentTypeError(f"{path} may not be written; name another file")
+    return path
+
+
 def add_reports(parser: argparse.ArgumentParser) -> None:
     """Where to write what was found."""
     for name, what in (("html", "a report to look at"), ("junit", "JUnit XML"), ("json", "JSON"), ("md", "Markdown")):
-        parser.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"write {what}")
+        parser.add_argument(f"--{name}", metavar="FILE", type=output_file, help=f"write {what}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from pathlib import Path
+
+from parity.commands.options import output_file
 
 DOES_NOT_FIT = 1
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", choices=("nvfp4",), help="quantise weights while they are read")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in; default: as stored")
     parser.add_argument("--exact", action="store_true", help="compile every layer rather than extrapolate from a few")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.prompt is not None and args.prompt > args.context:
         problems.append(f"--prompt is {args.prompt}, expected at most the {args.context} slots of --context")
-    if args.json and (problem := _unwritable(args.json)):  # said before compiling, which takes minutes
-        problems.append(problem)
     if problems:
         raise ValueError("; ".join(problems))
     chip = chip_of(args.chip)
@@ -61,18 +59,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0 if found["fits"] else DOES_NOT_FIT
-
-
-def _unwritable(path: Path) -> str | None:
-    """Why no file can be written there; None: one can. Nothing is made or opened: it may be a pipe."""
-    where = Path(os.path.realpath(path))
-    if where.is_dir():
-        return f"--json {path} is a directory, expected a file"
-    if not where.exists() and not where.parent.is_dir():
-        return f"--json {path}: there is no directory {where.parent}; make it first"
-    is_effective = os.access in os.supports_effective_ids
-    if where.exists():
-        may = os.access(where, os.W_OK, effective_ids=is_effective)
-    else:
-        may = os.access(where.parent, os.W_OK | os.X_OK, effective_ids=is_effective)
-    return None if may else f"--json {path} may not be written; name another file"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, not quantised")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="new or empty directory")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty directory")
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
@@ -30,10 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
     from loaders.companions import companions
     from loaders.quantize import quantized
-    from loaders.writer import write_checkpoint
+    from loaders.writer import new_directory, write_checkpoint
 
-    if args.output.is_dir() and any(args.output.iterdir()):  # said before a calibration that takes minutes
-        raise FileExistsError(f"{args.output} is not empty. Write to a new directory, or remove it first.")
+    new_directory(args.output)  # what is wrong with it is said before a calibration that takes minutes
     plain = open_checkpoint(args.checkpoint)
     checkpoint, calibration = quantized(plain), None
     if args.calibrate:

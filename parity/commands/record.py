@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from parity.commands.options import add_backend, add_decode, add_inputs, add_probes
+from parity.commands.options import add_backend, add_decode, add_inputs, add_probes, output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_decode(parser)
     add_probes(parser)
-    parser.add_argument("-o", "--output", metavar="TRACE", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument(
+        "-o", "--output", metavar="TRACE", type=output_file, required=True, help="safetensors file to write"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

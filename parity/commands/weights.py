@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from parity.commands.options import output_file
 
 if TYPE_CHECKING:
     from parity.weights import WeightComparison
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="D", help="where to load; default: cpu (torch), the first (jax)")
     parser.add_argument("--all", action="store_true", help="list every tensor that differs, not groups of them")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything as JSON")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

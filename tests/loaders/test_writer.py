@@ -253,6 +253,16 @@ def test_a_directory_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path,
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint"]
 
 
+@pytest.mark.parametrize("address", ["s3://b/out", "gs://b/out", "file:///out", "s3:/b/out", Path("gs://b/out")])
+def test_an_address_is_no_directory_to_write(address, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is an address, and nothing is written to \w+://"):
+        write_checkpoint(address, plan_of(ARRAYS), fail, config=CONFIG)  # said before reading
+    assert list(tmp_path.iterdir()) == []
+    written("./s3:/b/out")  # a directory may be called so
+    assert (tmp_path / "s3:/b/out/config.json").is_file()
+
+
 def test_a_file_in_the_way_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_text("mine")
     with pytest.raises(FileExistsError, match="checkpoint is a file, expected a directory that is new or empty"):

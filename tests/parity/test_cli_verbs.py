@@ -116,3 +116,26 @@ def test_bad_input_is_two_and_a_missing_device_is_five(arguments, code, checkpoi
     monkeypatch.chdir(tmp_path)
     assert main([str(checkpoints[0]) if word == "CKPT" else word for word in arguments]) == code
     assert capsys.readouterr().err.startswith("tandem ")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "output", "words"),
+    [
+        ("export --backend torch", "-o", "s3://b/out", "nothing is written to s3://"),
+        ("quantize", "-o", "gs://b/out", "nothing is written to gs://"),
+        ("export --backend jax", "-o", ".", "is not empty"),
+        ("record --backend torch", "-o", "s3://b/out", "nothing is written to s3://"),
+        ("record --backend oracle", "-o", "none/t", "make it first"),
+        ("run", "--html", "none/page.html", "make it first"),
+        ("run", "--junit", ".", "is a directory, expected a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    verb, option, output, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    name, *rest = verb.split()
+    assert main([name, "no-checkpoint", *rest, option, output]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
