@@ -13,10 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,13 +29,34 @@ STRETCH_PIECES = 4
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
 
 
-class FileIdentity(NamedTuple):
-    """What must not change between opening a checkpoint and reading it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class FileIdentity:
+    """What must not change between opening a checkpoint and reading it.
+
+    Attributes:
+        changed_ns: when the file or its attributes changed: unlike ``modified_ns`` nobody can set it back.
+        attributes: links, mode, owner and group; where one of them is another, that is what changed. A file that was
+            replaced loses a link, and is still what it was.
+    """
 
     device: int
     inode: int
     num_bytes: int
     modified_ns: int
+    changed_ns: int = field(repr=False)
+    attributes: tuple[int, ...] = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FileIdentity) or self._content != other._content:
+            return False
+        return self.changed_ns == other.changed_ns or self.attributes != other.attributes
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @property
+    def _content(self) -> tuple[int, ...]:
+        return self.device, self.inode, self.num_bytes, self.modified_ns
 
 
 class LocalFile:
@@ -76,7 +97,9 @@ class LocalFile:
 
     def identity(self) -> FileIdentity:
         found = os.fstat(self.descriptor)
-        return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        attributes = found.st_nlink, found.st_mode, found.st_uid, found.st_gid
+        content = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return FileIdentity(*content, found.st_ctime_ns, attributes)
 
     def read_into(self, out: memoryview, position: int) -> None:
         """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,6 +206,13 @@ def rewritten(path: Path) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
+def set_back(path: Path) -> None:
+    before = path.stat()
+    time.sleep(0.02)  # the clock of a file system may tick every few ms only
+    rewritten(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def replaced(path: Path) -> None:
     other = path.with_suffix(".new")
     other.write_bytes(bytes(path.stat().st_size))
@@ -216,7 +224,8 @@ def removed(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "outcome"), [(cut, REFUSED), (rewritten, REFUSED), (replaced, READ), (removed, REFUSED)]
+    ("change", "outcome"),
+    [(cut, REFUSED), (rewritten, REFUSED), (set_back, REFUSED), (replaced, READ), (removed, REFUSED)],
 )
 def test_a_file_that_changes_in_the_middle_of_a_tensor_is_an_error_or_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], outcome: str

@@ -274,6 +274,13 @@ def rewrite(path: Path) -> None:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the clock of a file system may tick every few ms only
 
 
+def rewrite_and_set_the_time_back(path: Path) -> None:
+    before = path.stat()
+    time.sleep(0.02)  # the clock of a file system may tick every few ms only
+    rewrite(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def replace(path: Path) -> None:
     copy = path.with_suffix(".copy")
     copy.write_bytes(path.read_bytes())
@@ -295,7 +302,7 @@ def link_outside(path: Path) -> None:
     path.symlink_to(path.parent.parent / "moved")
 
 
-CHANGES = [truncate, empty, grow, rewrite, replace, remove, turn_into_fifo, link_outside]
+CHANGES = [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back, replace, remove, turn_into_fifo, link_outside]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -312,7 +319,7 @@ def test_a_file_that_changed_since_opening_is_an_error_and_not_other_weights(
     assert checkpoint.read("b").tobytes() == content("b").tobytes()  # the other file is as it was
 
 
-@pytest.mark.parametrize("change", [truncate, empty, grow, rewrite])
+@pytest.mark.parametrize("change", [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back])
 def test_a_file_that_changes_while_it_is_streamed_is_an_error(
     checkpoint: Checkpoint, change: Callable[[Path], None]
 ) -> None:
@@ -322,6 +329,17 @@ def test_a_file_that_changes_while_it_is_streamed_is_an_error(
     with pytest.raises(CheckpointError):
         next(stream)
     assert reader_threads() == []
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, path.with_suffix(".link"))]
+)
+def test_other_attributes_of_a_file_may_change(checkpoint: Checkpoint, change: Callable[[Path], None]) -> None:
+    time.sleep(0.02)
+    stream = checkpoint.stream(64 * KIB)
+    found = [next(stream)]
+    change(Path(str(checkpoint.source)) / checkpoint.tensors["a"].file)
+    assert [name for name, _ in [*found, *stream]] == list(checkpoint.tensors)
 
 
 def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(checkpoint: Checkpoint) -> None:
