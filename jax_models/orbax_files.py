@@ -57,7 +57,10 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
             for item, handler in handlers.items():
                 if not (directory := temporary.get() / item).exists():
                     raise FileNotFoundError(f"{directory} is not here. Save to a directory that all processes share.")
-                handler.save(directory, args=args[item])
+                try:
+                    handler.save(directory, args=args[item])
+                except ValueError as error:  # TensorStore's, of whatever a file system refuses
+                    raise OSError(f"{directory} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
         def finish() -> None:
             if jax.process_index() == primary:
@@ -67,8 +70,14 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
                 store.update(temporary.get() / ABOUT, item_handlers=kinds)
                 _run(temporary.finalize())
 
-        for step in (begin, write_ours, finish):
-            together(mesh, step)
+        try:
+            for step in (begin, write_ours, finish):
+                together(mesh, step)
+        except BaseException:
+            if jax.process_index() == primary:  # nobody writes any more; a full disk would stay full
+                with contextlib.suppress(Exception):
+                    temporary.get().rmtree(missing_ok=True)
+            raise
 
 
 class UnreadableArrays(Exception):

@@ -13,7 +13,7 @@ import numpy as np
 from loaders import dtypes
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.memory import aligned_empty
+from loaders.memory import aligned_empty, check_budget
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
 from loaders.sources import Identity, OpenFile, Session, Source
@@ -104,7 +104,7 @@ class Checkpoint:
             CheckpointError: as ``read``.
         """
         part = Slice(name, index)
-        ((_, found),) = self.stream_slices([part], self.num_bytes_of(part), into=None if out is None else lambda _: out)
+        ((_, found),) = self.stream_slices([part], into=None if out is None else lambda _: out)
         return found
 
     def stream(
@@ -136,6 +136,7 @@ class Checkpoint:
         chosen = self.names_of(names)
         wanted = [Slice(name) for name in self.tensors if name in chosen]
         given = None if into is None else lambda part: into(part.name)
+        check_budget(host_budget_bytes)
         return _named(self._stream(wanted, given, host_budget_bytes))
 
     def stream_slices(
@@ -159,6 +160,7 @@ class Checkpoint:
         found = sorted(
             (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
         )
+        check_budget(host_budget_bytes)
         return self._stream([one for *_, one in found], into, host_budget_bytes)
 
     def stream_regions(
@@ -177,6 +179,7 @@ class Checkpoint:
             ValueError: a region that is no part of its tensor, or does not fit its destination.
             CheckpointError: as ``read``.
         """
+        check_budget(host_budget_bytes)
         num_bytes = 0 if host_budget_bytes is None else 1
 
         def begin(name: str) -> Begun[tuple[str, list[np.ndarray]]]:
@@ -225,9 +228,10 @@ class Checkpoint:
     def _check_budget(self, owned: list[Slice], budget: int) -> None:
         big = {part.name: size for part in owned if (size := self.num_bytes_of(part)) > budget}
         if big:
+            largest = max(big, key=big.__getitem__)
             raise ValueError(
-                f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {max(big.values())}"
-                f" bytes ({next(iter(big))}). Give a larger budget or a destination for them (into=), or read them in"
+                f"host_budget_bytes={budget} is less than {len(big)} tensors need, the largest {big[largest]}"
+                f" bytes ({largest}). Give a larger budget or a destination for them (into=), or read them in"
                 " parts (stream_slices)."
             )
 

@@ -55,6 +55,15 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
+def check_budget(host_budget_bytes: object) -> None:
+    """Raises ValueError unless it is a number of bytes to hold at most, or None."""
+    if host_budget_bytes is None:
+        return
+    is_whole = isinstance(host_budget_bytes, int | np.integer) and not isinstance(host_budget_bytes, bool)
+    if not is_whole or int(host_budget_bytes) < 1:
+        raise ValueError(f"host_budget_bytes={host_budget_bytes!r}, expected a positive number of bytes")
+
+
 @lru_cache(1)
 def physical_bytes() -> int:
     """Memory that this machine has."""

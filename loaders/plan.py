@@ -13,6 +13,7 @@ from loaders.errors import CheckpointError
 from loaders.expand import NOTHING, Shaped, expand
 from loaders.families import family_module
 from loaders.header import TensorInfo
+from loaders.memory import check_budget
 from loaders.parts import missing_parts, repeated_parts
 from loaders.spec import ModelConfig, ParamSpec, Source, Specs
 from loaders.stage import Stage
@@ -60,8 +61,7 @@ class LoadPlan:
         """
         if host_budget_bytes is None:
             return dataclasses.replace(self, staged=staged)
-        if type(host_budget_bytes) is not int or host_budget_bytes < 1:
-            raise ValueError(f"host_budget_bytes={host_budget_bytes!r}, expected a positive number of bytes")
+        check_budget(host_budget_bytes)
         tensors = self.checkpoint.tensors
         needed = {name: tensors[name].num_bytes for name in self.verified}
         if staged:

@@ -124,7 +124,7 @@ class QuantizedCheckpoint(Checkpoint):
         parts += [Part({name}, {name}) for name in direct]
         plain_into = (lambda name: into(name) if name in direct else None) if into else None
         for lot in lots_of(parts, self.plain.tensors):
-            budget = sum(self.plain.tensors[name].num_bytes for name in lot)
+            budget = max(1, sum(self.plain.tensors[name].num_bytes for name in lot))  # of empty ones too
             budget = budget if host_budget_bytes is None else host_budget_bytes
             yield from self._of_lot(self.plain.stream(budget, names=lot, into=plain_into), groups, chosen, into)
 

@@ -27,6 +27,8 @@ LOCAL = "runai"  # the scheme of files
 EXTRAS = {LOCAL: "runai", "s3": "runai", "gs": "gs"}
 PARTS = {"s3": ("runai-model-streamer-s3", "libstreamers3.so"), "gs": ("runai-model-streamer-gcs", "libstreamergcs.so")}
 _loading = threading.Lock()
+_loaded: set[str] = set()  # schemes, by this process
+_of_parent: set[str] = set()
 
 
 class Device(ctypes.Structure):
@@ -67,7 +69,13 @@ def library_of(scheme: str) -> ctypes.CDLL:
         OSError: it is not installed, or no copy of it can be loaded.
     """
     path = find_library(scheme)
+    if scheme == "s3" and scheme in _of_parent:  # a second copy finds the part of the first by its name
+        raise OSError(
+            "this process was forked from one that has read s3://, and what reads it is lost in a fork. Start it anew"
+            " instead: multiprocessing.get_context('spawn')"
+        )
     with _loading:
+        _loaded.add(scheme)
         return _load(path, scheme)
 
 
@@ -101,8 +109,23 @@ def _load_copy(path: Path, part: Path) -> ctypes.CDLL:
             link.symlink_to(f"/proc/self/fd/{copy.fileno()}")
             library = ctypes.CDLL(str(link))
             link.unlink()
-        atexit.register(undo.pop_all().close)
+        atexit.register(_close_in, os.getpid(), undo.pop_all())
     return library
+
+
+def _close_in(process: int, stays: ExitStack) -> None:
+    """A process that was forked ends with its parent's duties, and must not do them."""
+    if os.getpid() == process:
+        stays.close()
+
+
+def _after_fork() -> None:
+    """Threads of a library are the parent's, so this process loads a copy of its own."""
+    _of_parent.update(_loaded)
+    _load.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

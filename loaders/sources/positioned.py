@@ -47,7 +47,9 @@ class FileIdentity:
     attributes: tuple[int, ...] = field(repr=False)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FileIdentity) or self._content != other._content:
+        if not isinstance(other, FileIdentity):
+            return NotImplemented  # a remembered one knows by itself
+        if self._content != other._content:
             return False
         return self.changed_ns == other.changed_ns or self.attributes != other.attributes
 

@@ -66,6 +66,16 @@ def _endings_of(scheme: str) -> _Endings:
     return _Endings()
 
 
+def _after_fork() -> None:
+    """Streamers, and the threads that libraries wait for at exit, are the parent's."""
+    if _endings_of.cache_info().currsize:
+        _endings_of.cache_clear()
+        _exit_as_we_are()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class RunaiSession:
     """A streamer of the library; see ``loaders.sources.source.Session``.
 

@@ -47,7 +47,10 @@ class S3File(ObjectFile[ObjectIdentity]):
     def identify(self) -> ObjectIdentity:
         with _as_os_errors():
             found = self._prefix.client.head_object(**self._place)
-        return ObjectIdentity(found["ETag"], found["ContentLength"], found["LastModified"])
+        try:
+            return ObjectIdentity(found["ETag"], found["ContentLength"], found["LastModified"])
+        except KeyError as error:
+            raise OSError(f"the server does not say its {error.args[0]}") from error
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
@@ -126,6 +129,8 @@ def _as_os_errors() -> Iterator[None]:
             raise OSError(objects.CHANGED) from error
         is_busy = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in objects.BUSY
         raise (Unreachable if is_busy else OSError)(str(error)) from error
+    except RecursionError as error:  # botocore follows each from within the last
+        raise OSError("the server redirects without end") from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
     except (exceptions.BotoCoreError, http.HTTPError) as error:

@@ -245,6 +245,16 @@ def test_nothing_that_is_there_is_written_over(saved):
     assert {file: file.stat().st_mtime_ns for file in directory.rglob("*")} == before
 
 
+@pytest.mark.parametrize("limit", [100, 3000, 30_000])
+@pytest.mark.slow_unless("30000")
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(limit, checkpoint, tmp_path):
+    program = Path(__file__).with_name("full_disk.py")
+    command = [sys.executable, str(program), str(checkpoint), str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "File too large" in done.stdout
+
+
 def test_adapters_are_not_lost_in_silence(checkpoint, tmp_path):
     model = jax_models.load(checkpoint)
     adapted = model.attach_lora(make_adapter(checkpoint, tmp_path / "adapter"), "a")

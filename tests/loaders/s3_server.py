@@ -79,10 +79,12 @@ def _between(
     url: str,
     send: Callable[[BaseHTTPRequestHandler, bytes], None],
     refusal: Callable[[str], int | None] = lambda _: None,
+    without: str = "",
 ) -> Iterator[str]:
     """The address of a server that asks the one at ``url``; objects go through ``send``, after their other headers.
 
-    What ``refusal`` has a status for is refused: it is asked by method and path.
+    What ``refusal`` has a status for is refused: it is asked by method and path. What it redirects, it does to itself.
+    A header ``without`` is not sent.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -91,8 +93,13 @@ def _between(
         def do_GET(self) -> None:
             if (status := refusal(f"{self.command} {self.path}")) is not None:
                 self.send_response(status)
-                self.send_header("Content-Length", "0")
+                if 300 <= status < 400:
+                    self.send_header("Location", f"http://localhost:{server.server_port}{self.path}")
+                says = b"<Error><Code>TemporaryRedirect</Code></Error>"
+                body = says if status == 307 and self.command == "GET" else b""
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                self.wfile.write(body)
                 return
             with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as behind:
                 behind.request(self.command, self.path, headers=dict(self.headers.items()))
@@ -100,7 +107,7 @@ def _between(
                 body = found.read()
             self.send_response(found.status)
             for name, value in found.getheaders():
-                if name.lower() not in ("content-length", "connection"):
+                if name.lower() not in ("content-length", "connection", without):
                     self.send_header(name, value)
             if self.command == "GET" and "list-type" not in self.path:
                 send(self, body)
@@ -135,15 +142,17 @@ def shortening_server(url: str, missing: int) -> AbstractContextManager[str]:
     return _between(url, send)
 
 
-def refusing_server(url: str, refusal: Callable[[str], int | None]) -> AbstractContextManager[str]:
-    """Likewise, but what ``refusal`` has a status for."""
+def refusing_server(
+    url: str, refusal: Callable[[str], int | None] = lambda _: None, without: str = ""
+) -> AbstractContextManager[str]:
+    """Likewise, but what ``refusal`` has a status for, and ``without`` a header."""
 
     def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
 
-    return _between(url, send, refusal)
+    return _between(url, send, refusal, without)
 
 
 def dripping_server(url: str) -> AbstractContextManager[str]:

@@ -335,6 +335,22 @@ def test_what_will_not_go_away_is_asked_for_once_and_said_as_it_is(
     assert list(refusal.asked.values()) == [1]
 
 
+def test_a_server_that_redirects_without_end_is_an_error(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing_server(server.url, Refusal("", 307, times=10_000)) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "redirects without end" in ends_within(30, lambda: open_checkpoint(uri))
+
+
+def test_a_server_that_says_no_etag_is_an_error(uri: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusing_server(server.url, without="etag") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(uri)
+    assert {problem.partition(": ")[2] for problem in caught.value.problems} >= {"the server does not say its ETag"}
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_stays_busy_is_given_up_at_the_first_file(
     uri: str, server: Server, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ PREPARE = """
 import os, sys
 from pathlib import Path
 import gs_server, s3_server
-from loaders import memory, open_checkpoint
+from loaders import CheckpointError, memory, open_checkpoint
 from loaders.digest import digests
 from loaders.sources import gs, runai
 
@@ -52,6 +52,30 @@ for _ in range(3):
 """
 
 
+FORKED = """
+def child(read):
+    pid = os.fork()
+    if not pid:
+        sys.exit(0 if read() else 3)  # and what is to be done at exit, is
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+def refused():
+    try:
+        read()
+    except CheckpointError as error:
+        return "get_context('spawn')" in str(error)
+
+expected = digests(open_checkpoint(directories[0]).stream())
+address = ADDRESS
+read = lambda: digests(open_checkpoint(address).stream()) == expected
+open_checkpoint(address)._session().close()  # the library is here, and has asked for nothing yet
+child(lambda: True)
+assert read()
+child(refused if address.startswith("s3") else read)
+assert read()
+"""
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     path = tmp_path_factory.mktemp("stores")
@@ -75,6 +99,19 @@ def test_each_store_is_read_from_whichever_came_first(directories: list[Path], f
 @pytest.mark.parametrize("store", ["amazon", pytest.param("google", marks=pytest.mark.slow)])
 def test_a_stream_that_is_closed_leaves_others_of_its_store_alone(directories: list[Path], store: str) -> None:
     run(f"STORE = {store}\n{ONE_IS_CLOSED}", directories)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        'amazon.put(directories[0], "x")',
+        pytest.param('google.put(directories[0], "x")', marks=pytest.mark.slow),
+        pytest.param('f"runai://{directories[0]}"', marks=pytest.mark.slow),
+    ],
+)
+def test_a_forked_process_leaves_its_parents_library_alone(directories: list[Path], address: str) -> None:
+    """And reads too, or says at once why it cannot."""
+    run(FORKED.replace("ADDRESS", address), directories)
 
 
 def test_where_no_copy_can_be_loaded_it_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

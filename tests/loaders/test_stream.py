@@ -20,6 +20,7 @@ from handmade import CONFIG, open_files
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.slices import Slice
 from loaders.sources import LocalDirectory, positioned
 from loaders.writer import TensorType, write_checkpoint
 
@@ -145,6 +146,19 @@ def test_a_slow_consumer_lets_the_reader_get_ahead_by_the_budget_and_no_further(
     stream.close()
 
 
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1", float("inf"), np.float32(8)])
+def test_a_budget_is_a_number_of_bytes(checkpoint: Checkpoint, budget: Any) -> None:
+    out = np.empty(checkpoint.stored_shape("a"), np.float32)
+    for ask in (
+        lambda: checkpoint.stream(budget),
+        lambda: checkpoint.stream_slices(checkpoint.slices(KIB), budget),
+        lambda: checkpoint.stream_regions(["a"], lambda _: [Slice("a").region(out.shape, out)], budget),
+    ):
+        with pytest.raises(ValueError, match="expected a positive number of bytes"):
+            ask()
+    assert next(checkpoint.stream(np.int64(1 << 30)))[0] == "a"
+
+
 def test_a_tensor_larger_than_the_budget_is_refused_before_anything_is_read(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +167,7 @@ def test_a_tensor_larger_than_the_budget_is_refused_before_anything_is_read(
 
     monkeypatch.setattr(LocalDirectory, "open", forbidden)
     with pytest.raises(
-        ValueError, match=r"host_budget_bytes=50000 is less than 2 tensors need, the largest 65536 bytes"
+        ValueError, match=r"host_budget_bytes=50000 is less than 2 tensors need, the largest 65536 bytes \(e\)"
     ):
         checkpoint.stream(50_000)
 
