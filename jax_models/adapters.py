@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,10 +17,10 @@ import numpy as np
 from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
-from jax_models.processes import to_host
+from jax_models.processes import check_alike, processes_of, to_host, together
 from jax_models.weights import flatten
-from loaders.adapter_reading import ReadBase
-from loaders.adapters import open_adapter
+from loaders.adapter_updates import Adapter
+from loaders.adapters import open_adapter, open_on_all
 from loaders.merging import merge_problems, merged_weights
 from loaders.roster import Roster, check_name
 
@@ -36,9 +38,8 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
         CheckpointError: the adapter does not fit; lists everything.
         ValueError: an adapter is merged into the weights, or the name is no name.
     """
-    check_name(name)
-    model.roster.check_unmerged("another adapter")
-    adapter = open_adapter(uri, model.config, read_base=_reader(model))
+    _check(model, f"attach {name!r}", lambda: check_name(name), "another adapter")
+    adapter = _opened(model, uri)
     roster = model.roster.having(adapter, name, model.version + 1)
     return _with(model, roster, "attach", f"{name}: {adapter.source}")
 
@@ -49,7 +50,7 @@ def detach_lora(model: Model, name: str) -> Model:
     Raises:
         ValueError: no adapter is called so, or one is merged into the weights.
     """
-    model.roster.check_unmerged("taking one away")
+    _check(model, f"detach {name!r}", lambda: model.roster.lacking(name), "taking one away")
     return _with(model, model.roster.lacking(name), "detach", name)
 
 
@@ -63,10 +64,13 @@ def merge_lora(model: Model, name: str) -> Model:
         ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
             that embedding and head share.
     """
-    model.roster.check_unmerged("another one")
+
+    def check() -> None:
+        if problems := merge_problems(model.roster[name].adapter, model.config):
+            raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
+
+    _check(model, f"merge {name!r}", check, "another one")
     adapter = model.roster[name].adapter
-    if problems := merge_problems(adapter, model.config):
-        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     flat = flatten(model.weights)
     made = merged_weights(adapter, lambda param: to_host(flat[param]))
     changes = {param: make for param, make in made.items() if param in flat}
@@ -89,6 +93,32 @@ def unmerge_lora(model: Model) -> Model:
     return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})
 
 
+def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
+    """An adapter that fits; the same on every process."""
+    flat, mesh = flatten(model.weights), model.mesh
+
+    def read_base(name: str) -> np.ndarray | None:
+        return to_host(flat[name]) if name in flat else None
+
+    if len(processes_of(mesh)) == 1:
+        return open_adapter(uri, model.config, read_base=read_base)
+    asking = {"together": partial(together, mesh), "check_alike": partial(check_alike, mesh)}
+    return open_on_all(uri, model.config, read_base, **asking)
+
+
+def _check(model: Model, asked: str, check: Callable[[], object], what: str) -> None:
+    """See that all processes ask for the same, and that it can be done: ``what`` is not, with an adapter merged."""
+
+    def checked() -> str:
+        model.roster.check_unmerged(what)
+        check()
+        return asked
+
+    if len(processes_of(model.mesh)) == 1:
+        checked()
+    check_alike(model.mesh, "what is asked for", checked)
+
+
 def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
     flat = flatten(model.weights)
     room = Room()
@@ -97,8 +127,3 @@ def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
         like = next(iter(flat.values()))
         room = room_for(roster, model.config, dtypes, np.dtype(model.dtype), model.mesh, like)
     return dataclasses.replace(model.published(model.weights, kind, detail), roster=roster, room=room)
-
-
-def _reader(model: Model) -> ReadBase:
-    flat = flatten(model.weights)
-    return lambda name: to_host(flat[name]) if name in flat else None

@@ -12,6 +12,7 @@ from jax_models.ambient import on_own_mesh
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
+from jax_models.processes import check_alike, said_of
 from jax_models.speculative import generate_with_draft
 from loaders.inputs import ModelInputs, bucket, cache_slots, check_next, check_room
 from loaders.multimodal import check_inputs
@@ -72,10 +73,15 @@ class Decoding:
             ValueError: bad inputs, a row without tokens, or a pipeline stage.
         """
         model = self._model
-        model.check_whole()
-        prompt, given = (model.config, input_ids, attention_mask), multimodal
-        checked = check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
-        return checked.padded_to(bucket(checked.input_ids.shape[1]))
+
+        def checked() -> ModelInputs:
+            model.check_whole()
+            prompt, given = (model.config, input_ids, attention_mask), multimodal
+            return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
+
+        check_alike(model.mesh, "the prompt", lambda: said_of(checked()))
+        prompt = checked()
+        return prompt.padded_to(bucket(prompt.input_ids.shape[1]))
 
     @on_own_mesh
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_models.processes import to_host
-from loaders.inputs import check_sampling
+from jax_models.processes import check_sampling_alike, to_host
 from loaders.roster import AdapterOfRows
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def generate(
     Raises:
         ValueError: options out of range, bad inputs, or a pipeline stage.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    check_sampling_alike(model.mesh, max_new_tokens, temperature, top_k, top_p, seed)
     ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)

@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jax_models.model import Model
-from jax_models.processes import together
+from jax_models.processes import check_alike, check_here, together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_spec, usable_mesh
 from jax_models.weights import flatten
@@ -71,7 +71,9 @@ def load(
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh, stage or budget that makes no sense.
     """
-    mesh = usable_mesh(mesh)
+    given = mesh
+    mesh = together(given if isinstance(given, Mesh) and given.size else None, lambda: usable_mesh(given))
+    check_here(mesh)
     stage_ = Stage.of(stage, mtp=mtp, vision=vision)
 
     def planned() -> LoadPlan:
@@ -82,6 +84,11 @@ def load(
     checkpoint = plan.checkpoint
     activations = activations_of(checkpoint, activation_quantization)
     computed = jnp.dtype(compute_dtype(dtype, plan))
+
+    def said() -> str:
+        return f"{checkpoint.fingerprint()} {computed.name} {stage_} {activations} quantize={quantize}"
+
+    check_alike(mesh, "what is loaded", said)
     programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}

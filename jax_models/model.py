@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jax_models import weights as life
@@ -20,6 +21,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
+from jax_models.processes import check_alike, said_of, together
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
@@ -205,7 +207,7 @@ class Model(Decoding, Adapted, Seeing):
             Logits, float32 [B, T, V]; of a stage that is not the last, hidden states [B, T, D].
         """
         if any(value is not None for value in multimodal.values()):
-            entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+            entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
             with left_to_xla():
                 return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
         entry = input_ids if self.stage.is_first else hidden_states
@@ -226,8 +228,13 @@ class Model(Decoding, Adapted, Seeing):
         Raises:
             ValueError: listing every leaf that differs.
         """
-        self.roster.check_unmerged("other weights")
-        life.check_same_structure(self.weights, weights)
+
+        def check() -> None:
+            self.roster.check_unmerged("other weights")
+            life.check_same_structure(self.weights, weights)
+
+        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.weights, weights)))
+        together(None if is_traced else self.mesh, check)
         return self.published(life.committed_like(self.weights, weights), "replace")
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -278,6 +285,18 @@ class Model(Decoding, Adapted, Seeing):
         multimodal: Mapping[str, Any] | None = None,
     ) -> tuple[Any, ModelInputs]:
         """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
+        given = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        check_alike(self.mesh, "what the model is called with", lambda: said_of(self._checked(*given)[1]))
+        return self._checked(*given)
+
+    def _checked(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        hidden_states: Any,
+        multimodal: Mapping[str, Any] | None,
+    ) -> tuple[Any, ModelInputs]:
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")

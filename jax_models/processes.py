@@ -6,13 +6,16 @@ another one, and no two serve different weights.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loaders.inputs import ModelInputs, check_sampling
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 4096
@@ -23,6 +26,15 @@ def processes_of(mesh: Mesh | None) -> list[int]:
     if mesh is None:
         return [jax.process_index()]
     return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def check_here(mesh: Mesh | None) -> None:
+    """Raises ValueError where a mesh has no device of this process."""
+    if jax.process_index() not in processes_of(mesh):
+        raise ValueError(
+            f"the mesh has devices of processes {processes_of(mesh)}, expected some of this one, {jax.process_index()}."
+            " Load it on those."
+        )
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -60,6 +72,44 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
         where = "; ".join(f"process {index}: {text}" for index, text in failed.items())
         raise RuntimeError(f"{len(failed)} of {len(processes)} processes failed, so none goes on. {where}")
     return result  # pyright: ignore[reportReturnType]
+
+
+def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
+    """See that all processes of a mesh do the same. With one process nothing is asked.
+
+    Args:
+        mesh: of the processes; all of them have to call this.
+        what: has to be the same.
+        say: what it is on this process, in few words.
+    Raises:
+        ValueError: the processes say different things; so do all of them. Or as ``together``, of ``say``.
+    """
+    if len(processes_of(mesh)) == 1:
+        return
+    told = told_by_all(mesh, together(mesh, say))
+    if len(set(told.values())) > 1:
+        said = "; ".join(f"{text} on process {index}" for index, text in told.items())
+        raise ValueError(f"{what} is not the same on all processes: {said}. Nothing was changed.")
+
+
+def check_sampling_alike(mesh: Mesh | None, *options: Any) -> None:
+    """As ``loaders.inputs.check_sampling``, and the same options on all processes of a mesh."""
+
+    def said() -> str:
+        check_sampling(*options)
+        return str(options)
+
+    if len(processes_of(mesh)) == 1:
+        check_sampling(*options)
+    check_alike(mesh, "what is asked for", said)
+
+
+def said_of(inputs: ModelInputs) -> str:
+    """A prompt in few words, for ``check_alike``."""
+    found = hashlib.sha256(str(inputs.input_ids.shape).encode())
+    for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:16]
 
 
 def told_by_all(mesh: Mesh | None, text: str) -> dict[int, str]:

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from jax_models.model import Model
-from jax_models.processes import processes_of, together
+from jax_models.processes import check_here, together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_sharding, usable_mesh
 from jax_models.weights import flatten, weight_digests
@@ -85,7 +85,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
         ValueError: a mesh that makes no sense, or has no device of this process.
     """
     where, mesh = _address(directory), usable_mesh(mesh)
-    _check_here(mesh)
+    check_here(mesh)
     document = together(mesh, lambda: _document(where))
     checkpoint = remembered(document["checkpoint"])
     stage = Stage(**document["stage"])
@@ -171,14 +171,6 @@ def _check_new(where: str) -> None:
 
     if epath.Path(where).exists():
         raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
-
-
-def _check_here(mesh: Mesh | None) -> None:
-    if jax.process_index() not in processes_of(mesh):
-        raise ValueError(
-            f"the mesh has devices of processes {processes_of(mesh)}, expected some of this one, {jax.process_index()}."
-            " Restore it on those"
-        )
 
 
 def _tupled(value: Any) -> Any:

@@ -24,6 +24,8 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
         return None
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh={mesh!r} is a {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, or None")
+    if not mesh.size:
+        raise ValueError("the mesh has no device")
     unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
     if unknown:
         raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")

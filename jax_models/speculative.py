@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_models.processes import to_host
-from loaders.inputs import cache_slots, check_sampling
+from jax_models.processes import check_sampling_alike, to_host
+from loaders.inputs import cache_slots
 from loaders.roster import AdapterOfRows
 from loaders.speculation import Rows, Speculation, SpeculationReport
 
@@ -55,7 +55,7 @@ def generate_with_draft(
     Raises:
         ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, seed, draft_tokens)
+    check_sampling_alike(model.mesh, max_new_tokens, temperature, top_k, top_p, seed, draft_tokens)
     if draft.target is not model:
         raise ValueError(
             f"the draft is bound to another model or version, this model is at version {model.version}."

@@ -9,6 +9,7 @@ Values are widened to float32, exactly. Source: peft 0.21; checked against PEFT 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from loaders.adapter_config import read_adapter_config
 from loaders.adapter_files import open_adapter_files
@@ -16,6 +17,43 @@ from loaders.adapter_reading import ReadBase, Reading
 from loaders.adapter_updates import Adapter
 from loaders.errors import CheckpointError
 from loaders.spec import ModelConfig
+
+
+def open_on_all(
+    uri: str | os.PathLike[str],
+    config: ModelConfig,
+    read_base: ReadBase,
+    *,
+    together: Callable[[Callable[[], Adapter]], Adapter],
+    check_alike: Callable[[str, Callable[[], str]], None],
+) -> Adapter:
+    """As ``open_adapter``, on each of several processes, which have to find the same adapter.
+
+    Args:
+        uri: of the adapter, for this process.
+        config: of the model it is for.
+        read_base: as of ``open_adapter``, of one that all processes have to ask alike.
+        together: runs something on all of them; what one raises, all do.
+        check_alike: raises ValueError on all where they differ in something: what it is, and what it is here.
+    """
+    asked: set[str] = set()
+
+    def opened(read_base: ReadBase) -> Adapter:
+        return together(lambda: open_adapter(uri, config, read_base=read_base))
+
+    adapter = opened(asked.add)  # it returns None: nothing is compared yet, as that takes all processes
+    check_alike("the adapter that was found", lambda: f"{adapter.digest[:16]} {sorted(asked)}")
+    tables = {name: table for name in sorted(asked) if (table := read_base(name)) is not None}
+    if not tables:
+        return adapter
+    compared = opened(tables.get)
+
+    def unchanged() -> Adapter:
+        if compared.digest != adapter.digest:
+            raise CheckpointError(uri, ["it changed while it was read. Attach it again once it is complete."])
+        return compared
+
+    return together(unchanged)
 
 
 def open_adapter(uri: str | os.PathLike[str], config: ModelConfig, *, read_base: ReadBase | None = None) -> Adapter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
 DEFAULT_BUDGET_BYTES = 128 << 20
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 256  # of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,27 @@ class Checkpoint:
         chosen = [name for name in self.tensors if name in names]
         requests = [Request(name, self.tensors[name].num_bytes, partial(begin, name)) for name in chosen]
         return self._arrivals(requests, host_budget_bytes or DEFAULT_BUDGET_BYTES)
+
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from others, wherever a copy of it lies: all that it says, and samples of weights.
+
+        For processes that have to load the same one. Two whose samples are equal may still differ. Raises
+        CheckpointError as ``read``.
+        """
+        documents = (self.config_document, self.generation_document, self.quantization_document)
+        found = hashlib.sha256(json.dumps(documents, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            found.update(f"{name} {self.tensors[name].dtype} {self.tensors[name].shape}\n".encode())
+        names = sorted(name for name, info in self.tensors.items() if info.num_bytes)
+        for name in names[:: -(-len(names) // _NUM_SAMPLES)] if names else ():
+            info = self.tensors[name]
+            with self.open_file(info.file) as file:
+                try:
+                    found.update(file.read(info.offsets[0], min(info.num_bytes, _SAMPLE_BYTES)))
+                except OSError as error:
+                    problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
+                    raise CheckpointError(self.source, [problem]) from error
+        return found.hexdigest()[:16]
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
         """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def check_budget(host_budget_bytes: object) -> None:
+def check_budget(host_budget_bytes: Any) -> None:
     """Raises ValueError unless it is a number of bytes to hold at most, or None."""
     if host_budget_bytes is None:
         return

@@ -101,6 +101,10 @@ class QuantizedCheckpoint(Checkpoint):
         )
         return _put(parts[leaf], out)
 
+    def fingerprint(self) -> str:
+        """Of the checkpoint that is seen; ``load`` says beside it that it is quantised."""
+        return self.plain.fingerprint()
+
     def stream(
         self,
         host_budget_bytes: int | None = None,

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from loaders.adapter_reading import ReadBase
 from loaders.adapter_updates import Adapter
-from loaders.adapters import open_adapter
+from loaders.adapters import open_adapter, open_on_all
 from loaders.events import Event
 from loaders.merging import merge_problems, merged_weights
 from loaders.roster import NONE, AdapterOfRows, Roster, check_name
@@ -25,7 +25,7 @@ from torch_models import weights as life
 from torch_models.adapter_room import Changes, Room, write
 from torch_models.layers.lora import active_rows
 from torch_models.parallel import on_host
-from torch_models.processes import together, told_by_all
+from torch_models.processes import check_alike, together
 from torch_models.sleep import check_awake
 from torch_models.storage import of_host
 
@@ -196,32 +196,21 @@ def _undo(model: Model, before: Changes, error: BaseException) -> None:
 
 def _check_alike(model: Model, asked: str) -> None:
     """Raises ValueError where ranks of a mesh ask for different things."""
-    if (mesh := _mesh(model)) is not None and len(told := set(told_by_all(mesh, asked))) > 1:
-        raise ValueError(f"ranks ask for different things: {'; '.join(sorted(told))}. Nothing was changed.")
+    check_alike(_mesh(model), "what is asked for", lambda: asked)
 
 
 def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
     """An adapter that fits; on a mesh the same on every rank."""
     held, mesh = life.parameters(model), _mesh(model)
+
+    def read_base(name: str) -> np.ndarray | None:
+        with model.in_company():
+            return _read(model, name) if name in held else None
+
     if mesh is None:
-        return open_adapter(uri, model.config, read_base=lambda name: _read(model, name) if name in held else None)
-    asked: set[str] = set()
-
-    def opened(read_base: ReadBase) -> Adapter:
-        return together(mesh, lambda: open_adapter(uri, model.config, read_base=read_base))
-
-    adapter = opened(asked.add)  # it returns None: nothing is compared yet, as that takes all ranks
-    if len(set(told_by_all(mesh, f"{adapter.digest} {sorted(asked)}"))) > 1:
-        raise ValueError(f"ranks found different adapters at {uri}. Give all of them the same. Nothing was changed.")
-    with model.in_company():
-        tables = {name: _read(model, name) for name in sorted(asked & held.keys())}
-    if not tables:
-        return adapter
-    compared = opened(tables.get)
-    changed = "" if compared.digest == adapter.digest else f"{uri} changed while it was read"
-    if said := [text for text in told_by_all(mesh, changed) if text]:
-        raise ValueError(f"{said[0]}. Attach it again once it is complete. Nothing was changed.")
-    return compared
+        return open_adapter(uri, model.config, read_base=read_base)
+    asking = {"together": partial(together, mesh), "check_alike": partial(check_alike, mesh)}
+    return open_on_all(uri, model.config, read_base, **asking)
 
 
 def _read(model: Model, name: str) -> np.ndarray:

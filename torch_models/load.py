@@ -27,7 +27,7 @@ from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.parallel import Parallel, check_mesh
-from torch_models.processes import together
+from torch_models.processes import check_alike, together
 from torch_models.storage import over_host
 from torch_models.taps import name_modules
 
@@ -93,7 +93,13 @@ def load(
         )
     family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
     build = vars(family)[checkpoint.config.architecture]
-    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
+    computed = compute_dtype(dtype, plan)
+
+    def said() -> str:
+        return f"{checkpoint.fingerprint()} {computed} {stage_} {activations} quantize={quantize}"
+
+    check_alike(mesh, "what is loaded", said)
+    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[computed])
     where = {"quantizes_inputs": activations.inputs, "kernel": kernel}
     model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
     kv_cache = None if quantization is None else quantization.kv_cache

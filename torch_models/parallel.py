@@ -150,11 +150,15 @@ class Parallel:
                 placements[list(self.sizes).index(mesh_axis)] = Shard(axis)
         return DTensor.from_local(part, self.mesh, placements, run_check=False)
 
-    def gathered(self, value: Any) -> Any:
-        """All of a DTensor, which every rank has to hand over; anything else as it is."""
+    def gathers(self, value: Any) -> bool:
+        """Whether all ranks have a part of it: then each has to ask for the whole."""
         from torch.distributed.tensor import DTensor
 
-        return value.full_tensor() if isinstance(value, DTensor) else value
+        return isinstance(value, DTensor)
+
+    def gathered(self, value: Any) -> Any:
+        """All of a DTensor, which every rank has to hand over; anything else as it is."""
+        return value.full_tensor() if self.gathers(value) else value
 
     def is_of(self, value: Any, param: torch.Tensor) -> bool:
         """Whether it is a DTensor of a parameter's own memory."""

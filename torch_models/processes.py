@@ -48,6 +48,24 @@ def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
     return result  # pyright: ignore[reportReturnType]
 
 
+def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:
+    """See that all ranks of a mesh do the same. Without a mesh nothing is asked.
+
+    Args:
+        mesh: of all processes, all of which have to call this.
+        what: has to be the same.
+        say: what it is on this rank, in few words.
+    Raises:
+        ValueError: the ranks say different things; so do all of them. Or as ``together``, of ``say``.
+    """
+    if mesh is None:
+        return
+    told = told_by_all(mesh, together(mesh, say))
+    if len(set(told)) > 1:
+        said = "; ".join(f"{text} on rank {rank}" for rank, text in enumerate(told))
+        raise ValueError(f"{what} is not the same on all ranks: {said}. Nothing was changed.")
+
+
 def told_by_all(mesh: DeviceMesh, text: str) -> list[str]:
     """Every rank's text, its first ``MESSAGE_LETTERS``.
 

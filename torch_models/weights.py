@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import checksum, digests
+from loaders.digest import checksum, digests, tensor_digest
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -27,7 +27,7 @@ from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
 from torch_models.parallel import Parallel, on_host
-from torch_models.processes import together, told_by_all
+from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, host_view, same_bits
 
@@ -70,33 +70,17 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         head: likewise; in a tied model only the embedding itself or an equal tensor.
     Raises:
         ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
-            or an adapter is merged into the weights. Nothing was changed.
+            or an adapter is merged into the weights; or ranks hand over different values. Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
-    model.check_runnable()
-    model.roster.check_unmerged("a swap")
-    specs = specs_of(model.config, model.stage)
+    mesh = None if model.parallel is None else model.parallel.mesh
     if model.parallel is not None:
+        check_alike(mesh, "what is handed over", lambda: f"{_kind(model, embed)}, {_kind(model, head)}")
+        specs = specs_of(model.config, model.stage)
         # the memory of live parameters is copied before any of it is written
         embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
-    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
-    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
-    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
-    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
-    problems = [
-        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
-        for half in quantized
-        if asked[half][1] is not model.get_parameter(asked[half][0])
-    ]
-    problems += [
-        problem
-        for half, (name, value) in asked.items()
-        if half not in quantized
-        for problem in _misfits(half, value, _live(model, name))
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + ". Nothing was changed.")
-    asked = {half: (name, _tensor(value)) for half, (name, value) in asked.items()}
+    asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
+    check_alike(mesh, "what is handed over", lambda: _said(model, asked))
     if model.config.tie_word_embeddings and "head" in asked:
         name, value = asked.pop("head")
         _check_tied(value, asked["embed"][1] if "embed" in asked else _whole(model, name))
@@ -116,6 +100,50 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     write(model, staged.items(), list(staged))
     model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
     return model
+
+
+Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be
+
+
+def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
+    """Those that are asked for and fit, as tensors, and those that this stage lacks."""
+    model.check_runnable()
+    model.roster.check_unmerged("a swap")
+    specs = specs_of(model.config, model.stage)
+    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
+    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
+    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
+    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
+    problems = [
+        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half in quantized
+        if asked[half][1] is not model.get_parameter(asked[half][0])
+    ]
+    problems += [
+        problem
+        for half, (name, value) in asked.items()
+        if half not in quantized
+        for problem in _misfits(half, value, _live(model, name))
+    ]
+    if problems:
+        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+    return {half: (name, _tensor(value)) for half, (name, value) in asked.items()}, ignored
+
+
+def _kind(model: Model, value: Any) -> str:
+    """Of a half, whether all ranks have to gather it."""
+    assert model.parallel is not None
+    return "a DTensor" if model.parallel.gathers(value) else "none" if value is None else "all of a half"
+
+
+def _said(model: Model, asked: Halves) -> str:
+    """Of each half: that it is the live one, or what this rank has in it."""
+
+    def content(name: str, value: torch.Tensor) -> str:
+        is_live = value is model.get_parameter(name)
+        return "as it is" if is_live else tensor_digest(host_view(value.cpu().contiguous()))[:16]
+
+    return ", ".join(f"{half} {content(name, value)}" for half, (name, value) in asked.items())
 
 
 def _handed(model: Model, specs: Specs, name: str | None, value: Any) -> Any:
@@ -207,6 +235,7 @@ def update_weights_from_disk(
     mesh = None if parallel is None else parallel.mesh
     plan, report = together(mesh, tried)
     checkpoint = plan.checkpoint
+    check_alike(mesh, "the checkpoint", checkpoint.fingerprint)
     filling = Filling(plan)
     # only under a refusal is one merged here: what was there before it goes, for from now on it would be a mixture
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)

@@ -1,0 +1,68 @@
+"""Run as a program, once for each of two processes of a mesh: what one of them does wrong, or otherwise, alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from several import answer, asked, error_of
+
+import jax_models
+from jax_models.processes import to_host
+
+
+def main(job: dict[str, Any], process: int) -> dict[str, Any]:
+    devices = np.array(jax.devices())
+    mesh = Mesh(devices, ("tensor",))
+    first, second, adapter = job["checkpoints"][0], job["checkpoints"][1], job["adapters"][0]
+    inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
+    found: dict[str, Any] = {}
+    axis = "columns" if process else "tensor"
+    found["axis"] = error_of(lambda: jax_models.load(first, mesh=Mesh(devices, (axis,))))
+    own = Mesh(devices[:2], ("tensor",))
+    found["elsewhere"] = error_of(lambda: jax_models.load(first, mesh=own)) if process else ""
+    found["other config"] = error_of(lambda: jax_models.load(job["other"] if process else first, mesh=mesh))
+    found["other dtype"] = error_of(lambda: jax_models.load(first, "bfloat16" if process else None, mesh))
+    model = jax_models.load(first, mesh=mesh)
+    adapted = model.attach_lora(adapter, "a")
+    before = to_host(adapted(**inputs)).tobytes()
+    embed = to_host(model.get_embed_and_head()[0])
+    turned = embed[::-1].copy()
+    model = model.set_embed_and_head(embed.copy())  # what is compiled for this is there when one of them fails
+    weights = jax.tree.map(lambda leaf: leaf, model.weights)
+    if process:
+        weights["model"]["norm"]["weight"] = weights["model"]["norm"]["weight"][:-1]
+    calls = {
+        "other weights": lambda: model.update_weights_from_disk(second if process else first),
+        "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if process else turned),
+        "another embedding": lambda: model.set_embed_and_head(turned if process else embed),
+        "no adapter": lambda: model.attach_lora(job["other"] if process else adapter, "a"),
+        "another adapter": lambda: model.attach_lora(job["adapters"][process], "a"),
+        "another name": lambda: model.attach_lora(adapter, "ab"[process]),
+        "detach": lambda: adapted.detach_lora("ab"[process]),
+        "merge": lambda: adapted.merge_lora("ab"[process]),
+        "replace": lambda: model.replace(weights=weights),
+        "an option": lambda: model.generate(**inputs, max_new_tokens=-process),
+        "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=process),
+        "a token": lambda: model(**inputs | {"input_ids": inputs["input_ids"] + 10_000 * process}),
+        "another prompt": lambda: model.prefill(inputs["input_ids"][:, : 8 + process]),
+    }
+    found |= {what: error_of(call) for what, call in calls.items()}
+    found["serving"] = to_host(adapted(**inputs)).tobytes() == before
+    tied = jax_models.load(job["tied"], mesh=mesh)
+    table = to_host(tied.get_embed_and_head()[0])[::-1].copy()
+    swapped = tied.set_embed_and_head(table, table.copy())
+    (array, _) = swapped.get_embed_and_head()
+    found["tied"] = to_host(array).tobytes() == table.tobytes()
+    found["tied arrays"] = tied.set_embed_and_head(table, array).digests() == swapped.digests()
+    found["untied"] = error_of(lambda: swapped.set_embed_and_head(None, table[::-1].copy()))
+    return found
+
+
+if __name__ == "__main__":
+    job_, process_ = asked()
+    jax.distributed.initialize(f"127.0.0.1:{job_['port']}", num_processes=2, process_id=process_)
+    answer(job_, process_, main(job_, process_))
+    jax.distributed.shutdown()

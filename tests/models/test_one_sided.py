@@ -1,0 +1,66 @@
+"""What one process of a mesh does wrong, or otherwise than the others, is an error of all, and nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from several import free_port, run_several
+
+from loaders import open_checkpoint
+from parity.zoo import make_checkpoint, prompts
+from parity.zoo_adapters import make_adapter
+
+SIZES = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+PROGRAMS = {"jax": "jax_models/one_sided_process.py", "torch": "torch_models/one_sided_rank.py"}
+DIFFERENT = "is not the same on all"
+ALONE = "RuntimeError: 1 of 2 "
+# what the first of them says, which did nothing wrong
+SAID = {
+    "axis": ALONE,
+    "other config": DIFFERENT,
+    "other dtype": DIFFERENT,
+    "other weights": DIFFERENT,
+    "a short embedding": ALONE,
+    "another embedding": DIFFERENT,
+    "half of it": DIFFERENT,
+    "no adapter": ALONE,
+    "another adapter": DIFFERENT,
+    "another name": DIFFERENT,
+    "detach": {"jax": ALONE, "torch": DIFFERENT},
+    "merge": {"jax": ALONE, "torch": DIFFERENT},
+    "replace": ALONE,
+    "a seed": DIFFERENT,
+    "a token": ALONE,
+    "another prompt": DIFFERENT,
+}
+
+
+@pytest.mark.parametrize("backend", PROGRAMS)
+def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
+    checkpoints = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, **SIZES) for seed in range(2)]
+    inputs = prompts(open_checkpoint(checkpoints[0]).config, rows=2, tokens=16)
+    job = {
+        "port": free_port(),
+        "checkpoints": [str(path) for path in checkpoints],
+        "other": str(make_checkpoint("qwen3", tmp_path / "other", rms_norm_eps=0.5, **SIZES)),
+        "tied": str(make_checkpoint("qwen3-tied", tmp_path / "tied", **SIZES)),
+        "adapters": [str(make_adapter(checkpoints[0], tmp_path / f"adapter{seed}", seed=seed)) for seed in range(2)],
+        "inputs": {key: value.tolist() for key, value in inputs.items()},
+    }
+    program = Path(__file__).parents[1] / PROGRAMS[backend]
+    both = run_several(program, job, tmp_path, 2, {"JAX_NUM_CPU_DEVICES": "2"})
+    for what in both[0].keys() & SAID.keys():
+        expected = SAID[what] if isinstance(SAID[what], str) else SAID[what][backend]
+        assert expected in both[0][what], what
+        assert both[1][what], what
+        assert ALONE not in both[1][what], what  # it says itself what was wrong
+    assert [found["serving"] for found in both] == [True, True]
+    if backend == "jax":
+        assert both[0].keys() >= SAID.keys() - {"half of it"}
+        assert "expected some of this one, 1" in both[1]["elsewhere"]
+        assert all("max_new_tokens" in found["an option"] for found in both)
+        assert all(found["tied"] and found["tied arrays"] for found in both)
+        assert all("must be the embedding or equal" in found["untied"] for found in both)
+    else:
+        assert both[0].keys() >= {*SAID} - {"axis", "replace", "a seed", "a token", "another prompt"}

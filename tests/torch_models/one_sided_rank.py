@@ -1,0 +1,44 @@
+"""Run as a program, once for each of two ranks of a mesh: what one of them does wrong, or otherwise, alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ranks import run_as_rank
+from several import error_of
+from torch.distributed.device_mesh import init_device_mesh
+
+import torch_models
+
+
+def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    first, second, adapter = job["checkpoints"][0], job["checkpoints"][1], job["adapters"][0]
+    inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
+    found: dict[str, Any] = {}
+    found["other config"] = error_of(lambda: torch_models.load(job["other"] if rank else first, mesh=mesh))
+    found["other dtype"] = error_of(lambda: torch_models.load(first, "bfloat16" if rank else None, mesh=mesh))
+    model = torch_models.load(first, mesh=mesh).attach_lora(adapter, "a")
+    before = model(**inputs).numpy().tobytes()
+    shared = model.get_embed_and_head()[0]
+    embed = shared.full_tensor().clone()
+    turned = embed.flip(0)
+    calls = {
+        "other weights": lambda: model.update_weights_from_disk(second if rank else first),
+        "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if rank else turned),
+        "another embedding": lambda: model.set_embed_and_head(turned if rank else embed),
+        "half of it": lambda: model.set_embed_and_head(embed if rank else shared),
+        "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),
+        "another adapter": lambda: model.attach_lora(job["adapters"][rank], "a"),
+        "another name": lambda: model.attach_lora(adapter, "ab"[rank]),
+        "detach": lambda: model.detach_lora("ab"[rank]),
+        "merge": lambda: model.merge_lora("ab"[rank]),
+    }
+    found |= {what: error_of(call) for what, call in calls.items()}
+    found["serving"] = model(**inputs).numpy().tobytes() == before and model.version == 2
+    return found
+
+
+if __name__ == "__main__":
+    run_as_rank(main)
