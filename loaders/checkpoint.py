@@ -23,7 +23,7 @@ from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
 DEFAULT_BUDGET_BYTES = 128 << 20
-_NUM_SAMPLES, _SAMPLE_BYTES = 16, 256  # of a fingerprint
+NUM_SAMPLES, SAMPLE_BYTES = 16, 256  # of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,11 @@ class Checkpoint:
         for name in sorted(self.tensors):
             found.update(f"{name} {self.tensors[name].dtype} {self.tensors[name].shape}\n".encode())
         names = sorted(name for name, info in self.tensors.items() if info.num_bytes)
-        for name in names[:: -(-len(names) // _NUM_SAMPLES)] if names else ():
+        for name in names[:: -(-len(names) // NUM_SAMPLES)] if names else ():
             info = self.tensors[name]
             with self.open_file(info.file) as file:
                 try:
-                    found.update(file.read(info.offsets[0], min(info.num_bytes, _SAMPLE_BYTES)))
+                    found.update(file.read(info.offsets[0], min(info.num_bytes, SAMPLE_BYTES)))
                 except OSError as error:
                     problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
                     raise CheckpointError(self.source, [problem]) from error

@@ -12,9 +12,11 @@ from several import error, free_port, run_several
 
 import jax_models
 from jax_models.processes import processes_of, to_host, together
+from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 
+FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES
 PROGRAM = Path(__file__).with_name("one_process.py")
 EVEN = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 EVEN_MOE = EVEN | {"num_experts": 8, "moe_intermediate_size": 24}
@@ -41,6 +43,7 @@ def test_two_processes_are_one_model(case, tmp_path):
     bad = make_checkpoint(name, tmp_path / "bad", **sizes | {"num_hidden_layers": 3})
     adapter = None if "quantization" in sizes else make_adapter(paths[0], tmp_path / "adapter")
     models = [jax_models.load(path, **options) for path in paths]
+    most += FINGERPRINT_BYTES / models[0].checkpoint.num_bytes
     inputs = prompts(models[0].config, rows=4, tokens=24)
     models[0].save(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "bad save")
