@@ -58,12 +58,14 @@ def output_file(text: str) -> Path:
 
     Nothing is made or opened: it may be a pipe.
     """
-    from loaders.writer import local_path
+    path = Path(text)
+    if ":/" in text:  # else `compare` would import the loaders for it
+        from loaders.writer import local_path
 
-    try:
-        path = local_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        try:
+            local_path(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     where = Path(os.path.realpath(path))
     if where.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a directory, expected a file")
