@@ -11,7 +11,7 @@ import numpy as np
 from jax_models.processes import check_sampling_alike, to_host
 from loaders.inputs import cache_slots
 from loaders.roster import AdapterOfRows
-from loaders.speculation import Rows, Speculation, SpeculationReport
+from loaders.speculation import Rows, Sampling, Speculation, SpeculationReport
 
 if TYPE_CHECKING:
     from jax_models.draft import Draft
@@ -64,14 +64,12 @@ def generate_with_draft(
     programs, weights = draft.source.programs, draft.weights
     checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
     (B, length), T = checked.input_ids.shape, draft_tokens + 1
+    rows = Rows(B, max_new_tokens, *model.checkpoint.endings(ignore_eos=ignore_eos))
     said = Speculation(
         checked,
-        Rows(B, max_new_tokens, *model.checkpoint.endings(ignore_eos=ignore_eos)),
+        rows,
         draft_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        Sampling(temperature, top_k, top_p, seed),
         best=lambda logits: to_host(jnp.argmax(logits, axis=-1)),
         on_host=to_host,
     )
@@ -81,7 +79,7 @@ def generate_with_draft(
     given = model.of_rows(adapter, B)
     logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
     said.begin(logits_BV)
-    while said.rows.is_active_B.any():
+    while rows.is_active_B.any():
         read = (said.next_ids_BT, hidden_BTD, said.next_positions, said.last_B, seen_next)
         logits_BV, state_B1D, cache = programs.draft.extend(weights, *read, cache=cache, **given)
         seen_next = None  # of the prompt alone
@@ -96,4 +94,4 @@ def generate_with_draft(
         logits_BTV, hidden_BTD, history, cache = programs.draft.verify(weights, said.fed, cache=cache, **given)
         cache = programs.draft.keep(history, said.verify(logits_BTV), T, cache=cache)
         filled += T
-    return jnp.asarray(said.rows.finished(), jnp.int32), said.report
+    return jnp.asarray(rows.finished(), jnp.int32), said.report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,22 @@ class SpeculationReport:
         return 1 + self.accepted / self.rounds if self.rounds else 0.0
 
 
+class Sampling(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 = the best token; else the softmax temperature.
+        top_k: sample among the best k only.
+        top_p: sample among the best tokens that together reach this probability, in (0, 1].
+        seed: of the draws.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+
 class Speculation:
     """One speculative generation of B rows, a round after the other.
 
@@ -36,10 +52,7 @@ class Speculation:
         prompt: every row's real tokens at its end.
         rows: what becomes of it.
         draft_tokens: K, guesses in each round.
-        temperature: 0 = the best token; else the softmax temperature.
-        top_k: sample among the best k only.
-        top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling.
+        sampling: how tokens are chosen.
         best: the best token of logits [..., V] wherever they lie, integers [...].
         on_host: logits as NumPy's, floats [..., V].
 
@@ -54,19 +67,15 @@ class Speculation:
         prompt: ModelInputs,
         rows: Rows,
         draft_tokens: int,
+        sampling: Sampling,
         *,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
         best: Callable[[Any], np.ndarray],
         on_host: Callable[[Any], np.ndarray],
     ) -> None:
         B, length = prompt.input_ids.shape
         self.rows, self.best = rows, best
-        self._prompt, self._draft_tokens, self._rng = prompt, draft_tokens, np.random.default_rng(seed)
-        self._is_greedy = temperature == 0
-        self._probabilities = lambda logits: distribution(on_host(logits), temperature, top_p or 1.0, top_k)
+        self._prompt, self._draft_tokens, self._rng = prompt, draft_tokens, np.random.default_rng(sampling.seed)
+        self._sampling, self._on_host = sampling, on_host
         self._rounds, self._accepted = 0, 0
         self._guesses: list[np.ndarray] = []  # of this round, and what each was drawn from
         self._drawn_from: list[np.ndarray] = []
@@ -114,7 +123,7 @@ class Speculation:
 
     def accepted(self, logits_BTV: Any) -> tuple[np.ndarray, np.ndarray]:
         """How many guesses stay, integers [B], and the target's token after them, [B]."""
-        if self._is_greedy:
+        if self._sampling.temperature == 0:
             return accept_greedy(self.drafted, self.best(logits_BTV))
         drawn_from_BKV = np.stack(self._drawn_from, axis=1)
         return accept_sampled(self.drafted, drawn_from_BKV, self._probabilities(logits_BTV), self._rng)
@@ -126,10 +135,14 @@ class Speculation:
 
     def _chosen(self, logits_BV: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row, int32 [B], and the distribution it was drawn from; None: it is the best."""
-        if self._is_greedy:
+        if self._sampling.temperature == 0:
             return self.best(logits_BV).astype(np.int32), None
         found_BV = self._probabilities(logits_BV)
         return draw(found_BV, self._rng).astype(np.int32), found_BV
+
+    def _probabilities(self, logits: Any) -> np.ndarray:
+        temperature, top_k, top_p, _ = self._sampling
+        return distribution(self._on_host(logits), temperature, top_p or 1.0, top_k)
 
 
 class Rows:

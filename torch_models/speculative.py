@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders.inputs import cache_slots, check_sampling
-from loaders.speculation import Rows, Speculation, SpeculationReport
+from loaders.speculation import Rows, Sampling, Speculation, SpeculationReport
 
 if TYPE_CHECKING:
     from torch_models.draft import Draft
@@ -57,14 +57,12 @@ def generate_with_draft(
         )
     checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
     (B, length), T = checked.input_ids.shape, draft_tokens + 1
+    rows = Rows(B, max_new_tokens, *model.checkpoint.endings(ignore_eos=ignore_eos))
     said = Speculation(
         checked,
-        Rows(B, max_new_tokens, *model.checkpoint.endings(ignore_eos=ignore_eos)),
+        rows,
         draft_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        Sampling(temperature, top_k, top_p, seed),
         best=lambda logits: logits.argmax(-1).cpu().numpy(),
         on_host=lambda logits: logits.cpu().numpy(),
     )
@@ -74,7 +72,7 @@ def generate_with_draft(
     said.begin(model.last_logits(hidden_BTD))
     seen_next = None if seen is None else seen.ahead()
     part = cache.with_room(0)  # of the cache: no run reads more than is filled
-    while said.rows.is_active_B.any():
+    while rows.is_active_B.any():
         ids_BT, positions, last_B = map(model.long, (said.next_ids_BT, said.next_positions, said.last_B))
         logits_BV, state_B1D = draft.extend(ids_BT, hidden_BTD, positions, last_B, part, seen_next)
         seen_next = None  # of the prompt alone
@@ -90,4 +88,4 @@ def generate_with_draft(
         x_BTD = model.embed(model.long(said.fed))
         hidden_BTD = model.decoder(x_BTD, positions_BT, part.key_mask, part, keep_history=True)
         part.keep(model.long(said.verify(model.head(hidden_BTD))), T)
-    return model.long(said.rows.finished()), said.report
+    return model.long(rows.finished()), said.report
