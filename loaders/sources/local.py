@@ -87,5 +87,8 @@ class LocalDirectory:
         root = self.path.resolve()
         if target.is_relative_to(root):
             return True
-        # the Hugging Face cache: <repo>/snapshots/<revision>/<name> links to <repo>/blobs/<hash>
-        return root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs")
+        # the Hugging Face cache: <repo>/snapshots/<revision>/[<directory>/]<name> links to <repo>/blobs/<hash>
+        return any(
+            revision.parent.name == "snapshots" and target.is_relative_to(revision.parent.parent / "blobs")
+            for revision in (root, *root.parents)
+        )

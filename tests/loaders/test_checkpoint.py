@@ -418,6 +418,14 @@ def test_the_hugging_face_cache_opens(tmp_path: Path) -> None:
     assert list(open_checkpoint(link).tensors) == ["a"]
 
 
+def test_a_subdirectory_of_the_hugging_face_cache_opens(tmp_path: Path) -> None:
+    below = hugging_face_cache(tmp_path) / "text" / "model"
+    below.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (below / name).symlink_to(f"../../../../blobs/hash-of-{name}")
+    assert list(open_checkpoint(below).tensors) == ["a"]
+
+
 def test_another_repository_of_the_cache_is_outside(tmp_path: Path) -> None:
     snapshot = hugging_face_cache(tmp_path)
     other = tmp_path / "models--other" / "blobs"
