@@ -37,6 +37,8 @@ class LocalDirectory:
         self._written = Path(str(path))
         self.path = self._written.absolute()
         self.scheme = scheme
+        if not str(path):
+            raise OSError("it names no directory, and is not taken for the current one. Give '.' for that.")
         if not self.path.is_dir():
             raise OSError(f"{self._written} is not a directory")
         if scheme == LOCAL:

@@ -378,6 +378,14 @@ def test_a_link_that_leaves_the_directory_is_refused(
     assert "outside the checkpoint directory" in problem
 
 
+@pytest.mark.parametrize("address", ["", "direct://", "runai://"])
+def test_no_address_is_not_the_current_directory(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "it", {"model.safetensors": ONE_TENSOR}))
+    with pytest.raises(CheckpointError, match="it names no directory"):
+        open_checkpoint(address)
+    assert list(open_checkpoint(".").tensors) == ["a"]
+
+
 def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:
     write(tmp_path, {"weights": ONE_TENSOR})
     (tmp_path / "model.safetensors").symlink_to("weights")
