@@ -61,8 +61,14 @@ class Decoding:
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> VersionedCache:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
-        check_room(max_new_tokens)
+
+        def said() -> str:
+            check_room(max_new_tokens)
+            return f"room for {max_new_tokens} tokens, adapters of rows {model.roster.rows(adapter, rows).tolist()}"
+
         rows, length = prompt.input_ids.shape
+        check_alike(model.mesh, "what is asked for", said)
+        check_room(max_new_tokens)
         arrays = model.programs.empty_cache(rows=rows, capacity=cache_slots(length + max_new_tokens))
         return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
 

@@ -73,8 +73,8 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         try:
             for step in (begin, write_ours, finish):
                 together(mesh, step)
-        except BaseException:
-            if jax.process_index() == primary:  # nobody writes any more; a full disk would stay full
+        except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
+            if jax.process_index() == primary:  # else a full disk would stay full
                 with contextlib.suppress(Exception):
                     temporary.get().rmtree(missing_ok=True)
             raise

@@ -105,10 +105,12 @@ def check_sampling_alike(mesh: Mesh | None, *options: Any) -> None:
 
 
 def said_of(inputs: ModelInputs) -> str:
-    """A prompt in few words, for ``check_alike``."""
-    found = hashlib.sha256(str(inputs.input_ids.shape).encode())
-    for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids):
-        found.update(np.ascontiguousarray(array).data)
+    """A prompt and what it shows in few words, for ``check_alike``."""
+    shown = () if inputs.vision is None else (inputs.vision.patches.pixels_AX, inputs.vision.slot_BT)
+    found = hashlib.sha256()
+    for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids, *shown):
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
     return found.hexdigest()[:16]
 
 

@@ -120,7 +120,9 @@ def _close_in(process: int, stays: ExitStack) -> None:
 
 
 def _after_fork() -> None:
-    """Threads of a library are the parent's, so this process loads a copy of its own."""
+    """Threads of a library are the parent's, so this process loads a copy of its own. One of them may hold the lock."""
+    global _loading
+    _loading = threading.Lock()
     _of_parent.update(_loaded)
     _load.cache_clear()
 

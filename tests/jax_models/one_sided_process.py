@@ -47,6 +47,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "an option": lambda: model.generate(**inputs, max_new_tokens=-process),
         "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=process),
         "a token": lambda: model(**inputs | {"input_ids": inputs["input_ids"] + 10_000 * process}),
+        "other room": lambda: model.prefill(**inputs, max_new_tokens=4 + 400 * process),
+        "other rows": lambda: adapted.prefill(**inputs, adapter=["a", (None, "a")[process]]),
         "another prompt": lambda: model.prefill(inputs["input_ids"][:, : 8 + process]),
     }
     found |= {what: error_of(call) for what, call in calls.items()}

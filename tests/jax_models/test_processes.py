@@ -11,10 +11,13 @@ import pytest
 from several import error, free_port, run_several
 
 import jax_models
-from jax_models.processes import processes_of, to_host, together
+from jax_models.processes import processes_of, said_of, to_host, together
+from loaders import open_checkpoint
 from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
+from loaders.multimodal import check_inputs
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
+from parity.zoo_pictures import pictures
 
 FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES
 PROGRAM = Path(__file__).with_name("one_process.py")
@@ -109,3 +112,20 @@ def test_one_process_asks_nobody():
     with pytest.raises(ZeroDivisionError):
         together(None, lambda: 1 / 0)
     assert to_host(jax.numpy.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_a_prompt_is_known_by_its_tokens_and_by_what_it_shows(tmp_path):
+    config = open_checkpoint(make_checkpoint("qwen3_vl", tmp_path / "it")).config
+    shown = pictures(config, tokens=48)
+    names = ("input_ids", "attention_mask", "position_ids")
+    multimodal = {name: value for name, value in shown.items() if name not in names}
+
+    def said(**changed):
+        given = {name: shown.get(name) for name in names} | {
+            name: changed.pop(name) for name in names if name in changed
+        }
+        return said_of(check_inputs(config, *given.values(), given=multimodal | changed, has_tower=True))
+
+    assert said() == said()
+    turned = np.where(shown["input_ids"] == shown["input_ids"][0, -1], 3, shown["input_ids"])
+    assert len({said(), said(input_ids=turned), said(pixel_values=shown["pixel_values"] * 2)}) == 3

@@ -402,3 +402,9 @@ def test_rows_of_experts_are_rounded_once_where_they_are_stored(product):
     found = product(x, weights, sizes, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(found, product(x, weights, sizes).astype(jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
+
+
+def test_a_mesh_without_devices_is_refused(tmp_path):
+    empty = Mesh(np.array(jax.devices())[:0], ("tensor",))
+    with pytest.raises(ValueError, match="the mesh has no device"):
+        jax_models.load(make_checkpoint("qwen3", tmp_path / "it"), mesh=empty)

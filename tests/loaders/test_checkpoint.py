@@ -378,6 +378,35 @@ def test_a_link_that_leaves_the_directory_is_refused(
     assert "outside the checkpoint directory" in problem
 
 
+def test_an_error_lists_so_many_problems_and_keeps_all() -> None:
+    error = CheckpointError("it", ["x" * 10**6, *(f"problem {number}" for number in range(999))])
+    assert len(error.problems) == 1000
+    assert len(error.problems[0]) < 2100
+    lines = str(error).splitlines()
+    assert lines[0] == "it: 1000 problems"
+    assert lines[2] == "  2. problem 0"
+    assert lines[-1] == "  and 800 more, which the exception's problems have"
+    assert len(lines) == 202
+
+
+def test_a_fingerprint_is_of_what_a_checkpoint_says_and_holds_wherever_it_lies(tmp_path: Path) -> None:
+    def fingerprint(name: str, values: list[float], dtype: str = "float32", **config: object) -> str:
+        raw = np.array(values, dtype)
+        header = {"a": entry(dtypes.from_numpy(raw.dtype), [len(raw)], 0, raw.nbytes)}
+        documents = {"model.safetensors": safetensors(header, raw.tobytes()), "config.json": CONFIG | config}
+        return open_checkpoint(write(tmp_path / name, documents)).fingerprint()
+
+    first = fingerprint("first", [1, 2, 3, 4])
+    assert fingerprint("copy", [1, 2, 3, 4]) == first
+    others = {
+        fingerprint("values", [1, 2, 3, 5]),
+        fingerprint("shape", [1, 2, 3]),
+        fingerprint("dtype", [1, 2, 3, 4], "float16"),
+        fingerprint("config", [1, 2, 3, 4], rms_norm_eps=0.5),
+    }
+    assert len(others | {first}) == 5
+
+
 @pytest.mark.parametrize("address", ["", "direct://", "runai://"])
 def test_no_address_is_not_the_current_directory(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path / "it", {"model.safetensors": ONE_TENSOR}))
