@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from orbax.checkpoint.path import atomicity_defaults
 from jax_models.processes import processes_of, together
 
 WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
+QUIET_S, MOST_S = 0.5, 10.0  # that nothing comes any more in the directory of a failed save; that this is waited for
 ABOUT = "_CHECKPOINT_METADATA"  # for Orbax alone: times, and what reads each item
 
 
@@ -76,8 +78,22 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
             if jax.process_index() == primary:  # else a full disk would stay full
                 with contextlib.suppress(Exception):
-                    temporary.get().rmtree(missing_ok=True)
+                    _remove(temporary.get())
             raise
+
+
+def _remove(directory: epath.Path) -> None:
+    """Remove what a failed save began, also what TensorStore, which goes on for a moment, makes there again.
+
+    The next save is written under the same name, and must not find anything of this one.
+    """
+    until, seen = time.monotonic() + MOST_S, time.monotonic()
+    while time.monotonic() < min(until, seen + QUIET_S):
+        if directory.exists():
+            seen = time.monotonic()
+            with contextlib.suppress(OSError):  # a file came while it was removed
+                directory.rmtree(missing_ok=True)
+        time.sleep(0.02)
 
 
 class UnreadableArrays(Exception):
