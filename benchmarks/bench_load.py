@@ -26,11 +26,11 @@ import traceback
 import warnings
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from loading import PIECE, Case, Run, sections
+from loading import PIECE, Case, Run, sections, write_noise
 
 from loaders.memory import aligned_empty
+from parity.zoo import zoo_config
 
 CONFIG = {
     **{"hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4},
@@ -59,27 +59,9 @@ NO_LOADERS = ("limit", "(reading alone)")  # they keep nothing that could be com
 
 
 def write(directory: Path, gb: float) -> Path:
-    from loaders.config import config_from_json
-    from loaders.expand import expand
-    from loaders.families import family_module
-    from loaders.writer import TensorType, write_checkpoint
-    from parity.zoo import zoo_config
-
     experts = max(8, round((gb * 1e9 - OTHER_BYTES) / EXPERT_BYTES))
     document = zoo_config("qwen3-moe", dtype="BF16", num_experts=experts, mlp_only_layers=[], **CONFIG)
-    config, problems = config_from_json(document)
-    assert config is not None, problems
-    specs = expand(family_module(config.architecture).RULES, config)
-    plan = {source.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for source in spec.sources}
-    total = sum(2 * int(np.prod(kind.shape)) for kind in plan.values())
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 2**14, 1 << 22, dtype=np.uint16)
-
-    def read(name: str) -> np.ndarray:
-        shape = plan[name].shape
-        return np.resize(np.roll(noise, rng.integers(1 << 22)), shape).view(ml_dtypes.bfloat16)
-
-    return write_checkpoint(directory, plan, read, config=document, max_file_bytes=int(total / 4 + 4e7))
+    return write_noise(directory, document, num_files=4)
 
 
 def run(path: str, section: str, name: str, gb: float) -> dict[str, float] | str:

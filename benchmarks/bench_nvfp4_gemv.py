@@ -73,9 +73,10 @@ def measure(name: str, rows: int, rounds: int) -> dict[str, float | int | str]:
         "bfloat16": captured(lambda: F.linear(x, weight)),
     }
     seconds = seconds_in_turns({name: graph for name, (graph, _) in kept.items()}, rounds)
-    found, expected = kept["nvfp4"][1], nvfp4_reference.matmul(x, packed, scale, alpha)
-    error = float((found - expected).norm() / expected.norm())
-    assert error <= 2e-6, f"the product is wrong: relative error {error}"
+    wide = nvfp4_reference.dequantized(packed, scale, torch.float32).double()
+    expected = (x.double() @ wide.T) * alpha.double()
+    error = float((kept["nvfp4"][1] - expected).norm() / expected.norm())
+    assert error <= 2e-6 + 2e-9 * depth, f"the product is wrong: relative error {error}"  # tensor cores truncate
     stored = packed.nbytes + scale.nbytes
     return {
         "name": name,

@@ -10,21 +10,43 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from loaders.config import config_from_json
 from loaders.dtypes import to_numpy
+from loaders.expand import expand
+from loaders.families import family_module
 from loaders.memory import aligned_empty
 from loaders.place import place_of
 from loaders.plan import plan_load
 from loaders.stage import Stage
+from loaders.writer import TensorType, write_checkpoint
 
 Run = Callable[[], list[np.ndarray]]
 PIECE = 8 << 20
 RUNAI = {"RUNAI_STREAMER_CONCURRENCY": "4"}
 RING = {"RUNAI_STREAMER_MEMORY_LIMIT": str(1 << 30)}
 BUFFERED = {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
+
+
+def write_noise(directory: Path, document: dict[str, Any], *, num_files: int) -> Path:
+    """A checkpoint of a config.json in bfloat16, quick to make and of no use but to be read."""
+    config, problems = config_from_json(document)
+    assert config is not None, problems
+    specs = expand(family_module(config.architecture).RULES, config)
+    plan = {source.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for source in spec.sources}
+    total = sum(2 * int(np.prod(kind.shape)) for kind in plan.values())
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 2**14, 1 << 22, dtype=np.uint16)
+
+    def read(name: str) -> np.ndarray:
+        shape = plan[name].shape
+        return np.resize(np.roll(noise, rng.integers(1 << 22)), shape).view(ml_dtypes.bfloat16)
+
+    return write_checkpoint(directory, plan, read, config=document, max_file_bytes=int(total / num_files + 4e7))
 
 
 class Case:

@@ -28,6 +28,7 @@ from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
 from loaders.regions import Box, box_of
+from loaders.scratch import Staging
 from loaders.shards import Shards, read_shards
 from loaders.spec import Dim, ParamSpec
 from loaders.stage import Stage
@@ -145,10 +146,10 @@ def read_in_vain(plan: LoadPlan, mesh: Mesh | None) -> None:
     """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
     filling = Filling(plan)
     if mesh is None:
-        deque(read_whole(plan, filling, is_kept=False), maxlen=0)  # a loop would keep one while it reads the next
+        deque(read_whole(plan, filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
     else:
         dims = plan.checkpoint.config.dims()
-        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), is_kept=False), maxlen=0)
+        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
     filling.finish()
 
 

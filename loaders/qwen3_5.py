@@ -245,7 +245,9 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     }
     rope, more = read_rope(with_rope_defaults(text, defaults), PARTIAL_KEYS)
     problems += more
-    if partial is not None and rope is not None and rope.partial_rotary_factor != partial:
+    # transformers writes its default beside whatever rope_parameters says, and goes by those
+    is_said = partial is not None and partial != DEFAULT_PARTIAL
+    if is_said and rope is not None and rope.partial_rotary_factor != partial:
         both = f"partial_rotary_factor={brief(partial)} and {rope.partial_rotary_factor} in rope_parameters"
         problems.append(f"config.json: {both} disagree. Remove one.")
     spelled |= {"architecture": architecture, "vision": vision}

@@ -24,17 +24,29 @@ Shape = tuple[int, ...]
 Read = TypeVar("Read")
 
 
+class Staging:
+    """Where parameters are on their way elsewhere: nobody has one any more when the next is asked for."""
+
+    def empty(self, num_bytes: int) -> np.ndarray:
+        """Memory for so many bytes, uint8."""
+        return aligned_empty((num_bytes,), np.dtype(np.uint8))
+
+    def settle(self) -> None:
+        """Wait for those who read the memory although they were done with it; it is about to be written again."""
+
+
 class Scratch:
     """Memory of what is read in one lot, made when the first array is asked for and gone with this.
 
     Args:
         plan: what is read, parameter by parameter.
         shapes_of: of the arrays that a parameter is read into, or a redundant tied tensor that must equal it.
+        staging: what kind of memory it is.
     """
 
-    def __init__(self, plan: LoadPlan, shapes_of: Callable[[ParamSpec], Iterable[Shape]]) -> None:
+    def __init__(self, plan: LoadPlan, shapes_of: Callable[[ParamSpec], Iterable[Shape]], staging: Staging) -> None:
         assert plan.staged, "of parameters that stay all may be begun at once"
-        self._plan, self._shapes_of = plan, shapes_of
+        self._plan, self._shapes_of, self._staging = plan, shapes_of, staging
         self._specs = {spec.name: spec for spec in plan.specs}
         self._size = max(map(self._lot_bytes, lots_of_plan(plan)), default=0)
         self._memory: np.ndarray | None = None
@@ -43,14 +55,15 @@ class Scratch:
 
     def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
         """An array for ``name``, which is its own until ``release``; there may be several."""
-        if not self._held:
+        if not self._held and self._used:
+            self._staging.settle()
             self._used = 0
         self._held.add(name)
         start, stop = self._used, self._used + _room(shape, dtype)
         if stop > self._size:  # a tensor of an earlier lot never came, and is waited for to the end
             return aligned_empty(shape, dtype)
         if self._memory is None:
-            self._memory = aligned_empty((self._size,), np.dtype(np.uint8))
+            self._memory = self._staging.empty(self._size)
         self._used = stop
         return self._memory[start : start + _num_bytes(shape, dtype)].view(dtype).reshape(shape)
 

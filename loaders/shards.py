@@ -15,7 +15,7 @@ from loaders.memory import aligned_empty
 from loaders.plan import LoadPlan
 from loaders.progress import watched
 from loaders.regions import Box, Region, sizes_of
-from loaders.scratch import Scratch
+from loaders.scratch import Scratch, Staging
 from loaders.spec import ParamSpec, Source
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
@@ -45,7 +45,11 @@ def region_of(spec: ParamSpec, source: Source, box: Box, shard: np.ndarray) -> R
 
 
 def read_shards(
-    plan: LoadPlan, filling: Filling, boxes_of: Callable[[ParamSpec], Collection[Box]], *, is_kept: bool = True
+    plan: LoadPlan,
+    filling: Filling,
+    boxes_of: Callable[[ParamSpec], Collection[Box]],
+    *,
+    staging: Staging | None = None,
 ) -> Iterator[tuple[ParamSpec, Shards]]:
     """Read every planned parameter's shards, one parameter after the other as they are complete. None is kept.
 
@@ -53,13 +57,13 @@ def read_shards(
         plan: what to read.
         filling: its accounting.
         boxes_of: the parts of a parameter that are held here, disjoint. A redundant tied tensor is held against those.
-        is_kept: as for ``read_whole``.
+        staging: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     specs = {spec.name: spec for spec in plan.specs}
     begun: dict[str, Shards] = {}
-    scratch = None if is_kept else Scratch(plan, lambda spec: map(sizes_of, boxes_of(spec)))
+    scratch = None if staging is None else Scratch(plan, lambda spec: map(sizes_of, boxes_of(spec)), staging)
 
     def empty(spec: ParamSpec, name: str) -> Shards:
         make = aligned_empty if scratch is None else partial(scratch.take, name)

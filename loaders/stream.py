@@ -21,8 +21,7 @@ from loaders.sources import OpenFile, PieceError, Session
 if TYPE_CHECKING:
     from loaders.checkpoint import Checkpoint
 
-WINDOW_BYTES = 64 << 20  # on its way at any moment, or so many of the session's stretches:
-WINDOW_STRETCHES = 4
+WINDOW_BYTES = 64 << 20  # on its way at any moment, or as many stretches as keep the session busy
 MOST_STRETCHES = 64  # likewise
 MOST_PIECES = 512  # in one stretch; a system takes 1024 buffers at once
 _NOTHING = Piece(0, 0)  # of a tensor without values, so that it is yielded in its turn
@@ -126,7 +125,7 @@ class Arrivals(Generic[Result]):
     def __init__(self, checkpoint: Checkpoint, session: Session, wanted: list[Request[Result]], budget: int) -> None:
         self._checkpoint, self._session, self._budget = checkpoint, session, budget
         self._gap_bytes, self._stretch_bytes = checkpoint.source.gap_bytes, session.stretch_bytes
-        self._window = min(max(WINDOW_BYTES, WINDOW_STRETCHES * self._stretch_bytes), budget)
+        self._window = min(max(WINDOW_BYTES, session.num_stretches * self._stretch_bytes), budget)
         self._waiting = deque(wanted)
         self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
         self._flying: dict[int, _Stretch] = {}

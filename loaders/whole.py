@@ -13,11 +13,13 @@ from loaders.lots import stream_parameters
 from loaders.memory import aligned_empty
 from loaders.place import place_of
 from loaders.plan import LoadPlan
-from loaders.scratch import Scratch
+from loaders.scratch import Scratch, Staging
 from loaders.spec import ParamSpec
 
 
-def read_whole(plan: LoadPlan, filling: Filling, *, is_kept: bool = True) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def read_whole(
+    plan: LoadPlan, filling: Filling, *, staging: Staging | None = None
+) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Read every planned parameter, one after the other as they are complete. None is kept.
 
     Each has its spec's shape and the checkpoint's dtype, in memory of its own, 64-byte aligned, which is the caller's
@@ -27,12 +29,13 @@ def read_whole(plan: LoadPlan, filling: Filling, *, is_kept: bool = True) -> Ite
     Args:
         plan: what to read.
         filling: accounts for it.
-        is_kept: False: nobody has a parameter any more when the next is asked for, whose memory may then be the same.
+        staging: nobody has a parameter any more when the next is asked for, and they are read into this memory, again
+            and again; None: each is kept, in its own.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     host: dict[str, np.ndarray] = {}
-    scratch = None if is_kept else Scratch(plan, lambda spec: [spec.shape])
+    scratch = None if staging is None else Scratch(plan, lambda spec: [spec.shape], staging)
 
     def make(spec: ParamSpec) -> np.ndarray:
         if spec.name not in host:

@@ -23,6 +23,7 @@ class Lending:
 
     def __init__(self, seed: int) -> None:
         self.stretch_bytes = memory.STAGING_BYTES  # all of it is lent memory
+        self.num_stretches = 4
         self._rng = np.random.default_rng(seed)
         self._waiting: dict[int, tuple[OpenFile, int, int]] = {}
         self._count = 0

@@ -68,7 +68,7 @@ def _noting(original: Any, backend: str) -> Any:
 
 def _some_weights(original: Any, patch: Patch, backend: str, place: re.Pattern[str]) -> Any:
     def read(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        kwargs.pop("is_kept", None)  # all are held at once here
+        kwargs.pop("staging", None)  # all are held at once here
         clean = dict(original(*args, **kwargs))
         changed = dict(patch.make(lambda *_, **__: clean.items(), backend)(*args, **kwargs))
         yield from ((name, (changed if place.fullmatch(name) else clean)[name]) for name in clean)

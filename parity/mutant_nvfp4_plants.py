@@ -34,7 +34,7 @@ def loaded(edit: Edits) -> Plant:
 
     def make(original: Any, backend: str) -> Any:
         def read(*args: Any, **kwargs: Any) -> Any:
-            kwargs.pop("is_kept", None)  # all are held at once here
+            kwargs.pop("staging", None)  # all are held at once here
             found = dict(original(*args, **kwargs))
             if backend == "torch":
                 from torch_models.storage import host_view

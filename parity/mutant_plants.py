@@ -75,7 +75,7 @@ def weights(edit: Callable[[dict[str, Any], Any], dict[str, Any]]) -> Callable[[
 
     def make(original: Any, backend: str) -> Any:
         def read(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-            kwargs.pop("is_kept", None)  # all are held at once here
+            kwargs.pop("staging", None)  # all are held at once here
             found = dict(original(*args, **kwargs))
             changed = edit(found, xp(backend))
             if backend == "torch":

@@ -19,6 +19,7 @@ from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
+from loaders.scratch import Staging
 from loaders.shards import Shards, read_shards
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
@@ -28,6 +29,7 @@ from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.parallel import Parallel, check_mesh
 from torch_models.processes import check_alike, together
+from torch_models.staging import DeviceStaging
 from torch_models.storage import over_host
 from torch_models.taps import name_modules
 
@@ -112,9 +114,12 @@ def load(
     filling = Filling(plan)
 
     def read() -> LoadReport:
-        for name, value in read_params(plan, filling, parallel):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device), requires_grad=False))
+        with DeviceStaging(torch.device(device)) as staging:
+            is_there = staging.device.type == "cpu"  # where it is read to
+            for name, value in read_params(plan, filling, parallel, staging=None if is_there else staging):
+                owner, _, leaf = name.rpartition(".")
+                param = nn.Parameter(staging.placed(value), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, param)
         return filling.finish()
 
     model.report = together(mesh, read)
@@ -129,7 +134,7 @@ def load(
 
 
 def read_params(
-    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, is_kept: bool = True
+    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staging: Staging | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into host memory, one after the other as they are complete. None is kept here.
 
@@ -137,15 +142,15 @@ def read_params(
         plan: what to read.
         filling: accounts for it.
         parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
-        is_kept: as for ``read_whole``.
+        staging: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     if parallel is None:
-        whole = read_whole(plan, filling, is_kept=is_kept)
+        whole = read_whole(plan, filling, staging=staging)
         yield from map(_placed, whole)  # no loop, which would keep one while the next are read
     else:
-        shards = read_shards(plan, filling, parallel.held.boxes, is_kept=is_kept)
+        shards = read_shards(plan, filling, parallel.held.boxes, staging=staging)
         yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from loaders.memory import aligned_empty
 from torch_models.census import tensors_of
+from torch_models.staging import page_locked
 from torch_models.storage import parameters_of
 
 if TYPE_CHECKING:
     from torch_models.model import Model
 
+COMPARED_BYTES = 64 << 20  # at once, on the device
 HostCopy = list[tuple[torch.UntypedStorage, torch.Tensor]]  # a storage, and its bytes on the host, uint8
 
 
@@ -35,7 +39,7 @@ def sleep(model: Model) -> Model:
         return model
     model.check_runnable()
     storages = _storages(model)
-    copies = [_bytes(storage).to("cpu", copy=storage.resizable()) for storage in storages]
+    copies = [_copied(storage) for storage in storages]
     model.graphs.drop(reason="the model was put to sleep")
     owned = [storage if storage.resizable() else _exchanged(model, storage) for storage in storages]
     model.asleep = list(zip(owned, copies, strict=True))
@@ -59,10 +63,12 @@ def wake(model: Model) -> Model:
     """
     if model.asleep is None:
         return model
+    wrong = 0
     for storage, copy in model.asleep:
         storage.resize_(copy.numel())
-        _bytes(storage).copy_(copy)
-    wrong = sum(not torch.equal(_bytes(storage).cpu(), copy) for storage, copy in model.asleep)
+        with page_locked(copy.numpy(), storage.device):
+            _bytes(storage).copy_(copy)
+            wrong += not _holds(storage, copy)
     if wrong:
         raise RuntimeError(f"{wrong} of {len(model.asleep)} storages woke with other bytes. The model sleeps on.")
     _touch(model)
@@ -95,6 +101,21 @@ def _exchanged(model: Model, storage: torch.UntypedStorage) -> torch.UntypedStor
             place = tensor.storage_offset(), tensor.size(), tensor.stride()
             tensor.data = torch.empty(0, dtype=tensor.dtype).set_(fresh, *place)
     return fresh
+
+
+def _copied(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Its bytes on the host; where it is there and stays, the very same."""
+    held = _bytes(storage)
+    if held.device.type == "cpu":
+        return held.clone() if storage.resizable() else held
+    copy = aligned_empty((held.numel(),), np.dtype(np.uint8))
+    with page_locked(copy, held.device):
+        return torch.from_numpy(copy).copy_(held)
+
+
+def _holds(storage: torch.UntypedStorage, copy: torch.Tensor) -> bool:
+    parts = zip(_bytes(storage).split(COMPARED_BYTES), copy.split(COMPARED_BYTES), strict=True)
+    return all(torch.equal(held, part.to(held.device)) for held, part in parts)
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import checksum, digests, tensor_digest
+from loaders.digest import digests, tensor_digest
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -29,6 +29,7 @@ from torch_models.layers.quantized import as_loaded
 from torch_models.parallel import Parallel, on_host
 from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
+from torch_models.staging import DeviceStaging, Holds
 from torch_models.storage import NAMES, host_view, same_bits
 
 if TYPE_CHECKING:
@@ -219,6 +220,14 @@ def update_weights_from_disk(
     check_awake(model)
     if model.refusal is None:
         model.roster.check_unmerged("a reload")
+    with DeviceStaging(model.device) as staging:
+        return _reloaded(model, uri, host_budget_bytes, staging)
+
+
+def _reloaded(
+    model: Model, uri: str | os.PathLike[str], host_budget_bytes: int | None, staging: DeviceStaging
+) -> Model:
+    """See ``update_weights_from_disk``; both readings are into the same memory."""
     from torch_models.load import read_params  # the loader builds models
 
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
@@ -228,7 +237,7 @@ def update_weights_from_disk(
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
         trial = Filling(plan)
-        tensors = read_params(plan, trial, parallel, is_kept=False)
+        tensors = read_params(plan, trial, parallel, staging=staging)
         deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
         return plan, trial.finish()
 
@@ -241,8 +250,8 @@ def update_weights_from_disk(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        values = read_params(plan, filling, parallel, is_kept=False)
-        _commit(model, values, [spec.name for spec in plan.specs])
+        values = read_params(plan, filling, parallel, staging=staging)
+        _commit(model, values, [spec.name for spec in plan.specs], staging)
         filling.finish(is_again=True)
 
     try:
@@ -262,7 +271,12 @@ def write(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[
     Raises:
         RuntimeError: it failed half-way, on a mesh on any rank; the model refuses to run.
     """
-    _together(model, lambda: _commit(model, values, names))
+
+    def written() -> None:
+        with DeviceStaging(model.device) as staging:
+            _commit(model, values, names, staging)
+
+    _together(model, written)
 
 
 def _together(model: Model, work: Callable[[], None]) -> None:
@@ -278,7 +292,7 @@ def _together(model: Model, work: Callable[[], None]) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[str]) -> None:
+def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[str], staging: DeviceStaging) -> None:
     """Write values over the live parameters ``names`` and verify them. Until ``publish``, the model refuses to run."""
     before = pointer_census(model)
     frozen = [name for name in names if model.get_parameter(name).is_inference()]
@@ -286,17 +300,17 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         raise RuntimeError(
             f"{frozen[0]} was made in torch.inference_mode() and can never be written. Nothing was changed."
         )
-    written: dict[str, int] = {}
+    written: dict[str, Holds] = {}
     for name, value in values:
         model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        module.get_parameter(leaf).copy_(value)
+        module.get_parameter(leaf).copy_(value, non_blocking=True)
         mark_source(module, leaf)
-        written[name] = checksum(host_view(value.cpu().contiguous()))
+        written[name] = staging.remembered(value)
         del value  # before the next one is read
     derive(model)
-    wrong = [name for name, expected in written.items() if checksum(host_view(stored(model, name).cpu())) != expected]
+    wrong = [name for name, holds in written.items() if not holds(stored(model, name))]
     wrong += moved(before, pointer_census(model))
     if wrong:
         model.refusal = f"an update left wrong bytes or moved storage in {', '.join(wrong[:5])}"

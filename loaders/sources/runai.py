@@ -105,6 +105,7 @@ class RunaiSession:
         self._failed: list[np.ndarray] = []  # which the library may still be writing to
         self._lent: np.ndarray | None = None
         self.stretch_bytes = memory.STAGING_BYTES  # all of it is lent memory
+        self.num_stretches = 8  # a window, as for files
         self._endings = _endings_of(self._scheme)
         self._endings.begin(self._start)
         try:

@@ -71,6 +71,11 @@ class Session(Protocol):
         """The most that is to be asked for at once, in pieces of ``STAGING_BYTES`` at most."""
         ...
 
+    @property
+    def num_stretches(self) -> int:
+        """So many on their way keep it busy."""
+        ...
+
     def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         """Ask for the stretch of ``file``, which has to stay open, that ``pieces`` are, one after the other.
 

@@ -256,8 +256,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "is 0 dimensions; rotary embedding needs pairs",
     ),
     "two parts of a head": (
-        changed(CONFIG, rope_parameters=ROPE, partial_rotary_factor=0.25),
-        "partial_rotary_factor=0.25 and 0.5 in rope_parameters disagree",
+        changed(CONFIG, rope_parameters=ROPE, partial_rotary_factor=0.75),
+        "partial_rotary_factor=0.75 and 0.5 in rope_parameters disagree",
     ),
     "more than a head": (
         changed(CONFIG, rope_parameters=ROPE | {"partial_rotary_factor": 1.5}),

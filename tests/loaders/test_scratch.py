@@ -16,7 +16,7 @@ from loaders.memory import aligned_empty
 from loaders.plan import LoadPlan, plan_load
 from loaders.quantize import open_to_load
 from loaders.regions import Box
-from loaders.scratch import Scratch
+from loaders.scratch import Scratch, Staging
 from loaders.shards import read_shards
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
@@ -63,11 +63,11 @@ def halves(spec: ParamSpec) -> list[Box]:
     return [(*box[:-1], (0, middle)), (*box[:-1], (middle, box[-1][1]))]
 
 
-def whole(plan: LoadPlan, filling: Filling, **options: bool) -> Iterator[tuple[str, list[np.ndarray]]]:
+def whole(plan: LoadPlan, filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
     return ((spec.name, [param]) for spec, param in read_whole(plan, filling, **options))
 
 
-def in_shards(plan: LoadPlan, filling: Filling, **options: bool) -> Iterator[tuple[str, list[np.ndarray]]]:
+def in_shards(plan: LoadPlan, filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
     return ((spec.name, list(parts.values())) for spec, parts in read_shards(plan, filling, halves, **options))
 
 
@@ -84,7 +84,7 @@ def test_the_same_parameters_are_read_into_memory_made_once(
     kept = dict(read(plan, filling))
     assert made == []
     found = {}
-    for name, parts in read(plan, again, is_kept=False):
+    for name, parts in read(plan, again, staging=Staging()):
         assert all(part.flags.aligned for part in parts)
         found[name] = [part.copy() for part in parts]
     assert again.finish() == filling.finish()
@@ -119,7 +119,7 @@ def test_what_is_waited_for_keeps_its_memory(
 
         monkeypatch.setattr(Checkpoint, way, without)
     filling = Filling(plan)
-    found = {name: [part.copy() for part in parts] for name, parts in read(plan, filling, is_kept=False)}
+    found = {name: [part.copy() for part in parts] for name, parts in read(plan, filling, staging=Staging())}
     assert found.keys() == kept.keys() - {owner}
     for name, parts in found.items():
         assert [part.tobytes() for part in parts] == [part.tobytes() for part in kept[name]], name
@@ -129,7 +129,7 @@ def test_what_is_waited_for_keeps_its_memory(
 
 def test_arrays_lie_side_by_side_until_nobody_has_them(plans: dict[str, LoadPlan], made: list[int]) -> None:
     plan = plans["qwen3-moe"]
-    room = Scratch(plan, lambda spec: [spec.shape])
+    room = Scratch(plan, lambda spec: [spec.shape], Staging())
     assert made == []
     first, second = (room.take(name, (3, 5), np.dtype(np.uint8)) for name in "ab")
     assert len(made) == 1
@@ -146,7 +146,7 @@ def test_arrays_lie_side_by_side_until_nobody_has_them(plans: dict[str, LoadPlan
 
 def test_what_is_only_compared_keeps_its_memory_until_the_next_tensor_is_asked_for(plans: dict[str, LoadPlan]) -> None:
     plan = plans["qwen3-tied"]
-    room = Scratch(plan, lambda spec: [spec.shape])
+    room = Scratch(plan, lambda spec: [spec.shape], Staging())
     assert room.take_compared("model.norm.weight") is None
     head = room.take_compared("lm_head.weight")
     assert head is not None
@@ -162,4 +162,4 @@ def test_what_is_only_compared_keeps_its_memory_until_the_next_tensor_is_asked_f
 
 def test_parameters_that_stay_have_no_scratch(plans: dict[str, LoadPlan]) -> None:
     with pytest.raises(AssertionError, match="stay"):
-        Scratch(plans["qwen3-tied"].within(None, staged=False), lambda spec: [spec.shape])
+        Scratch(plans["qwen3-tied"].within(None, staged=False), lambda spec: [spec.shape], Staging())

@@ -23,10 +23,20 @@ def random_rows(*shape, dtype=torch.bfloat16, seed=1):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, np.float32)).cuda().to(dtype)
 
 
-def assert_near(found, expected):
-    """Two orders of float32 sums: their errors grow as the root of K, to 2^-24 * 110 at K = 12288."""
+def exact(x, packed, scale, alpha):
+    """The product in float64; alpha [] or one of every row of the weight."""
+    weight = nvfp4_reference.dequantized(packed, scale, torch.float32).double()
+    return (x.double()[..., None, :] @ weight.mT)[..., 0, :] * alpha.double()
+
+
+def assert_near(found, expected, *, depth=0):
+    """Of float32 sums, whose errors grow as the root of K, to 2^-24 * 110 at K = 12288.
+
+    ``depth``: K, where tensor cores add up. Those of Hopper cut off what they cannot hold, always towards zero: such
+    errors grow as K itself (measured on an H200: 1.3e-5 at 12288).
+    """
     assert found.dtype == torch.float32
-    assert (found - expected).norm() <= 2e-6 * expected.norm()
+    assert (found - expected).norm() <= (2e-6 + 2e-9 * depth) * expected.norm()
 
 
 def captured(program):
@@ -49,7 +59,8 @@ def test_a_product_is_the_references_and_repeats(shape, dtype):
     x = random_rows(rows, depth, dtype=dtype)
     for alpha in (torch.tensor(0.3, device="cuda"), torch.linspace(0.1, 0.9, num_rows, device="cuda")):
         found = nvfp4_triton.matmul(x, packed, scale, alpha)
-        assert_near(found, nvfp4_reference.matmul(x, packed, scale, alpha))
+        assert_near(found, exact(x, packed, scale, alpha), depth=depth if dtype == torch.bfloat16 and rows > 1 else 0)
+        assert_near(nvfp4_reference.matmul(x, packed, scale, alpha), exact(x, packed, scale, alpha))
         assert torch.equal(found, nvfp4_triton.matmul(x, packed, scale, alpha))
 
 

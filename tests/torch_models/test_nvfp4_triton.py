@@ -96,7 +96,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from torch_models.kernels import nvfp4_triton
 
-def compiled(kernel, types, constants, arch, num_warps):
+def compiled(kernel, types, constants, arch, **options):
     names = kernel.arg_names
     types = {name: types.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in ("N", "K")]
@@ -106,7 +106,7 @@ def compiled(kernel, types, constants, arch, num_warps):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},  # as a launch finds them at these shapes
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 COMMON = dict(x_ptr="*bf16", scale_ptr="*u8", alpha_ptr="*fp32", N="i32", K="i32", runs="i32")
 VECTOR = dict(COMMON, words_ptr="*i32", experts_ptr="*i64", out_ptr="*fp32")
@@ -127,7 +127,7 @@ def note(name, kernel):
 
 for has_experts in (False, True):
     constants = dict(HAS_EXPERTS=has_experts, COLUMNS=8, BLOCKS=128)
-    note(f"vector {has_experts}", compiled(nvfp4_triton._vector_kernel, VECTOR, constants, arch, 4))
+    note(f"vector {has_experts}", compiled(nvfp4_triton._vector_kernel, VECTOR, constants, arch, num_warps=4))
 for rows, num_rows, depth, dtype in json.loads(sys.argv[2]):
     x = torch.empty(rows, depth, dtype=getattr(torch, dtype), device="meta")
     tiling = nvfp4_triton._tiling(x, num_rows, rows=rows, may_split=True)
@@ -135,9 +135,10 @@ for rows, num_rows, depth, dtype in json.loads(sys.argv[2]):
     types = dict(TILE, x_ptr="*bf16" if dtype == "bfloat16" else "*fp32")
     for grouped in {False, rows == 16}:
         constants = dict(sizes, GROUPED=grouped, EXPERTS=128 if grouped else 1)
-        kernel = compiled(nvfp4_triton._tile_kernel, types, constants, arch, tiling.num_warps)
+        options = dict(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+        kernel = compiled(nvfp4_triton._tile_kernel, types, constants, arch, **options)
         note(f"tile {rows} {num_rows} {depth} {dtype} {grouped}", kernel)
-note("sum", compiled(nvfp4_triton._sum_kernel, SUM, dict(SPLITS=4, COLUMNS=256), arch, 4))
+note("sum", compiled(nvfp4_triton._sum_kernel, SUM, dict(SPLITS=4, COLUMNS=256), arch, num_warps=4))
 print(json.dumps(found))
 """
 # rows, N and K of Qwen3-8B: k and v, q and o, gate and up, down
@@ -172,7 +173,7 @@ def test_kernels_compile_for_a_device_and_keep_to_its_registers(arch, tmp_path):
     for name, (num_bytes, is_for_it, stack_bytes, flushes_subnormals) in found.items():
         assert num_bytes > 0, name
         assert is_for_it, name
-        assert stack_bytes <= 16, name  # 8 with triton 3.6 for a tile of capability 10.0, otherwise none
+        assert stack_bytes <= 32, name  # 8 to 32 where tiles are grouped, before their loop; otherwise none
         assert not flushes_subnormals, name  # e2m1's codes 1 and 9 pass through subnormals
 
 

@@ -481,10 +481,10 @@ def test_a_write_that_fails_half_way_makes_the_model_refuse_until_a_good_load(
     norm = dense.get_parameter("model.norm.weight")
     real = torch.Tensor.copy_
 
-    def faulty(self: torch.Tensor, value: torch.Tensor, *rest) -> torch.Tensor:
+    def faulty(self: torch.Tensor, value: torch.Tensor, **options: bool) -> torch.Tensor:
         if self is norm:
             raise RuntimeError("device fault")
-        return real(self, value, *rest)
+        return real(self, value, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", faulty)

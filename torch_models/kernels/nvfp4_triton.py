@@ -16,7 +16,7 @@ as 16 rows of x on its right; where that is too few tiles for a device, K is spl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,10 @@ except ImportError:  # torch for machines without a CUDA device comes without it
 
 MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16
 FEW_ROWS = 16  # as few as a tile may have
-TILES_WANTED = (
-    384  # about three for each of an H100's 132 cores; a constant, for the bits are not to depend on a device
-)
+SPLIT_ROWS = 64  # with more, tiles are enough
+# About six and three for each of an H200's 132 cores, and no part of K shorter than so many steps; measured there.
+# Constants, for the bits are not to depend on a device.
+FEW_ROWS_TILES, TILES_WANTED, LEAST_STEPS = 768, 384, 4
 
 
 def is_available(device: torch.device) -> bool:
@@ -116,23 +117,24 @@ class _Tiling:
     depth: int
     splits: int
     num_warps: int
+    num_stages: int
 
 
 def _tiling(x_UK: torch.Tensor, num_rows: int, *, rows: int, may_split: bool) -> _Tiling:
     """``rows``: how many of x there are for one weight."""
     size = next(size for size in (16, 32, 64, 128) if rows <= size or size == 128)
     if x_UK.dtype == torch.float32:  # multiplied without tensor cores: operands are repeated in registers
-        tiling = _Tiling(rows=16, columns=32, depth=64, splits=1, num_warps=4)
-    elif size == FEW_ROWS:
-        tiling = _Tiling(rows=16, columns=64, depth=256, splits=1, num_warps=4)  # 128 bytes of a row of weights
+        tiling = _Tiling(rows=16, columns=32, depth=64, splits=1, num_warps=4, num_stages=3)
+    elif size == FEW_ROWS:  # 128 bytes of a row of weights
+        tiling = _Tiling(rows=16, columns=32, depth=256, splits=1, num_warps=2, num_stages=2)
     else:
-        tiling = _Tiling(rows=size, columns=128, depth=128, splits=1, num_warps=4 if size < 64 else 8)
-    if not may_split or rows > FEW_ROWS:
+        tiling = _Tiling(rows=size, columns=64, depth=128, splits=1, num_warps=4, num_stages=3)
+    if not may_split or rows > SPLIT_ROWS:
         return tiling
-    chunks = -(-x_UK.shape[1] // tiling.depth)
-    splits = min(chunks, TILES_WANTED // -(-num_rows // tiling.columns))
-    splits = 1 << max(0, splits.bit_length() - 1)  # a power of two, as the sizes of a model are
-    return _Tiling(tiling.rows, tiling.columns, tiling.depth, splits, tiling.num_warps)
+    steps = -(-x_UK.shape[1] // tiling.depth)
+    wanted = FEW_ROWS_TILES if size == FEW_ROWS else TILES_WANTED
+    splits = min(steps // LEAST_STEPS, wanted // -(-num_rows // tiling.columns))
+    return replace(tiling, splits=1 << max(0, splits.bit_length() - 1))  # a power of two, as the sizes of a model are
 
 
 def _vectors(x_AK: torch.Tensor, weight: _Weight, experts_A: torch.Tensor | None) -> torch.Tensor:
@@ -189,6 +191,7 @@ def _tiles(
         DEPTH=tiling.depth,
         SPLITS=tiling.splits,
         num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )
     if tiling.splits == 1:
         return parts_CAN[0]

@@ -1,0 +1,186 @@
+"""On the way to a device: memory is not written again before it was read, and other bytes there are seen."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import torch_models
+from loaders import open_checkpoint
+from loaders.filling import Filling
+from loaders.plan import LoadPlan, plan_load
+from loaders.scratch import Staging
+from loaders.stage import Stage
+from loaders.whole import read_whole
+from parity.zoo import make_checkpoint
+from torch_models import staging
+from torch_models.staging import DeviceStaging, page_locked
+
+CPU = torch.device("cpu")
+SIZES = [0, 1, 7, 4096, (1 << 20) - 8, 1 << 20, (1 << 20) + 1, (5 << 20) + 12344]
+
+
+class LateStaging(Staging):
+    """As a device is: what it was given it reads when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, np.ndarray]] = []
+        self.found: dict[str, bytes] = {}
+
+    def settle(self) -> None:
+        self.found |= {name: array.tobytes() for name, array in self.waiting}
+        self.waiting.clear()
+
+
+@pytest.fixture
+def plan(tmp_path) -> LoadPlan:
+    checkpoint = open_checkpoint(make_checkpoint("qwen3-moe", tmp_path / "checkpoint"))
+    return plan_load(checkpoint, Stage()).within(None, staged=True)
+
+
+def test_memory_is_not_written_again_before_it_was_read(plan: LoadPlan) -> None:
+    kept = {spec.name: array.tobytes() for spec, array in read_whole(plan, Filling(plan))}
+    late = LateStaging()
+    for spec, array in read_whole(plan, Filling(plan), staging=late):
+        late.waiting.append((spec.name, array))
+    assert late.found, "memory is used again"
+    late.settle()
+    assert late.found == kept
+
+
+def bytes_of(size: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(size).integers(0, 256, size, np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_are_one_number_a_mib_wherever_the_bytes_lie(size: int) -> None:
+    held = bytes_of(size)
+    sums = staging._sums(held, CPU)
+    assert (sums.shape, sums.dtype) == ((-(-size >> 20),), torch.int64)
+    moved = torch.empty(size + 1, dtype=torch.uint8)[1:].copy_(held)
+    assert torch.equal(staging._sums(moved, CPU), sums)
+    strided = torch.empty(size, 2, dtype=torch.uint8)[:, 0].copy_(held)
+    assert torch.equal(staging._sums(strided, CPU), sums)
+
+
+def changes(held: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What copies that went wrong make: a bit, words in each other's place, parts that are another's or nobody's."""
+    words = held.view(torch.int64)
+    for place in (0, 511, 512, len(words) // 2, len(words) - 1):
+        for bit in (0, 15, 62, 63):
+            changed = words.clone()
+            changed[place] ^= 1 << bit if bit < 63 else -(1 << 63)
+            yield changed
+    for a, b in ((0, 1), (5, 517), (0, len(words) - 1), (100, 131072)):
+        changed = words.clone()
+        changed[a], changed[b] = words[b], words[a]
+        yield changed
+        only_signs = words.clone()
+        only_signs[a], only_signs[b] = words[a], words[a] ^ -(1 << 63)
+        yield only_signs
+    for start, stop in ((0, 512), (131072, 262144), (len(words) - 3, len(words))):
+        changed = words.clone()
+        changed[start:stop] = 0
+        yield changed
+    yield torch.cat([words[131072:262144], words[:131072], words[262144:]])
+    yield words.flip(0)
+
+
+def test_sums_see_what_a_copy_that_went_wrong_makes() -> None:
+    held = bytes_of((3 << 20) + 4096)
+    sums = staging._sums(held, CPU)
+    for number, changed in enumerate(changes(held)):
+        assert not torch.equal(staging._sums(changed, CPU), sums), number
+
+
+def test_on_the_cpu_what_is_remembered_is_what_was_there() -> None:
+    with DeviceStaging(CPU) as on_cpu:
+        value = torch.arange(1000, dtype=torch.bfloat16)
+        holds = on_cpu.remembered(value)
+        assert on_cpu.placed(value) is value
+        assert holds(value.clone())
+        value[3] = 7
+        assert not holds(value)
+
+
+def test_both_readings_of_a_reload_are_into_one_memory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (make_checkpoint("qwen3", tmp_path / str(seed), seed=seed) for seed in range(2))
+    model = torch_models.load(first)
+    made = []
+    empty = Staging.empty
+    monkeypatch.setattr(Staging, "empty", lambda self, num_bytes: made.append(num_bytes) or empty(self, num_bytes))
+    model.update_weights_from_disk(second)
+    assert len(made) == 1
+
+
+# what only a device can show
+
+LARGE = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 5001}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5-moe", "gemma3"])
+def test_what_is_loaded_to_a_device_has_the_files_bits(name: str, tmp_path) -> None:
+    sizes = LARGE if name in ("qwen3", "qwen3-tied") else {}
+    paths = [make_checkpoint(name, tmp_path / str(seed), seed=seed, dtype="BF16", **sizes) for seed in range(2)]
+    model = torch_models.load(paths[0], device="cuda")
+    assert model.digests() == torch_models.load(paths[0]).digests()
+    model.update_weights_from_disk(paths[1])
+    assert model.digests() == torch_models.load(paths[1]).digests()
+    model.sleep().wake()
+    assert model.digests() == torch_models.load(paths[1]).digests()
+
+
+@pytest.mark.gpu
+def test_one_lot_is_all_the_memory_that_is_page_locked(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    empty = Staging.empty
+    monkeypatch.setattr(Staging, "empty", lambda self, num_bytes: made.append(num_bytes) or empty(self, num_bytes))
+    path = make_checkpoint("qwen3", tmp_path / "a", dtype="BF16", **LARGE)
+    model = torch_models.load(path, device="cuda", host_budget_bytes=5001 * 1024 * 2)
+    assert made == [5001 * 1024 * 2]
+    assert model.digests() == torch_models.load(path).digests()
+
+
+@pytest.mark.gpu
+def test_memory_is_page_locked_for_as_long_as_it_takes_and_twice_does_no_harm() -> None:
+    device, memory = torch.device("cuda"), np.arange(5 << 20, dtype=np.uint8)
+    tensor = torch.from_numpy(memory)
+    with page_locked(memory, device):
+        assert tensor.is_pinned()
+        with page_locked(memory, device):  # which the driver refuses
+            assert torch.equal(tensor.to(device, non_blocking=True).cpu(), tensor)
+        assert tensor.is_pinned()
+    assert not tensor.is_pinned()
+    assert torch.equal(tensor, torch.arange(5 << 20, dtype=torch.int32).to(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_a_device_tells_what_it_holds() -> None:
+    value = bytes_of((70 << 20) + 12344)
+    with DeviceStaging(torch.device("cuda")) as to_device:
+        placed, holds = to_device.placed(value), to_device.remembered(value)
+        assert holds(placed)
+        for place in (0, 64 << 20, value.numel() - 1):
+            placed[place] ^= 1
+            assert not holds(placed)
+            placed[place] ^= 1
+        assert holds(placed)
+
+
+@pytest.mark.gpu
+def test_a_copy_that_went_wrong_on_a_device_is_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed) for seed in range(2)]
+    model = torch_models.load(paths[0], device="cuda")
+    norm, real = model.get_parameter("model.norm.weight"), torch.Tensor.copy_
+
+    def faulty(self: torch.Tensor, value: torch.Tensor, **options: bool) -> torch.Tensor:
+        real(self, value, **options)
+        return self.add_(1) if self is norm else self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", faulty)
+        with pytest.raises(RuntimeError, match=r"wrong bytes or moved storage in model\.norm\.weight"):
+            model.update_weights_from_disk(paths[1])
+    assert model.update_weights_from_disk(paths[1]).digests() == torch_models.load(paths[1]).digests()
