@@ -7,7 +7,7 @@ the CPU nothing is saved, but everything goes the same way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from torch_models.model import Model
 
 COMPARED_BYTES = 64 << 20  # at once, on the device
-HostCopy = list[tuple[torch.UntypedStorage, torch.Tensor]]  # a storage, and its bytes on the host, uint8
+
+
+class HostCopy(NamedTuple):
+    """What a model was before it fell asleep.
+
+    Attributes:
+        parts: every storage, and its bytes on the host, uint8.
+        memory: that those of a device lie in.
+    """
+
+    parts: list[tuple[torch.UntypedStorage, torch.Tensor]]
+    memory: np.ndarray
 
 
 @torch.inference_mode(False)
@@ -39,10 +50,10 @@ def sleep(model: Model) -> Model:
         return model
     model.check_runnable()
     storages = _storages(model)
-    copies = [_copied(storage) for storage in storages]
+    copies, memory = _copied(storages, model.device)
     model.graphs.drop(reason="the model was put to sleep")
     owned = [storage if storage.resizable() else _exchanged(model, storage) for storage in storages]
-    model.asleep = list(zip(owned, copies, strict=True))
+    model.asleep = HostCopy(list(zip(owned, copies, strict=True)), memory)
     _touch(model)
     for storage in owned:
         storage.resize_(0)
@@ -64,13 +75,13 @@ def wake(model: Model) -> Model:
     if model.asleep is None:
         return model
     wrong = 0
-    for storage, copy in model.asleep:
-        storage.resize_(copy.numel())
-        with page_locked(copy.numpy(), storage.device):
+    with page_locked(model.asleep.memory, model.device):
+        for storage, copy in model.asleep.parts:
+            storage.resize_(copy.numel())
             _bytes(storage).copy_(copy)
             wrong += not _holds(storage, copy)
     if wrong:
-        raise RuntimeError(f"{wrong} of {len(model.asleep)} storages woke with other bytes. The model sleeps on.")
+        raise RuntimeError(f"{wrong} of {len(model.asleep.parts)} storages woke with other bytes. The model sleeps on.")
     _touch(model)
     model.asleep = None
     return model
@@ -103,14 +114,21 @@ def _exchanged(model: Model, storage: torch.UntypedStorage) -> torch.UntypedStor
     return fresh
 
 
-def _copied(storage: torch.UntypedStorage) -> torch.Tensor:
-    """Its bytes on the host; where it is there and stays, the very same."""
-    held = _bytes(storage)
-    if held.device.type == "cpu":
-        return held.clone() if storage.resizable() else held
-    copy = aligned_empty((held.numel(),), np.dtype(np.uint8))
-    with page_locked(copy, held.device):
-        return torch.from_numpy(copy).copy_(held)
+def _copied(storages: list[torch.UntypedStorage], device: torch.device) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Their bytes on the host, the very same where one is there and stays; and the memory those of a device are in.
+
+    It is one, because pages are locked and provided at once much faster than storage by storage.
+    """
+    held = [_bytes(storage) for storage in storages]
+    if device.type == "cpu":
+        pairs = zip(storages, held, strict=True)
+        return [part.clone() if storage.resizable() else part for storage, part in pairs], np.empty(0, np.uint8)
+    memory = aligned_empty((sum(part.numel() for part in held),), np.dtype(np.uint8))
+    copies = list(torch.from_numpy(memory).split([part.numel() for part in held]))
+    with page_locked(memory, device):
+        for copy, part in zip(copies, held, strict=True):
+            copy.copy_(part)
+    return copies, memory
 
 
 def _holds(storage: torch.UntypedStorage, copy: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from parity.plugin_needs import lacking
 pytest_plugins = "pytester"
 ROOT = Path(__file__).parents[2]
 
-CHECKED = ("-p", "parity.pytest_plugin", "--strict-markers", "--strict-config", "-W", "error")
+CHECKED = ("-p", "parity.pytest_plugin", "-p", "no:benchmark", "--strict-markers", "--strict-config", "-W", "error")
 # two synthetic backends: one is off by so much from decoder layer 2 on
 BACKENDS = """
 import numpy as np

@@ -1,6 +1,7 @@
 """On the way to a device: memory is not written again before it was read, and other bytes there are seen."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from loaders.scratch import Staging
 from loaders.stage import Stage
 from loaders.whole import read_whole
 from parity.zoo import make_checkpoint
+from torch_models import sleep as asleep
 from torch_models import staging
 from torch_models.staging import DeviceStaging, page_locked
 
@@ -112,6 +114,27 @@ def test_both_readings_of_a_reload_are_into_one_memory(tmp_path, monkeypatch: py
     monkeypatch.setattr(Staging, "empty", lambda self, num_bytes: made.append(num_bytes) or empty(self, num_bytes))
     model.update_weights_from_disk(second)
     assert len(made) == 1
+
+
+def test_what_a_device_holds_lies_in_one_memory_while_it_sleeps(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a device, taken on the CPU."""
+    storages = [bytes_of(size).untyped_storage() for size in (7, 4096, 0, 12345)]
+    locked: list[int] = []
+
+    @contextmanager
+    def noted(memory: np.ndarray, device: torch.device) -> Iterator[None]:
+        locked.append(memory.nbytes)
+        yield
+
+    monkeypatch.setattr(asleep, "page_locked", noted)
+    copies, memory = asleep._copied(storages, torch.device("cuda"))
+    assert locked == [memory.nbytes] == [7 + 4096 + 12345]
+    for storage, copy in zip(storages, copies, strict=True):
+        assert bytes(storage) == copy.numpy().tobytes()
+        assert np.shares_memory(copy.numpy(), memory) or not copy.numel()
+        assert asleep._holds(storage, copy)
+    storages[1][4095] ^= 1
+    assert not asleep._holds(storages[1], copies[1])
 
 
 # what only a device can show

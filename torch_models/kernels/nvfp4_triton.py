@@ -30,9 +30,9 @@ except ImportError:  # torch for machines without a CUDA device comes without it
 MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16
 FEW_ROWS = 16  # as few as a tile may have
 SPLIT_ROWS = 64  # with more, tiles are enough
-# About six and three for each of an H200's 132 cores, and no part of K shorter than so many steps; measured there.
-# Constants, for the bits are not to depend on a device.
-FEW_ROWS_TILES, TILES_WANTED, LEAST_STEPS = 768, 384, 4
+# About six and three for each of an H200's 132 cores, and no part of K shorter than so many steps, unless there are$
+# less than two; measured there. Constants, for the bits are not to depend on a device.
+FEW_ROWS_TILES, TILES_WANTED, LEAST_TILES, LEAST_STEPS = 768, 384, 256, 4
 
 
 def is_available(device: torch.device) -> bool:
@@ -131,9 +131,9 @@ def _tiling(x_UK: torch.Tensor, num_rows: int, *, rows: int, may_split: bool) ->
         tiling = _Tiling(rows=size, columns=64, depth=128, splits=1, num_warps=4, num_stages=3)
     if not may_split or rows > SPLIT_ROWS:
         return tiling
-    steps = -(-x_UK.shape[1] // tiling.depth)
+    steps, tiles = -(-x_UK.shape[1] // tiling.depth), -(-num_rows // tiling.columns)
     wanted = FEW_ROWS_TILES if size == FEW_ROWS else TILES_WANTED
-    splits = min(steps // LEAST_STEPS, wanted // -(-num_rows // tiling.columns))
+    splits = max(min(steps // LEAST_STEPS, wanted // tiles), min(steps, LEAST_TILES // tiles))
     return replace(tiling, splits=1 << max(0, splits.bit_length() - 1))  # a power of two, as the sizes of a model are
 
 
