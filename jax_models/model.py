@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from jax_models import swap
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
@@ -239,11 +240,11 @@ class Model(Decoding, Adapted, Seeing):
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
-        return life.get_embed_and_head(self)
+        return swap.get_embed_and_head(self)
 
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
-        """A new version with another embedding and head; see ``jax_models.weights``."""
-        return life.set_embed_and_head(self, embed, head)
+        """A new version with another embedding and head; see ``jax_models.swap``."""
+        return swap.set_embed_and_head(self, embed, head)
 
     def update_weights_from_disk(
         self, uri: str | os.PathLike[str], *, donate: bool = False, host_budget_bytes: int | None = None

@@ -96,8 +96,8 @@ def _embedding_as_head(target: Any, kept: list[Any]) -> dict[str, Any]:
     return {"head": lambda x: x @ target.decoder.embed_tokens.weight.T}
 
 
-def _without_draft(commit: Any, model: Any, values: Iterable[tuple[str, Any]], names: list[str]) -> None:
-    commit(model, ((name, value) for name, value in values if not name.startswith("mtp.")), names)
+def _without_draft(commit: Any, model: Any, values: Iterable[tuple[str, Any]], names: list[str], *staging: Any) -> None:
+    commit(model, ((name, value) for name, value in values if not name.startswith("mtp.")), names, *staging)
 
 
 def _draft_stays(published: Any, self: Any, weights: Any, kind: str, *args: Any) -> Any:

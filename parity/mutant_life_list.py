@@ -21,8 +21,8 @@ _UPDATE = "weights:update_weights_from_disk"
 _JAX = ("jax",)
 
 
-def _skip_in_place(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
-    commit(model, ((name, value) for name, value in values if name != _SKIPPED), names)
+def _skip_in_place(commit: Any, model: Any, values: Pairs, names: list[str], *staging: Any) -> None:
+    commit(model, ((name, value) for name, value in values if name != _SKIPPED), names, *staging)
 
 
 def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any) -> Any:
@@ -34,19 +34,19 @@ def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any
     return published(self, weights, kind, *args)
 
 
-def _copy_only(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+def _copy_only(commit: Any, model: Any, values: Pairs, names: list[str], *staging: Any) -> None:
     for name, value in values:
         model.get_parameter(name).data.copy_(value)
 
 
-def _rebind(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+def _rebind(commit: Any, model: Any, values: Pairs, names: list[str], *staging: Any) -> None:
     for name, value in values:
         model.get_parameter(name).data = value
 
 
-def _forgiving(commit: Any, model: Any, values: Pairs, names: list[str]) -> None:
+def _forgiving(commit: Any, model: Any, values: Pairs, names: list[str], *staging: Any) -> None:
     try:
-        commit(model, values, names)
+        commit(model, values, names, *staging)
     except RuntimeError:
         model.refusal = None
         raise
@@ -271,21 +271,21 @@ LIFE: list[Mutant] = [
     _of(
         "head_swapped_into_embedding",
         "law 1",
-        wrapped("weights:set_embed_and_head", _head_into_embedding),
+        wrapped("swap:set_embed_and_head", _head_into_embedding),
         "a swap writes the head into the embedding",
         backends=BOTH,
     ),
     _of(
         "head_not_swapped",
         "law 1",
-        wrapped("weights:set_embed_and_head", _head_left_alone),
+        wrapped("swap:set_embed_and_head", _head_left_alone),
         "a swap leaves the head alone",
         backends=BOTH,
     ),
     _of(
         "swap_aliases_the_caller",
         "law 5",
-        lambda: [Patch("weights:np", _aliasing)],
+        lambda: [Patch("swap:np", _aliasing)],
         "a swap shares the caller's buffer, which the caller goes on using",
         backends=_JAX,
     ),

@@ -82,8 +82,8 @@ def _kept_at_reload(part: str) -> Plant:
 
     def make(original: Any, backend: str) -> Any:
         if backend == "torch":
-            return lambda model, values, names: original(
-                model, ((n, v) for n, v in values if part not in n), [n for n in names if part not in n]
+            return lambda model, values, names, staging: original(
+                model, ((n, v) for n, v in values if part not in n), [n for n in names if part not in n], staging
             )
 
         def published(self: Any, weights: Any, *args: Any) -> Any:

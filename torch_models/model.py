@@ -21,7 +21,7 @@ from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from loaders.stepwise import stepwise
-from torch_models import sleep
+from torch_models import sleep, swap
 from torch_models import weights as life
 from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
@@ -215,11 +215,11 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
 
         On a mesh each is a DTensor of the parameters' own memory.
         """
-        return life.get_embed_and_head(self)
+        return swap.get_embed_and_head(self)
 
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
-        """Write another embedding and head in place; see ``torch_models.weights``."""
-        return life.set_embed_and_head(self, embed, head)
+        """Write another embedding and head in place; see ``torch_models.swap``."""
+        return swap.set_embed_and_head(self, embed, head)
 
     def update_weights_from_disk(self, uri: str | os.PathLike[str], *, host_budget_bytes: int | None = None) -> Model:
         """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""

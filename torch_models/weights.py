@@ -1,21 +1,20 @@
-"""The life of the weights: swap, reload, export. In place: nothing moves, and nothing changes unless everything can."""
+"""The life of the weights: reload and export. In place: nothing moves, and nothing changes unless everything can."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from loaders import CheckpointError
-from loaders.digest import digests, tensor_digest
+from loaders.digest import digests
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, exported_params
 from loaders.filling import Filling
@@ -30,169 +29,15 @@ from torch_models.parallel import Parallel, on_host
 from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
 from torch_models.staging import DeviceStaging, Holds
-from torch_models.storage import NAMES, host_view, same_bits
+from torch_models.storage import NAMES, host_view
 
 if TYPE_CHECKING:
     from torch_models.model import Model
-
-log = logging.getLogger(__name__)
 
 
 def parameters(model: Model) -> dict[str, nn.Parameter]:
     """Parameters by checkpoint name."""
     return {spec.name: model.get_parameter(spec.name) for spec in specs_of(model.config, model.stage)}
-
-
-def get_embed_and_head(model: Model) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one.
-
-    On a mesh each is a DTensor of the parameters' own memory.
-    """
-    specs = specs_of(model.config, model.stage)
-    embed = _live(model, specs.embedding) if specs.embedding else None
-    return embed, _live(model, specs.head) if specs.head else None
-
-
-def _live(model: Model, name: str) -> torch.Tensor:
-    param = model.get_parameter(name)
-    return param if model.parallel is None else model.parallel.as_dtensor(name, param)
-
-
-def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
-    """Swap embedding and head by writing into their storage; who shares it sees the change.
-
-    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting the
-    very parameter that is there publishes nothing. What ``get_embed_and_head`` gave is live: clone it to
-    restore it later.
-
-    Args:
-        model: the model to change.
-        embed: [V, D] in the stored dtype, a tensor of any device, or NumPy; on a mesh all of it, or a DTensor.
-        head: likewise; in a tied model only the embedding itself or an equal tensor.
-    Raises:
-        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
-            or an adapter is merged into the weights; or ranks hand over different values. Nothing was changed.
-        RuntimeError: an update failed half-way; two good halves do not make the rest good.
-    """
-    mesh = None if model.parallel is None else model.parallel.mesh
-    if model.parallel is not None:
-        check_alike(mesh, "what is handed over", lambda: f"{_kind(model, embed)}, {_kind(model, head)}")
-        specs = specs_of(model.config, model.stage)
-        # the memory of live parameters is copied before any of it is written
-        embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
-    asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
-    check_alike(mesh, "what is handed over", lambda: _said(model, asked))
-    if model.config.tie_word_embeddings and "head" in asked:
-        name, value = asked.pop("head")
-        _check_tied(value, asked["embed"][1] if "embed" in asked else _whole(model, name))
-    for half in ignored:
-        log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
-    changed = {name: value for name, value in asked.values() if value is not model.get_parameter(name)}
-    if model.parallel is not None:
-        changed = {name: model.parallel.part(name, value) for name, value in changed.items()}
-    if not changed:
-        if ignored:
-            model.events = (*model.events, Event("swap", model.version, "nothing changed", ignored))
-        return model
-    # the halves may be handed over crosswise: nothing to be written may lie where something is written first
-    staged = {
-        name: value.clone() if _is_live(model, value) else value.to(model.device) for name, value in changed.items()
-    }
-    write(model, staged.items(), list(staged))
-    model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
-    return model
-
-
-Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be
-
-
-def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
-    """Those that are asked for and fit, as tensors, and those that this stage lacks."""
-    model.check_runnable()
-    model.roster.check_unmerged("a swap")
-    specs = specs_of(model.config, model.stage)
-    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
-    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
-    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
-    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
-    problems = [
-        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
-        for half in quantized
-        if asked[half][1] is not model.get_parameter(asked[half][0])
-    ]
-    problems += [
-        problem
-        for half, (name, value) in asked.items()
-        if half not in quantized
-        for problem in _misfits(half, value, _live(model, name))
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + ". Nothing was changed.")
-    return {half: (name, _tensor(value)) for half, (name, value) in asked.items()}, ignored
-
-
-def _kind(model: Model, value: Any) -> str:
-    """Of a half, whether all ranks have to gather it."""
-    assert model.parallel is not None
-    return "a DTensor" if model.parallel.gathers(value) else "none" if value is None else "all of a half"
-
-
-def _said(model: Model, asked: Halves) -> str:
-    """Of each half: that it is the live one, or what this rank has in it."""
-
-    def content(name: str, value: torch.Tensor) -> str:
-        is_live = value is model.get_parameter(name)
-        return "as it is" if is_live else tensor_digest(host_view(value.cpu().contiguous()))[:16]
-
-    return ", ".join(f"{half} {content(name, value)}" for half, (name, value) in asked.items())
-
-
-def _handed(model: Model, specs: Specs, name: str | None, value: Any) -> Any:
-    """On a mesh all of a half; of a quantised one the parameter itself, where it is that which was handed over."""
-    assert model.parallel is not None
-    if name is not None and name.rpartition(".")[0] in specs.schemes:
-        param = model.get_parameter(name)
-        return param if model.parallel.is_of(value, param) else value
-    return model.parallel.gathered(value)
-
-
-def _whole(model: Model, name: str) -> torch.Tensor:
-    param = model.get_parameter(name)
-    return param if model.parallel is None else model.parallel.whole(name, param)
-
-
-def _is_live(model: Model, value: torch.Tensor) -> bool:
-    """Whether ``value`` lies in storage that a commit may write to (embedding and head handed over crosswise)."""
-    specs = specs_of(model.config, model.stage)
-    halves = [model.get_parameter(name) for name in (specs.embedding, specs.head) if name]
-    storages = {half.untyped_storage().data_ptr() for half in halves}
-    return value.untyped_storage().data_ptr() in storages
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    dtype = next(dtype for dtype, name in NAMES.items() if str(dtype) == f"torch.{value.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(value).view(np.uint8).reshape(-1).copy()).view(dtype).view(value.shape)
-
-
-def _misfits(half: str, value: Any, live: torch.Tensor) -> list[str]:
-    if not isinstance(value, torch.Tensor | np.ndarray):
-        return [f"{half} is a {type(value).__name__}, expected a torch tensor or NumPy array"]
-    found = str(value.dtype).removeprefix("torch.")
-    expected = str(live.dtype).removeprefix("torch.")
-    if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
-        return [f"{half} has no plain storage ({value.device}, {value.layout}), expected a dense tensor with values"]
-    if (tuple(value.shape), found) == (tuple(live.shape), expected):
-        return []
-    shapes = f"{found} {tuple(value.shape)}, expected {expected} {tuple(live.shape)}"
-    return [f"{half} is {shapes} (vocab_size, hidden_size)"]
-
-
-def _check_tied(head: torch.Tensor, embed: torch.Tensor) -> None:
-    if head is embed or same_bits(head.cpu(), embed.cpu()):
-        return
-    raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
 
 
 def update_weights_from_disk(

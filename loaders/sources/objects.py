@@ -78,7 +78,7 @@ class ObjectPrefix(ABC):
     """The objects right under ``bucket/prefix``, by the rest of their key.
 
     Raises:
-        OSError: the address has no bucket.
+        OSError: the address has no bucket, or an empty part.
     """
 
     scheme: ClassVar[str]
@@ -89,6 +89,10 @@ class ObjectPrefix(ABC):
         self.prefix = prefix.strip("/")
         if not self.bucket:
             raise OSError(f"it names no bucket, expected {self.scheme}://bucket/prefix")
+        if "//" in self.prefix:
+            raise OSError(
+                "a part of its prefix has no name, and the streamer reads no such objects. Is a '/' too many?"
+            )
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}"

@@ -81,6 +81,7 @@ def test_a_model_loads_and_reloads_from_it(uri: str, directory: Path) -> None:
         (f"gs://{BUCKET}/none", f"there is no object under gs://{BUCKET}/none/"),
         ("gs://no-such-bucket/none", "there is no bucket 'no-such-bucket'"),
         ("gs:///none", "it names no bucket, expected gs://bucket/prefix"),
+        (f"gs://{BUCKET}/models//a", "a part of its prefix has no name"),
         (Path("gs://bucket/prefix"), "Give it as text: 'gs://bucket/prefix'"),
     ],
 )

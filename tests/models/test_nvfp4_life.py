@@ -224,9 +224,9 @@ def test_a_reload_that_breaks_half_way_is_refused_and_the_next_one_is_a_cold_loa
     inputs = batch(aligned[0])
     expected = logits(torch_models.load(aligned[1]), inputs)
     model = torch_models.load(aligned[0], kernel="reference-128x4")
-    from torch_models import weights
+    from torch_models import staging
 
-    real, calls = weights.checksum, []
+    real, calls = staging.checksum, []
 
     def failing(array):
         calls.append(None)
@@ -234,7 +234,7 @@ def test_a_reload_that_breaks_half_way_is_refused_and_the_next_one_is_a_cold_loa
             raise OSError("the device is gone")
         return real(array)
 
-    monkeypatch.setattr(weights, "checksum", failing)
+    monkeypatch.setattr(staging, "checksum", failing)
     with pytest.raises(OSError, match="device is gone"):
         model.update_weights_from_disk(aligned[1])
     monkeypatch.undo()

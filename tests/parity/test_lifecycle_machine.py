@@ -206,12 +206,15 @@ def test_every_event_passes_on_wrapped_and_sparse_hybrids(zoo, benches, tmp_path
 
 
 def skips_a_parameter(commit):
-    return lambda model, values, names: commit(model, ((n, x) for n, x in values if n != "model.norm.weight"), names)
+    def changed(model, values, names, staging):
+        commit(model, ((n, x) for n, x in values if n != "model.norm.weight"), names, staging)
+
+    return changed
 
 
 def moves_a_parameter(commit):
-    def changed(model, values, names):
-        commit(model, values, names)
+    def changed(model, values, names, staging):
+        commit(model, values, names, staging)
         model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.clone(), requires_grad=False)
 
     return changed
@@ -279,7 +282,10 @@ def exports_the_files_it_came_from(export):
 
 
 def forgets_the_draft(commit):
-    return lambda model, values, names: commit(model, ((n, x) for n, x in values if not n.startswith("mtp.")), names)
+    def changed(model, values, names, staging):
+        commit(model, ((n, x) for n, x in values if not n.startswith("mtp.")), names, staging)
+
+    return changed
 
 
 def exports_without_the_tower(export):
@@ -327,7 +333,7 @@ SABOTAGE = [
     ("torch", "torch_models.model.Model.publish", forgets_the_version),
     ("torch", "torch_models.weights.plan_reload", stops_at_the_first_problem),
     ("torch", "torch_models.weights.export", exports_the_files_it_came_from),
-    ("jax", "jax_models.weights.set_embed_and_head", keeps_the_old_head),
+    ("jax", "jax_models.swap.set_embed_and_head", keeps_the_old_head),
     ("jax", "jax_models.weights.update_weights_from_disk", moves_to_another_device),
     ("jax", "jax_models.model.Model.replace", keeps_a_leaf),
     ("jax", "jax_models.weights.export", exports_the_files_it_came_from),

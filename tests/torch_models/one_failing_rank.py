@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
 from loaders import CheckpointError
-from torch_models import processes, weights
+from torch_models import processes, staging
 from torch_models.processes import Company
 
 
@@ -52,7 +52,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
     embed, _ = model.get_embed_and_head()
     table = torch.ones(model.config.vocab_size, model.config.hidden_size, dtype=embed.dtype)
-    with patch.object(weights, "checksum", broken if rank else weights.checksum):
+    with patch.object(staging, "checksum", broken if rank else staging.checksum):
         found["half a swap"] = error_of(lambda: model.set_embed_and_head(table))
     found["of two tables"] = error_of(lambda: model(ids))
     model.update_weights_from_disk(first)

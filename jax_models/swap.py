@@ -1,0 +1,123 @@
+"""Another embedding and head: a new model that shares every other buffer with the old one, which stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jax_models.processes import check_alike, to_host, together
+from jax_models.weights import flatten
+from loaders.digest import tensor_digest
+from loaders.events import Event
+from loaders.plan import specs_of
+
+if TYPE_CHECKING:
+    from jax_models.model import Model
+
+log = logging.getLogger(__name__)
+
+
+def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
+    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
+    specs = specs_of(model.config, model.stage)
+    flat = flatten(model.weights)
+    return flat[specs.embedding] if specs.embedding else None, flat[specs.head] if specs.head else None
+
+
+def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Model:
+    """Swap embedding and head. Every other buffer is shared with the old model, which stays as it was.
+
+    A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting the
+    very array that is there publishes nothing. A JAX array is shared, not copied: do not donate it afterwards.
+
+    Args:
+        model: the model to start from.
+        embed: [V, D] in the stored dtype, JAX or NumPy (copied).
+        head: likewise; in a tied model only the embedding itself or an equal array.
+    Raises:
+        ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
+            or an adapter is merged into the weights; or processes hand over different values.
+    """
+    asked, ignored = together(model.mesh, lambda: _checked_halves(model, embed, head))
+    flat = flatten(model.weights)
+    check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
+    if model.config.tie_word_embeddings and "head" in asked:
+        _check_tied(head, asked["embed"][1] if "embed" in asked else flat[asked["head"][0]])
+        asked = {"embed": asked["embed"]} if "embed" in asked else {}
+    changed = {name: value for name, value in asked.values() if value is not flat[name]}
+    for half in ignored:
+        log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
+    if not changed:
+        event = Event("swap", model.version, "nothing changed", ignored)
+        return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
+    for name, value in changed.items():
+        # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
+        # a weakly typed array is another type to jit: naming the dtype makes it a strong one
+        source = jnp.asarray(value, value.dtype) if isinstance(value, jax.Array) else np.array(value)
+        flat[name] = jax.device_put(source, flat[name].sharding)
+    return model.published(traverse_util.unflatten_dict(flat, sep="."), "swap", " and ".join(asked), ignored)
+
+
+Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be
+
+
+def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
+    """Those that are asked for and fit, and those that this stage lacks."""
+    model.roster.check_unmerged("a swap")
+    specs = specs_of(model.config, model.stage)
+    flat = flatten(model.weights)
+    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
+    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
+    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
+    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
+    problems = [
+        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
+        for half in quantized
+        if asked[half][1] is not flat[asked[half][0]]
+    ]
+    problems += [
+        problem
+        for half, (name, value) in asked.items()
+        if half not in quantized
+        for problem in _misfits(half, value, flat[name])
+    ]
+    if problems:
+        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+    return asked, ignored
+
+
+def _said(asked: Halves, flat: Mapping[str, jax.Array]) -> str:
+    """Of each half: that it is the live one, or an array of all processes, or what this one has in it."""
+    return ", ".join(
+        f"{half} {'as it is' if value is flat[name] else _content(value)}" for half, (name, value) in asked.items()
+    )
+
+
+def _content(value: Any) -> str:
+    is_shared = isinstance(value, jax.Array) and not value.is_fully_addressable
+    return "of all" if is_shared else tensor_digest(np.asarray(value))[:16]
+
+
+def _misfits(half: str, value: Any, live: jax.Array) -> list[str]:
+    if not isinstance(value, jax.Array | np.ndarray):
+        return [f"{half} is a {type(value).__name__}, expected a JAX or NumPy array"]
+    if (value.shape, value.dtype) == (live.shape, live.dtype):
+        return []
+    return [f"{half} is {value.dtype} {value.shape}, expected {live.dtype} {live.shape} (vocab_size, hidden_size)"]
+
+
+def _check_tied(head: Any, embed: Any) -> None:
+    if head is embed or np.array_equal(_bits(head), _bits(embed)):  # in this order on all processes
+        return
+    raise ValueError("tie_word_embeddings is true: head must be the embedding or equal to it. Nothing was changed.")
+
+
+def _bits(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(to_host(value) if isinstance(value, jax.Array) else value).view(np.uint8)
