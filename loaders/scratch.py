@@ -1,8 +1,9 @@
 """Host memory of parameters that are read and not kept, used again and again.
 
 Memory that is new is made by the system when it is first written, one page after the other, and that takes longer than
-to read into it. So a reload, which looks at each parameter or copies it and is done with it, has all of them read into
-the same memory: as much as those of one lot take (see ``loaders.lots``), which would be there together anyhow.
+to read into it. So a reload, which looks at each parameter or copies it and is done with it, and a load to a device
+have all of them read into the same memory: as much as those of one lot take (see ``loaders.lots``), which would be
+there together anyhow.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Staging:
 
 
 class Scratch:
-    """Memory of what is read in one lot, made when the first array is asked for and gone with this.
+    """Memory of what is read in one lot, taken from the staging when the first array is asked for.
 
     Args:
         plan: what is read, parameter by parameter.

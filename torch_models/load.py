@@ -115,11 +115,11 @@ def load(
 
     def read() -> LoadReport:
         with DeviceStaging(torch.device(device)) as staging:
-            is_there = staging.device.type == "cpu"  # where it is read to
-            for name, value in read_params(plan, filling, parallel, staging=None if is_there else staging):
+            for name, value in read_params(plan, filling, parallel, staging=staging if plan.staged else None):
                 owner, _, leaf = name.rpartition(".")
                 param = nn.Parameter(staging.placed(value), requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, param)
+                del value  # before the next one is read
         return filling.finish()
 
     model.report = together(mesh, read)

@@ -7,20 +7,19 @@ the CPU nothing is saved, but everything goes the same way.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from loaders.memory import aligned_empty
+from loaders.memory import ALIGNMENT, aligned_empty
 from torch_models.census import tensors_of
-from torch_models.staging import page_locked
+from torch_models.staging import page_locked, pieces
 from torch_models.storage import parameters_of
 
 if TYPE_CHECKING:
     from torch_models.model import Model
-
-COMPARED_BYTES = 64 << 20  # at once, on the device
 
 
 class HostCopy(NamedTuple):
@@ -122,9 +121,10 @@ def _copied(storages: list[torch.UntypedStorage], device: torch.device) -> tuple
     held = [_bytes(storage) for storage in storages]
     if device.type == "cpu":
         pairs = zip(storages, held, strict=True)
-        return [part.clone() if storage.resizable() else part for storage, part in pairs], np.empty(0, np.uint8)
-    memory = aligned_empty((sum(part.numel() for part in held),), np.dtype(np.uint8))
-    copies = list(torch.from_numpy(memory).split([part.numel() for part in held]))
+        return [part.to("cpu", copy=storage.resizable()) for storage, part in pairs], np.empty(0, np.uint8)
+    starts = [0, *accumulate(-(-part.numel() // ALIGNMENT) * ALIGNMENT for part in held)]
+    memory = aligned_empty((starts[-1],), np.dtype(np.uint8))
+    copies = [torch.from_numpy(memory)[start : start + part.numel()] for start, part in zip(starts, held, strict=False)]
     with page_locked(memory, device):
         for copy, part in zip(copies, held, strict=True):
             copy.copy_(part)
@@ -132,7 +132,7 @@ def _copied(storages: list[torch.UntypedStorage], device: torch.device) -> tuple
 
 
 def _holds(storage: torch.UntypedStorage, copy: torch.Tensor) -> bool:
-    parts = zip(_bytes(storage).split(COMPARED_BYTES), copy.split(COMPARED_BYTES), strict=True)
+    parts = zip(pieces(_bytes(storage)), pieces(copy), strict=True)
     return all(torch.equal(held, part.to(held.device)) for held, part in parts)
 
 

@@ -22,9 +22,11 @@ from torch_models.storage import host_view
 
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 PAGE_BYTES = 4096
-PIECE_BYTES = 64 << 20  # looked at together on a device
+PROVIDED_BYTES = 64 << 20  # by a thread at a time
+COMPARED_BYTES = 16 << 20  # at a time on a device, which may have little room left
 BLOCK = 256, 512  # words of 8 bytes that are added up: 1 MiB
-GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as int64
+# splitmix64's, as int64
+GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 Holds = Callable[[torch.Tensor], bool]  # whether a tensor of the device holds what another one held
 
@@ -40,6 +42,8 @@ class DeviceStaging(Staging):
     """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._exits = ExitStack()
         self._memory = np.empty(0, np.uint8)
@@ -48,41 +52,57 @@ class DeviceStaging(Staging):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self.settle()
-        finally:
-            self._exits.close()
-            self._memory = np.empty(0, np.uint8)
+        self.let_go()
 
     def empty(self, num_bytes: int) -> np.ndarray:
         self.settle()
         if num_bytes > self._memory.nbytes:
-            self._exits.close()
-            self._memory = super().empty(num_bytes)
-            self._exits.enter_context(page_locked(self._memory, self.device))
+            self.let_go()
+            memory = super().empty(num_bytes)
+            self._exits.enter_context(page_locked(memory, self.device))
+            self._memory = memory
         return self._memory[:num_bytes]
 
     def settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def let_go(self) -> None:
+        """Give the memory back, once nobody reads it any more. What is read from now on gets other memory."""
+        try:
+            self.settle()
+        finally:
+            self._exits.close()
+            self._memory = np.empty(0, np.uint8)
+
     def placed(self, value: torch.Tensor) -> torch.Tensor:
         """A copy on the device; on the CPU what was given."""
         if self.device.type == "cpu":
             return value
-        return torch.empty_like(value, device=self.device).copy_(value, non_blocking=True)
+        placed = torch.empty_like(value, device=self.device)
+        self.send(value, placed)
+        return placed
+
+    def send(self, value: torch.Tensor, to: torch.Tensor) -> None:
+        """Copy a value; one in page-locked memory is copied by the device, in its own time."""
+        # of other memory nobody says when it has been read, and it may be gone by then
+        to.copy_(value, non_blocking=to.device == self.device and self._is_locked(value))
 
     def remembered(self, value: torch.Tensor) -> Holds:
-        """What tells whether a tensor of the device holds the bytes that ``value`` has now.
+        """What tells whether a tensor of the device holds the bytes of ``value``.
 
         A device gets ``value`` a second time for this, piece by piece, and adds it up by itself: neither the host nor
-        anybody waits.
+        anybody waits. So its bytes are those that its memory has when the device comes to it, as they are of the copy:
+        that memory is not written before is for ``settle`` to see to, and cannot be told from this.
         """
         if self.device.type == "cpu":
             expected = checksum(host_view(value.cpu().contiguous()))
-            return lambda held: checksum(host_view(held.contiguous())) == expected
-        sums = _sums(value, self.device)
+            return lambda held: checksum(host_view(held.cpu().contiguous())) == expected
+        sums = _sums(value, self.device, is_lasting=self._is_locked(value))
         return lambda held: torch.equal(_sums(held, self.device), sums)
+
+    def _is_locked(self, value: torch.Tensor) -> bool:
+        return self.device.type == "cuda" and value.device.type == "cpu" and value.is_pinned()
 
 
 @contextmanager
@@ -107,22 +127,34 @@ def page_locked(memory: np.ndarray, device: torch.device) -> Iterator[None]:
         yield
     finally:
         if is_locked:
-            runtime.cudaHostUnregister(address)
+            with torch.cuda.device(device):
+                runtime.cudaHostUnregister(address)
 
 
 def provide(memory: np.ndarray) -> None:
     """Have the system provide all pages of new memory, uint8, whose bytes stay what they are."""
-    parts = [memory[start : start + PIECE_BYTES : PAGE_BYTES] for start in range(0, memory.nbytes, PIECE_BYTES)]
-    if len(parts) < 2:
+    starts = range(0, memory.nbytes, PROVIDED_BYTES)
+    if len(starts) < 2:
         return
+    parts = (memory[start : start + PROVIDED_BYTES : PAGE_BYTES] for start in starts)
     with ThreadPoolExecutor(thread_count()) as pool:
         for _ in pool.map(lambda pages: np.bitwise_or(pages, 0, out=pages), parts):
             pass
 
 
-def _sums(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pieces(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Flat bytes in parts that a device looks at one after the other."""
+    return flat.split(COMPARED_BYTES)
+
+
+def _sums(tensor: torch.Tensor, device: torch.device, *, is_lasting: bool = False) -> torch.Tensor:
     """One number, int64, of every MiB of a tensor: of its sums along rows and along columns, so that what lies
     elsewhere is seen too, each mixed with its place.
+
+    Args:
+        tensor: with values.
+        device: where they are added up.
+        is_lasting: whether ``tensor`` is in page-locked memory that is there until the device has read it.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if not flat.numel():
@@ -130,13 +162,16 @@ def _sums(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     num_words = BLOCK[0] * BLOCK[1]
     places = GOLDEN * torch.arange(1, 1 + sum(BLOCK), device=device)
     found = []
-    for piece in flat.split(PIECE_BYTES):
-        held = piece.to(device, non_blocking=True)
-        if (more := -held.numel() % (8 * num_words)) or held.data_ptr() % 8:
-            held = F.pad(held, (0, more)) if more else held.clone()
+    for piece in pieces(flat):
+        held = piece.to(device, non_blocking=is_lasting)
+        if more := -held.numel() % (8 * num_words):
+            held = F.pad(held, (0, more))
+        elif held.data_ptr() % 8 or held.storage_offset() % 8:
+            held = held.clone()
         words = held.view(torch.int64).view(-1, *BLOCK)
         sums = torch.cat([words.sum(dim=1), words.sum(dim=2)], dim=1) + places
-        sums = (sums ^ (sums >> 30)) * FIRST
-        sums = (sums ^ (sums >> 27)) * SECOND
-        found.append((sums ^ (sums >> 31)).sum(dim=1))
+        del held, words  # before the next piece comes
+        for by, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+            sums = (sums ^ (sums >> by & (1 << 64 - by) - 1)) * factor  # without the sign that int64 shifts in
+        found.append(sums.sum(dim=1))
     return torch.cat(found)

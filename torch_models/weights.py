@@ -150,10 +150,11 @@ def _commit(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: lis
         model.refusal = f"an update of {len(names)} parameters did not finish"
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        module.get_parameter(leaf).copy_(value, non_blocking=True)
+        staging.send(value, module.get_parameter(leaf))
         mark_source(module, leaf)
         written[name] = staging.remembered(value)
         del value  # before the next one is read
+    staging.let_go()
     derive(model)
     wrong = [name for name, holds in written.items() if not holds(stored(model, name))]
     wrong += moved(before, pointer_census(model))

@@ -129,7 +129,7 @@ class LocalFile:
 
 
 def thread_count() -> int:
-    """Two saturate memory on a small machine; more than eight only wait for each other's page cache."""
+    """Two saturate memory on a small machine; of more than eight little is gained."""
     return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 

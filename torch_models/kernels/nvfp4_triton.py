@@ -30,7 +30,7 @@ except ImportError:  # torch for machines without a CUDA device comes without it
 MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16
 FEW_ROWS = 16  # as few as a tile may have
 SPLIT_ROWS = 64  # with more, tiles are enough
-# About six and three for each of an H200's 132 cores, and no part of K shorter than so many steps, unless there are$
+# About six and three for each of an H200's 132 cores, and no part of K shorter than so many steps, unless there are
 # less than two; measured there. Constants, for the bits are not to depend on a device.
 FEW_ROWS_TILES, TILES_WANTED, LEAST_TILES, LEAST_STEPS = 768, 384, 256, 4
 
