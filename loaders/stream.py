@@ -253,5 +253,11 @@ class Arrivals(Generic[Result]):
     def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
         first, last = stretch.names[0], stretch.names[-1]
         which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
-        problem = f"{which} of {stretch.file} cannot be read: {error.strerror or error}"
+        said = str(error.strerror or error)
+        if (file := self._files.get(stretch.file)) is not None and not file.is_cheap_to_identify:
+            try:  # what streams says only that it failed; the server may say why
+                self._checkpoint.check_identity(file)
+            except CheckpointError as found:
+                said = f"{said}; {'; '.join(found.problems)}"
+        problem = f"{which} of {stretch.file} cannot be read: {said}"
         return CheckpointError(self._checkpoint.source, [problem])

@@ -246,6 +246,21 @@ def test_an_object_replaced_while_it_is_streamed_is_an_error(
         list(stream)
 
 
+def test_an_object_deleted_while_it_is_streamed_is_said_to_be_gone(
+    server: Server, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streamer says only that it could not read it."""
+    monkeypatch.setattr("loaders.stream.MOST_PIECES", 1)
+    monkeypatch.setattr("loaders.stream.MOST_STRETCHES", 1)
+    stream = open_checkpoint(server.put(directory, "vanishing")).stream()
+    next(stream)
+    for file in directory.glob("*.safetensors"):
+        server.client.delete_object(Bucket=BUCKET, Key=f"vanishing/{file.name}")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*; .* is gone: there is no such object") as caught:
+        list(stream)
+    assert len(caught.value.problems) == 1
+
+
 def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
     checkpoint = open_checkpoint(server.put(directory, "described"))
     checkpoint.check_documents()
