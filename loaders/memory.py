@@ -56,6 +56,14 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
+def thread_count() -> int:
+    """How many fill memory at once: two saturate it on a small machine.
+
+    More than eight were not tried with stretches as small as so many need.
+    """
+    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
 def check_budget(host_budget_bytes: Any) -> None:
     """Raises ValueError unless it is a number of bytes to hold at most, or None."""
     if host_budget_bytes is None:

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from loaders.digest import checksum
+from loaders.memory import thread_count
 from loaders.scratch import Staging
-from loaders.sources.positioned import thread_count
 from torch_models.storage import host_view
 
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device

@@ -13,7 +13,7 @@ from loaders.events import Event
 from loaders.plan import specs_of
 from loaders.spec import Specs
 from torch_models.processes import check_alike, together
-from torch_models.storage import NAMES, host_view, same_bits
+from torch_models.storage import host_view, of_host, same_bits
 from torch_models.weights import write
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[
     ]
     if problems:
         raise ValueError("; ".join(problems) + ". Nothing was changed.")
-    return {half: (name, _tensor(value)) for half, (name, value) in asked.items()}, ignored
+    tensors = {half: value if isinstance(value, torch.Tensor) else of_host(value) for half, (_, value) in asked.items()}
+    return {half: (name, tensors[half]) for half, (name, _) in asked.items()}, ignored
 
 
 def _kind(model: Model, value: Any) -> str:
@@ -146,13 +147,6 @@ def _is_live(model: Model, value: torch.Tensor) -> bool:
     halves = [model.get_parameter(name) for name in (specs.embedding, specs.head) if name]
     storages = {half.untyped_storage().data_ptr() for half in halves}
     return value.untyped_storage().data_ptr() in storages
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    dtype = next(dtype for dtype, name in NAMES.items() if str(dtype) == f"torch.{value.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(value).view(np.uint8).reshape(-1).copy()).view(dtype).view(value.shape)
 
 
 def _misfits(half: str, value: Any, live: torch.Tensor) -> list[str]:

@@ -21,7 +21,7 @@ from types import TracebackType
 import numpy as np
 
 from loaders import memory
-from loaders.memory import aligned_empty
+from loaders.memory import aligned_empty, thread_count
 from loaders.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
 
@@ -126,11 +126,6 @@ class LocalFile:
         out = bytearray(count)
         self.read_into(memoryview(out), position)
         return bytes(out)
-
-
-def thread_count() -> int:
-    """Two saturate memory on a small machine; of more than eight little is gained."""
-    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
 class PositionedSession:

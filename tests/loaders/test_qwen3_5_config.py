@@ -186,6 +186,7 @@ SPELLINGS = {
     | {key: PUBLISHED[key] for key in ("attn_output_gate", "mamba_ssm_dtype", "mtp_use_dedicated_embeddings")}
     | {"mlp_only_layers": None, "output_gate_type": "silu", "mtp_num_hidden_layers": 1, "num_mtp_layers": 1}
     | {"mtp_layer_types": [FULL]},
+    "default beside another": changed(CONFIG, rope_parameters=ROPE, partial_rotary_factor=0.25),  # transformers 5.17
     "wrapped": wrapped(CONFIG, tie_word_embeddings=GONE),
     "eos as list": CONFIG | {"eos_token_id": [3, 4]},
 }

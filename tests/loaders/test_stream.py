@@ -20,6 +20,7 @@ from handmade import CONFIG, open_files
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.memory import thread_count
 from loaders.slices import Slice
 from loaders.sources import LocalDirectory, positioned
 from loaders.writer import TensorType, write_checkpoint
@@ -377,7 +378,7 @@ def test_an_iterator_abandoned_half_way_leaves_no_thread_and_no_open_file(checkp
         stream = checkpoint.stream(budget)
         next(stream)
         next(stream)
-        assert 1 <= len(reader_threads()) <= positioned.thread_count()
+        assert 1 <= len(reader_threads()) <= thread_count()
         del stream
         gc.collect()
         assert reader_threads() == []
@@ -468,5 +469,5 @@ def test_closing_waits_for_the_pieces_that_are_being_read_and_no_others(
     before, begun = time.monotonic(), len(started)
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert time.monotonic() - before < 1
-    assert len(started) <= begun + positioned.thread_count()
+    assert len(started) <= begun + thread_count()
     assert reader_threads() == []

@@ -13,11 +13,8 @@ import torch
 import torch_models
 from loaders import open_checkpoint
 from loaders.digest import digests
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, plan_load
+from loaders.plan import LoadPlan
 from loaders.scratch import Scratch, Staging
-from loaders.stage import Stage
-from loaders.whole import read_whole
 from parity.zoo import make_checkpoint
 from torch_models import sleep as asleep
 from torch_models import staging
@@ -25,34 +22,6 @@ from torch_models.staging import DeviceStaging, page_locked
 
 CPU = torch.device("cpu")
 SIZES = [0, 1, 7, 4096, (1 << 20) - 8, 1 << 20, (1 << 20) + 1, (5 << 20) + 12344]
-
-
-class LateStaging(Staging):
-    """As a device is: what it was given it reads when somebody waits for it."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[str, np.ndarray]] = []
-        self.found: dict[str, bytes] = {}
-
-    def settle(self) -> None:
-        self.found |= {name: array.tobytes() for name, array in self.waiting}
-        self.waiting.clear()
-
-
-@pytest.fixture
-def plan(tmp_path) -> LoadPlan:
-    checkpoint = open_checkpoint(make_checkpoint("qwen3-moe", tmp_path / "checkpoint"))
-    return plan_load(checkpoint, Stage()).within(None, staged=True)
-
-
-def test_memory_is_not_written_again_before_it_was_read(plan: LoadPlan) -> None:
-    kept = {spec.name: array.tobytes() for spec, array in read_whole(plan, Filling(plan))}
-    late = LateStaging()
-    for spec, array in read_whole(plan, Filling(plan), staging=late):
-        late.waiting.append((spec.name, array))
-    assert late.found, "memory is used again"
-    late.settle()
-    assert late.found == kept
 
 
 class LateDevice(DeviceStaging):
@@ -204,6 +173,16 @@ def test_only_locked_memory_is_left_to_the_device(monkeypatch: pytest.MonkeyPatc
     here.device = target.device
     here.send(torch.ones(4), target)
     assert asked == [{"non_blocking": False}] * 3  # the target was elsewhere, or the device is no CUDA device
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_only_locked_memory_is_added_up_later(is_pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, asked = DeviceStaging(CPU), []
+    here.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: is_pinned)
+    monkeypatch.setattr(staging, "_sums", lambda value, device, *, is_lasting: asked.append(is_lasting))
+    here.remembered(torch.ones(4))
+    assert asked == [is_pinned]
 
 
 @pytest.mark.parametrize("size", [0, 100, staging.PROVIDED_BYTES, staging.PROVIDED_BYTES + 1, (130 << 20) + 5])
@@ -382,10 +361,10 @@ def test_a_device_tells_what_it_holds() -> None:
         assert holds(placed)
 
 
-@pytest.mark.gpu
-def test_a_copy_that_went_wrong_on_a_device_is_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_that_went_wrong_is_seen(device: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed) for seed in range(2)]
-    model = torch_models.load(paths[0], device="cuda")
+    model = torch_models.load(paths[0], device=device)
     norm, real = model.get_parameter("model.norm.weight"), torch.Tensor.copy_
 
     def faulty(self: torch.Tensor, value: torch.Tensor, **options: bool) -> torch.Tensor:
