@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from jax_models.kernels.grouped import grouped_on_tpu
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul, nvfp4_matmul, reference_grouped_matmul, reference_matmul
-from jax_models.layers.by_expert import grouped_on_tpu
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "tpu7x": 3690e9}  # bytes a second; of tpu7x half a chip, which is a device

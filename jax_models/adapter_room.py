@@ -29,7 +29,7 @@ from jax_models.layers.lora import (
     unwrapped,
 )
 from jax_models.layers.moe import Experts, TopKRouter
-from jax_models.layers.quantized import FP8Linear, NVFP4Linear
+from jax_models.layers.quantized import QuantizedLinear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from jax_models.sharding import param_spec
 from loaders.adapter_sites import HEAD, Site, Sites, sites_of
@@ -185,7 +185,7 @@ def _with_lora(layer: Any, path: str, found: Mapping[str, Stacks]) -> Wrapper:
 
 def _layers(base: Any, copies: Copies) -> list[Any]:
     """Layers like ``base`` with tensors of their own; of a quantised one, plain."""
-    if isinstance(base, NVFP4Linear | FP8Linear):
+    if isinstance(base, QuantizedLinear):
         base = Linear(base.in_features, base.out_features, bias=base.has_bias)
     graphdef, _ = nnx.split(base)
     places = len(next(iter(copies.tensors.values())))

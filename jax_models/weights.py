@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,11 +16,10 @@ from jax.core import Tracer
 from jax_models.processes import check_alike, processes_of, to_host, together, told_by_all
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
-from loaders.export import TensorReader, export_checkpoint, exported_params
+from loaders.export import TensorReader, export_checkpoint, export_together
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
-from loaders.writer import new_directory
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -144,24 +143,15 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     processes = processes_of(model.mesh)
     if len(processes) == 1:
         return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
-    is_writer = jax.process_index() == processes[0]
-    together(model.mesh, lambda: new_directory(directory) if is_writer else None)
-    waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
-
-    def read_param(name: str) -> np.ndarray:
-        assert waiting.popleft() == name, f"{name} is asked for out of turn"
-        return to_host(flat[name])
-
-    def write() -> None:
-        try:
-            if is_writer:
-                export_checkpoint(directory, model.checkpoint, specs, read_param, left_out)
-        finally:  # whatever became of the writing, nobody may wait for ever
-            while waiting:
-                read_param(waiting[0])
-
-    together(model.mesh, write)
-    return Path(directory)
+    return export_together(
+        directory,
+        model.checkpoint,
+        specs,
+        lambda name: to_host(flat[name]),
+        left_out,
+        is_writer=jax.process_index() == processes[0],
+        together=partial(together, model.mesh),
+    )
 
 
 def tensor_reader(model: Model) -> TensorReader:

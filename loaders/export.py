@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,7 @@ from loaders.memory import bits
 from loaders.place import place_of
 from loaders.plan import as_stored
 from loaders.spec import Source, Specs
-from loaders.writer import write_checkpoint, writing_order
+from loaders.writer import new_directory, write_checkpoint, writing_order
 
 
 class TensorReader:
@@ -96,12 +97,48 @@ def export_checkpoint(
     )
 
 
-def exported_params(checkpoint: Checkpoint, reader: TensorReader, left_out: Collection[str] = ()) -> list[str]:
-    """Parameters in the order in which ``export_checkpoint`` reads them: what others have to help it with."""
+def export_together(
+    directory: str | PathLike[str],
+    checkpoint: Checkpoint,
+    specs: Specs,
+    read_param: Callable[[str], np.ndarray],
+    left_out: Collection[str] = (),
+    *,
+    is_writer: bool,
+    together: Callable[[Callable[[], object]], object],
+) -> Path:
+    """``export_checkpoint`` of a model that several processes hold: one writes, the others hand it their parts.
+
+    Args:
+        directory: new or empty, where the one writes.
+        checkpoint: as there.
+        specs: as there.
+        read_param: as there; all processes call it for the same parameters in the same order.
+        left_out: as there.
+        is_writer: whether it is this process that writes.
+        together: does what it is given; an error of one process is one of all.
+    """
+    together(lambda: new_directory(directory) if is_writer else None)
+    reader = TensorReader(checkpoint, specs, read_param)
     copied = frozenset(left_out)
     held = _held(checkpoint, reader, copied)
     order = writing_order(held, {name: info.file for name, info in held.items()})
-    return reader.asked_for(name for name in order if name not in copied)
+    waiting = deque(reader.asked_for(name for name in order if name not in copied))
+
+    def read_in_turn(name: str) -> np.ndarray:
+        assert waiting.popleft() == name, f"{name} is asked for out of turn"
+        return read_param(name)
+
+    def write() -> None:
+        try:
+            if is_writer:
+                export_checkpoint(directory, checkpoint, specs, read_in_turn, left_out)
+        finally:  # whatever became of the writing, nobody may wait for ever
+            while waiting:
+                read_in_turn(waiting[0])
+
+    together(write)
+    return Path(directory)
 
 
 def _held(checkpoint: Checkpoint, reader: TensorReader, copied: frozenset[str]) -> dict[str, TensorInfo]:

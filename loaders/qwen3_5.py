@@ -117,7 +117,7 @@ class Qwen3_5Config:
         """Dimensions of a head that turn: the first so many."""
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
 
-    def is_linear(self, layer: int) -> bool:
+    def has_linear_attention(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` is a gated delta net."""
         return self.layer_types[layer] == LINEAR
 
@@ -289,11 +289,11 @@ def _layer_types(layers: Any, interval: Any) -> tuple[list[str], list[str]]:
 
 
 def _linear(config: Qwen3_5Config, layer: int) -> bool:
-    return config.is_linear(layer)
+    return config.has_linear_attention(layer)
 
 
 def _full(config: Qwen3_5Config, layer: int) -> bool:
-    return not config.is_linear(layer)
+    return not config.has_linear_attention(layer)
 
 
 def _always(config: Qwen3_5Config, layer: int) -> bool:

@@ -217,7 +217,7 @@ HYBRID_MUTANTS: list[Mutant] = [
     ),
     _of(
         "layer_pattern_shifted",
-        wrapped(f"{_CONFIG}.is_linear", _shifted_layers),
+        wrapped(f"{_CONFIG}.has_linear_attention", _shifted_layers),
         "full and linear layers one off",
         refusal=CheckpointError,
         backends=BOTH,

@@ -27,7 +27,7 @@ from torch_models.layers.lora import (
     unwrapped,
 )
 from torch_models.layers.moe import Experts, TopKRouter
-from torch_models.layers.quantized import FP8Linear, NVFP4Linear
+from torch_models.layers.quantized import QuantizedLinear
 from torch_models.layers.quantized_experts import NVFP4Experts
 from torch_models.parallel import Parallel
 from torch_models.storage import of_host
@@ -217,7 +217,7 @@ def _put(place: torch.Tensor, value: torch.Tensor) -> None:
 
 def _copied(model: Model, base: Any, leaves: dict[str, str], sites: Sites) -> nn.Module:
     """A layer like ``base`` with parameters of its own, in the dtypes of the base's; of a quantised one, plain."""
-    if is_quantized := isinstance(base, NVFP4Linear | FP8Linear):
+    if is_quantized := isinstance(base, QuantizedLinear):
         other: nn.Module = Linear(base.in_features, base.out_features, bias=base.has_bias)
         other.summed, other.gathered = base.summed, base.gathered
     else:

@@ -26,7 +26,7 @@ from torch_models.layers.gated_attention import GatedAttention
 from torch_models.layers.gated_delta import GatedDeltaNet
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.moe import Experts
-from torch_models.layers.quantized import FP8Linear, NVFP4Linear
+from torch_models.layers.quantized import NVFP4Linear, QuantizedLinear
 from torch_models.layers.quantized_experts import NVFP4Experts
 from torch_models.layers.step import Entry
 from torch_models.processes import Company
@@ -71,7 +71,7 @@ class Parallel:
         """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
         self.company = Company(self.mesh)
         for path, module in model.named_modules():
-            if isinstance(module, Linear | NVFP4Linear | FP8Linear):
+            if isinstance(module, Linear | QuantizedLinear):
                 leaf = module.scheme.leaves["codes"] if isinstance(module, NVFP4Linear) else "weight"
                 by_output, by_input = self._cuts(f"{path}.{leaf}")
                 module.summed = self.sum_over(by_input)

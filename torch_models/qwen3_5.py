@@ -127,7 +127,7 @@ class Qwen3_5ForCausalLM(Model):
     def __init__(self, config: Qwen3_5Config, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__(config, stage, dtype)
         layers = {
-            layer: DecoderLayer(config, is_linear=config.is_linear(layer))
+            layer: DecoderLayer(config, is_linear=config.has_linear_attention(layer))
             for layer in stage.layers(config.num_hidden_layers)
         }
         decoder = Decoder(config, stage, layers, GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
@@ -169,7 +169,7 @@ class Qwen3_5ForCausalLM(Model):
             state=(config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim),
         )
         layers = stage.layers(config.num_hidden_layers)
-        entries = {str(layer): linear if config.is_linear(layer) else attention for layer in layers}
+        entries = {str(layer): linear if config.has_linear_attention(layer) else attention for layer in layers}
         return entries | ({"mtp": attention} if stage.has_draft else {})
 
 

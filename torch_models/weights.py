@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
 from loaders import CheckpointError
 from loaders.digest import digests
 from loaders.events import Event
-from loaders.export import TensorReader, export_checkpoint, exported_params
+from loaders.export import TensorReader, export_checkpoint, export_together
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
 from loaders.quantize import open_to_load
-from loaders.spec import Specs
-from loaders.writer import new_directory
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
-from torch_models.parallel import Parallel, on_host
+from torch_models.parallel import on_host
 from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
 from torch_models.staging import DeviceStaging, Holds
@@ -182,35 +180,19 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     model.check_runnable()
     specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
-    if model.parallel is not None:
-        return _export_together(model, model.parallel, specs, left_out, directory)
+    if (parallel := model.parallel) is not None:
+        return export_together(
+            directory,
+            model.checkpoint,
+            specs,
+            lambda name: on_host(parallel, name, stored(model, name)),
+            left_out,
+            is_writer=parallel.mesh.get_rank() == 0,
+            together=partial(together, parallel.mesh),
+        )
     return export_checkpoint(
         directory, model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()), left_out
     )
-
-
-def _export_together(
-    model: Model, parallel: Parallel, specs: Specs, left_out: Collection[str], directory: str | os.PathLike[str]
-) -> Path:
-    """The first rank writes, and the others hand it their parts."""
-    is_writer = parallel.mesh.get_rank() == 0
-    together(parallel.mesh, lambda: new_directory(directory) if is_writer else None)
-    waiting = deque(exported_params(model.checkpoint, tensor_reader(model), left_out))
-
-    def read_param(name: str) -> np.ndarray:
-        assert waiting.popleft() == name, f"{name} is asked for out of turn"
-        return on_host(parallel, name, stored(model, name))
-
-    def write() -> None:
-        try:
-            if is_writer:
-                export_checkpoint(directory, model.checkpoint, specs, read_param, left_out)
-        finally:  # whatever became of the writing, nobody may wait for ever
-            while waiting:
-                read_param(waiting[0])
-
-    together(parallel.mesh, write)
-    return Path(directory)
 
 
 def tensor_reader(model: Model) -> TensorReader:

@@ -10,12 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jax_models.kernels.grouped import ragged_matmul
 from loaders.quantization import BLOCK
-
-# [A, K] x [E, N, K] -> [A, N], rows in groups along A, one expert each
-_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
 
 
 def dequantized(packed: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -62,14 +58,7 @@ def reference_grouped_matmul(
     check_alphas(alphas_EH, packed_ENJ)
     rows_AK = x_UK if row_A is None else x_UK[row_A]
     weight_ENK = dequantized(packed_ENJ, scale_ENQ, x_UK.dtype)
-    found_AN = jax.lax.ragged_dot_general(
-        rows_AK,
-        weight_ENK,
-        sizes_E,
-        _BY_GROUP,
-        precision=_precision(x_UK),
-        preferred_element_type=jnp.float32,
-    )
+    found_AN = ragged_matmul(rows_AK, weight_ENK, sizes_E, _precision(x_UK))
     A, N = found_AN.shape
     owner_A = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=A)
     alpha_AN = jnp.repeat(alphas_EH[owner_A], N // alphas_EH.shape[1], axis=1)

@@ -1,20 +1,15 @@
-"""Rows in the order of the experts that tokens chose: sorted, multiplied group by group, and summed token by token."""
+"""Rows in the order of the experts that tokens chose: sorted, and what comes of them summed token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import megablox
 
-# [A, k] x [E, n, k] -> [A, n], rows in groups along A, one expert each: weights stay as the checkpoint has them
-_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
+from jax_models.kernels.grouped import TILE_ROWS
+
 _FEW_BYTES = 2**25  # of all rows: a v5e's compiler keeps as many in VMEM, and HBM sees none of them
-_TILE_ROWS, _TILE_BYTES = 128, 2**21  # of a block of weights; two of them, rows and results fit 16 MiB of VMEM
 
 
 def by_expert(experts: jax.Array, first: jax.Array | int, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -46,7 +41,7 @@ def of_those_here(
         x_BTD: what they choose experts for.
         parts: devices that share the experts.
     """
-    few = -(-2 * len(order_A) // (parts * _TILE_ROWS)) * _TILE_ROWS
+    few = -(-2 * len(order_A) // (parts * TILE_ROWS)) * TILE_ROWS
     if few >= len(order_A) or len(order_A) * x_BTD.shape[-1] * x_BTD.dtype.itemsize <= _FEW_BYTES:
         return run(order_A)
     return jax.lax.cond(jnp.sum(size_E) <= few, lambda: run(order_A[:few]), lambda: run(order_A))
@@ -78,43 +73,3 @@ def weighed(out: jax.Array, order_A: jax.Array, is_here_A: jax.Array, weights_BT
 
     nothing_UD = jnp.zeros((len(order_A) // X, out.shape[1]), jnp.float32)
     return jax.lax.scan(add, nothing_UD, by_step)[0].reshape(*lead, -1)
-
-
-def by_expert_group(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    """rows [A, k] times weights [E, n, k] -> [A, n]; rows behind the last group come out as anything.
-
-    Summed in float32 and rounded to ``dtype`` at the end. Decided when the program is lowered, by the platform it is
-    lowered for.
-    """
-    on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_grouped, dtype=dtype)
-    return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, default=elsewhere)
-
-
-def _grouped(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    found = jax.lax.ragged_dot_general(rows, weights, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
-    return found.astype(dtype)
-
-
-def grouped_on_tpu(
-    rows: jax.Array,
-    weights: jax.Array,
-    sizes: jax.Array,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    interpret: bool = False,
-) -> jax.Array:
-    """The same by a kernel that reads the stacks as they are stored, and of them only the groups that have rows.
-
-    XLA's own ``ragged_dot`` for TPU wants [E, k, n]: it would write a transposed copy of every stack at every step
-    (407 MB a device and step for two layers of Qwen3-30B-A3B on four v5e).
-    """
-    (A, k), n = rows.shape, weights.shape[1]
-    tile = min(_TILE_ROWS, -(-A // 16) * 16)  # 16 rows of bfloat16 fill a register
-    padded = jnp.pad(rows, ((0, -A % tile), (0, 0)))
-    width = min(k, 4096)
-    columns = max(128, _TILE_BYTES // (width * rows.dtype.itemsize) // 128 * 128)
-    tiling = (tile, width, min(n, columns))
-    return megablox.gmm(padded, weights, sizes, jnp.dtype(dtype), tiling, None, None, True, interpret)[:A]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_models.layers.by_expert import by_expert, by_expert_group, of_those_here, weighed
+from jax_models.kernels.grouped import grouped_matmul
+from jax_models.layers.by_expert import by_expert, of_those_here, weighed
 from jax_models.layers.lora import ExpertUpdates, Stacks
 from jax_models.sharding import ExpertSpecs, expert_specs
 from jax_models.taps import tap, tap_rows
@@ -176,7 +177,7 @@ def _products(
     """What experts make of the choices that they are given, dtype of x [A, D]; ``lead``: [B, T, X]."""
     E, _, M, D = gate_up_E2MD.shape
     rows_AD = x_BTD.reshape(-1, D)[order_A // lead[-1]]
-    by_group = partial(by_expert_group, sizes=size_E)
+    by_group = partial(grouped_matmul, sizes=size_E)
     # what an adapter adds to is not rounded yet; else nobody reads more than the rounded rows, and prefill has many
     dtype = x_BTD.dtype if updates is None else jnp.float32
     gate_up_AF = by_group(rows_AD, gate_up_E2MD.reshape(E, 2 * M, D), dtype=dtype)

@@ -23,8 +23,31 @@ def multiplier(scale: jax.Array, scheme: Scheme) -> jax.Array:
     return 1.0 / scale if scheme.divides else scale
 
 
-class NVFP4Linear(nnx.Module):
-    """y = x Wᵀ + b with W in 4-bit codes; the product is float32, times alpha, then returned in the dtype of x.
+class QuantizedLinear(nnx.Module):
+    """y = x Wᵀ + b with W in codes, in the place of ``plain``; summed in float32, then returned in the dtype of x."""
+
+    def __init__(self, plain: Linear) -> None:
+        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        if plain.has_bias:
+            self.bias = nnx.Param(jnp.zeros((self.out_features,)))
+
+    def dequantized(self) -> jax.Array:
+        """The weight, float32 [N, K], with the roundings of the exporter's own definition."""
+        raise NotImplementedError
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x Wᵀ, float32: what a head is asked for."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y32 = self.project(x)
+        if self.has_bias:
+            y32 = y32 + self.bias[...].astype(x.dtype).astype(jnp.float32)
+        return y32.astype(x.dtype)
+
+
+class NVFP4Linear(QuantizedLinear):
+    """A linear layer with W in 4-bit codes, a scale for every 16 of a row, and one for all of it.
 
     Attributes:
         cuts: how the weight lies on a mesh.
@@ -32,7 +55,7 @@ class NVFP4Linear(nnx.Module):
     """
 
     def __init__(self, plain: Linear, scheme: Scheme, cuts: Cuts, *, quantizes_inputs: bool) -> None:
-        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        super().__init__(plain)
         leaves, scalar = scheme.leaves, (1,) if scheme.divides else ()
         setattr(self, leaves["codes"], nnx.Param(jnp.zeros((self.out_features, self.in_features // 2), jnp.uint8)))
         blocks = (self.out_features, self.in_features // BLOCK)
@@ -40,8 +63,6 @@ class NVFP4Linear(nnx.Module):
         setattr(self, leaves["global"], nnx.Param(jnp.zeros(scalar)))
         if scheme.activations:
             setattr(self, leaves["input"], nnx.Param(jnp.zeros(scalar)))
-        if plain.has_bias:
-            self.bias = nnx.Param(jnp.zeros((self.out_features,)))
         self.scheme, self.cuts = scheme, cuts
         self.quantizes_inputs = scheme.activations and quantizes_inputs
 
@@ -61,27 +82,19 @@ class NVFP4Linear(nnx.Module):
             x, alpha = quantized_activations(x, input_scale), alpha * input_scale
         return matmul(x, self.source("codes"), self.source("block"), self.cuts) * alpha
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y32 = self.project(x)
-        if self.has_bias:
-            y32 = y32 + self.bias[...].astype(x.dtype).astype(jnp.float32)
-        return y32.astype(x.dtype)
 
-
-class FP8Linear(nnx.Module):
-    """y = x Wᵀ + b with W in e4m3 and one scale for all of it.
+class FP8Linear(QuantizedLinear):
+    """A linear layer with W in e4m3 and one scale for all of it.
 
     Source: modelopt's ``FP8``: weight = codes * ``weight_scale``; inputs, likewise, by ``input_scale``.
     """
 
     def __init__(self, plain: Linear, scheme: Scheme, *, quantizes_inputs: bool) -> None:
-        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        super().__init__(plain)
         self.weight = nnx.Param(jnp.zeros((self.out_features, self.in_features), jnp.float8_e4m3fn))
         self.weight_scale = nnx.Param(jnp.zeros(()))
         if scheme.activations:
             self.input_scale = nnx.Param(jnp.zeros(()))
-        if plain.has_bias:
-            self.bias = nnx.Param(jnp.zeros((self.out_features,)))
         self.quantizes_inputs = scheme.activations and quantizes_inputs
 
     def dequantized(self) -> jax.Array:
@@ -95,12 +108,6 @@ class FP8Linear(nnx.Module):
             x, alpha = fp8_rounded(x, self.input_scale[...]), alpha * self.input_scale[...]
         weight = self.weight[...].astype(x.dtype)  # exact, also in bfloat16
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32) * alpha
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y32 = self.project(x)
-        if self.has_bias:
-            y32 = y32 + self.bias[...].astype(x.dtype).astype(jnp.float32)
-        return y32.astype(x.dtype)
 
 
 def exact_weight(codes: jax.Array, block: jax.Array, scale: jax.Array, scheme: Scheme) -> jax.Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_models.kernels.activations import quantized_activations
+from jax_models.kernels.grouped import grouped_matmul
 from jax_models.kernels.nvfp4 import nvfp4_grouped_matmul
-from jax_models.layers.by_expert import by_expert, by_expert_group, of_those_here, weighed
+from jax_models.layers.by_expert import by_expert, of_those_here, weighed
 from jax_models.layers.lora import ExpertUpdates
 from jax_models.layers.moe import Experts, update_specs
 from jax_models.layers.quantized import exact_weight, multiplier
@@ -145,7 +146,7 @@ def _products(
         g1_alphas_E2, g2_alphas_E = w13_input_scale_E2 * w13_scale_2_E2, w2_input_scale_E * w2_scale_2_E
         given = (w13_E2MJ, w13_scale_E2MQ, w13_input_scale_E2, g1_alphas_E2)
         gate_up_AF = _halves(product, x_UD, order_A, group_BTX, *given)
-    by_group = partial(by_expert_group, sizes=size_E)
+    by_group = partial(grouped_matmul, sizes=size_E)
     if updates is not None:
         gate_up_AF = updates.first(gate_up_AF, x_UD[token_A], by_group, updates.slots(order_A, lead))
     gate_AM, up_AM = jnp.split(gate_up_AF.astype(x_BTD.dtype), 2, axis=-1)

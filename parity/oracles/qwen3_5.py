@@ -28,7 +28,7 @@ def forward(run: Run) -> None:
             x_BTD = skipped_BTD
             continue
         read = run.text.under(f"layers.{layer}.")
-        x_BTD = _layer(run, read, x_BTD, is_linear=config.is_linear(layer), routing=f"routing.{layer + 1}")
+        x_BTD = _layer(run, read, x_BTD, is_linear=config.has_linear_attention(layer), routing=f"routing.{layer + 1}")
         x_BTD = run.residual(f"hidden_states.{layer + 1}", run.deepened(x_BTD, layer))
     x_BTD = run.final(_norm(config, run.text, "norm", x_BTD))
     run.out["logits"] = run.head(x_BTD)

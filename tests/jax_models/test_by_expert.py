@@ -31,7 +31,7 @@ TOLERANCE = 4e-6  # relative L2: float32 sums in another order
 def many(monkeypatch):
     """A few rows count as many, as those of a prefill do."""
     monkeypatch.setattr(by_expert, "_FEW_BYTES", 0)
-    monkeypatch.setattr(by_expert, "_TILE_ROWS", 1)
+    monkeypatch.setattr(by_expert, "TILE_ROWS", 1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
-from jax_models.layers.by_expert import by_expert_group, grouped_on_tpu
+from jax_models.kernels.grouped import grouped_matmul, grouped_on_tpu
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES, param_spec
 from jax_models.weights import flatten
@@ -394,7 +394,7 @@ def test_the_grouped_product_for_tpu_is_that_of_one_product_per_group(rows, size
     assert error(np.asarray(found)[: len(group)], expected) < 1e-6
 
 
-@pytest.mark.parametrize("product", [by_expert_group, functools.partial(grouped_on_tpu, interpret=True)])
+@pytest.mark.parametrize("product", [grouped_matmul, functools.partial(grouped_on_tpu, interpret=True)])
 def test_rows_of_experts_are_rounded_once_where_they_are_stored(product):
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((24, 256), (3, 48, 256)))

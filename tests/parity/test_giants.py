@@ -159,7 +159,7 @@ def test_the_smallest_slice_is_looked_for_by_what_devices_hold(qwen3):
 def test_a_few_layers_in_the_models_proportions_stand_for_all(qwen3, qwen3_5):
     assert (depths_of(qwen3).shallow, depths_of(qwen3).deeper, depths_of(qwen3).missing) == (4, 16, 78)
     assert (depths_of(qwen3_5).shallow, depths_of(qwen3_5).deeper, depths_of(qwen3_5).missing) == (4, 16, 11)
-    assert [qwen3_5.is_linear(layer) for layer in range(8)] == [True, True, True, False] * 2
+    assert [qwen3_5.has_linear_attention(layer) for layer in range(8)] == [True, True, True, False] * 2
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ def test_the_special_models_are_special(zoo: Callable[..., Checkpoint]) -> None:
     assert WRAPPED == ["qwen3_5-wrapped", "qwen3_5-moe-wrapped", "qwen3_vl", "qwen3_vl-moe"]
     for name in HYBRID:
         config = configs[name]
-        assert [config.is_linear(layer) for layer in range(4)] == [True, True, False, True]
+        assert [config.has_linear_attention(layer) for layer in range(4)] == [True, True, False, True]
         assert [config.is_sparse(layer) for layer in range(4)] == [name in SPARSE] * 4
         assert config.rotary_dim == 12 < config.head_dim
         assert config.rope_parameters.mrope_section == (3, 2, 1)

@@ -26,8 +26,40 @@ def multiplier(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return 1.0 / scale if scheme.divides else scale
 
 
-class NVFP4Linear(nn.Module):
-    """y = x Wᵀ + b with W in 4-bit codes; the product is float32, times alpha, then returned in the dtype of x.
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + b with W in codes, in the place of ``plain``; summed in float32, then returned in the dtype of x."""
+
+    summed: Join | None = None  # on a mesh, where inputs are cut
+    gathered: Join | None = None  # of a head, where outputs are
+
+    def __init__(self, plain: Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        if plain.has_bias:
+            self.bias = empty_param(self.out_features)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight, float32 [N, K], with the roundings of the exporter's own definition."""
+        raise NotImplementedError
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ, float32: what a head is asked for."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y32 = self.project(x)
+        if self.has_bias:
+            y32 = y32 + self.bias.to(x.dtype).float()
+        return y32.to(x.dtype)
+
+    def _joined(self, y32: torch.Tensor) -> torch.Tensor:
+        """On a mesh all of a product, where this layer has parts of its sums or, as a head, some of its outputs."""
+        y32 = y32 if self.summed is None else self.summed(y32)
+        return y32 if self.gathered is None else self.gathered(y32)
+
+
+class NVFP4Linear(QuantizedLinear):
+    """A linear layer with W in 4-bit codes, a scale for every 16 of a row, and one for all of it.
 
     Attributes:
         kernel: what computes the product.
@@ -37,20 +69,15 @@ class NVFP4Linear(nn.Module):
     alpha: torch.Tensor
     input_scale_inv: torch.Tensor
     weight_scale_interleaved: torch.Tensor
-    summed: Join | None = None  # on a mesh, where inputs are cut
-    gathered: Join | None = None  # of a head, where outputs are
 
     def __init__(self, plain: Linear, scheme: Scheme, kernel: Kernel, *, quantizes_inputs: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        super().__init__(plain)
         leaves, scalar = scheme.leaves, (1,) if scheme.divides else ()
         setattr(self, leaves["codes"], empty_param(self.out_features, self.in_features // 2))
         setattr(self, leaves["block"], empty_param(self.out_features, self.in_features // BLOCK))
         setattr(self, leaves["global"], empty_param(*scalar))
         if scheme.activations:
             setattr(self, leaves["input"], empty_param(*scalar))
-        if plain.has_bias:
-            self.bias = empty_param(self.out_features)
         self.scheme, self.kernel = scheme, kernel
         self.quantizes_inputs = scheme.activations and quantizes_inputs
         for name in ("alpha", "input_scale_inv") if self.quantizes_inputs else ("alpha",):
@@ -76,13 +103,7 @@ class NVFP4Linear(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
         self._derive_scalars()
-        return _joined(self, self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y32 = self.project(x)
-        if self.has_bias:
-            y32 = y32 + self.bias.to(x.dtype).float()
-        return y32.to(x.dtype)
+        return self._joined(self._product(x.flatten(0, -2)).view(*x.shape[:-1], -1))
 
     @torch.no_grad()
     def _derive_scalars(self) -> None:
@@ -112,24 +133,18 @@ class NVFP4Linear(nn.Module):
         return nvfp4_blackwell.unswizzled(self.weight_scale_interleaved, tuple(shape))
 
 
-class FP8Linear(nn.Module):
-    """y = x Wᵀ + b with W in e4m3 and one scale for all of it.
+class FP8Linear(QuantizedLinear):
+    """A linear layer with W in e4m3 and one scale for all of it.
 
     Source: modelopt's ``FP8``: weight = codes * ``weight_scale``; inputs, likewise, by ``input_scale``.
     """
 
-    summed: Join | None = None  # on a mesh, where inputs are cut
-    gathered: Join | None = None  # of a head, where outputs are
-
     def __init__(self, plain: Linear, scheme: Scheme, *, quantizes_inputs: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.has_bias = plain.in_features, plain.out_features, plain.has_bias
+        super().__init__(plain)
         self.weight = empty_param(self.out_features, self.in_features)
         self.weight_scale = empty_param()
         if scheme.activations:
             self.input_scale = empty_param()
-        if plain.has_bias:
-            self.bias = empty_param(self.out_features)
         self.quantizes_inputs = scheme.activations and quantizes_inputs
 
     def dequantized(self) -> torch.Tensor:
@@ -142,23 +157,11 @@ class FP8Linear(nn.Module):
         if self.quantizes_inputs:
             x, alpha = fp8_rounded(x, self.input_scale), alpha * self.input_scale
         y32 = F.linear(x.float(), self.weight.float()) * alpha if x.is_cpu else self._on_device(x, alpha)
-        return _joined(self, y32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y32 = self.project(x)
-        if self.has_bias:
-            y32 = y32 + self.bias.to(x.dtype).float()
-        return y32.to(x.dtype)
+        return self._joined(y32)
 
     def _on_device(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """e4m3 is exact in the dtype of x; only the product is rounded to it before alpha."""
         return F.linear(x, self.weight.to(x.dtype)).float() * alpha
-
-
-def _joined(layer: NVFP4Linear | FP8Linear, y32: torch.Tensor) -> torch.Tensor:
-    """On a mesh all of a product, where a layer has parts of its sums or a head some of its outputs."""
-    y32 = y32 if layer.summed is None else layer.summed(y32)
-    return y32 if layer.gathered is None else layer.gathered(y32)
 
 
 def as_loaded(layer: nn.Module, leaf: str) -> torch.Tensor:
