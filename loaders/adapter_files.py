@@ -11,51 +11,76 @@ import numpy as np
 from loaders import dtypes
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo, read_header
-from loaders.sources import Identity, OpenFile, Source, open_source
+from loaders.sources import Identity, Source, open_source, small_file
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BLOCK_BYTES, BLOCKS_KEPT = 8 << 20, 8  # of the weights: hundreds of small tensors are not hundreds of requests
 
 
 @dataclass
 class AdapterFiles:
-    """What is in the directory; ``read`` gives one tensor.
+    """What is in the directory; ``read`` gives one tensor. Read in blocks, of which the last few are kept.
 
     Attributes:
         source: the directory.
         document: adapter_config.json; None: it could not be read.
         tensors: of the header of the weights.
+        identities: file -> what it was when it was opened.
     """
 
     source: Source
     document: dict[str, Any] | None = None
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    identity: Identity | None = None
+    identities: dict[str, Identity] = field(default_factory=dict)
+    _blocks: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in its own dtype.
 
         Raises:
-            CheckpointError: the file is gone, changed since it was opened, or cannot be read.
+            CheckpointError: the file is gone, is known to have changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
         out = np.empty(dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype))
-        start, end = info.offsets
+        place, (start, end) = out.reshape(-1).view(np.uint8), info.offsets
         try:
-            with self.source.open(info.file) as file:
-                self._check(file)
-                if end > start:
-                    file.read_into(out.reshape(-1).view(np.uint8).data, start)
-                if file.is_cheap_to_identify:  # else what is read is of the object that was asked about
-                    self._check(file)
+            for index in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+                first = index * BLOCK_BYTES
+                part = memoryview(self._block(index))[max(start - first, 0) : end - first]
+                at = max(first - start, 0)
+                place[at : at + len(part)] = np.frombuffer(part, np.uint8)
         except OSError as error:
             where = f"tensor {name!r} of {info.file}"
             raise CheckpointError(self.source, [f"{where} cannot be read: {error.strerror or error}"]) from error
         return out
 
-    def _check(self, file: OpenFile) -> None:
-        if file.identity() != self.identity:
-            raise CheckpointError(self.source, [f"{file.name} changed since it was opened. Open it again."])
+    def _block(self, index: int) -> bytes:
+        block = self._blocks.pop(index, None)
+        if block is None:
+            known = self.identities[WEIGHTS]
+            with self.source.open(WEIGHTS, known) as file:
+                if file.opened != known:
+                    raise OSError("it changed since it was opened")
+                start = index * BLOCK_BYTES
+                block = file.read(start, min(BLOCK_BYTES, known.num_bytes - start))
+            if len(self._blocks) == BLOCKS_KEPT:
+                del self._blocks[next(iter(self._blocks))]  # asked for longest ago
+        self._blocks[index] = block  # the last again
+        return block
+
+    def check(self) -> None:
+        """See that the files are as they were opened. Raises CheckpointError with all that are not."""
+
+        def ask(name: str) -> str | None:
+            try:
+                changed = self.source.identity(name) != self.identities[name]
+            except OSError as error:
+                return f"{name} is gone: {error.strerror or error}"
+            return f"{name} changed since it was opened. Open it again once it is complete." if changed else None
+
+        if problems := [found for found in self.source.in_parallel(ask, self.identities.keys()) if found]:
+            raise CheckpointError(self.source, problems)
 
 
 def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[str]]:
@@ -71,7 +96,9 @@ def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[
         raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
     files, problems = AdapterFiles(source), []
     try:
-        files.document = parse_object(source.read_file(CONFIG))
+        with source.open(CONFIG) as file:
+            files.identities[CONFIG] = file.opened
+            files.document = parse_object(small_file(file, file.opened.num_bytes))
     except BadJson as error:
         problems.append(f"{CONFIG} {error}")
     except OSError as error:
@@ -87,7 +114,7 @@ def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[
         return files, problems
     try:
         with source.open(WEIGHTS) as file:
-            files.identity = file.identity()
+            files.identities[WEIGHTS] = file.opened
             header, found = read_header(file)
     except OSError as error:
         return files, [*problems, f"{WEIGHTS} cannot be opened: {error.strerror or error}"]

@@ -68,7 +68,7 @@ def open_adapter(uri: str | os.PathLike[str], config: ModelConfig, *, read_base:
     Raises:
         CheckpointError: listing options that are not implemented, tensors that are missing, unexpected or of the wrong
             shape or dtype, halves without the other, ranks that are not what the config says, values that are no
-            numbers, and base tensors that differ.
+            numbers, and base tensors that differ; or saying which file changed while it was read.
     """
     files, problems = open_adapter_files(uri)
     adapter_config, found = read_adapter_config(files.document) if files.document is not None else (None, [])
@@ -77,4 +77,5 @@ def open_adapter(uri: str | os.PathLike[str], config: ModelConfig, *, read_base:
     adapter, more = Reading(files, adapter_config, config, read_base, is_partial=bool(found)).adapter()
     if found or more:
         raise CheckpointError(uri, found + more)
+    files.check()
     return adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +18,7 @@ from loaders.header import TensorInfo
 from loaders.memory import aligned_empty, check_budget
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
-from loaders.sources import Identity, OpenFile, Session, Source
+from loaders.sources import Identity, OpenFile, Session, Source, Unreachable
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
@@ -115,29 +115,31 @@ class Checkpoint:
         host_budget_bytes: int | None = None,
         *,
         names: Iterable[str] | None = None,
+        lots: Iterable[Collection[str]] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Tensors in file order, read ahead by a few threads; from object storage in the order in which they arrive.
 
         Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``. A file that
-        changed is an error before a tensor of it is yielded; in object storage, where asking is dear, before the last.
+        changed is an error before a tensor of it is yielded; in object storage, where asking is dear, before the last
+        of all is.
 
         Args:
             host_budget_bytes: what this iterator may hold at any moment, the tensor just yielded included; default
                 128 MiB, or the largest tensor. Memory given by ``into`` does not count, nor does what is on its way:
                 from object storage 64 MiB at most, past the page cache 8 MiB for each of four threads.
             names: only these tensors (default: all).
+            lots: these, lot by lot: nothing of one is begun, or asked for a destination, before the last was yielded.
             into: where a tensor is to go, asked when it is about to be read, shortly before it is yielded. It is read
                 straight there and that very array is yielded; None means memory of its own. A strided view (the tensor
                 is stored transposed) is filled some rows at a time, through 8 MiB of staging for each thread.
         Raises:
             KeyError: no such tensor.
             ValueError: a tensor without destination is larger than the budget; said before anything is read, or with
-                ``into`` when it is asked for. Or ``names`` is one name.
+                ``into`` when it is asked for. Or ``names`` is one name, or given beside ``lots``.
             CheckpointError: as ``read``.
         """
-        chosen = self.names_of(names)
-        wanted = [Slice(name) for name in self.tensors if name in chosen]
+        wanted = [[Slice(name) for name in self._sorted(lot)] for lot in self.lots_of(names, lots)]
         given = None if into is None else lambda part: into(part.name)
         check_budget(host_budget_bytes)
         return _named(self._stream(wanted, given, host_budget_bytes))
@@ -164,15 +166,19 @@ class Checkpoint:
             (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
         )
         check_budget(host_budget_bytes)
-        return self._stream([one for *_, one in found], into, host_budget_bytes)
+        return self._stream([[one for *_, one in found]], into, host_budget_bytes)
 
     def stream_regions(
-        self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None = None
+        self,
+        lots: Iterable[Collection[str]],
+        wanted: Callable[[str], list[Region]],
+        host_budget_bytes: int | None = None,
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
         """Regions of tensors, as ``stream`` has whole ones: rows that several of them lie in are read once.
 
         Args:
-            names: tensors, all of which are yielded; those of which nothing is wanted as soon as that is known.
+            lots: tensors, as for ``stream``; all are yielded, those of which nothing is wanted as soon as that is
+                known.
             wanted: the regions of one and where they go, asked shortly before they are read.
             host_budget_bytes: of destinations filled or waited for, the tensor just yielded included, unless one alone
                 takes more; None: they do not count.
@@ -192,8 +198,10 @@ class Checkpoint:
             arrays = [part.out for part in regions]
             return Begun((name, arrays), regions, num_bytes * sum(array.nbytes for array in arrays))
 
-        chosen = [name for name in self.tensors if name in names]
-        requests = [Request(name, self.tensors[name].num_bytes, partial(begin, name)) for name in chosen]
+        requests = [
+            [Request(name, self.tensors[name].num_bytes, partial(begin, name)) for name in self._sorted(lot)]
+            for lot in lots
+        ]
         return self._arrivals(requests, host_budget_bytes or DEFAULT_BUDGET_BYTES)
 
     def fingerprint(self) -> str:
@@ -207,15 +215,19 @@ class Checkpoint:
         for name in sorted(self.tensors):
             found.update(f"{name} {self.tensors[name].dtype} {self.tensors[name].shape}\n".encode())
         names = sorted(name for name, info in self.tensors.items() if info.num_bytes)
-        for name in names[:: -(-len(names) // NUM_SAMPLES)] if names else ():
-            info = self.tensors[name]
-            with self.open_file(info.file) as file:
-                try:
-                    found.update(file.read(info.offsets[0], min(info.num_bytes, SAMPLE_BYTES)))
-                except OSError as error:
-                    problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
-                    raise CheckpointError(self.source, [problem]) from error
+        chosen = names[:: -(-len(names) // NUM_SAMPLES)] if names else []
+        for sample in self.source.in_parallel(self._sample, chosen):
+            found.update(sample)
         return found.hexdigest()[:16]
+
+    def _sample(self, name: str) -> bytes:
+        info = self.tensors[name]
+        with self.open_file(info.file) as file:
+            try:
+                return file.read(info.offsets[0], min(info.num_bytes, SAMPLE_BYTES))
+            except OSError as error:
+                problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
+                raise CheckpointError(self.source, [problem]) from error
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
         """Tensors (default: all), whole or in rows, so that each part has at most ``most_bytes``.
@@ -232,6 +244,18 @@ class Checkpoint:
         if unknown := chosen - self.tensors.keys():
             raise KeyError(min(unknown))
         return chosen
+
+    def lots_of(self, names: Iterable[str] | None, lots: Iterable[Collection[str]] | None) -> Iterable[Collection[str]]:
+        """What is asked for, by default all in one lot. Raises as ``names_of``; ValueError: both are given."""
+        if lots is None:
+            return [self.names_of(names)]
+        if names is not None:
+            raise ValueError("names and lots are given, expected one of them")
+        return map(self.names_of, lots)
+
+    def _sorted(self, names: Collection[str]) -> list[str]:
+        """In file order. Raises KeyError: no such tensor."""
+        return sorted(names, key=self._order.__getitem__)
 
     @cached_property
     def _order(self) -> dict[str, int]:
@@ -260,13 +284,12 @@ class Checkpoint:
             )
 
     def _stream(
-        self, wanted: list[Slice], into: Callable[[Slice], np.ndarray | None] | None, budget: int | None
+        self, lots: list[list[Slice]], into: Callable[[Slice], np.ndarray | None] | None, budget: int | None
     ) -> Iterator[tuple[Slice, np.ndarray]]:
-        sizes = list(map(self.num_bytes_of, wanted))
         if budget is None:
-            budget = max(DEFAULT_BUDGET_BYTES, max(sizes, default=0))
+            budget = max([DEFAULT_BUDGET_BYTES, *(self.num_bytes_of(part) for lot in lots for part in lot)])
         if into is None:
-            self._check_budget(wanted, budget)
+            self._check_budget([part for lot in lots for part in lot], budget)
 
         def begin(part: Slice) -> Begun[tuple[Slice, np.ndarray]]:
             given = into(part) if into else None
@@ -274,11 +297,11 @@ class Checkpoint:
             region = part.region(self.stored_shape(part.name), out)
             return Begun((part, out), [region], out.nbytes if given is None else 0)
 
-        requests = [Request(part.name, size, partial(begin, part)) for part, size in zip(wanted, sizes, strict=True)]
+        requests = [[Request(part.name, self.num_bytes_of(part), partial(begin, part)) for part in lot] for lot in lots]
         return self._arrivals(requests, budget)
 
-    def _arrivals(self, requests: list[Request[Result]], budget: int) -> Iterator[Result]:
-        yield from Arrivals(self, self._session(), requests, budget)
+    def _arrivals(self, lots: list[list[Request[Result]]], budget: int) -> Iterator[Result]:
+        yield from Arrivals(self, self._session(), lots, budget)
 
     def _session(self) -> Session:
         try:
@@ -307,35 +330,46 @@ class Checkpoint:
         return out
 
     def open_file(self, name: str) -> OpenFile:
-        """Open one of the files. Raises CheckpointError when it cannot be, or is another than it was."""
+        """Open one of the files. Raises CheckpointError when it cannot be, or is known to be another than it was."""
         try:
-            file = self.source.open(name)
+            file = self.source.open(name, self.identities[name])
         except OSError as error:
             raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
-        try:
-            self.check_identity(file)
-        except BaseException:
+        if problem := self._change(name, lambda: file.opened, self.identities[name]):
             file.close()
-            raise
+            raise CheckpointError(self.source, [problem])
         return file
-
-    def check_documents(self) -> None:
-        """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
-        for name, expected in self.documents.items():
-            self._check(name, partial(self.source.identity, name), expected)
 
     def check_identity(self, file: OpenFile) -> None:
         """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
-        self._check(file.name, file.identity, self.identities[file.name])
-
-    def _check(self, name: str, ask: Callable[[], Identity], expected: Identity) -> None:
-        try:
-            found = ask()
-        except OSError as error:
-            raise CheckpointError(self.source, [f"{name} is gone: {error.strerror or error}"]) from error
-        if found != expected:
-            problem = f"{name} changed since the checkpoint was opened. Open it again once it is complete."
+        if problem := self._change(file.name, file.identity, self.identities[file.name]):
             raise CheckpointError(self.source, [problem])
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """See that files are as they were, asking by name. Raises CheckpointError with all that are not."""
+        self._check({name: self.identities[name] for name in names})
+
+    def check_documents(self) -> None:
+        """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
+        self._check(self.documents)
+
+    def _check(self, expected: Mapping[str, Identity]) -> None:
+        def ask(name: str) -> str | None:
+            return self._change(name, partial(self.source.identity, name), expected[name])
+
+        if problems := [problem for problem in self.source.in_parallel(ask, expected.keys()) if problem]:
+            raise CheckpointError(self.source, problems)
+
+    def _change(self, name: str, ask: Callable[[], Identity], expected: Identity) -> str | None:
+        """What became of a file; None: nothing. Raises CheckpointError: the server does not answer any more."""
+        try:
+            if ask() == expected:
+                return None
+        except Unreachable as error:
+            raise CheckpointError(self.source, [f"{name} cannot be asked about: {error}"]) from error
+        except OSError as error:
+            return f"{name} is gone: {error.strerror or error}"
+        return f"{name} changed since the checkpoint was opened. Open it again once it is complete."
 
 
 def _several(names: Iterable[str]) -> Iterable[str]:

@@ -51,7 +51,7 @@ def read_header(file: OpenFile) -> tuple[Header | None, list[str]]:
     Raises:
         OSError: the file cannot be read.
     """
-    file_bytes = file.identity().num_bytes
+    file_bytes = file.opened.num_bytes
     try:
         raw = _header_bytes(file, file_bytes)
     except _Bad as error:

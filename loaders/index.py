@@ -54,19 +54,23 @@ def read_headers(
     Raises:
         CheckpointError: the server does not answer any more.
     """
-    headers: dict[str, Header] = {}
-    identities: dict[str, Identity] = {}
-    for name in files:
+
+    def read(name: str) -> tuple[Header | None, Identity | None, list[str]]:
         try:
             with source.open(name) as file:
-                identities[name] = file.identity()
                 header, found = read_header(file)
+                return header, file.opened, found
         except Unreachable as error:
             raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
         except OSError as error:
-            problems.append(f"{name} cannot be opened: {error.strerror or error}")
-            continue
+            return None, None, [f"{name} cannot be opened: {error.strerror or error}"]
+
+    headers: dict[str, Header] = {}
+    identities: dict[str, Identity] = {}
+    for name, (header, identity, found) in zip(files, source.in_parallel(read, files), strict=True):
         problems += found
+        if identity is not None:
+            identities[name] = identity
         if header is not None:
             headers[name] = header
     return headers, identities

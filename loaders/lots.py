@@ -56,15 +56,9 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
     """
     tensors = plan.checkpoint.tensors
     num_bytes = sum(tensors[name].num_bytes for name in plan.tensors)
-    yield from watched(_by_parameter(plan, into), num_bytes, str(plan.checkpoint.source))
-
-
-def _by_parameter(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
-    if not plan.staged:
-        yield from plan.checkpoint.stream(plan.host_budget_bytes, names=plan.tensors, into=into)
-        return
-    for names in lots_of_plan(plan):
-        yield from plan.checkpoint.stream(plan.host_budget_bytes, names=names, into=into)
+    lots = lots_of_plan(plan) if plan.staged else [plan.tensors]
+    stream = plan.checkpoint.stream(plan.host_budget_bytes, lots=lots, into=into)
+    yield from watched(stream, num_bytes, str(plan.checkpoint.source))
 
 
 def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:

@@ -32,46 +32,65 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         present = source.names()
     except OSError as error:
         raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
-    problems: list[str] = []
-    documents: dict[str, Identity] = {}
-    config = None
-    document = _read_json(source, CONFIG, present, documents, problems)
-    generation = _read_json(source, GENERATION, present, documents, problems) if GENERATION in present else {}
-    quantization = _read_json(source, QUANTIZATION, present, documents, problems) if QUANTIZATION in present else None
-    problems += _generation_problems(generation or {})
-    index = _read_json(source, INDEX, present, documents, problems) if INDEX in present else None
+    found, documents, problems = _read_documents(source, present)
+    config, document, index = None, found.get(CONFIG), found.get(INDEX)
+    generation, quantization = found.get(GENERATION, {}), found.get(QUANTIZATION)
+    problems += _generation_problems(generation)
     mapped = weight_map(index, problems) if index is not None else None
     names = files(present, mapped, INDEX in present, problems)
     headers, identities = read_headers(source, names, problems)
     tensors = merge(headers, mapped, complete=len(headers) == len(names), problems=problems)
     if document is not None:
-        config, found = config_from_json(document, beside=quantization, found=tensors)
-        problems = found + problems
+        config, of_config = config_from_json(document, beside=quantization, found=tensors)
+        problems = of_config + problems
     if problems or config is None or document is None:
         raise CheckpointError(source, problems)
     metadata = {name: header.metadata for name, header in headers.items()}
-    given = source, config, tensors, document, generation or {}, quantization or {}, metadata
-    checkpoint = Checkpoint(*given, identities, documents)
+    checkpoint = Checkpoint(
+        source=source,
+        config=config,
+        tensors=tensors,
+        config_document=document,
+        generation_document=generation,
+        quantization_document=quantization or {},
+        metadata=metadata,
+        identities=identities,
+        documents=documents,
+    )
     checkpoint.check_documents()
     return checkpoint
 
 
-def _read_json(
-    source: Source, name: str, present: list[str], documents: dict[str, Identity], problems: list[str]
-) -> dict[str, Any] | None:
-    """The object in a file, whose identity goes to ``documents``; None: there is none, which is a problem."""
-    try:
-        with source.open(name) as file:
-            documents[name] = file.identity()
-            return parse_object(small_file(file, documents[name].num_bytes))
-    except BadJson as error:
-        problems.append(f"{name} {error}")
-    except Unreachable as error:
-        raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
-    except OSError as error:
-        hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
-        problems.append(f"{name} cannot be read: {error.strerror or error}{hint}")
-    return None
+def _read_documents(
+    source: Source, present: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Identity], list[str]]:
+    """JSON by the name of its file, as far as it is there and can be read; identities, likewise; and what is wrong."""
+
+    def read(name: str) -> tuple[dict[str, Any] | None, Identity | None, list[str]]:
+        identity = None
+        try:
+            with source.open(name) as file:
+                identity = file.opened
+                return parse_object(small_file(file, identity.num_bytes)), identity, []
+        except BadJson as error:
+            return None, identity, [f"{name} {error}"]
+        except Unreachable as error:
+            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
+        except OSError as error:
+            hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
+            return None, identity, [f"{name} cannot be read: {error.strerror or error}{hint}"]
+
+    documents: dict[str, dict[str, Any]] = {}
+    identities: dict[str, Identity] = {}
+    problems: list[str] = []
+    names = [CONFIG, *(name for name in (GENERATION, QUANTIZATION, INDEX) if name in present)]
+    for name, (document, identity, found) in zip(names, source.in_parallel(read, names), strict=True):
+        problems += found
+        if document is not None:
+            documents[name] = document
+        if identity is not None:
+            identities[name] = identity
+    return documents, identities, problems
 
 
 def _generation_problems(generation: dict[str, Any]) -> list[str]:

@@ -110,27 +110,29 @@ class QuantizedCheckpoint(Checkpoint):
         host_budget_bytes: int | None = None,
         *,
         names: Iterable[str] | None = None,
+        lots: Iterable[Collection[str]] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Tensors in the order of the plain files, those of a group together; see ``Checkpoint.stream``.
 
         By default the plain matrices of the largest group are held, or as many of others. A budget is for those that
         are on their way, and the matrices of a group are held beside it. Codes and scales are computed straight into
-        their destinations.
+        their destinations. A lot has all or nothing of a group, and is read in lots of its own.
         """
-        chosen = self.names_of(names)
-        groups: dict[str, list[Matrix]] = {}
-        for name in self._places.keys() & chosen:
-            group = self._places[name][0].group
-            groups[group] = self._groups[group]
-        direct = {name for name in chosen if name not in self._places}
-        parts = [Part(tensors, tensors) for one in groups.values() for tensors in [{matrix.tensor for matrix in one}]]
-        parts += [Part({name}, {name}) for name in direct]
-        plain_into = (lambda name: into(name) if name in direct else None) if into else None
-        for lot in lots_of(parts, self.plain.tensors):
-            budget = max(1, sum(self.plain.tensors[name].num_bytes for name in lot))  # of empty ones too
-            budget = budget if host_budget_bytes is None else host_budget_bytes
-            yield from self._of_lot(self.plain.stream(budget, names=lot, into=plain_into), groups, chosen, into)
+        chosen: set[str] = set()
+        of_plain: list[set[str]] = []
+        for lot in self.lots_of(names, lots):
+            chosen |= set(lot)
+            groups = {self._places[name][0].group for name in lot if name in self._places}
+            parts = [Part(it, it) for one in groups for it in [{matrix.tensor for matrix in self._groups[one]}]]
+            parts += [Part({name}, {name}) for name in lot if name not in self._places]
+            of_plain += lots_of(parts, self.plain.tensors)
+        budget = host_budget_bytes
+        if budget is None:  # at least 1: a lot may be of empty tensors
+            budget = max([1, *(sum(self.plain.tensors[name].num_bytes for name in lot) for lot in of_plain)])
+        plain_into = (lambda name: None if name in self._users else into(name)) if into else None
+        stream = self.plain.stream(budget, lots=of_plain, into=plain_into)
+        return self._quantised(stream, chosen, into)
 
     def stream_slices(
         self,
@@ -154,14 +156,23 @@ class QuantizedCheckpoint(Checkpoint):
             del array
 
     def stream_regions(
-        self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None = None
+        self,
+        lots: Iterable[Collection[str]],
+        wanted: Callable[[str], list[Region]],
+        host_budget_bytes: int | None = None,
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
         """See ``Checkpoint.stream_regions``. What is quantised is read whole, as its scale is of the largest of all.
 
         So is whatever shares a group with it; a group of which nothing is wanted is not read.
         """
+        for names in lots:
+            yield from self._regions_of(names, wanted, host_budget_bytes)
+
+    def _regions_of(
+        self, names: Collection[str], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
         direct = {name for name in names if name not in self._places}
-        yield from self.plain.stream_regions(direct, wanted, host_budget_bytes)
+        yield from self.plain.stream_regions([direct], wanted, host_budget_bytes)
         by_group: dict[str, set[str]] = {}
         for name in set(names) - direct:
             by_group.setdefault(self._places[name][0].group, set()).add(name)
@@ -175,14 +186,14 @@ class QuantizedCheckpoint(Checkpoint):
                     part.take(array)
                 yield name, [part.out for part in parts.pop(name)]
 
-    def _of_lot(
+    def _quantised(
         self,
         stream: Iterator[tuple[str, np.ndarray]],
-        groups: dict[str, list[Matrix]],
         chosen: Collection[str],
         into: Callable[[str], np.ndarray | None] | None,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Plain tensors as they are, or quantised as soon as their group is complete."""
+        groups = {self._places[name][0].group for name in chosen if name in self._places}
         waiting: dict[str, dict[str, np.ndarray]] = {}
         for name, array in stream:
             if name not in self._users:
@@ -193,7 +204,7 @@ class QuantizedCheckpoint(Checkpoint):
                     continue
                 held = waiting.setdefault(matrix.group, {})
                 held[matrix.module] = _slice(matrix, array)
-                if len(held) == len(groups[matrix.group]):
+                if len(held) == len(self._groups[matrix.group]):
                     yield from self._finished(waiting.pop(matrix.group), matrix.group, chosen, into)
             del array
 

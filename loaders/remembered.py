@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.sources import Identity, OpenFile, Session, open_source
+from loaders.sources import Identity, OpenFile, Session, Source, open_source
+from loaders.sources.source import Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,24 +42,36 @@ class RememberedSource:
     def absolute(self) -> str:
         return self.address
 
+    @cached_property
+    def _there(self) -> Source:
+        return open_source(self.address)
+
     @property
     def gap_bytes(self) -> int:
-        return open_source(self.address).gap_bytes
+        return self._there.gap_bytes
+
+    @property
+    def is_dear_to_ask(self) -> bool:
+        return self._there.is_dear_to_ask
 
     def names(self) -> list[str]:
-        return open_source(self.address).names()
+        return self._there.names()
 
-    def open(self, name: str) -> OpenFile:
-        return open_source(self.address).open(name)
+    def open(self, name: str, known: Identity | None = None) -> OpenFile:
+        """See ``Source.open``; of what was known only a text is remembered, so it is asked for all the same."""
+        return self._there.open(name)
 
     def identity(self, name: str) -> Identity:
-        return open_source(self.address).identity(name)
+        return self._there.identity(name)
 
     def read_file(self, name: str) -> bytes:
-        return open_source(self.address).read_file(name)
+        return self._there.read_file(name)
+
+    def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
+        return self._there.in_parallel(work, names)
 
     def session(self, total_bytes: int) -> Session:
-        return open_source(self.address).session(total_bytes)
+        return self._there.session(total_bytes)
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:

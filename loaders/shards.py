@@ -82,11 +82,7 @@ def read_shards(
     def held_bytes(spec: ParamSpec) -> int:
         return sum(math.prod(sizes_of(box)) for box in boxes_of(spec)) * to_numpy(plan.dtypes[spec.name]).itemsize
 
-    tensors = (
-        one
-        for names in lots_of_plan(plan)
-        for one in plan.checkpoint.stream_regions(names, wanted, plan.host_budget_bytes)
-    )
+    tensors = plan.checkpoint.stream_regions(lots_of_plan(plan), wanted, plan.host_budget_bytes)
     num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
     tensors = watched(tensors, num_bytes, str(plan.checkpoint.source))
     for spec, source, parts, is_complete in filling.receive(tensors if scratch is None else scratch.watched(tensors)):

@@ -7,7 +7,7 @@ every piece is copied to its place before the next is asked for, so what is yiel
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
@@ -118,27 +118,33 @@ class Arrivals(Generic[Result]):
     Args:
         checkpoint: what is read.
         session: of its source; closed at the end.
-        wanted: in file order.
+        lots: what is wanted, each in file order; nothing of one is begun before all of the last was yielded.
         budget: bytes of our own that may be held, unless one request alone takes more.
     """
 
-    def __init__(self, checkpoint: Checkpoint, session: Session, wanted: list[Request[Result]], budget: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, session: Session, lots: Sequence[Sequence[Request[Result]]], budget: int
+    ) -> None:
         self._checkpoint, self._session, self._budget = checkpoint, session, budget
         self._gap_bytes, self._stretch_bytes = checkpoint.source.gap_bytes, session.stretch_bytes
+        self._is_dear_to_ask = checkpoint.source.is_dear_to_ask
         self._window = min(max(WINDOW_BYTES, session.num_stretches * self._stretch_bytes), budget)
-        self._waiting = deque(wanted)
+        self._lots = deque(map(deque, lots))
+        self._waiting: deque[Request[Result]] = deque()
         self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
         self._flying: dict[int, _Stretch] = {}
         self._done: deque[_Tensor[Result]] = deque()
         self._held = self._in_flight = 0
         self._files: dict[str, OpenFile] = {}
         self._checked: set[str] = set()  # files that were as they had been after the last piece came
-        self._left = Counter(checkpoint.tensors[one.name].file for one in wanted)
+        self._left = Counter(checkpoint.tensors[one.name].file for lot in lots for one in lot)
 
     def __iter__(self) -> Iterator[Result]:
         try:
             with closing(self._session):
-                while self._waiting or self._begun or self._flying or self._done:
+                while self._is_busy() or self._lots:
+                    if not self._is_busy():
+                        self._waiting = self._lots.popleft()
                     self._submit()
                     if not self._done:
                         if self._flying:
@@ -154,6 +160,9 @@ class Arrivals(Generic[Result]):
         finally:
             for file in self._files.values():
                 file.close()
+
+    def _is_busy(self) -> bool:
+        return bool(self._waiting or self._begun or self._flying or self._done)
 
     def _submit(self) -> None:
         """Ask for as many stretches as there is room for; a tensor's pieces all before the next one's."""
@@ -230,21 +239,27 @@ class Arrivals(Generic[Result]):
                 self._done.append(tensor)
 
     def _file(self, name: str) -> OpenFile:
+        if not self._files and self._is_dear_to_ask:
+            self._checkpoint.check_files(self._left)
         if name not in self._files:
             self._files[name] = self._checkpoint.open_file(name)
         return self._files[name]
 
     def _finish(self, tensor: _Tensor[Result]) -> None:
-        """See that the file is still the one that was opened; where asking is dear, with its last tensor."""
+        """See that the file is still the one that was opened; where asking is dear, that all are, with the last."""
         info = self._checkpoint.tensors[tensor.name]
         if info.dtype == "BOOL":
             for part in tensor.begun.regions:
                 as_bools(part.out)
         self._left[info.file] -= 1
+        if self._is_dear_to_ask:
+            if not any(self._left.values()):
+                self._checkpoint.check_files(self._files)
+            return
         if (file := self._files.get(info.file)) is None:
             return  # nothing of it was read
         is_last = not self._left[info.file]
-        if is_last or (file.is_cheap_to_identify and info.file not in self._checked):
+        if is_last or info.file not in self._checked:
             self._checkpoint.check_identity(file)
             self._checked.add(info.file)
         if is_last:
@@ -254,9 +269,9 @@ class Arrivals(Generic[Result]):
         first, last = stretch.names[0], stretch.names[-1]
         which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
         said = str(error.strerror or error)
-        if (file := self._files.get(stretch.file)) is not None and not file.is_cheap_to_identify:
+        if self._is_dear_to_ask:
             try:  # what streams says only that it failed; the server may say why
-                self._checkpoint.check_identity(file)
+                self._checkpoint.check_files([stretch.file])
             except CheckpointError as found:
                 said = f"{said}; {'; '.join(found.problems)}"
         problem = f"{which} of {stretch.file} cannot be read: {said}"

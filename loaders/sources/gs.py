@@ -37,11 +37,10 @@ class ObjectGeneration(NamedTuple):
 class GsFile(ObjectFile[ObjectGeneration]):
     """An object in Google Cloud Storage; see ``ObjectFile``."""
 
-    def __init__(self, prefix: GsPrefix, name: str) -> None:
-        super().__init__(name, prefix.address(name))
+    def __init__(self, prefix: GsPrefix, name: str, known: ObjectGeneration | None) -> None:
         self._prefix = prefix
         self._path = f"o/{quote(prefix.key(name), safe='')}"
-        self.pinned = self.identity()
+        super().__init__(name, prefix.address(name), known)
 
     def identify(self) -> ObjectGeneration:
         with self._prefix.get(self._path, fields="generation,size") as found:
@@ -53,7 +52,7 @@ class GsFile(ObjectFile[ObjectGeneration]):
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = {"Range": f"bytes={position}-{position + count - 1}"}
-        pinned = {"alt": "media", "ifGenerationMatch": str(self.pinned.generation)}
+        pinned = {"alt": "media", "ifGenerationMatch": str(self.opened.generation)}
         with self._prefix.get(self._path, span, **pinned) as found:
             if found.status_code != 206:
                 raise OSError(f"the server has no ranges: it answers {found.status_code}, expected 206")
@@ -92,7 +91,8 @@ class GsPrefix(ObjectPrefix):
             objects.ATTEMPTS - 1, status_forcelist=objects.BUSY, raise_on_status=False, backoff_factor=0.05
         )
         for scheme in ("http://", "https://"):
-            client.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
+            adapter = requests.adapters.HTTPAdapter(max_retries=retries, pool_maxsize=objects.REQUESTS)
+            client.mount(scheme, adapter)
         client.headers["Accept-Encoding"] = "identity"  # ranges are of the bytes as they are stored
         return client
 
@@ -126,8 +126,8 @@ class GsPrefix(ObjectPrefix):
                 return
             asked["pageToken"] = page["nextPageToken"]
 
-    def open_object(self, name: str) -> GsFile:
-        return GsFile(self, name)
+    def open_object(self, name: str, known: ObjectGeneration | None) -> GsFile:
+        return GsFile(self, name, known)
 
     def session(self, total_bytes: int) -> RunaiSession:
         return RunaiSession(str(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from loaders.memory import physical_bytes
@@ -10,7 +11,7 @@ from loaders.sources.direct import DirectSession
 from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.runai import RunaiSession
-from loaders.sources.source import Identity, Session, small_file
+from loaders.sources.source import Identity, Result, Session, small_file
 
 DIRECT = "direct"  # the scheme of files that are read past the page cache
 
@@ -32,6 +33,7 @@ class LocalDirectory:
     """
 
     gap_bytes = 4096  # a page, which comes from the disk whole
+    is_dear_to_ask = False
 
     def __init__(self, path: object, scheme: str = "") -> None:
         self._written = Path(str(path))
@@ -57,8 +59,8 @@ class LocalDirectory:
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir())
 
-    def open(self, name: str) -> LocalFile:
-        """Open the file called ``name``.
+    def open(self, name: str, known: Identity | None = None) -> LocalFile:
+        """Open the file called ``name``; see ``Source.open``.
 
         Raises:
             OSError: no such file, not a regular file, or a name or link that leads out of the checkpoint.
@@ -74,11 +76,14 @@ class LocalDirectory:
 
     def identity(self, name: str) -> Identity:
         with self.open(name) as file:
-            return file.identity()
+            return file.opened
 
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file, file.identity().num_bytes)
+            return small_file(file, file.opened.num_bytes)
+
+    def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
+        return map(work, names)
 
     def session(self, total_bytes: int) -> Session:
         if self.scheme == LOCAL:

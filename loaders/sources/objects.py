@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from types import TracebackType
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from loaders.sources.local import is_plain
 from loaders.sources.runai import DEADLINE_S
-from loaders.sources.source import Identity, OpenFile, Session, Unreachable, small_file
+from loaders.sources.source import Identity, Result, Session, Unreachable, small_file
 
 CONNECT_S, READ_S = 5, 15  # for each of the attempts at a request
 ATTEMPTS = 8  # with growing pauses where a server is busy or does not answer; after DEADLINE_S it is given up
+REQUESTS = 16  # at once
 BUSY = (429, 500, 502, 503, 504)
 GONE, CHANGED = "there is no such object", "it changed since it was opened"
 
-Result = TypeVar("Result")
 Pinned = TypeVar("Pinned", bound=Identity)
 
 
 class ObjectFile(ABC, Generic[Pinned]):
-    """One object, as it was when it was opened (``pinned``): a part of another one is never read."""
+    """One object, as it was when it was opened (``opened``): a part of another one is never read."""
 
-    pinned: Pinned
-    is_cheap_to_identify = False  # a request
+    opened: Pinned
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, known: Pinned | None) -> None:
         self.name, self.address = name, address
+        self.opened = self.identity() if known is None else known
 
     def close(self) -> None:  # noqa: B027 (nothing is held open)
         pass
@@ -83,6 +84,7 @@ class ObjectPrefix(ABC):
 
     scheme: ClassVar[str]
     gap_bytes = 1 << 20  # a request takes as long as a megabyte does
+    is_dear_to_ask = True
 
     def __init__(self, path: str) -> None:
         self.bucket, _, prefix = path.partition("/")
@@ -112,7 +114,7 @@ class ObjectPrefix(ABC):
         """Keys of all objects whose key starts so, and has no slash in the rest; each page is a request."""
 
     @abstractmethod
-    def open_object(self, name: str) -> ObjectFile: ...
+    def open_object(self, name: str, known: Any) -> ObjectFile: ...
 
     @abstractmethod
     def session(self, total_bytes: int) -> Session: ...
@@ -128,22 +130,29 @@ class ObjectPrefix(ABC):
             raise OSError(f"there is no object under {self}/")
         return names
 
-    def open(self, name: str) -> OpenFile:
-        """Open the object called ``name``.
+    def open(self, name: str, known: Identity | None = None) -> ObjectFile:
+        """Open the object called ``name``; see ``Source.open``.
 
         Raises:
             OSError: there is none, it cannot be asked for, or the name leads out of the checkpoint.
         """
         if not is_plain(name):
             raise OSError("it is not a plain file name inside the checkpoint")
-        return self.open_object(name)
+        return self.open_object(name, known)
 
     def identity(self, name: str) -> Identity:
-        return self.open_object(name).pinned
+        return self.open(name).opened
 
     def read_file(self, name: str) -> bytes:
         with self.open(name) as file:
-            return small_file(file, file.identity().num_bytes)
+            return small_file(file, file.opened.num_bytes)
+
+    def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
+        if len(names) < 2:
+            yield from map(work, names)
+            return
+        with ThreadPool(min(len(names), REQUESTS)) as pool:  # its end waits for none of them
+            yield from pool.imap(work, names)
 
 
 def in_time(work: Callable[[], Result], allowed_s: float, what: str) -> Result:

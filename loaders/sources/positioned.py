@@ -71,8 +71,7 @@ class LocalFile:
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
             self.close()
             raise OSError("it is not a regular file")
-
-    is_cheap_to_identify = True
+        self.opened = self.identity()
 
     @property
     def address(self) -> str:

@@ -38,11 +38,10 @@ class ObjectIdentity:
 class S3File(ObjectFile[ObjectIdentity]):
     """An object in S3; see ``ObjectFile``."""
 
-    def __init__(self, prefix: S3Prefix, name: str) -> None:
-        super().__init__(name, prefix.address(name))
+    def __init__(self, prefix: S3Prefix, name: str, known: ObjectIdentity | None) -> None:
         self._prefix = prefix
         self._place = {"Bucket": prefix.bucket, "Key": prefix.key(name)}
-        self.pinned = self.identity()
+        super().__init__(name, prefix.address(name), known)
 
     def identify(self) -> ObjectIdentity:
         with _as_os_errors():
@@ -55,7 +54,7 @@ class S3File(ObjectFile[ObjectIdentity]):
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
         with _as_os_errors():
-            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.pinned.etag)["Body"]
+            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.opened.etag)["Body"]
             yield from body.iter_chunks(1 << 20)
 
 
@@ -79,6 +78,7 @@ class S3Prefix(ObjectPrefix):
         config = importlib.import_module("botocore.config").Config(
             connect_timeout=objects.CONNECT_S,
             read_timeout=objects.READ_S,
+            max_pool_connections=objects.REQUESTS,
             retries={"mode": "standard", "total_max_attempts": objects.ATTEMPTS},
         )
         with _as_os_errors():
@@ -94,8 +94,8 @@ class S3Prefix(ObjectPrefix):
             for page in pages.paginate(Bucket=self.bucket, Prefix=start, Delimiter="/"):
                 yield [entry["Key"] for entry in page.get("Contents", ())]
 
-    def open_object(self, name: str) -> S3File:
-        return S3File(self, name)
+    def open_object(self, name: str, known: ObjectIdentity | None) -> S3File:
+        return S3File(self, name, known)
 
     def session(self, total_bytes: int) -> RunaiSession:
         with _as_os_errors():

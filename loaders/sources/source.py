@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from loaders.regions import Piece
 
 MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
+
+Result = TypeVar("Result")
 
 
 class Identity(Protocol):
@@ -30,13 +32,13 @@ class OpenFile(Protocol):
         """What a ``Session`` of the same source reads it by."""
         ...
 
-    def identity(self) -> Identity:
-        """As the file is now."""
+    @property
+    def opened(self) -> Identity:
+        """As the file was when it was opened, or before, where that was known."""
         ...
 
-    @property
-    def is_cheap_to_identify(self) -> bool:
-        """Whether ``identity`` may be asked at every tensor; else it is, once a file."""
+    def identity(self) -> Identity:
+        """As the file is now."""
         ...
 
     def read_into(self, out: memoryview, position: int) -> None:
@@ -111,10 +113,27 @@ class Source(Protocol):
         """So many bytes between two stretches are read sooner than a second stretch is asked for."""
         ...
 
+    @property
+    def is_dear_to_ask(self) -> bool:
+        """Whether an identity takes a request: it is asked for twice a reading then, of all files at once."""
+        ...
+
     def names(self) -> list[str]: ...
-    def open(self, name: str) -> OpenFile: ...
+    def open(self, name: str, known: Identity | None = None) -> OpenFile:
+        """Open a file. Raises OSError.
+
+        Args:
+            name: of the file.
+            known: what it was before. Where it is dear to ask that is not done again, and another file is not read.
+        """
+        ...
+
     def identity(self, name: str) -> Identity:
         """Of a file as it is now. Raises OSError as ``open``."""
+        ...
+
+    def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
+        """``work`` of each name, in their order; where it is dear to ask, done for several at once."""
         ...
 
     def read_file(self, name: str) -> bytes:

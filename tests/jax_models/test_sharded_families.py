@@ -234,7 +234,7 @@ def test_destinations_are_asked_for_within_the_budget(checkpoints):
         info = checkpoint.tensors[name]
         return [Region(info.shape, tuple((0, n) for n in info.shape), np.empty(info.shape, to_numpy(info.dtype)))]
 
-    ahead = [len(asked) - i - 1 for i, _ in enumerate(checkpoint.stream_regions(names, wanted, 1))]
+    ahead = [len(asked) - i - 1 for i, _ in enumerate(checkpoint.stream_regions([names], wanted, 1))]
     assert ahead == [0] * len(names)
     asked.clear()
-    assert max(len(asked) - i - 1 for i, _ in enumerate(checkpoint.stream_regions(names, wanted))) > 0
+    assert max(len(asked) - i - 1 for i, _ in enumerate(checkpoint.stream_regions([names], wanted))) > 0

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.adapter_config import read_adapter_config
-from loaders.adapter_files import open_adapter_files
+from loaders.adapter_files import AdapterFiles
 from loaders.adapter_sites import sites_of
 from loaders.adapters import open_adapter
 from loaders.merging import merged
@@ -148,19 +148,54 @@ def test_hostile_files_are_refused(base, adapter):
     assert any("more than once" in problem for problem in problems(base, adapter))
 
 
-def test_a_file_that_is_rewritten_while_a_tensor_is_read_is_an_error(base, adapter, monkeypatch):
-    opened, weights = open_adapter_files(adapter)[0], adapter / "adapter_model.safetensors"
-    name, read_into = max(opened.tensors), LocalFile.read_into
+def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(base, adapter, monkeypatch):
+    weights, read_into = adapter / "adapter_model.safetensors", LocalFile.read_into
 
     def rewritten(file, out, position):
         half = len(out) // 2
         read_into(file, out[:half], position)
-        weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+        if file.name == weights.name:
+            weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
         read_into(file, out[half:], position + half)
 
     monkeypatch.setattr(LocalFile, "read_into", rewritten)
-    with pytest.raises(CheckpointError, match="changed since it was opened"):
-        opened.read(name)
+    assert "changed since it was opened" in problems(base, adapter)[0]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_is_replaced_while_the_others_are_read_is_an_error(base, adapter, monkeypatch, name):
+    read, replaced = AdapterFiles.read, []
+
+    def replacing(files, tensor):
+        if not replaced:
+            replaced.append(name)
+            (adapter / "new").write_bytes((adapter / name).read_bytes())
+            (adapter / "new").rename(adapter / name)
+        return read(files, tensor)
+
+    monkeypatch.setattr(AdapterFiles, "read", replacing)
+    assert any("changed since it was opened" in problem for problem in problems(base, adapter))
+    assert replaced
+
+
+@pytest.mark.parametrize(("size", "kept"), [(8, 2), (64, 1), (100, 3), (1 << 20, 8)])
+def test_an_adapter_read_in_blocks_is_the_same(base, adapter, monkeypatch, size, kept):
+    config = open_checkpoint(base).config
+    expected = open_adapter(adapter, config)
+    monkeypatch.setattr("loaders.adapter_files.BLOCK_BYTES", size)
+    monkeypatch.setattr("loaders.adapter_files.BLOCKS_KEPT", kept)
+    held, block = [], AdapterFiles._block
+
+    def counted(files, index):
+        found = block(files, index)
+        held.append(len(files._blocks))
+        return found
+
+    monkeypatch.setattr(AdapterFiles, "_block", counted)
+    found = open_adapter(adapter, config)
+    assert found.digest == expected.digest
+    assert found.low_rank
+    assert 0 < max(held) <= kept
 
 
 def test_a_directory_that_is_not_there_is_refused(base, tmp_path):

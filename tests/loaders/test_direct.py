@@ -161,7 +161,7 @@ def test_regions_rows_and_columns(directory: Path, reads: Reads) -> None:
             Region(SHAPES[name], box, np.zeros(size, np.uint16)) for box, size in zip(boxes[name], sizes, strict=True)
         ]
 
-    for name, parts in open_checkpoint(f"direct://{directory}").stream_regions(list(boxes), wanted):
+    for name, parts in open_checkpoint(f"direct://{directory}").stream_regions([list(boxes)], wanted):
         for part, (rows, columns) in zip(parts, boxes[name], strict=True):
             assert part.tobytes() == content(name)[slice(*rows), slice(*columns)].tobytes(), name
     assert reads.past > 8 * MIB

@@ -45,7 +45,7 @@ def numbered(*shape: int) -> np.ndarray:
 def read_region(checkpoint, name, box):
     info = checkpoint.tensors[name]
     region = Region(info.shape, box, np.empty(sizes_of(box), to_numpy(info.dtype)))
-    list(checkpoint.stream_regions({name}, lambda _: [region]))
+    list(checkpoint.stream_regions([{name}], lambda _: [region]))
     return region.out
 
 
@@ -119,7 +119,7 @@ def test_rows_that_several_parts_share_are_read_once(tmp_path, bytes_read):
     bytes_read.clear()
     boxes = [((low, low + 2), (left, left + 1024)) for low in (1, 3) for left in range(0, 4096, 1024)]
     parts = [Region(whole.shape, box, np.empty((2, 1024), np.uint16)) for box in boxes]
-    list(checkpoint.stream_regions({"a"}, lambda _: parts))
+    list(checkpoint.stream_regions([{"a"}], lambda _: parts))
     for box, part in zip(boxes, parts, strict=True):
         np.testing.assert_array_equal(part.out, whole[slices_of(box)])
     assert bytes_read == [4 * 8192]  # rows 1 to 4
@@ -147,7 +147,7 @@ def test_a_destination_that_does_not_fit_is_a_value_error(tmp_path):
     path = write(tmp_path, {"model.safetensors": safetensors({"a": entry("U8", [4], 0, 4)}, b"abcd")})
     wrong = Region((4,), ((0, 2),), np.empty(3, np.uint8))
     with pytest.raises(ValueError, match=r"goes to uint8 \(3,\), expected uint8 \(2,\)"):
-        list(open_checkpoint(path).stream_regions({"a"}, lambda _: [wrong]))
+        list(open_checkpoint(path).stream_regions([{"a"}], lambda _: [wrong]))
 
 
 def test_a_file_that_changed_is_an_error_also_of_a_slice(tmp_path):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from s3_server import (
 )
 
 from loaders import CheckpointError, open_checkpoint
+from loaders.adapters import open_adapter
 from loaders.digest import digests
 from loaders.dtypes import to_numpy
 from loaders.filling import Filling
@@ -36,6 +38,7 @@ from loaders.sources import objects, runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
+from parity.zoo_adapters import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,84 @@ def test_opening_reads_json_and_headers_by_range_and_nothing_else(
     files = list(directory.glob("*.safetensors"))
     headers = sum(path.stat().st_size for path in files) - checkpoint.num_bytes
     assert sum(read) == documents + headers
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Requests that were made for objects, by what they ask for; those of the streamer's own are not seen."""
+    asked: Counter[str] = Counter()
+    identify, parts = s3.S3File.identify, s3.S3File.parts
+
+    def identified(self: s3.S3File) -> s3.ObjectIdentity:
+        asked[f"identity of {self.name}"] += 1
+        return identify(self)
+
+    def read(self: s3.S3File, position: int, count: int) -> Iterator[bytes]:
+        asked[f"bytes of {self.name}"] += 1
+        return iter(parts(self, position, count))
+
+    monkeypatch.setattr(s3.S3File, "identify", identified)
+    monkeypatch.setattr(s3.S3File, "parts", read)
+    return asked
+
+
+def test_a_file_is_asked_about_once_to_open_it_and_twice_to_read_it(
+    uri: str, directory: Path, asked: Counter[str]
+) -> None:
+    """However many lots it is read in: a request takes as long as megabytes do."""
+    files = {path.name for path in directory.glob("*.safetensors")}
+    documents = {path.name for path in directory.glob("*.json")}
+    checkpoint = open_checkpoint(uri)
+    opened = {f"identity of {name}": 2 for name in documents} | {f"bytes of {name}": 1 for name in documents}
+    opened |= {f"identity of {name}": 1 for name in files} | {f"bytes of {name}": 2 for name in files}
+    assert asked == opened
+    asked.clear()
+    lots = [{name} for name in checkpoint.tensors]
+    assert [name for name, _ in checkpoint.stream(lots=lots)] == list(checkpoint.tensors)
+    assert asked == {f"identity of {name}": 2 for name in files}
+
+
+def test_a_reload_asks_no_more_often_for_being_read_parameter_by_parameter(uri: str, asked: Counter[str]) -> None:
+    import torch_models
+
+    model = torch_models.load(uri)
+    loaded = Counter(asked)
+    asked.clear()
+    model.update_weights_from_disk(uri)
+    again = {name: 2 if name.startswith("identity of model-") else 0 for name in loaded}
+    assert asked == {name: loaded[name] + more for name, more in again.items()}  # read twice, opened once
+
+
+def test_objects_are_asked_about_at_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits until another is asked for, too."""
+    meet, identify = threading.Barrier(2), s3.S3File.identify
+
+    def met(self: s3.S3File) -> s3.ObjectIdentity:
+        if self.name.endswith(".safetensors"):
+            meet.wait(20)
+        return identify(self)
+
+    monkeypatch.setattr(s3.S3File, "identify", met)
+    checkpoint = open_checkpoint(uri)
+    assert len(checkpoint.identities) == 2
+    list(checkpoint.stream())
+    assert not meet.broken
+
+
+def test_an_adapter_is_read_in_few_requests(server: Server, tmp_path: Path, asked: Counter[str]) -> None:
+    """It may have hundreds of tensors of some kilobytes."""
+    base = make_checkpoint("qwen3", tmp_path / "base")
+    config = open_checkpoint(base).config
+    adapter = make_adapter(base, tmp_path / "adapter")
+    expected = open_adapter(adapter, config)
+    assert len(expected.low_rank) > 2
+    asked.clear()
+    found = open_adapter(server.put(adapter, "adapter"), config)
+    assert found.digest == expected.digest
+    bytes_of = {"adapter_config.json": 1, "adapter_model.safetensors": 3}  # length of the header, header, all of it
+    assert asked == {f"bytes of {name}": count for name, count in bytes_of.items()} | {
+        f"identity of {name}": 2 for name in bytes_of
+    }
 
 
 def test_only_what_is_asked_for_is_streamed(uri: str, directory: Path) -> None:
@@ -368,14 +449,15 @@ def test_a_server_that_says_no_etag_is_an_error(uri: str, server: Server, monkey
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_stays_busy_is_given_up_at_the_first_file(
+def test_a_server_that_stays_busy_is_given_up_at_the_first_files(
     uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = Refusal("HEAD", 503, times=9)
     with refusing_server(server.url, refusal) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         assert "503" in ends_within(20, lambda: open_checkpoint(uri))
-    assert list(refusal.asked.values()) == [objects.ATTEMPTS]
+    assert set(refusal.asked.values()) == {objects.ATTEMPTS}
+    assert not any("safetensors" in path.partition("?")[0] and "index" not in path for path in refusal.asked)
 
 
 def test_no_request_takes_longer_than_the_deadline_whatever_the_client_would(
@@ -409,7 +491,7 @@ def test_a_server_that_falls_silent_half_way_is_given_up(uri: str, monkeypatch: 
 
     def columns() -> list[Any]:
         part = Region(info.shape, box, np.empty(sizes_of(box), to_numpy(info.dtype)))
-        return list(checkpoint.stream_regions({name}, lambda _: [part]))
+        return list(checkpoint.stream_regions([{name}], lambda _: [part]))
 
     with silent_server() as url:
         real = runai.RunaiSession

@@ -153,7 +153,7 @@ def test_a_budget_is_a_number_of_bytes(checkpoint: Checkpoint, budget: Any) -> N
     for ask in (
         lambda: checkpoint.stream(budget),
         lambda: checkpoint.stream_slices(checkpoint.slices(KIB), budget),
-        lambda: checkpoint.stream_regions(["a"], lambda _: [Slice("a").region(out.shape, out)], budget),
+        lambda: checkpoint.stream_regions([["a"]], lambda _: [Slice("a").region(out.shape, out)], budget),
     ):
         with pytest.raises(ValueError, match="expected a positive number of bytes"):
             ask()
