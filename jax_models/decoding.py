@@ -14,7 +14,7 @@ from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.processes import check_alike, said_of
 from jax_models.speculative import generate_with_draft
-from loaders.inputs import ModelInputs, bucket, cache_slots, check_next, check_room
+from loaders.inputs import ModelInputs, bucket, check_next, check_room
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 
@@ -69,7 +69,7 @@ class Decoding:
         rows, length = prompt.input_ids.shape
         check_alike(model.mesh, "what is asked for", said)
         check_room(max_new_tokens)
-        arrays = model.programs.empty_cache(rows=rows, capacity=cache_slots(length + max_new_tokens))
+        arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
         return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_models.processes import check_sampling_alike, to_host
+from loaders.inputs import seed_bits
 from loaders.roster import AdapterOfRows
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def generate(
     ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
-    key = jax.random.key(seed)
+    key = jax.random.key(seed_bits(seed))
     has_ended_B = np.zeros(logits_BV.shape[0], bool)
     tokens: list[np.ndarray] = []
     for step in range(max_new_tokens):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_models.model import Model
 from jax_models.processes import check_alike, check_here, together
-from jax_models.programs import programs_for
+from jax_models.programs import Programs, programs_for
 from jax_models.sharding import param_spec, usable_mesh
 from jax_models.weights import flatten
 from loaders.events import Event
@@ -75,22 +75,22 @@ def load(
     given = mesh
     mesh = together(given if isinstance(given, Mesh) and given.size else None, lambda: usable_mesh(given))
     check_here(mesh)
-    stage_ = Stage.of(stage, mtp=mtp, vision=vision)
 
-    def planned() -> LoadPlan:
-        plan = plan_load(open_to_load(uri, quantize), stage_)
-        return plan.within(host_budget_bytes, staged=not stays_on_host(mesh))
+    def prepared() -> tuple[LoadPlan, Programs]:
+        plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
+        activations = activations_of(plan.checkpoint, activation_quantization)
+        computed = jnp.dtype(compute_dtype(dtype, plan))
+        plan = plan.within(host_budget_bytes, staged=not stays_on_host(mesh))
+        return plan, programs_for(plan.checkpoint.config, plan.stage, computed, mesh, activations)
 
-    plan = together(mesh, planned)
+    plan, programs = together(mesh, prepared)
     checkpoint = plan.checkpoint
-    activations = activations_of(checkpoint, activation_quantization)
-    computed = jnp.dtype(compute_dtype(dtype, plan))
 
     def said() -> str:
-        return f"{checkpoint.fingerprint()} {computed.name} {stage_} {activations} quantize={quantize}"
+        asked = f"{programs.dtype.name} {plan.stage} {programs.activations} quantize={quantize}"
+        return f"{checkpoint.fingerprint()} {asked}"
 
     check_alike(mesh, "what is loaded", said)
-    programs = programs_for(checkpoint.config, stage_, computed, mesh, activations)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
@@ -108,7 +108,7 @@ def load(
         version=1,
         programs=programs,
         quantize=quantize,
-        stage=stage_,
+        stage=plan.stage,
         mesh=mesh,
         checkpoint=checkpoint,
         report=report,

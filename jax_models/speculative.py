@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_models.processes import check_sampling_alike, to_host
-from loaders.inputs import cache_slots
+from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
 from loaders.speculation import Rows, Sampling, Speculation, SpeculationReport
 
@@ -73,7 +73,7 @@ def generate_with_draft(
         best=lambda logits: to_host(jnp.argmax(logits, axis=-1)),
         on_host=to_host,
     )
-    room, filled = cache_slots(length + max_new_tokens + 3 * T), length
+    room, filled = bucket(length + max_new_tokens + 3 * T), length
     cache = programs.empty_cache(rows=B, capacity=room)
     prompt = (checked.input_ids, *model.arrays(checked))
     given = model.of_rows(adapter, B)

@@ -82,6 +82,10 @@ class Checkpoint:
         """What a tensor shares with those that are read at the cost of one; here every tensor is by itself."""
         return name
 
+    def passing(self, names: Iterable[str]) -> dict[str, int]:
+        """Tensors that reading these into place has on the host for a moment, and their bytes; here there are none."""
+        return {}
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor, in its own dtype and shape (packed sub-byte formats: as bytes).
 

@@ -93,6 +93,7 @@ def export_checkpoint(
         config=checkpoint.config_document,
         generation=checkpoint.generation_document or None,
         quantization=checkpoint.quantization_document or None,
+        metadata=checkpoint.metadata,
         files={name: info.file for name, info in held.items()},
     )
 

@@ -111,8 +111,8 @@ def check_next(token_ids: object, *, rows: int, vocab_size: int) -> np.ndarray:
     ids = np.asarray(token_ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token_ids is {ids.dtype} {ids.shape}, expected integers [B]")
-    if ids.size != rows:
-        raise ValueError(f"{ids.size} tokens for a cache of {rows} rows")
+    if ids.shape not in ((rows,), (rows, 1)):
+        raise ValueError(f"{ids.size} tokens for a cache of {rows} rows, as {ids.shape}: expected [B] or [B, 1]")
     return check_text(ids.reshape(-1, 1), None, None, vocab_size=vocab_size).input_ids
 
 
@@ -120,21 +120,25 @@ def _fit(positions: np.ndarray) -> bool:
     return bool((positions >= 0).all() and (positions < 2**31).all())
 
 
-def bucket(length: int) -> int:
-    """The size a compiled program is made for: the next power of two from 16 on, so that lengths share programs."""
-    return max(16, 1 << (operator.index(length) - 1).bit_length())
-
-
-def cache_slots(tokens: int) -> int:
-    """Slots of a cache for ``tokens`` a row: few sizes, so that lengths share programs, and few slots to spare.
+def bucket(tokens: int) -> int:
+    """What programs are made for, prompts and slots of caches: few lengths, so that these share programs, none much
+    longer than is asked for.
 
     16, 32, 64, then multiples of 128, or from 2048 on of a sixteenth of the next power of two.
     """
-    # A step of XLA reads every slot there is, so that powers of two may cost twice what is needed; here an eighth, or
-    # 128 slots, is to spare at most, for eight programs where those have one. A TPU lays 128 side by side.
-    power, tokens = bucket(tokens), operator.index(tokens)
+    # A step of XLA reads every slot there is, and a prompt's padding is computed, so that powers of two may cost twice
+    # what is needed; here an eighth, or 128, is to spare at most, for eight programs where those have one. A TPU lays
+    # 128 slots side by side.
+    tokens = operator.index(tokens)
+    power = max(16, 1 << (tokens - 1).bit_length())
     step = max(128, power // 16)
     return min(power, -(-tokens // step) * step)
+
+
+def seed_bits(seed: int) -> int:
+    """A seed in the 32 bits that generators on a CPU look at, in torch and JAX; of a longer one a hash."""
+    seed = operator.index(seed)
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def check_sampling(

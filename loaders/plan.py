@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +39,7 @@ class LoadPlan:
     """Every tensor's destination. Made only for a checkpoint that fits completely."""
 
     checkpoint: Checkpoint
+    stage: Stage
     specs: Specs
     dtypes: dict[str, str]  # parameter -> safetensors dtype
     targets: dict[str, tuple[ParamSpec, Source]]  # tensor -> parameter and place
@@ -64,6 +64,7 @@ class LoadPlan:
         check_budget(host_budget_bytes)
         tensors = self.checkpoint.tensors
         needed = {name: tensors[name].num_bytes for name in self.verified}
+        needed |= self.checkpoint.passing(self.targets)
         if staged:
             for spec in self.specs:
                 parts = [source.tensor for source in spec.sources if source.tensor in self.targets]
@@ -101,7 +102,7 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
         ValueError: a dtype that is not computed in.
     """
     if dtype is not None:
-        name = re.sub(r"^.*[. ']", "", str(dtype).rstrip("'>"))  # "torch.float32", "<class 'jax.numpy.float32'>"
+        name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
         if name not in COMPUTE_DTYPES:
             raise ValueError(f"dtype {dtype} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
         return name
@@ -239,7 +240,7 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
         if name not in left_out and name not in whole.rivals
     ]
     other_stages = len(found) - len(unclaimed) - len(targets) - len(verified)
-    return LoadPlan(checkpoint, specs, dtypes, targets, verified, left_out, other_stages), problems
+    return LoadPlan(checkpoint, stage, specs, dtypes, targets, verified, left_out, other_stages), problems
 
 
 def as_stored(spec: ParamSpec, shape: tuple[int, ...]) -> ParamSpec:

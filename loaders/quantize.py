@@ -81,6 +81,12 @@ class QuantizedCheckpoint(Checkpoint):
         """Of a quantised tensor the group of its matrix, as all of that is read and quantised at once."""
         return self._places[name][0].group if name in self._places else name
 
+    def passing(self, names: Iterable[str]) -> dict[str, int]:
+        """The plain tensors of every group that some of these are of."""
+        groups = {self._places[name][0].group for name in names if name in self._places}
+        plain = {matrix.tensor for group in groups for matrix in self._groups[group]}
+        return {name: self.plain.tensors[name].num_bytes for name in plain}
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor; a quantised one is computed, from all the matrices of its group the first time."""
         if name not in self._places:

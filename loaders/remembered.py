@@ -11,6 +11,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
+from loaders.quantize import QuantizedCheckpoint, quantized
 from loaders.sources import Identity, OpenFile, Session, Source, open_source
 from loaders.sources.source import Result
 
@@ -76,6 +77,8 @@ class RememberedSource:
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is to be remembered of a checkpoint, as JSON."""
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return {"quantized": described(checkpoint.plain)}
     return {
         "address": checkpoint.source.absolute,
         "config": checkpoint.config_document,
@@ -95,6 +98,8 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
     Raises:
         CheckpointError: config.json can no longer be understood.
     """
+    if "quantized" in document:
+        return quantized(remembered(document["quantized"]))
     tensors = {
         name: TensorInfo(found["dtype"], tuple(found["shape"]), found["file"], tuple(found["offsets"]))
         for name, found in document["tensors"].items()

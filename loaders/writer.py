@@ -29,6 +29,7 @@ from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import is_plain
 
 DEFAULT_FILE_BYTES = 5 << 30
+FORMAT = {"format": "pt"}
 
 
 class PlannedTensor(Protocol):
@@ -71,7 +72,7 @@ def write_checkpoint(
     quantization: dict[str, Any] | None = None,
     copied: Mapping[str, bytes] | None = None,
     files: Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
 ) -> Path:
     """Write ``directory``: config.json, and one safetensors file, or several with their index.
@@ -89,7 +90,7 @@ def write_checkpoint(
         copied: name -> bytes of files to lie beside them, such as a tokenizer's.
         files: tensor name -> file name, to repeat the layout of another checkpoint; default: files of at most
             ``max_file_bytes`` of tensors, filled in the plan's order.
-        metadata: of every file; default ``{"format": "pt"}``, which transformers insists on.
+        metadata: file name -> its safetensors metadata, beside ``{"format": "pt"}``, which transformers insists on.
         max_file_bytes: see ``files``; a larger tensor has a file to itself.
     Returns:
         The directory.
@@ -102,7 +103,7 @@ def write_checkpoint(
     if odd := [name for name in copied or {} if not is_plain(name)]:
         raise ValueError(_listed([f"copied names the file {name!r}, expected a plain name" for name in odd]))
     layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
-    planned = _headers(plan, layout, {"format": "pt"} if metadata is None else dict(metadata))
+    planned = _headers(plan, layout, metadata or {})
     missing = [parent for parent in target.parents if not parent.exists()]
     # a sibling, so that the rename stays on one file system; mkdir and not mkdtemp, whose 0700 would outlive the rename
     partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
@@ -216,14 +217,14 @@ def _num_bytes(tensor: PlannedTensor) -> int:
 
 
 def _headers(
-    plan: Mapping[str, PlannedTensor], layout: Mapping[str, Iterable[str]], metadata: dict[str, str]
+    plan: Mapping[str, PlannedTensor], layout: Mapping[str, Iterable[str]], metadata: Mapping[str, Mapping[str, str]]
 ) -> list[_File]:
     files: list[_File] = []
     problems: list[str] = []
     for file, names in layout.items():
         # wider dtypes first, as the library does: then every tensor starts at a multiple of its item size
         ordered = tuple(sorted(names, key=lambda name: -_item_bytes(plan[name])))
-        entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        entries: dict[str, Any] = {"__metadata__": FORMAT | dict(metadata.get(file, {}))}
         position = 0
         for name in ordered:
             tensor = plan[name]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.inputs import cache_slots
+from loaders.inputs import bucket
 from parity.backends import Framework
 from parity.live_model import STEPS
 from torch_models.census import pointer_census
@@ -52,7 +52,7 @@ class TorchLive:
         checked = model.checked_prompt(**prompt)
         rows, length = checked.input_ids.shape
         all_rows = row_bucket(rows)
-        cache = model.empty_cache(all_rows, cache_slots(length + STEPS))
+        cache = model.empty_cache(all_rows, bucket(length + STEPS))
         found = [model.prefill_into(checked, cache.first_rows(rows)).cpu().numpy().copy()]
         for _ in range(STEPS):
             token_B = np.pad(found[-1].argmax(-1), (0, all_rows - rows))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from loaders.inputs import ModelInputs, cache_slots, check_next, check_room
+from loaders.inputs import ModelInputs, bucket, check_next, check_room
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import positions_beyond
@@ -58,7 +58,7 @@ class Decoding:
         check_room(max_new_tokens)
         rows, length = prompt.input_ids.shape
         slot_B = lora.slots_of(model, adapter, rows)
-        cache = model.empty_cache(rows, cache_slots(length + max_new_tokens))
+        cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
         return cache
 

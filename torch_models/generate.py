@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.inputs import check_sampling
+from loaders.inputs import check_sampling, seed_bits
 from loaders.roster import AdapterOfRows
 from torch_models.graphs import Batch
 
@@ -73,7 +73,7 @@ def generate(
     prefill = model.graphs.prefill if graphs else model.prefill
     of_rows = {"adapter": adapter, **multimodal}
     logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
-    generator = torch.Generator(model.device).manual_seed(int(seed))
+    generator = torch.Generator(model.device).manual_seed(seed_bits(seed))
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []
     for step in range(max_new_tokens):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from loaders.inputs import cache_slots, check_room
+from loaders.inputs import bucket, check_room
 from loaders.roster import AdapterOfRows
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -189,7 +189,7 @@ class DecodeGraphs:
 
         Args:
             rows: rounded up to a bucket, see ``row_bucket``.
-            capacity: slots, prompt and new tokens; rounded up, see ``loaders.inputs.cache_slots``.
+            capacity: slots, prompt and new tokens; rounded up, see ``loaders.inputs.bucket``.
         Raises:
             CannotCapture: the model's step does what no graph can.
             ValueError: rows or capacity below 1, or a pipeline stage.
@@ -199,7 +199,7 @@ class DecodeGraphs:
         if capacity < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"rows={sizes}, capacity={capacity}, expected at least 1 of each")
         wanted = sorted({row_bucket(size) for size in sizes}, reverse=True)
-        return [self._ready(size, cache_slots(capacity)) for size in wanted]
+        return [self._ready(size, bucket(capacity)) for size in wanted]
 
     def prefill(
         self,

@@ -77,40 +77,24 @@ def load(
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, stage, kernel, budget or mesh that makes no sense.
     """
-    stage_ = Stage.of(stage, mtp=mtp, vision=vision)
     if mesh is not None:
         check_mesh(mesh)
 
-    def planned() -> tuple[LoadPlan, Parallel | None]:
-        plan = plan_load(open_to_load(uri, quantize), stage_)
+    def prepared() -> tuple[LoadPlan, Parallel | None, Model]:
+        plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
         plan = plan.within(host_budget_bytes, staged=torch.device(device).type != "cpu")
-        return plan, None if mesh is None else Parallel(mesh, plan)
+        model = _built(plan, dtype, torch.device(device), activation_quantization, kernel)
+        return plan, None if mesh is None else Parallel(mesh, plan), model
 
-    plan, parallel = together(mesh, planned)
-    checkpoint = plan.checkpoint
-    activations, quantization = activations_of(checkpoint, activation_quantization), checkpoint.config.quantization
-    if kernel is not None and not has_nvfp4(quantization):
-        raise ValueError(
-            f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."
-        )
-    family = importlib.import_module(f"torch_models.{FAMILIES[checkpoint.config.architecture]}")
-    build = vars(family)[checkpoint.config.architecture]
-    computed = compute_dtype(dtype, plan)
+    plan, parallel, model = together(mesh, prepared)
+    checkpoint, model.quantize = plan.checkpoint, quantize
 
     def said() -> str:
-        return f"{checkpoint.fingerprint()} {computed} {stage_} {activations} quantize={quantize}"
+        activations, kernels = (model.quantizes_inputs, model.rounds_cache), sorted(set(model.kernels.values()))
+        asked = f"{model.dtype} {plan.stage} {activations} quantize={quantize} {kernels}"
+        return f"{checkpoint.fingerprint()} {asked}"
 
     check_alike(mesh, "what is loaded", said)
-    model = build(checkpoint.config, stage_, COMPUTE_DTYPES[computed])
-    where = {"quantizes_inputs": activations.inputs, "kernel": kernel}
-    model.kernels = install(model, plan.specs.schemes, torch.device(device), **where)
-    kv_cache = None if quantization is None else quantization.kv_cache
-    install_cache(model, plan.specs, kv_cache, honoured=activations.cache)
-    name_modules(model)
-    model.quantizes_inputs, model.rounds_cache, model.quantize = *activations, quantize
-    table = {spec.name: spec.shape for spec in plan.specs}
-    built = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     filling = Filling(plan)
 
     def read() -> LoadReport:
@@ -123,13 +107,37 @@ def load(
         return filling.finish()
 
     model.report = together(mesh, read)
-    log.info("place: %d parameters on %s", len(built), device)
+    log.info("place: %d parameters on %s", len(plan.specs.params), device)
     if parallel is not None:
         model.parallel = parallel
         parallel.install(model)
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source)))
+    return model
+
+
+def _built(
+    plan: LoadPlan, dtype: Any, device: torch.device, activation_quantization: bool | None, kernel: str | None
+) -> Model:
+    """The model without storage. Raises ValueError for what makes no sense of what is asked for; see ``load``."""
+    config, quantization = plan.checkpoint.config, plan.checkpoint.config.quantization
+    activations = activations_of(plan.checkpoint, activation_quantization)
+    if kernel is not None and not has_nvfp4(quantization):
+        raise ValueError(
+            f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."
+        )
+    family = importlib.import_module(f"torch_models.{FAMILIES[config.architecture]}")
+    model = vars(family)[config.architecture](config, plan.stage, COMPUTE_DTYPES[compute_dtype(dtype, plan)])
+    where = {"quantizes_inputs": activations.inputs, "kernel": kernel}
+    model.kernels = install(model, plan.specs.schemes, device, **where)
+    kv_cache = None if quantization is None else quantization.kv_cache
+    install_cache(model, plan.specs, kv_cache, honoured=activations.cache)
+    name_modules(model)
+    model.quantizes_inputs, model.rounds_cache = activations
+    table = {spec.name: spec.shape for spec in plan.specs}
+    built = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     return model
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.inputs import cache_slots, check_sampling
+from loaders.inputs import bucket, check_sampling
 from loaders.speculation import Rows, Sampling, Speculation, SpeculationReport
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def generate_with_draft(
         best=lambda logits: logits.argmax(-1).cpu().numpy(),
         on_host=lambda logits: logits.cpu().numpy(),
     )
-    room = cache_slots(length + max_new_tokens + 3 * T)
+    room = bucket(length + max_new_tokens + 3 * T)
     cache = draft.empty_cache(B, room)
     hidden_BTD, seen = model.read_into(checked, cache)
     said.begin(model.last_logits(hidden_BTD))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from loaders.sources.gs import GsPrefix
 from loaders.sources.library import LOCAL
 from loaders.sources.local import DIRECT, LocalDirectory, is_plain
@@ -27,7 +29,7 @@ STORES: dict[str, type[S3Prefix] | type[GsPrefix]] = {"s3": S3Prefix, "gs": GsPr
 READERS = (LOCAL, DIRECT)  # of local files
 
 
-def open_source(uri: object) -> Source:
+def open_source(uri: str | os.PathLike[str]) -> Source:
     """The source for ``uri``.
 
     - a path: a directory on a local file system, read file by file;
@@ -39,12 +41,16 @@ def open_source(uri: object) -> Source:
     Raises:
         OSError: the directory does not exist, the scheme has no source, or what it needs is not installed.
     """
-    scheme, separator, rest = str(uri).partition("://")
+    try:
+        address = os.fsdecode(uri)
+    except TypeError as error:
+        raise OSError(f"{uri!r} is a {type(uri).__name__}, expected a path or an address") from error
+    scheme, separator, rest = address.partition("://")
     if not separator:
         lost, _, rest = scheme.partition(":/")
         if lost in (*STORES, *READERS):
             raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
-        return LocalDirectory(uri)
+        return LocalDirectory(address)
     if scheme in READERS:
         return LocalDirectory(rest, scheme)
     if scheme in STORES:

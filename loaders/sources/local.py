@@ -35,11 +35,11 @@ class LocalDirectory:
     gap_bytes = 4096  # a page, which comes from the disk whole
     is_dear_to_ask = False
 
-    def __init__(self, path: object, scheme: str = "") -> None:
-        self._written = Path(str(path))
+    def __init__(self, path: str, scheme: str = "") -> None:
+        self._written = Path(path)
         self.path = self._written.absolute()
         self.scheme = scheme
-        if not str(path):
+        if not path:
             raise OSError("it names no directory, and is not taken for the current one. Give '.' for that.")
         if not self.path.is_dir():
             raise OSError(f"{self._written} is not a directory")

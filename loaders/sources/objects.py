@@ -91,7 +91,7 @@ class ObjectPrefix(ABC):
         self.prefix = prefix.strip("/")
         if not self.bucket:
             raise OSError(f"it names no bucket, expected {self.scheme}://bucket/prefix")
-        if "//" in self.prefix:
+        if "//" in path:
             raise OSError(
                 "a part of its prefix has no name, and the streamer reads no such objects. Is a '/' too many?"
             )

@@ -106,10 +106,15 @@ def _cached(config: Any, program: str, load: Load, mesh: Any, stage: Stage) -> t
             if "S" not in entries[layer][name].axes:
                 moved += size * (1 if program == "prefill" else 2)
                 continue
-            window = config.window(int(layer)) or load.context
-            seen = min(window, load.context) if program == "decode" else min(window, (load.prompt + 1) / 2)
+            kept = min(config.window(int(layer)) or load.context, load.context)
+            seen = kept if program == "decode" else seen_by_prompt(load.prompt, min(kept, load.prompt))
             tokens = 1 if program == "decode" else load.prompt
-            moved += size * (load.prompt if program == "prefill" else min(window, load.context)) // load.context
+            moved += size * (load.prompt if program == "prefill" else kept) // load.context
             heads = config.num_attention_heads // entries[layer][name].shape[1]
             flops += int(2 * shape[0] * tokens * seen * shape[1] * heads * shape[3])
     return moved, flops
+
+
+def seen_by_prompt(tokens: int, window: int) -> float:
+    """Keys a token attends to on average: as many as stand before it, with itself, and no more than the window."""
+    return window - window * (window - 1) / (2 * tokens)

@@ -25,6 +25,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["elsewhere"] = error_of(lambda: jax_models.load(first, mesh=own)) if process else ""
     found["other config"] = error_of(lambda: jax_models.load(job["other"] if process else first, mesh=mesh))
     found["other dtype"] = error_of(lambda: jax_models.load(first, "bfloat16" if process else None, mesh))
+    for what, option in job["options"].items():
+        found[what] = error_of(lambda option=option: jax_models.load(first, mesh=mesh, **option[process]))
     model = jax_models.load(first, mesh=mesh)
     adapted = model.attach_lora(adapter, "a")
     before = to_host(adapted(**inputs)).tobytes()

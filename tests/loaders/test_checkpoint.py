@@ -415,6 +415,16 @@ def test_no_address_is_not_the_current_directory(address: str, tmp_path: Path, m
     assert list(open_checkpoint(".").tensors) == ["a"]
 
 
+def test_a_path_may_be_any_that_python_knows(tmp_path: Path) -> None:
+    directory = write(tmp_path / "it", {"model.safetensors": ONE_TENSOR})
+    (entry,) = os.scandir(tmp_path)
+    for path in (str(directory), directory, entry, os.fsencode(directory)):
+        assert str(open_checkpoint(path).source) == str(directory)
+    for wrong in (None, 3, ["it"]):
+        with pytest.raises(CheckpointError, match="expected a path or an address"):
+            open_checkpoint(wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:
     write(tmp_path, {"weights": ONE_TENSOR})
     (tmp_path / "model.safetensors").symlink_to("weights")

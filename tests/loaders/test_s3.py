@@ -257,6 +257,7 @@ def test_a_bucket_may_be_the_checkpoint(server: Server, directory: Path) -> None
         ("s3://ckpt/none", "there is no object under s3://ckpt/none/"),
         ("s3://no-such-bucket/none", "NoSuchBucket"),
         ("s3:///none", "it names no bucket"),
+        ("s3://ckpt//models/moe", "a part of its prefix has no name"),
         ("s3://ckpt/models//a", "a part of its prefix has no name"),
     ],
 )

@@ -69,7 +69,9 @@ def test_a_written_checkpoint_opens_with_the_same_tensors_and_documents(tmp_path
 
 
 def test_the_file_is_exactly_these_bytes(tmp_path: Path) -> None:
-    written(tmp_path / "checkpoint", {"w": np.array([1, -1], np.float16)}, metadata={"format": "pt", "by": "tandem"})
+    written(
+        tmp_path / "checkpoint", {"w": np.array([1, -1], np.float16)}, metadata={"model.safetensors": {"by": "tandem"}}
+    )
     assert contents(tmp_path / "checkpoint")["model.safetensors"] == (
         b"\x68\0\0\0\0\0\0\0"
         b'{"__metadata__":{"format":"pt","by":"tandem"},'
@@ -193,7 +195,7 @@ def test_a_layout_must_cover_the_plan_exactly(tmp_path: Path) -> None:
 
 def test_metadata_must_be_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="__metadata__ must map strings to strings"):
-        written(tmp_path / "checkpoint", metadata={"step": 3})
+        written(tmp_path / "checkpoint", metadata={"model.safetensors": {"step": 3}})
 
 
 def fail(_: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What is given to generation: numbers of any library are taken, what is none is refused by name, on both backends."""
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -32,9 +33,10 @@ def model(package, tmp_path_factory):
         (["7", "3"], "token_ids is <U1"),
         (None, "token_ids is object"),
         ([7, 3, 1], "3 tokens for a cache of 2 rows"),
+        ([[7, 3]], r"2 tokens for a cache of 2 rows, as \(1, 2\)"),
         ([-1, 7], "input_ids holds 1 ids outside"),
     ],
-    ids=["wide", "fractions", "bools", "words", "none", "others", "negative"],
+    ids=["wide", "fractions", "bools", "words", "none", "others", "a row", "negative"],
 )
 def test_tokens_that_are_none_are_refused_and_the_cache_is_as_it_was(model, token_ids, words):
     _, cache = model.prefill(IDS)
@@ -97,3 +99,32 @@ def test_a_draft_that_is_none_is_refused(package, tmp_path):
         model.generate(IDS, draft="a draft")
     with pytest.raises(ValueError, match=r"draft_tokens=1\.5, expected an integer, at least 1"):
         model.generate(IDS, draft=model.draft, draft_tokens=1.5)
+
+
+def test_every_bit_of_a_seed_counts(model):
+    """Generators on a CPU look at 32 of them."""
+    seeds = [7, 7, 7 + 2**32, 7 + 5 * 2**32, 2**63 - 1]
+    first, again, *others = (
+        np.asarray(model.generate(IDS, max_new_tokens=12, temperature=5.0, seed=seed, ignore_eos=True)).tolist()
+        for seed in seeds
+    )
+    assert again == first
+    assert len({str(found) for found in (first, *others)}) == 4
+
+
+@pytest.mark.parametrize(("tokens", "room", "slots"), [(6, 4, 32), (130, 4, 384), (257, 1, 512)])
+def test_a_prompt_is_padded_a_little_and_not_to_the_next_power_of_two(model, package, tokens, room, slots):
+    ids = np.arange(2 * tokens).reshape(2, tokens) % 89
+    _, cache = model.prefill(ids, max_new_tokens=room)
+    torch_slots = {6: 16, 130: 256, 257: 384}  # which pads no prompt
+    assert cache.capacity == (slots if package.__name__ == "jax_models" else torch_slots[tokens])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", "torch.bfloat16", torch.bfloat16, jnp.bfloat16, jnp.dtype("bfloat16"), ml_dtypes.bfloat16],
+    ids=str,
+)
+def test_a_dtype_may_be_of_any_library(package, dtype, tmp_path):
+    model = package.load(make_checkpoint("qwen3", tmp_path / "it", num_hidden_layers=1), dtype)
+    assert str(model.dtype).removeprefix("torch.") == "bfloat16"

@@ -9,7 +9,7 @@ from lives import BACKENDS
 
 from loaders import Checkpoint, open_checkpoint
 from parity.staged_memory import counted
-from parity.zoo import make_checkpoint
+from parity.zoo import block_sizes, make_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("young_heap"), pytest.mark.parametrize("backend", BACKENDS)]
 
@@ -42,6 +42,17 @@ def test_what_a_load_reads_beside_the_parameters_counts(backend, paths):
     for wrong in (0, -1, 1.5, True, "1"):
         with pytest.raises(ValueError, match="expected a positive number of bytes"):
             load(paths[0], host_budget_bytes=wrong)
+
+
+def test_what_is_quantised_while_it_is_read_counts_as_it_is_in_the_files(backend, tmp_path, monkeypatch):
+    """All the layers have codes that would fit, from matrices that do not."""
+    load = import_module(f"{backend}_models").load
+    path = make_checkpoint("qwen3", tmp_path / "it", **block_sizes("qwen3"), tie_word_embeddings=False)
+    size = max(info.num_bytes for name, info in open_checkpoint(path).tensors.items() if "_proj" in name)
+    assert load(path, quantize="nvfp4", host_budget_bytes=size).digests() == load(path, quantize="nvfp4").digests()
+    monkeypatch.setattr(Checkpoint, "stream", None)
+    with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than .* {size} bytes .*_proj"):
+        load(path, quantize="nvfp4", host_budget_bytes=size - 1)
 
 
 def test_a_reload_stays_within_it(backend, paths):

@@ -8,15 +8,30 @@ import pytest
 from several import free_port, run_several
 
 from loaders import open_checkpoint
-from parity.zoo import make_checkpoint, prompts
+from parity.zoo import block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 
 SIZES = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 PROGRAMS = {"jax": "jax_models/one_sided_process.py", "torch": "torch_models/one_sided_rank.py"}
 DIFFERENT = "is not the same on all"
 ALONE = "RuntimeError: 1 of 2 "
+# of load, what each of two is given
+OPTIONS = {
+    "a dtype": [{}, {"dtype": "float16"}],
+    "a stage": [{}, {"stage": [2, 2]}],
+    "activations": [{}, {"activation_quantization": True}],
+    "a method": [{}, {"quantize": "int4"}],
+    "a budget": [{}, {"host_budget_bytes": -1}],
+}
+KERNELS = {
+    "a kernel": [{"quantize": "nvfp4"}, {"quantize": "nvfp4", "kernel": "triton"}],
+    "an order of scales": [{"quantize": "nvfp4"}, {"quantize": "nvfp4", "kernel": "reference-128x4"}],
+}
 # what the first of them says, which did nothing wrong
 SAID = {
+    **dict.fromkeys(OPTIONS, ALONE),
+    "a kernel": ALONE,
+    "an order of scales": DIFFERENT,
     "axis": ALONE,
     "other config": DIFFERENT,
     "other dtype": DIFFERENT,
@@ -47,6 +62,9 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
         "checkpoints": [str(path) for path in checkpoints],
         "other": str(make_checkpoint("qwen3", tmp_path / "other", rms_norm_eps=0.5, **SIZES)),
         "tied": str(make_checkpoint("qwen3-tied", tmp_path / "tied", **SIZES)),
+        "aligned": str(make_checkpoint("qwen3", tmp_path / "aligned", **block_sizes("qwen3"))),
+        "options": OPTIONS,
+        "kernels": KERNELS,
         "adapters": [str(make_adapter(checkpoints[0], tmp_path / f"adapter{seed}", seed=seed)) for seed in range(2)],
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
@@ -59,7 +77,7 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
         assert ALONE not in both[1][what], what  # it says itself what was wrong
     assert [found["serving"] for found in both] == [True, True]
     if backend == "jax":
-        assert both[0].keys() >= SAID.keys() - {"half of it"}
+        assert both[0].keys() >= SAID.keys() - {"half of it", *KERNELS}
         assert "expected some of this one, 1" in both[1]["elsewhere"]
         assert all("max_new_tokens" in found["an option"] for found in both)
         assert all(found["tied"] and found["tied arrays"] for found in both)

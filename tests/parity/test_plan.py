@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_models.abstract import abstract_weights
@@ -24,7 +25,7 @@ from parity.planning.depths import Depths, depths_of, pattern
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
-from parity.planning.minimum import Minimum, minimum_of
+from parity.planning.minimum import Minimum, minimum_of, seen_by_prompt
 from parity.planning.plan import Request, judged, plan, smallest
 from parity.planning.subject import planned
 from parity.zoo import make_checkpoint, zoo_config
@@ -62,6 +63,14 @@ def test_of_layers_that_slide_a_step_reads_what_its_window_shows(dense):
     of_a_slot = 2 * 8 * 8 * 128 * 2
     assert minimum_of(slides, "decode", LOAD, {}).cache_bytes == of_a_slot * (12 * 2048 + 24 * 512)
     assert minimum_of(slides, "prefill", LOAD, {}).cache_bytes == of_a_slot * 36 * 1024  # all of it is kept
+
+
+@pytest.mark.parametrize("window", [1, 4, 37, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+def test_a_prompt_sees_what_stands_before_it_in_the_window(window, tokens):
+    distance = np.subtract.outer(np.arange(tokens), np.arange(tokens))
+    seen = ((distance >= 0) & (distance < window)).sum() / tokens
+    assert seen_by_prompt(tokens, min(window, tokens)) == pytest.approx(seen)
 
 
 @pytest.mark.parametrize(

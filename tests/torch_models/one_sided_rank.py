@@ -19,6 +19,9 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     found["other config"] = error_of(lambda: torch_models.load(job["other"] if rank else first, mesh=mesh))
     found["other dtype"] = error_of(lambda: torch_models.load(first, "bfloat16" if rank else None, mesh=mesh))
+    for what, option in (job["options"] | job["kernels"]).items():
+        path = job["aligned"] if what in job["kernels"] else first
+        found[what] = error_of(lambda path=path, option=option: torch_models.load(path, mesh=mesh, **option[rank]))
     model = torch_models.load(first, mesh=mesh).attach_lora(adapter, "a")
     before = model(**inputs).numpy().tobytes()
     shared = model.get_embed_and_head()[0]

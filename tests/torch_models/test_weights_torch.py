@@ -127,7 +127,7 @@ def test_a_float32_checkpoint_computed_in_bfloat16_runs_in_bfloat16(make: Make) 
     assert {value.dtype for value in taps.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "not float32"])
 def test_a_dtype_that_is_not_computed_in_is_refused(make: Make, dtype: str) -> None:
     with pytest.raises(ValueError, match=f"dtype {dtype} is not computed in, expected one of float32, bfloat16"):
         torch_models.load(make(), dtype=dtype)
