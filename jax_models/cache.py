@@ -82,9 +82,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class VersionedCache:
-    """A cache and the weights version it was computed with; no other version may read it (law 7).
+    """A cache and what it was computed with; no other weights may read it (law 7).
 
-    ``slot``: int32 [B], of each row's adapter; it goes on with it.
+    Attributes:
+        arrays: keys, values and states.
+        version: of the model, to be said where it is refused.
+        weights_id: of its weights, which decides: two models of one version may differ in them.
+        slot: int32 [B], of each row's adapter; it goes on with it.
     """
 
     arrays: Cache

@@ -111,6 +111,7 @@ def load(
         stage=plan.stage,
         mesh=mesh,
         checkpoint=checkpoint,
+        specs=plan.specs,
         report=report,
         events=(Event("load", 1, str(checkpoint.source)),),
     )

@@ -32,9 +32,9 @@ from loaders.checkpoint import Checkpoint
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text
 from loaders.multimodal import check_inputs, shown_of
-from loaders.plan import LoadReport, specs_of
+from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows, Roster
-from loaders.spec import ModelConfig
+from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
 from loaders.stepwise import stepwise
 
@@ -50,6 +50,7 @@ class Model(Decoding, Adapted, Seeing):
         stage: which part of a pipeline this is.
         mesh: devices it is sharded over; None: one device.
         checkpoint: what it was last loaded from.
+        specs: which of its tensors are in which parameters of this stage.
         report: what that load did.
         events: everything published so far.
         quantize: how weights are quantised when they are read, now and at every reload; None: they are not.
@@ -65,6 +66,7 @@ class Model(Decoding, Adapted, Seeing):
     stage: Stage
     mesh: Mesh | None
     checkpoint: Checkpoint
+    specs: Specs
     report: LoadReport
     events: tuple[Event, ...]
     quantize: str | None = None
@@ -93,7 +95,7 @@ class Model(Decoding, Adapted, Seeing):
         """Of every quantised module, by path: what computes its product, on the platform where the weights are."""
         platform = next(iter(jax.tree.leaves(self.weights)[0].devices())).platform
         nvfp4 = "pallas" if platform == "tpu" else "reference"
-        schemes = specs_of(self.config, self.stage).schemes
+        schemes = self.specs.schemes
         return {path: nvfp4 if scheme.weights == "nvfp4" else "fp8" for path, scheme in schemes.items()}
 
     @on_own_mesh
@@ -273,10 +275,6 @@ class Model(Decoding, Adapted, Seeing):
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )
 
-    def limits(self) -> dict[str, Any]:
-        """What inputs are checked against."""
-        return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
-
     def checked(
         self,
         input_ids: Any,
@@ -313,7 +311,8 @@ class Model(Decoding, Adapted, Seeing):
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(multimodal or {}, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        return x_BTD, check_text(tokens, attention_mask, position_ids, **self.limits())
+        limits = {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
+        return x_BTD, check_text(tokens, attention_mask, position_ids, **limits)
 
     def _here(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states from a stage on other devices, on those of this one."""

@@ -31,6 +31,7 @@ from loaders.events import Event
 from loaders.plan import LoadReport, specs_of
 from loaders.quantization import Activations
 from loaders.remembered import described, remembered
+from loaders.spec import Specs
 from loaders.stage import Stage
 
 FORMAT = 1
@@ -89,17 +90,19 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
     document = together(mesh, lambda: _document(where))
     checkpoint = remembered(document["checkpoint"])
     stage = Stage(**document["stage"])
+    specs = specs_of(checkpoint.config, stage, checkpoint.tensors)
     dtype, activations = jnp.dtype(document["dtype"]), Activations(**document["activations"])
     event = Event("restore", document["version"], str(directory))
     model = Model(
         config=checkpoint.config,
-        weights=together(mesh, lambda: _weights(where, checkpoint, stage, mesh)),
+        weights=together(mesh, lambda: _weights(where, checkpoint, specs, mesh)),
         version=document["version"],
         programs=programs_for(checkpoint.config, stage, dtype, mesh, activations),
         quantize=document["quantize"],
         stage=stage,
         mesh=mesh,
         checkpoint=checkpoint,
+        specs=specs,
         report=LoadReport(**{key: _tupled(value) for key, value in document["report"].items()}),
         events=(*(Event(**{key: _tupled(value) for key, value in one.items()}) for one in document["events"]), event),
     )
@@ -108,7 +111,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
     return model
 
 
-def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None) -> dict[str, Any]:
+def _weights(where: str, checkpoint: Checkpoint, specs: Specs, mesh: Mesh | None) -> dict[str, Any]:
     from jax_models.orbax_files import UnreadableArrays, read_arrays
 
     dims = checkpoint.config.dims()
@@ -118,7 +121,7 @@ def _weights(where: str, checkpoint: Checkpoint, stage: Stage, mesh: Mesh | None
             to_numpy(checkpoint.tensors[spec.sources[0].tensor].dtype),
             sharding=param_sharding(spec, dims, mesh) or jax.device_put(np.zeros(0)).sharding,
         )
-        for spec in specs_of(checkpoint.config, stage, checkpoint.tensors)
+        for spec in specs
     }
     try:
         flat = read_arrays(where, wanted)

@@ -16,7 +16,6 @@ from jax_models.processes import check_alike, to_host, together
 from jax_models.weights import flatten
 from loaders.digest import tensor_digest
 from loaders.events import Event
-from loaders.plan import specs_of
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
     """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
-    specs = specs_of(model.config, model.stage)
+    specs = model.specs
     flat = flatten(model.weights)
     return flat[specs.embedding] if specs.embedding else None, flat[specs.head] if specs.head else None
 
@@ -71,7 +70,7 @@ Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what i
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
     """Those that are asked for and fit, and those that this stage lacks."""
     model.roster.check_unmerged("a swap")
-    specs = specs_of(model.config, model.stage)
+    specs = model.specs
     flat = flatten(model.weights)
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)

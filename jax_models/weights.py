@@ -18,7 +18,7 @@ from loaders.digest import digests
 from loaders.dtypes import from_numpy
 from loaders.export import TensorReader, export_checkpoint, export_together
 from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
+from loaders.plan import LoadPlan, LoadReport, plan_reload
 from loaders.quantize import open_to_load
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def update_weights_from_disk(
     check_same_structure(model.weights, weights)
     checkpoint = plan.checkpoint
     updated = model.published(weights, "reload", str(checkpoint.source))
-    return dataclasses.replace(updated, checkpoint=checkpoint, config=checkpoint.config, report=report)
+    return dataclasses.replace(
+        updated, checkpoint=checkpoint, config=checkpoint.config, specs=plan.specs, report=report
+    )
 
 
 def committed_like(live: Weights, new: Weights) -> Weights:
@@ -138,15 +140,16 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
     """
     flat = flatten(model.weights)
-    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
     processes = processes_of(model.mesh)
     if len(processes) == 1:
-        return export_checkpoint(directory, model.checkpoint, specs, lambda name: np.asarray(flat[name]), left_out)
+        return export_checkpoint(
+            directory, model.checkpoint, model.specs, lambda name: np.asarray(flat[name]), left_out
+        )
     return export_together(
         directory,
         model.checkpoint,
-        specs,
+        model.specs,
         lambda name: to_host(flat[name]),
         left_out,
         is_writer=jax.process_index() == processes[0],
@@ -157,8 +160,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 def tensor_reader(model: Model) -> TensorReader:
     """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
     flat = flatten(model.weights)
-    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return TensorReader(model.checkpoint, specs, lambda name: to_host(flat[name]))
+    return TensorReader(model.checkpoint, model.specs, lambda name: to_host(flat[name]))
 
 
 def weight_digests(model: Model) -> dict[str, str]:

@@ -31,7 +31,7 @@ from loaders.config import (
 from loaders.errors import brief
 from loaders.expert_rules import expert_rules
 from loaders.quantization import Quantization
-from loaders.spec import Dim, Rule
+from loaders.spec import Dim, Rule, always
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -296,10 +296,6 @@ def _full(config: Qwen3_5Config, layer: int) -> bool:
     return not config.has_linear_attention(layer)
 
 
-def _always(config: Qwen3_5Config, layer: int) -> bool:
-    return True
-
-
 def _dense(config: Qwen3_5Config, layer: int) -> bool:
     return not config.is_sparse(layer)
 
@@ -311,7 +307,7 @@ def _sparse(config: Qwen3_5Config, layer: int) -> bool:
 def _layer_rules(prefix: str, on: Any) -> tuple[Rule, ...]:
     """A decoder layer of the model, or of the draft, whose layers all attend in full."""
     attn, mlp, linear = prefix + "self_attn.", prefix + "mlp.", prefix + "linear_attn."
-    full = _always if on == "mtp" else _full
+    full = always if on == "mtp" else _full
 
     def biased(config: Qwen3_5Config, layer: int) -> bool:
         return config.attention_bias and full(config, layer)

@@ -101,7 +101,7 @@ def shape_of(axes: str, dims: dict[str, Dim]) -> tuple[int, ...]:
 Form = Literal["fused", "fused transposed", "per expert"]  # how an exporter writes the experts of a layer
 
 
-def _always(config: Any, layer: int) -> bool:
+def always(config: Any, layer: int) -> bool:
     return True
 
 
@@ -129,7 +129,7 @@ class Rule:
     dims: str
     into: str | None = None
     shard_id: int | None = None
-    when: Callable[[Any, int], bool] = _always
+    when: Callable[[Any, int], bool] = always
     on: Literal["layer", "embedding", "head", "last", "mtp", "visual", "deepstack"] = "layer"
     tied_to: str | None = None
     form: Form | Literal[""] = ""

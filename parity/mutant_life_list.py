@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
 from loaders import open_checkpoint
 from loaders.events import Event
+from loaders.export import export_checkpoint
 from parity.mutant_bench import Subject
 from parity.mutant_life import life
 from parity.mutant_plants import BOTH, DENSE, TIED, Instead, wrapped
@@ -165,9 +165,7 @@ def _first_answer() -> list[Patch]:
 
 
 def _from_files(export: Any, model: Any, directory: Any) -> Any:
-    module = import_module(inspect.getmodule(export).__name__)  # pyright: ignore[reportOptionalMemberAccess]
-    specs = module.specs_of(model.config, model.stage)
-    return module.export_checkpoint(directory, model.checkpoint, specs, model.checkpoint.read)
+    return export_checkpoint(directory, model.checkpoint, model.specs, model.checkpoint.read)
 
 
 def _aliasing(original: Any, backend: str) -> Any:

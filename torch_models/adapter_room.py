@@ -100,7 +100,7 @@ class Room:
                     room.stands.append((parent, leaf, unwrapped(child), wrapper))
         return room
 
-    def install(self, model: Model) -> None:
+    def install(self) -> None:
         """Put the wrappers in place."""
         for parent, leaf, _, wrapper in self.stands:
             parent._modules[leaf] = wrapper

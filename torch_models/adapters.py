@@ -171,7 +171,7 @@ def _become(model: Model, roster: Roster) -> None:
 def _furnish(model: Model, room: Room) -> None:
     """Have other room for adapters, whose wrappers take the places of those that are there."""
     model.room.remove()
-    room.install(model)
+    room.install()
     model.room = room
     model.graphs.drop(reason="the room for adapters is another one")
 

@@ -134,6 +134,7 @@ def _built(
     kv_cache = None if quantization is None else quantization.kv_cache
     install_cache(model, plan.specs, kv_cache, honoured=activations.cache)
     name_modules(model)
+    model.specs = plan.specs
     model.quantizes_inputs, model.rounds_cache = activations
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}

@@ -18,7 +18,7 @@ from loaders.inputs import ModelInputs, check_text
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
-from loaders.spec import ModelConfig
+from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
 from loaders.stepwise import stepwise
 from torch_models import sleep, swap
@@ -49,6 +49,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         stage: which part of a pipeline this is.
         dtype: what is computed in. Parameters keep the checkpoint's dtypes.
         checkpoint: what it was last loaded from.
+        specs: which of its tensors are in which parameters of this stage.
         report: what that load did.
         events: everything published so far.
         refusal: why the model must not run (an update broke half-way); None while it may.
@@ -64,6 +65,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
     mtp: Any  # of families that have a draft, where it was asked for
     visual: Any  # of families that have a vision tower, where it is
     checkpoint: Checkpoint
+    specs: Specs
     report: LoadReport
 
     quantize: str | None
@@ -288,10 +290,6 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """Integers where the model is, int64."""
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
-    def limits(self) -> dict[str, Any]:
-        """What inputs are checked against."""
-        return {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
-
     def checked(
         self,
         input_ids: Any,
@@ -317,4 +315,5 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(given, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        return x_BTD, check_text(tokens, mask, positions, **self.limits())
+        limits = {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
+        return x_BTD, check_text(tokens, mask, positions, **limits)

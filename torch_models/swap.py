@@ -10,7 +10,6 @@ import torch
 
 from loaders.digest import tensor_digest
 from loaders.events import Event
-from loaders.plan import specs_of
 from loaders.spec import Specs
 from torch_models.processes import check_alike, together
 from torch_models.storage import host_view, of_host, same_bits
@@ -27,7 +26,7 @@ def get_embed_and_head(model: Model) -> tuple[torch.Tensor | None, torch.Tensor 
 
     On a mesh each is a DTensor of the parameters' own memory.
     """
-    specs = specs_of(model.config, model.stage)
+    specs = model.specs
     embed = _live(model, specs.embedding) if specs.embedding else None
     return embed, _live(model, specs.head) if specs.head else None
 
@@ -56,7 +55,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     mesh = None if model.parallel is None else model.parallel.mesh
     if model.parallel is not None:
         check_alike(mesh, "what is handed over", lambda: f"{_kind(model, embed)}, {_kind(model, head)}")
-        specs = specs_of(model.config, model.stage)
+        specs = model.specs
         # the memory of live parameters is copied before any of it is written
         embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
     asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
@@ -89,7 +88,7 @@ def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[
     """Those that are asked for and fit, as tensors, and those that this stage lacks."""
     model.check_runnable()
     model.roster.check_unmerged("a swap")
-    specs = specs_of(model.config, model.stage)
+    specs = model.specs
     given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
     ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
     asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
@@ -143,7 +142,7 @@ def _whole(model: Model, name: str) -> torch.Tensor:
 
 def _is_live(model: Model, value: torch.Tensor) -> bool:
     """Whether ``value`` lies in storage that a commit may write to (embedding and head handed over crosswise)."""
-    specs = specs_of(model.config, model.stage)
+    specs = model.specs
     halves = [model.get_parameter(name) for name in (specs.embedding, specs.head) if name]
     storages = {half.untyped_storage().data_ptr() for half in halves}
     return value.untyped_storage().data_ptr() in storages

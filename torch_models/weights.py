@@ -18,7 +18,7 @@ from loaders.digest import digests
 from loaders.events import Event
 from loaders.export import TensorReader, export_checkpoint, export_together
 from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, plan_reload, specs_of
+from loaders.plan import LoadPlan, LoadReport, plan_reload
 from loaders.quantize import open_to_load
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def parameters(model: Model) -> dict[str, nn.Parameter]:
     """Parameters by checkpoint name."""
-    return {spec.name: model.get_parameter(spec.name) for spec in specs_of(model.config, model.stage)}
+    return {spec.name: model.get_parameter(spec.name) for spec in model.specs}
 
 
 def update_weights_from_disk(
@@ -103,7 +103,7 @@ def _reloaded(
         if model.refusal is None or not isinstance(error, CheckpointError):
             raise
         raise RuntimeError(f"{model.refusal}: {error} Update again with good weights.") from error
-    model.checkpoint, model.config, model.report = checkpoint, checkpoint.config, report
+    model.checkpoint, model.config, model.specs, model.report = checkpoint, checkpoint.config, plan.specs, report
     model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
     return model
 
@@ -178,20 +178,19 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
         RuntimeError: an update failed half-way; a mixture of two versions is not written.
     """
     model.check_runnable()
-    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
     left_out = model.report.left_out if model.stage.count == 1 else ()
     if (parallel := model.parallel) is not None:
         return export_together(
             directory,
             model.checkpoint,
-            specs,
+            model.specs,
             lambda name: on_host(parallel, name, stored(model, name)),
             left_out,
             is_writer=parallel.mesh.get_rank() == 0,
             together=partial(together, parallel.mesh),
         )
     return export_checkpoint(
-        directory, model.checkpoint, specs, lambda name: host_view(stored(model, name).cpu()), left_out
+        directory, model.checkpoint, model.specs, lambda name: host_view(stored(model, name).cpu()), left_out
     )
 
 
@@ -201,8 +200,7 @@ def tensor_reader(model: Model) -> TensorReader:
     On a mesh all ranks have to ask for the same, in the same order.
     """
     check_awake(model)
-    specs = specs_of(model.config, model.stage, model.checkpoint.tensors)
-    return TensorReader(model.checkpoint, specs, lambda name: on_host(model.parallel, name, stored(model, name)))
+    return TensorReader(model.checkpoint, model.specs, lambda name: on_host(model.parallel, name, stored(model, name)))
 
 
 def weight_digests(model: Model) -> dict[str, str]:
