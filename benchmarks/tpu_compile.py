@@ -25,9 +25,9 @@ os.environ.update(compiler_environment(os.environ))  # before jax is imported
 import jax
 
 from parity.planning.chips import chip_of
-from parity.planning.compiling import PROGRAMS, measured, mesh_on
+from parity.planning.compiling import measured, mesh_on
 from parity.planning.depths import Shallow
-from parity.planning.meshes import Load, parse_mesh, stored_bytes
+from parity.planning.meshes import PROGRAMS, Workload, parse_mesh, stored_bytes
 from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
 
@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         Shallow(depth=args.layers or subject.config.num_hidden_layers),
     )
     rows, length = args.rows or ROWS[args.program], args.length or LENGTH[args.program]
-    load = Load(rows, length, length, subject.dtype, subject.plain, subject.stored)
+    load = Workload(rows, length, length, subject.dtype, subject.plain, subject.stored)
     found = measured(subject.config, args.program, load, mesh, stage, hlo=args.hlo)
     least = minimum_of(subject.config, args.program, load, sizes, stage)
     return {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shape_suffixes import checked_shape_suffixes, lies, suffix_of
 
-from parity.zoo import make_checkpoint
+from loaders import open_checkpoint
+from parity.zoo import ZOO, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("jax_models", "torch_models") for path in ROOT.glob(f"{package}/**/*.py"))
@@ -125,3 +127,9 @@ def test_the_models_tell_the_truth_in_forward_and_generate(package, tmp_path):
     expected = {"generate.sample", f"layers.attention.Attention.{method}", f"layers.mlp.MLP.{method}"}
     expected |= {f"layers.moe.Experts.{method}", f"layers.decoder.Decoder.{method}"}
     assert {f"{package}.{name}" for name in expected} <= seen
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_axis_of_a_parameter_is_in_the_glossary(name, tmp_path):
+    known = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
+    assert open_checkpoint(make_checkpoint(name, tmp_path / "it")).config.dims().keys() <= known

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.topology is not None:
         chip.num_devices(args.topology)
     check_installed()
-    from parity.planning.meshes import Load, parse_mesh
+    from parity.planning.meshes import Workload, parse_mesh
     from parity.planning.plan import Request, plan
     from parity.planning.subject import planned
     from parity.planning.text import plan_text
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = None if args.mesh is None else parse_mesh(args.mesh)
     subject = planned(args.checkpoint, args.quant)
     prompt, dtype = args.prompt or min(args.context, 1024), args.dtype or subject.dtype
-    load = Load(args.batch, args.context, prompt, dtype, subject.plain, subject.stored)
+    load = Workload(args.batch, args.context, prompt, dtype, subject.plain, subject.stored)
     request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
     found = plan(request, args.topology, sizes)
     print(plan_text(found))

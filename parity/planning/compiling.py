@@ -29,9 +29,8 @@ from loaders.stage import Stage
 from parity.hlo.layers import traffic_by_layer
 from parity.hlo.traffic import Traffic
 from parity.planning.chips import Chip
-from parity.planning.meshes import Load, held_bytes, mesh_shape
+from parity.planning.meshes import Workload, held_bytes, mesh_shape
 
-PROGRAMS = ("prefill", "decode")
 # of the compiler: what is in use beside arguments, or in all
 _EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
@@ -55,7 +54,7 @@ def mesh_on(chip: Chip, topology: str, sizes: dict[str, int]) -> Mesh:
     return Mesh(np.array(found[:size]).reshape(tuple(shape.values())), tuple(shape))
 
 
-def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Load, mesh: Mesh) -> jax.stages.Lowered:
+def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Workload, mesh: Mesh) -> jax.stages.Lowered:
     """Prefill of a prompt into an empty cache, or one decode step over a full one."""
     dtype = jnp.dtype(load.dtype)
     quantization = config.quantization
@@ -73,7 +72,7 @@ def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Load, mesh
 
 
 def measured(
-    config: ModelConfig, program: str, load: Load, mesh: Mesh, stage: Stage | None = None, *, hlo: str | None = None
+    config: ModelConfig, program: str, load: Workload, mesh: Mesh, stage: Stage | None = None, *, hlo: str | None = None
 ) -> dict[str, Any]:
     """What the compiler made of one program, per device.
 

@@ -10,12 +10,12 @@ from jax_models.abstract import abstract_cache
 from loaders.axes import LOGICAL_AXES, axes_of, param_cuts
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
-from parity.planning.meshes import AXES, Load, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
+from parity.planning.meshes import AXES, Workload, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
 
 Held = tuple[dict[str, Any], tuple[str, ...], int]  # what an array is, mesh axes that cut it, bytes on one device
 
 
-def copied_weights(config: ModelConfig, load: Load, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def copied_weights(config: ModelConfig, load: Workload, sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Weights that more than one device has, by the mesh axes along which they are the same, most bytes first.
 
     ``axes``: those, with their sizes; ``copies``: devices that have the same part; ``bytes``: of all copies but one,
@@ -31,7 +31,7 @@ def copied_weights(config: ModelConfig, load: Load, sizes: dict[str, int]) -> li
     return _grouped(found, sizes)
 
 
-def copied_cache(config: ModelConfig, load: Load, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def copied_cache(config: ModelConfig, load: Workload, sizes: dict[str, int]) -> list[dict[str, Any]]:
     """The same of what is cached: ``layers.0.key``, ``key_mask``."""
     mesh: Any = abstract_mesh(sizes)
     cache = abstract_cache(config, load.rows, load.context, load.dtype, mesh)

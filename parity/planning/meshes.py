@@ -20,12 +20,13 @@ from loaders.plan import specs_of
 from loaders.spec import Dim, ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
 
+PROGRAMS = ("prefill", "decode")
 AXES = ("data", FSDP, "expert", "tensor")  # outermost first
 LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of a model.
 
     Attributes:
@@ -98,7 +99,7 @@ def specs_for(config: ModelConfig, stage: Stage) -> Specs:
     return specs_of(config, stage)
 
 
-def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, load: Load) -> tuple[int, int]:
+def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, load: Workload) -> tuple[int, int]:
     """Elements and bytes of one parameter on one device."""
     sharding = param_sharding(spec, dims, mesh)
     assert sharding is not None
@@ -106,7 +107,7 @@ def weight_size(spec: ParamSpec, dims: dict[str, Dim], mesh: Any, load: Load) ->
     return elements, elements * to_numpy(spec.dtype or load.stored.get(spec.name, load.plain)).itemsize
 
 
-def stored_bytes(config: ModelConfig, load: Load, stage: Stage | None = None) -> dict[str, int]:
+def stored_bytes(config: ModelConfig, load: Workload, stage: Stage | None = None) -> dict[str, int]:
     """Bytes of all devices' weights by safetensors dtype, most first."""
     sizes: Counter[str] = Counter()
     for spec in specs_for(config, stage or Stage()):
@@ -115,7 +116,7 @@ def stored_bytes(config: ModelConfig, load: Load, stage: Stage | None = None) ->
     return dict(sizes.most_common())
 
 
-def held(config: ModelConfig, load: Load, sizes: dict[str, int], stage: Stage | None = None) -> tuple[int, int]:
+def held(config: ModelConfig, load: Workload, sizes: dict[str, int], stage: Stage | None = None) -> tuple[int, int]:
     """Bytes of weights and of the cache on one device."""
     mesh: Any = abstract_mesh(sizes)
     stage, dims = stage or Stage(), config.dims()
@@ -124,7 +125,7 @@ def held(config: ModelConfig, load: Load, sizes: dict[str, int], stage: Stage | 
     return weights, held_bytes(cache)
 
 
-def default_mesh(config: ModelConfig, devices: int, load: Load) -> dict[str, int]:
+def default_mesh(config: ModelConfig, devices: int, load: Workload) -> dict[str, int]:
     """The cut that leaves the least on each device, which is also the least that a decode step reads.
 
     Experts are spread before they are cut, and never into parts narrower than a register; rows are spread where heads

@@ -13,7 +13,7 @@ from jax_models.programs import model_class
 from loaders.axes import FSDP, axes_of, param_cuts
 from loaders.spec import ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
-from parity.planning.meshes import Load, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
+from parity.planning.meshes import Workload, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Minimum:
 
 
 def minimum_of(
-    config: ModelConfig, program: str, load: Load, sizes: dict[str, int], stage: Stage | None = None
+    config: ModelConfig, program: str, load: Workload, sizes: dict[str, int], stage: Stage | None = None
 ) -> Minimum:
     """Of ``prefill`` or ``decode``.
 
@@ -94,7 +94,7 @@ def _is_unused(spec: ParamSpec, specs: Specs) -> bool:
     return is_table or specs.rules[spec.sources[0].tensor].is_visual
 
 
-def _cached(config: Any, program: str, load: Load, mesh: Any, stage: Stage) -> tuple[int, int]:
+def _cached(config: Any, program: str, load: Workload, mesh: Any, stage: Stage) -> tuple[int, int]:
     """Bytes of the cache that are moved, and the flops of attending to it."""
     entries = model_class(config).cache_entries(config, stage, rows=load.rows, capacity=load.context)
     cache = abstract_cache(config, load.rows, load.context, jax.numpy.dtype(load.dtype), mesh, stage)

@@ -19,12 +19,11 @@ from typing import Any
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.chips import Chip
-from parity.planning.compiling import PROGRAMS
 from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import AXES, Load, default_mesh, held, specs_for, stored_bytes
+from parity.planning.meshes import AXES, PROGRAMS, Workload, default_mesh, held, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of
 
 BF16_PASSES = 6  # of a product in float32, as JAX's precision "highest" has it, which models of that dtype run at
@@ -38,7 +37,7 @@ class Request:
     config: ModelConfig
     quant: str | None
     chip: Chip
-    load: Load
+    load: Workload
     is_exact: bool = False
 
 
@@ -164,7 +163,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
     }
 
 
-def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Load, program: str) -> dict[str, Any]:
+def judged(figures: dict[str, Any], least: Minimum, chip: Chip, load: Workload, program: str) -> dict[str, Any]:
     """Whether it fits, how it compares with the least that must move, and the roofline of both."""
     minimum = dataclasses.asdict(least) | {"bytes": least.bytes, "distinct_bytes": least.distinct_bytes}
     if figures["peak_bytes"] is None:

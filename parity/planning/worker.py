@@ -27,11 +27,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from parity.planning.chips import chip_of
     from parity.planning.compiling import measured, mesh_on
     from parity.planning.depths import Shallow
-    from parity.planning.meshes import Load
+    from parity.planning.meshes import Workload
     from parity.planning.subject import planned
 
     config = planned(request["subject"], request["quant"]).config
-    load, mesh = Load(**request["load"]), mesh_on(chip_of(request["chip"]), request["topology"], request["mesh"])
+    load, mesh = Workload(**request["load"]), mesh_on(chip_of(request["chip"]), request["topology"], request["mesh"])
     found: dict[str, Any] = {"jax": jax.__version__, "libtpu": version("libtpu")}
     for program in request["programs"]:
         found[program] = [measured(config, program, load, mesh, Shallow(depth=depth)) for depth in request["depths"]]

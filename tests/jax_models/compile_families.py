@@ -27,13 +27,13 @@ from jax_models.layers.vision import Shown
 from jax_models.programs import programs_for
 from loaders.stage import Stage
 from parity.planning.chips import chip_of
-from parity.planning.compiling import PROGRAMS, measured, mesh_on
-from parity.planning.meshes import Load
+from parity.planning.compiling import measured, mesh_on
+from parity.planning.meshes import PROGRAMS, Workload
 from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
 
 MESH = {"expert": 2, "tensor": 2}
-LOAD = Load(rows=8, context=1024, prompt=640, dtype="bfloat16")  # long enough for the kernels of attention
+LOAD = Workload(rows=8, context=1024, prompt=640, dtype="bfloat16")  # long enough for the kernels of attention
 ROWS_OF_PATCHES, PATCHES = 2, 64
 
 

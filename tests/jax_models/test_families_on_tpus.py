@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from parity.planning.compiling import PROGRAMS
 from parity.planning.environment import deep_stack
+from parity.planning.meshes import PROGRAMS
 from parity.zoo_models import ZOO, zoo_config
 
 ROOT = Path(__file__).parents[2]

@@ -17,14 +17,14 @@ from loaders.plan import specs_of
 from parity.cli import main
 from parity.planning.chips import CHIPS
 from parity.planning.depths import depths_of
-from parity.planning.meshes import Load, default_mesh, held, stored_bytes
+from parity.planning.meshes import Workload, default_mesh, held, stored_bytes
 from parity.planning.minimum import minimum_of
 from parity.planning.plan import Request, smallest
 from parity.planning.subject import planned
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 QWEN3, QWEN3_5 = str(CONFIGS / "qwen3-235b-a22b.json"), str(CONFIGS / "qwen3.5-397b-a17b.json")
-LOAD = Load(rows=8, context=8192, prompt=1024, dtype="bfloat16")
+LOAD = Workload(rows=8, context=8192, prompt=1024, dtype="bfloat16")
 MASK = 8 * 8192 + 8 * 4 + 4  # of the cache, a byte a slot, and positions and the length
 
 # published: metadata.total_size of model.safetensors.index.json, and what its headers hold

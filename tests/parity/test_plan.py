@@ -24,14 +24,14 @@ from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import Load, default_mesh, held, parse_mesh, specs_for, stored_bytes
+from parity.planning.meshes import Workload, default_mesh, held, parse_mesh, specs_for, stored_bytes
 from parity.planning.minimum import Minimum, minimum_of, seen_by_prompt
 from parity.planning.plan import Request, judged, plan, smallest
 from parity.planning.subject import planned
 from parity.zoo import make_checkpoint, zoo_config
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
-LOAD = Load(rows=8, context=2048, prompt=1024, dtype="bfloat16")
+LOAD = Workload(rows=8, context=2048, prompt=1024, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +282,9 @@ def test_weights_are_stored_in_what_files_say(tmp_path):
     own = {name: info.dtype for name, info in open_checkpoint(path).tensors.items() if info.dtype != "BF16"}
     assert set(found.stored.values()) == {"F32"}
     assert found.stored == {name: dtype for name, dtype in own.items() if not name.startswith("mtp.")}
-    load = Load(1, 64, 64, found.dtype, found.plain, found.stored)
+    load = Workload(1, 64, 64, found.dtype, found.plain, found.stored)
     extra = sum(math.prod(spec.shape) * 2 for spec in specs_for(found.config, Stage()) if spec.name in found.stored)
-    plain = Load(1, 64, 64, found.dtype, found.plain)
+    plain = Workload(1, 64, 64, found.dtype, found.plain)
     assert held(found.config, load, {})[0] == held(found.config, plain, {})[0] + extra
     assert stored_bytes(found.config, load)["F32"] == 2 * extra
     abstract = abstract_weights(found.config, None, jnp.bfloat16, stored=found.stored)

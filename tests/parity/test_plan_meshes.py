@@ -14,9 +14,8 @@ import pytest
 import jax_models
 from jax_models.weights import flatten
 from parity.cli import main
-from parity.planning.compiling import PROGRAMS
 from parity.planning.copies import copied_cache, copied_weights, uncut_rows
-from parity.planning.meshes import Load, held, mesh_shape, parse_mesh
+from parity.planning.meshes import PROGRAMS, Workload, held, mesh_shape, parse_mesh
 from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
 from parity.zoo import make_checkpoint
@@ -50,7 +49,7 @@ def placed(path: Path, mesh: str, rows: int):
 def asked(path: Path, rows: int) -> tuple:
     """Configuration and load of what ``placed`` places."""
     subject = planned(str(path), None)
-    return subject.config, Load(rows, 32, 16, subject.dtype, subject.plain, subject.stored)
+    return subject.config, Workload(rows, 32, 16, subject.dtype, subject.plain, subject.stored)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,7 +78,7 @@ def test_the_verb_compiles_for_a_mesh_with_fsdp(checkpoint, capsys):
 @pytest.mark.parametrize("config", ["qwen3-8b", "qwen3-30b-a3b"])
 def test_weights_that_fsdp_cuts_are_read_in_parts_and_multiplied_as_often(program, config):
     config = planned(str(CONFIGS / f"{config}.json"), None).config
-    load = Load(rows=8, context=2048, prompt=1024, dtype="bfloat16")
+    load = Workload(rows=8, context=2048, prompt=1024, dtype="bfloat16")
     whole, parts, rows = (minimum_of(config, program, load, sizes) for sizes in ({}, {"fsdp": 4}, {"data": 4}))
     assert parts.flops == pytest.approx(whole.flops / 4, rel=1e-3)
     assert parts.flops == pytest.approx(rows.flops, rel=1e-3)
@@ -90,7 +89,7 @@ def test_weights_that_fsdp_cuts_are_read_in_parts_and_multiplied_as_often(progra
 
 def test_rows_that_fsdp_does_not_divide_are_all_multiplied_by_every_part():
     config = planned(str(CONFIGS / "qwen3-8b.json"), None).config
-    load = Load(rows=3, context=2048, prompt=1024, dtype="bfloat16")
+    load = Workload(rows=3, context=2048, prompt=1024, dtype="bfloat16")
     whole, parts = (minimum_of(config, "decode", load, sizes) for sizes in ({}, {"fsdp": 4}))
     assert parts.cache_bytes == whole.cache_bytes
     attended = 36 * 2 * 2 * 3 * 2048 * 32 * 128

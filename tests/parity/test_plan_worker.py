@@ -16,10 +16,10 @@ ASKS = """
 import sys
 from parity.planning.chips import chip_of
 from parity.planning.depths import Depths
-from parity.planning.meshes import Load
+from parity.planning.meshes import Workload
 from parity.planning.plan import Request, _compiled
 
-load = Load(rows=1, context=8, prompt=8, dtype="bfloat16")
+load = Workload(rows=1, context=8, prompt=8, dtype="bfloat16")
 request = Request(sys.argv[1], None, None, chip_of("v5e"), load)
 _compiled(request, "2x2", {"tensor": 4}, Depths(1, 1, count=1, period=1, typical=range(1)))
 """
