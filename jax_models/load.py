@@ -1,38 +1,27 @@
-"""Checkpoint -> Model: bytes straight into host buffers, each handed to its devices once.
-
-On a mesh a buffer is the part of a parameter that a device holds, and only what lies in those is read: a process with a
-quarter of the devices reads about a quarter of the checkpoint.
-"""
+"""Checkpoint -> Model: what is asked for is checked, then everything is read, by all processes of a mesh together."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from jax_models import reading
 from jax_models.model import Model
 from jax_models.processes import check_alike, check_here, together
 from jax_models.programs import Programs, programs_for
-from jax_models.sharding import param_spec, usable_mesh
+from jax_models.sharding import usable_mesh
 from jax_models.weights import flatten
 from loaders.events import Event
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantize import activations_of, open_to_load
-from loaders.regions import Box, box_of
-from loaders.scratch import Staging
-from loaders.shards import Shards, read_shards
-from loaders.spec import Dim, ParamSpec
 from loaders.stage import Stage
-from loaders.whole import read_whole
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +69,7 @@ def load(
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
         activations = activations_of(plan.checkpoint, activation_quantization)
         computed = jnp.dtype(compute_dtype(dtype, plan))
-        plan = plan.within(host_budget_bytes, staged=not stays_on_host(mesh))
+        plan = plan.within(host_budget_bytes, staged=not reading.stays_on_host(mesh))
         return plan, programs_for(plan.checkpoint.config, plan.stage, computed, mesh, activations)
 
     plan, programs = together(mesh, prepared)
@@ -97,7 +86,7 @@ def load(
 
     def read() -> tuple[dict[str, jax.Array], LoadReport]:
         filling = Filling(plan)
-        return dict(read_params(plan, filling, mesh)), filling.finish()
+        return dict(reading.read_params(plan, filling, mesh)), filling.finish()
 
     weights, report = together(mesh, read)
     devices = {device for array in weights.values() for device in array.devices()}
@@ -115,55 +104,3 @@ def load(
         report=report,
         events=(Event("load", 1, str(checkpoint.source)),),
     )
-
-
-def stays_on_host(mesh: Mesh | None) -> bool:
-    """Whether the memory that is read into becomes the parameters: on a CPU, if it is one device."""
-    devices = jax.device_put(0).devices() if mesh is None else set(mesh.devices.flat)
-    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
-
-
-def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
-    """Read every planned parameter and place it, one after the other as they are complete. None is kept.
-
-    On CPU the buffers read into become the parameters without a copy (64-byte aligned, never written again).
-
-    Raises:
-        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
-    """
-    dims = plan.checkpoint.config.dims()
-    if mesh is not None:
-        for spec, shards in read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)):
-            yield spec.name, assembled(spec, shards, dims, mesh)
-        return
-    for spec, param in read_whole(plan, filling):
-        array = jax.device_put(param)
-        del param  # the next ones are read while the caller has this one
-        # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
-        yield spec.name, jax.device_put(array, array.sharding)
-
-
-def read_in_vain(plan: LoadPlan, mesh: Mesh | None) -> None:
-    """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
-    filling = Filling(plan)
-    if mesh is None:
-        deque(read_whole(plan, filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
-    else:
-        dims = plan.checkpoint.config.dims()
-        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
-    filling.finish()
-
-
-def boxes_of(spec: ParamSpec, *, dims: dict[str, Dim], mesh: Mesh) -> set[Box]:
-    """The parts of a parameter that this process's devices hold."""
-    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
-    indices = sharding.addressable_devices_indices_map(spec.shape).values()
-    return {box_of(index or (), spec.shape) for index in indices}
-
-
-def assembled(spec: ParamSpec, shards: Shards, dims: dict[str, Dim], mesh: Mesh) -> jax.Array:
-    """A parameter of its shards here, each put on the devices that hold it; on CPU they are its memory."""
-    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
-    indices = sharding.addressable_devices_indices_map(spec.shape)
-    arrays = [jax.device_put(shards[box_of(index or (), spec.shape)], device) for device, index in indices.items()]
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
 
+from jax_models import reading
 from jax_models.processes import check_alike, processes_of, to_host, together, told_by_all
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
@@ -54,22 +55,20 @@ def update_weights_from_disk(
             updated again. Of several processes all say so, also one that had given up nothing itself.
     """
     model.roster.check_unmerged("a reload")
-    from jax_models.load import read_in_vain, read_params, stays_on_host  # the loader builds models
-
     live = flatten(model.weights)
     dtypes = {name: from_numpy(x.dtype) for name, x in live.items()}
     given_up: list[str] = []
 
     def planned() -> LoadPlan:
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, dtypes)
-        plan = plan.within(host_budget_bytes, staged=donate or not stays_on_host(model.mesh))
+        plan = plan.within(host_budget_bytes, staged=donate or not reading.stays_on_host(model.mesh))
         if donate:
-            read_in_vain(plan, model.mesh)
+            reading.dry_run(plan, model.mesh)
         return plan
 
     def read() -> tuple[dict[str, jax.Array], LoadReport]:
         filling, placed = Filling(plan), {}
-        for name, array in read_params(plan, filling, model.mesh):
+        for name, array in reading.read_params(plan, filling, model.mesh):
             placed[name] = array
             if donate:
                 live[name].delete()

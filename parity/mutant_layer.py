@@ -13,7 +13,7 @@ from parity.mutants import Mutant, Patch
 from parity.zoo import ZOO
 
 _running: ContextVar[str | None] = ContextVar("running", default=None)  # path of the decoder layer that runs
-_WEIGHTS = "load:read_params"
+_WEIGHTS = "reading:read_params"
 
 
 class _Either:

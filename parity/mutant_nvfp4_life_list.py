@@ -111,7 +111,7 @@ def _bfloat16_beside() -> list[Patch]:
 
         return read
 
-    return [Patch("load:read_params", make)]
+    return [Patch("reading:read_params", make)]
 
 
 def _expanded(backend: str, codes: Any) -> Any:

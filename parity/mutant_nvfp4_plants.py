@@ -52,7 +52,7 @@ def loaded(edit: Edits) -> Plant:
 
         return read
 
-    return lambda: [Patch("load:read_params", make)]
+    return lambda: [Patch("reading:read_params", make)]
 
 
 def on_leaf(leaf: str, edit: Edit, part: str = "") -> Plant:

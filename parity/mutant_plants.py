@@ -84,7 +84,7 @@ def weights(edit: Callable[[dict[str, Any], Any], dict[str, Any]]) -> Callable[[
 
         return read
 
-    return lambda: [Patch("load:read_params", make)]
+    return lambda: [Patch("reading:read_params", make)]
 
 
 def each(part: str, change: Callable[[Any, Any], Any]) -> Callable[[], list[Patch]]:

@@ -1,14 +1,12 @@
-"""Checkpoint -> module: bytes straight into the memory of whole parameters."""
+"""Checkpoint -> module: what is asked for is checked, then everything is read, by all ranks of a mesh together."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,18 +17,14 @@ from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.quantization import has_nvfp4
 from loaders.quantize import activations_of, open_to_load
-from loaders.scratch import Staging
-from loaders.shards import Shards, read_shards
-from loaders.spec import ParamSpec
 from loaders.stage import Stage
-from loaders.whole import read_whole
+from torch_models import reading
 from torch_models.derived import allocate_derived
 from torch_models.layers.install import install, install_cache
 from torch_models.model import Model
 from torch_models.parallel import Parallel, check_mesh
 from torch_models.processes import check_alike, together
 from torch_models.staging import DeviceStaging
-from torch_models.storage import over_host
 from torch_models.taps import name_modules
 
 log = logging.getLogger(__name__)
@@ -99,7 +93,7 @@ def load(
 
     def read() -> LoadReport:
         with DeviceStaging(torch.device(device)) as staging:
-            for name, value in read_params(plan, filling, parallel, staging=staging if plan.staged else None):
+            for name, value in reading.read_params(plan, filling, parallel, staging=staging if plan.staged else None):
                 owner, _, leaf = name.rpartition(".")
                 param = nn.Parameter(staging.placed(value), requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, param)
@@ -140,34 +134,3 @@ def _built(
     built = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
     return model
-
-
-def read_params(
-    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staging: Staging | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every planned parameter into host memory, one after the other as they are complete. None is kept here.
-
-    Args:
-        plan: what to read.
-        filling: accounts for it.
-        parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
-        staging: as for ``read_whole``.
-    Raises:
-        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
-    """
-    if parallel is None:
-        whole = read_whole(plan, filling, staging=staging)
-        yield from map(_placed, whole)  # no loop, which would keep one while the next are read
-    else:
-        shards = read_shards(plan, filling, parallel.held.boxes, staging=staging)
-        yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
-
-
-def _placed(one: tuple[ParamSpec, np.ndarray]) -> tuple[str, torch.Tensor]:
-    spec, array = one
-    return spec.name, over_host(array)
-
-
-def _taken(parts: Shards) -> list[torch.Tensor]:
-    """The parts in their order; they are the caller's from here on."""
-    return [over_host(parts.pop(box)) for box in list(parts)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from loaders.export import TensorReader, export_checkpoint, export_together
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, plan_reload
 from loaders.quantize import open_to_load
+from torch_models import reading
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
@@ -71,18 +71,13 @@ def _reloaded(
     model: Model, uri: str | os.PathLike[str], host_budget_bytes: int | None, staging: DeviceStaging
 ) -> Model:
     """See ``update_weights_from_disk``; both readings are into the same memory."""
-    from torch_models.load import read_params  # the loader builds models
-
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
     parallel = model.parallel
 
     def tried() -> tuple[LoadPlan, LoadReport]:
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
-        trial = Filling(plan)
-        tensors = read_params(plan, trial, parallel, staging=staging)
-        deque(tensors, maxlen=0)  # a loop would keep one while it reads the next
-        return plan, trial.finish()
+        return plan, reading.dry_run(plan, parallel, staging)
 
     mesh = None if parallel is None else parallel.mesh
     plan, report = together(mesh, tried)
@@ -93,7 +88,7 @@ def _reloaded(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        values = read_params(plan, filling, parallel, staging=staging)
+        values = reading.read_params(plan, filling, parallel, staging=staging)
         _commit(model, values, [spec.name for spec in plan.specs], staging)
         filling.finish(is_again=True)
 

@@ -86,8 +86,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["lost save on one"] = error_of(lambda: jax_models.restore(work / "none" if process else work / "save", mesh))
     given = changed.update_weights_from_disk(first, donate=True)
     found["donated"] = given.digests() == found["digests"]
-    loading = importlib.import_module("jax_models.load")
-    with patch.object(loading, "read_params", reads_nothing if process else loading.read_params):
+    reading = importlib.import_module("jax_models.reading")
+    with patch.object(reading, "read_params", reads_nothing if process else reading.read_params):
         found["donated in vain"] = error_of(lambda: given.update_weights_from_disk(second, donate=True))
     found["in vain"] = error_of(lambda: given(**inputs))
     found["updated again"] = given.update_weights_from_disk(second).digests() == found["changed digests"]

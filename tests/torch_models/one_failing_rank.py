@@ -32,8 +32,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["bad input"] = error_of(lambda: model(ids + 10**6)), error_of(lambda: model.generate(ids, max_new_tokens=-1))
     found["still in step"] = model(ids).numpy().tobytes() == logits.tobytes()
 
-    loading, calls = importlib.import_module("torch_models.load"), []
-    plain = loading.read_params
+    reading, calls = importlib.import_module("torch_models.reading"), []
+    plain = reading.read_params
 
     def reads_once(plan: Any, *args: Any, **options: Any) -> Any:
         calls.append(plan)
@@ -41,7 +41,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
             raise CheckpointError(plan.checkpoint.source, ["the disk is gone"])
         return plain(plan, *args, **options)
 
-    with patch.object(loading, "read_params", reads_once):
+    with patch.object(reading, "read_params", reads_once):
         found["half an update"] = error_of(lambda: model.update_weights_from_disk(second))
     found["of two versions"] = error_of(lambda: model(ids))
     model.update_weights_from_disk(first)

@@ -1,0 +1,75 @@
+"""Parameters of a plan, read into host buffers, each handed to its devices once.
+
+On a mesh a buffer is the part of a parameter that a device holds, and only what lies in those is read: a process with a
+quarter of the devices reads about a quarter of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jax_models.sharding import param_spec
+from loaders.filling import Filling
+from loaders.plan import LoadPlan
+from loaders.regions import Box, box_of
+from loaders.scratch import Staging
+from loaders.shards import Shards, read_shards
+from loaders.spec import Dim, ParamSpec
+from loaders.whole import read_whole
+
+
+def stays_on_host(mesh: Mesh | None) -> bool:
+    """Whether the memory that is read into becomes the parameters: on a CPU, if it is one device."""
+    devices = jax.device_put(0).devices() if mesh is None else set(mesh.devices.flat)
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
+
+
+def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
+    """Read every planned parameter and place it, one after the other as they are complete. None is kept.
+
+    On CPU the buffers read into become the parameters without a copy (64-byte aligned, never written again).
+
+    Raises:
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
+    """
+    dims = plan.checkpoint.config.dims()
+    if mesh is not None:
+        for spec, shards in read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)):
+            yield spec.name, assembled(spec, shards, dims, mesh)
+        return
+    for spec, param in read_whole(plan, filling):
+        array = jax.device_put(param)
+        del param  # the next ones are read while the caller has this one
+        # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
+        yield spec.name, jax.device_put(array, array.sharding)
+
+
+def dry_run(plan: LoadPlan, mesh: Mesh | None) -> None:
+    """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
+    filling = Filling(plan)
+    if mesh is None:
+        deque(read_whole(plan, filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
+    else:
+        dims = plan.checkpoint.config.dims()
+        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
+    filling.finish()
+
+
+def boxes_of(spec: ParamSpec, *, dims: dict[str, Dim], mesh: Mesh) -> set[Box]:
+    """The parts of a parameter that this process's devices hold."""
+    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
+    indices = sharding.addressable_devices_indices_map(spec.shape).values()
+    return {box_of(index or (), spec.shape) for index in indices}
+
+
+def assembled(spec: ParamSpec, shards: Shards, dims: dict[str, Dim], mesh: Mesh) -> jax.Array:
+    """A parameter of its shards here, each put on the devices that hold it; on CPU they are its memory."""
+    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
+    indices = sharding.addressable_devices_indices_map(spec.shape)
+    arrays = [jax.device_put(shards[box_of(index or (), spec.shape)], device) for device, index in indices.items()]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)

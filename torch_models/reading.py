@@ -1,0 +1,56 @@
+"""Parameters of a plan, read straight into the memory of whole ones, or of what a rank of a mesh holds of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from loaders.filling import Filling
+from loaders.plan import LoadPlan, LoadReport
+from loaders.scratch import Staging
+from loaders.shards import Shards, read_shards
+from loaders.spec import ParamSpec
+from loaders.whole import read_whole
+from torch_models.parallel import Parallel
+from torch_models.storage import over_host
+
+
+def read_params(
+    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staging: Staging | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read every planned parameter into host memory, one after the other as they are complete. None is kept here.
+
+    Args:
+        plan: what to read.
+        filling: accounts for it.
+        parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
+        staging: as for ``read_whole``.
+    Raises:
+        CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
+    """
+    if parallel is None:
+        whole = read_whole(plan, filling, staging=staging)
+        yield from map(_placed, whole)  # no loop, which would keep one while the next are read
+    else:
+        shards = read_shards(plan, filling, parallel.held.boxes, staging=staging)
+        yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
+
+
+def dry_run(plan: LoadPlan, parallel: Parallel | None, staging: Staging) -> LoadReport:
+    """Read everything that ``read_params`` would: whatever is wrong with it is raised."""
+    filling = Filling(plan)
+    deque(read_params(plan, filling, parallel, staging=staging), maxlen=0)  # a loop would keep one while it reads on
+    return filling.finish()
+
+
+def _placed(one: tuple[ParamSpec, np.ndarray]) -> tuple[str, torch.Tensor]:
+    spec, array = one
+    return spec.name, over_host(array)
+
+
+def _taken(parts: Shards) -> list[torch.Tensor]:
+    """The parts in their order; they are the caller's from here on."""
+    return [over_host(parts.pop(box)) for box in list(parts)]
