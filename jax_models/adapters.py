@@ -21,7 +21,8 @@ from jax_models.processes import check_alike, processes_of, to_host, together
 from jax_models.weights import flatten
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter, open_on_all
-from loaders.merging import merge_problems, merged_weights
+from loaders.errors import CheckpointError
+from loaders.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
 from loaders.roster import Roster, check_name
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     """
     _check(model, f"attach {name!r}", lambda: check_name(name), "another adapter")
     adapter = _opened(model, uri)
+    if problems := whole_overflows(adapter, model.config, _stored(model)):
+        raise CheckpointError(uri, problems)
     roster = model.roster.having(adapter, name, model.version + 1)
     return _with(model, roster, "attach", f"{name}: {adapter.source}")
 
@@ -72,6 +75,8 @@ def merge_lora(model: Model, name: str) -> Model:
     _check(model, f"merge {name!r}", check, "another one")
     adapter = model.roster[name].adapter
     flat = flatten(model.weights)
+    if problems := merge_overflows(adapter, _stored(model), lambda param: to_host(flat[param])):
+        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     made = merged_weights(adapter, lambda param: to_host(flat[param]))
     changes = {param: make for param, make in made.items() if param in flat}
     originals = {param: flat[param] for param in changes}
@@ -91,6 +96,10 @@ def unmerge_lora(model: Model) -> Model:
     weights = traverse_util.unflatten_dict(flatten(model.weights) | model.unmerged, sep=".")
     restored = model.published(weights, "unmerge", name)
     return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})
+
+
+def _stored(model: Model) -> dict[str, np.dtype]:
+    return {name: array.dtype for name, array in flatten(model.weights).items()}
 
 
 def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:

@@ -10,6 +10,8 @@ _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.(?:(?P<half>lora_[AB])\.weight|(?P<table>lora_embedding_[AB]))"
 )
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)\.")  # the base's own, in a wrapper of PEFT's
+COPY = ".modules_to_save."  # of the other one, which PEFT writes a second time with tables (``save_embedding_layers``)
 # where text models stand in transformers' classes; a multimodal one's adapters fit its text model and the other way
 _TEXT_PATHS = ("model.language_model", "model")
 
@@ -57,7 +59,7 @@ def parse_key(name: str, text_paths: Sequence[str]) -> Key | None:
     elif "lora_" in name:
         return None
     else:
-        half, path, level = "", name.replace(".base_layer.", "."), name.count(".base_layer.")
+        half, path, level = "", _WRAPPED.sub(".", name), len(_WRAPPED.findall(name))
     for spelled in dict.fromkeys((*text_paths, *_TEXT_PATHS)):
         if path.startswith(f"{spelled}.") and not path.startswith(f"{spelled}.language_model."):
             return Key(Nested(text_paths[0] + path[len(spelled) :], level), half, spelled)

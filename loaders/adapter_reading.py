@@ -8,11 +8,12 @@ import numpy as np
 
 from loaders.adapter_config import AdapterConfig
 from loaders.adapter_files import AdapterFiles
-from loaders.adapter_keys import Key, Nested, module_in, parse_key
+from loaders.adapter_keys import COPY, Key, Nested, module_in, parse_key
 from loaders.adapter_names import name_problems, tower_problem, whole_problems
 from loaders.adapter_sites import Site, sites_of
 from loaders.adapter_updates import Adapter, LowRank
 from loaders.digest import root_digest, tensor_digest
+from loaders.memory import bits
 from loaders.plan import FLOATS, specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
@@ -58,6 +59,7 @@ class Reading:
     def adapter(self) -> tuple[Adapter, list[str]]:
         """What was read, and everything that is wrong with it."""
         low_rank = {path: update for path, site in self.sites.low_rank.items() if (update := self._low_rank(site))}
+        self._repeated()
         whole = self._whole()
         left_out = self._left_out()
         self.problems += tower_problem(self.sites.tower, [module for module in self.of_tower.values() if module])
@@ -210,6 +212,20 @@ class Reading:
                 found[tensor] = value
         return found
 
+    def _repeated(self) -> None:
+        """Tensors of ``modules_to_save`` that are there by another name, too."""
+        for name in [name for name in self.files.tensors if COPY in name]:
+            first = name.replace(COPY, ".")
+            if first not in self.files.tensors:
+                continue  # nothing explains it
+            self.taken.add(name)
+            ours, theirs = self.files.tensors[first], self.files.tensors[name]
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not np.array_equal(
+                bits(self.files.read(first)), bits(self.files.read(name))
+            ):
+                self.problems.append(f"tensor {name!r} differs from {first!r}, and both are of one module to save")
+            del self.keys[name]
+
     def _left_out(self) -> tuple[str, ...]:
         """The base's own tensors, written beside an update."""
         found = []
@@ -246,7 +262,7 @@ class Reading:
         self.problems += [
             f"tensor {name!r} is unexpected: it is no name that PEFT gives"
             for name in self.files.tensors
-            if name not in self.keys and not self.of_tower.get(name)
+            if name not in self.keys and name not in self.taken and not self.of_tower.get(name)
         ]
         for name, key in self.keys.items():
             if name in self.taken:

@@ -12,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from loaders.multimodal import VisionInputs
 
+MOST_TOKENS = 2**31 - 1  # positions are int32
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
@@ -145,7 +147,7 @@ def check_sampling(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int, draft_tokens: int = 1
 ) -> None:
     """Raises ValueError listing every generation option that is of another kind or out of range."""
-    problems = _whole("max_new_tokens", max_new_tokens, 1) + _whole("draft_tokens", draft_tokens, 1)
+    problems = _whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS) + _whole("draft_tokens", draft_tokens, 1)
     warmth, share = _number(temperature), None if top_p is None else _number(top_p)
     if warmth is None or (warmth != 0 and not 1e-5 <= warmth < float("inf")):
         problems.append(f"temperature={temperature!r}, expected 0, or 1e-5 and more")
@@ -159,15 +161,15 @@ def check_sampling(
 
 def check_room(max_new_tokens: int) -> None:
     """Raises ValueError if it is no number of tokens to make room for."""
-    if problems := _whole("max_new_tokens", max_new_tokens, 0):
+    if problems := _whole("max_new_tokens", max_new_tokens, 0, MOST_TOKENS):
         raise ValueError(problems[0])
 
 
 def _whole(name: str, value: object, least: int, most: float = float("inf")) -> list[str]:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= operator.index(value) <= most:
         return []
-    bounds = f"at least {least}" if most == float("inf") else f"{least} to {most}"
-    return [f"{name}={value!r}, expected an integer, {bounds}"]
+    bounds = "" if most == float("inf") else f", at most {most}"
+    return [f"{name}={value!r}, expected an integer, at least {least}{bounds}"]
 
 
 def _number(value: Any) -> float | None:

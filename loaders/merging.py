@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 
-from loaders.adapter_sites import HEAD
+from loaders.adapter_sites import HEAD, sites_of
 from loaders.adapter_updates import Adapter, LowRank
 from loaders.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[str], np.ndarray]  # a parameter as it is stored, by name
 _ROWS = 8192  # merged at once
@@ -59,6 +63,56 @@ def merge_problems(adapter: Adapter, config: ModelConfig) -> list[str]:
     if config.tie_word_embeddings and tables & {*adapter.low_rank, *adapter.whole}:
         problems.append("embedding and head are one table, and it adapts one side of it")
     return problems
+
+
+def whole_overflows(adapter: Adapter, config: ModelConfig, stored: Mapping[str, np.dtype]) -> list[str]:
+    """Tensors of ``modules_to_save`` beyond the range of those they replace, in whose dtype they are held.
+
+    Args:
+        adapter: to be attached.
+        config: of the model.
+        stored: parameters that are here -> their dtype.
+    """
+    sites, problems = sites_of(config), []
+    for name, value in adapter.whole.items():
+        dtype = stored.get(sites.parameter(name).name)
+        if dtype is None or dtype.itemsize == 1 or not value.size:  # a quantised layer's copy is not quantised
+            continue
+        most = max(float(value.max()), -float(value.min()))
+        if dtype.itemsize < value.dtype.itemsize:
+            log.warning("adapter: %r is held in %s, as the model's own is, and not in %s", name, dtype, value.dtype)
+        if not _is_finite(np.float32(most), dtype):
+            problems.append(
+                f"tensor {name!r} has numbers up to {most:g}, more than {dtype} holds, in which the model has it"
+            )
+    return problems
+
+
+def merge_overflows(adapter: Adapter, stored: Mapping[str, np.dtype], read_base: Read) -> list[str]:
+    """Parameters that would not be finite once the adapter is merged; of those that are here.
+
+    Only where an update is so large that it might be is it computed.
+    """
+    problems = []
+    for update in adapter.low_rank.values():
+        name = update.site.parameter
+        if (dtype := stored.get(name)) is None or not update.a.size:
+            continue
+        most = abs(update.scaling) * update.rank * float(np.abs(update.a).max()) * float(np.abs(update.b).max())
+        limits = ml_dtypes.finfo(dtype)
+        if most < float(limits.max) * float(limits.eps) / 4:  # less than half of the last step to the largest number
+            continue
+        base = read_base(name)
+        with np.errstate(over="ignore"):
+            after = merged(base, update)
+        if (np.isfinite(base) & ~np.isfinite(after)).any():
+            problems.append(f"{name!r} would have numbers that {dtype} does not hold")
+    return problems
+
+
+def _is_finite(number: np.floating, dtype: np.dtype) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(number.astype(dtype)))
 
 
 def merged_weights(adapter: Adapter, read_base: Read) -> Mapping[str, Callable[[], np.ndarray]]:

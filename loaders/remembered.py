@@ -43,6 +43,9 @@ class RememberedSource:
     def absolute(self) -> str:
         return self.address
 
+    def __fspath__(self) -> str:
+        return self.absolute
+
     @cached_property
     def _there(self) -> Source:
         return open_source(self.address)

@@ -116,8 +116,8 @@ def _open_torch(device: str) -> Framework:
 
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=place).cpu()  # "meta" has no memory to bring anything from
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceNotFound(f"torch has no device {device!r}: {str(error).splitlines()[0]}") from error
     called = torch.cuda.get_device_name(place) if place.type == "cuda" else device
     return Framework("torch", torch_models, called, place)

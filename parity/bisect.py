@@ -21,6 +21,7 @@ from loaders import Checkpoint
 from loaders.adapter_updates import Adapter
 from parity.backend import HEAD, Tapped
 from parity.bisection import Bisection, Step
+from parity.errors import NotComparable
 from parity.local import Judge, distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
@@ -115,12 +116,15 @@ def bisect(
             may hide what is wrong of a part of it among its own rounding.
         crossed: also feed each layer of one model what the other computed before it.
     Raises:
-        ValueError: neither inputs nor a checkpoint, a layer that is none, or models that cannot be compared.
+        ValueError: neither inputs nor a checkpoint, a layer that is none, or models that cannot be compared; of inputs
+            without a real token ``parity.errors.NotComparable``.
     """
     if inputs is None:
         if checkpoint is None:
             raise ValueError("bisect needs inputs, or a checkpoint to make some for")
         inputs = default_inputs(checkpoint)
+    if (mask := inputs.get("attention_mask")) is not None and not np.any(mask):
+        raise NotComparable("attention_mask is 0 everywhere: no position carries a meaning. Give tokens that are real.")
     if a.dtype != b.dtype:
         raise ValueError(f"{a.name} computes in {a.dtype} and {b.name} in {b.dtype}: load both with one dtype")
     notes: list[str] = []

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from parity.errors import DeviceNotFound
+from parity.commands.options import check_outputs
+from parity.errors import DeviceNotFound, NotComparable
 
 # verb, module, one line of help. A module has add_arguments(parser) and run(args) -> exit code; it imports what is
 # heavy inside run, so that a verb costs only what it uses.
@@ -28,12 +32,18 @@ VERBS: tuple[tuple[str, str, str], ...] = (
 )
 
 EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"
-BAD_INPUT, NO_DEVICE = 2, 5
+BAD_INPUT, NOT_COMPARABLE, NO_DEVICE = 2, 3, 5
+# in what frameworks raise where there is not enough of it, each in an exception of its own
+_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|RESOURCE_EXHAUSTED", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # the terminal's encoding may lack letters of a path
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     parser = build_parser(given)
     if not given:
         parser.print_help()
@@ -43,13 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help that was asked for
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
+        check_outputs(args)
         return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"tandem {args.verb}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except DeviceNotFound as error:
-        print(f"tandem {args.verb}: {error}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
+        return _told(args.verb, error)
+
+
+def _told(verb: str, error: Exception) -> int:
+    """Say what went wrong, with a traceback if nobody expected it, and return the code for it."""
+    text, is_expected = str(error), isinstance(error, ValueError | OSError | DeviceNotFound)
+    if isinstance(error, MemoryError) or (not is_expected and _MEMORY.search(text)):
+        text = f"there is not enough memory. {text.partition(chr(10))[0]}"
+    elif not is_expected:
+        traceback.print_exc()
+    print(f"tandem {verb}: {text}", file=sys.stderr)
+    if isinstance(error, DeviceNotFound):
         return NO_DEVICE
+    return NOT_COMPARABLE if isinstance(error, NotComparable) else BAD_INPUT
 
 
 def build_parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -59,6 +59,10 @@ def read_prompt(
     if images and pad in (None, tokenizer.unk_token):
         raise ValueError(f"the tokenizer does not know image_token_id={tower and tower.image_token_id} of config.json")
     token_ids = tokenizer(_spelled(tokenizer, config, text, pad, len(images)), add_special_tokens=False)["input_ids"]
+    if not token_ids:
+        raise ValueError(
+            f"the prompt is no token at all. Is there a tokenizer in {os.fspath(directory)}, and any text?"
+        )
     if not images or tower is None:
         return Prompt({"input_ids": np.array([token_ids], np.int64)}, tokenizer)
     if (held := token_ids.count(tower.image_token_id)) != len(images):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from parity import trace_layout
 from parity.trace_layout import SCHEMA
@@ -60,20 +61,27 @@ class Trace:
         return np.ones(self.shape, bool) if given is None else given.astype(bool)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace, all of it or nothing, and return where.
+        """Write the trace, all of it or nothing, and return where. A link is followed; a pipe or a device written to.
 
         Raises:
             ValueError: it is not a trace; lists everything wrong.
+            OSError: it cannot be written.
         """
         path = Path(path)
         _raise_if(path, trace_layout.find_problems(self.tensors, self.meta))
         document = json.dumps(self.meta, sort_keys=True, allow_nan=False)
         # safetensors writes the buffer as it lies in memory, so a transposed view has to be laid out first.
         tensors = {name: np.asarray(array, order="C") for name, array in self.tensors.items()}
-        partial = path.with_name(path.name + ".partial")
+        where, metadata = Path(os.path.realpath(path)), {DOCUMENT: document}
+        if where.exists() and not where.is_file():  # it is not to be replaced by a file
+            where.write_bytes(save(tensors, metadata))
+            return path
+        partial = where.with_name(f".{secrets.token_hex(8)}.partial")
         try:
-            save_file(tensors, partial, metadata={DOCUMENT: document})
-            partial.replace(path)
+            save_file(tensors, partial, metadata)
+            partial.replace(where)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return path

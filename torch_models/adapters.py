@@ -18,8 +18,10 @@ import torch
 
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter, open_on_all
+from loaders.dtypes import to_numpy
+from loaders.errors import CheckpointError
 from loaders.events import Event
-from loaders.merging import merge_problems, merged_weights
+from loaders.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
 from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
 from torch_models.adapter_room import Changes, Room, write
@@ -27,7 +29,7 @@ from torch_models.layers.lora import active_rows
 from torch_models.parallel import on_host
 from torch_models.processes import check_alike, together
 from torch_models.sleep import check_awake
-from torch_models.storage import of_host
+from torch_models.storage import NAMES, of_host
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,6 +59,8 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     check_name(name)
     model.roster.check_unmerged("another adapter")
     adapter = _opened(model, uri)
+    if problems := whole_overflows(adapter, model.config, _stored(model)):
+        raise CheckpointError(uri, problems)
     _become(model, model.roster.having(adapter, name, model.version + 1))
     model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}"))
     return model
@@ -96,6 +100,10 @@ def merge_lora(model: Model, name: str) -> Model:
     model.roster.check_unmerged("another one")
     adapter = model.roster[name].adapter
     if problems := merge_problems(adapter, model.config):
+        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
+    with model.in_company():
+        problems = merge_overflows(adapter, _stored(model), lambda param: _read(model, param))
+    if problems:
         raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     held, made = life.parameters(model), merged_weights(adapter, lambda param: _read(model, param))
     changes = {param: make for param, make in made.items() if param in held}
@@ -192,6 +200,10 @@ def _undo(model: Model, before: Changes, error: BaseException) -> None:
         model.adapter_changes += 1
         model.publish(Event("detach", model.version + 1, f"lost: {lost}"))
         raise RuntimeError(f"{error} Nor could adapters be brought back: {again} Attach {lost} again.") from error
+
+
+def _stored(model: Model) -> dict[str, np.dtype]:
+    return {name: to_numpy(NAMES[param.dtype]) for name, param in life.parameters(model).items()}
 
 
 def _check_alike(model: Model, asked: str) -> None:

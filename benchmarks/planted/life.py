@@ -86,7 +86,7 @@ BUGS = (
     ),
     *bugs("torch", "weights._reloaded",
         ("rl notrial", "qwen3", None,
-         "deque(tensors, maxlen=0)", "deque(trial.receive(iter([])), maxlen=0)"),
+         "reading.dry_run(plan, parallel, staging)", "plan.report()"),
         event="lifecycle",
     ),
     *bugs("torch", "swap.set_embed_and_head",

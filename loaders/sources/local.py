@@ -53,6 +53,9 @@ class LocalDirectory:
     def absolute(self) -> str:
         return self._address(self.path)
 
+    def __fspath__(self) -> str:
+        return self.absolute
+
     def _address(self, path: Path) -> str:
         return f"{self.scheme}://{path}" if self.scheme else str(path)
 

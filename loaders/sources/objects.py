@@ -103,6 +103,9 @@ class ObjectPrefix(ABC):
     def absolute(self) -> str:
         return str(self)
 
+    def __fspath__(self) -> str:
+        return self.absolute
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 

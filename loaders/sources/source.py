@@ -108,6 +108,10 @@ class Source(Protocol):
         """The address it is found by from any directory."""
         ...
 
+    def __fspath__(self) -> str:
+        """The same: whatever takes an address takes a source."""
+        ...
+
     @property
     def gap_bytes(self) -> int:
         """So many bytes between two stretches are read sooner than a second stretch is asked for."""

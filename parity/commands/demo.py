@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity.commands.options import output_file
+
 if TYPE_CHECKING:
     from parity.comparison import Comparison
     from parity.events import EventResult
 
+REPORT = Path("demo-report/index.html")
 NVFP4 = "qwen3 nvfp4"
 MODELS = {"qwen3-moe": "Qwen3-MoE", "qwen3": "Qwen3 dense", "qwen3_5": "Qwen3.5", NVFP4: "Qwen3 NVFP4"}
 # compiling takes most of the time, and grows with the layers
@@ -25,7 +28,7 @@ FILE_BYTES = 50_000  # small enough that each checkpoint has several files and a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("demo-report/index.html"))
+    parser.add_argument("-o", "--output", metavar="FILE", type=output_file, help=f"report; default: {REPORT}, made new")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
     from parity.export_results import overall
     from parity.report import render_html
 
+    output = args.output or REPORT
+    if args.output is None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output_file(str(output))
     start = time.perf_counter()
     comparisons: list[tuple[str, Comparison]] = []
     events: list[EventResult] = []
@@ -46,14 +53,13 @@ def run(args: argparse.Namespace) -> int:
     for what, comparison in comparisons:
         print(f"{what}\n  {comparison.verdict}: {comparison.summary}\n")
     seconds = time.perf_counter() - start
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"models": ", ".join(MODELS.values()), "events": str(len(events)), "seconds": f"{seconds:.0f}"}
     page = render_html(
         "One checkpoint, two backends, live weights", comparisons=comparisons, events=events, facts=facts
     )
-    args.output.write_text(page, encoding="utf-8")
+    output.write_text(page, encoding="utf-8")
     verdict = overall(comparisons, events)
-    print(f"{verdict} in {seconds:.0f} s. Report: {args.output}")
+    print(f"{verdict} in {seconds:.0f} s. Report: {output}")
     return 0 if verdict == "PASS" else 1
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from parity.commands.options import add_backend
 
+BASE = "none"  # of --row-adapter
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address")
@@ -59,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     model = backend.load(args.checkpoint, dtype=args.dtype, mtp=args.draft)
     for given in args.adapter:
         name, _, directory = given.rpartition("=")
+        if name == BASE:
+            raise ValueError(f"--adapter {given}: {BASE!r} is the base alone in --row-adapter. Name it otherwise.")
         with backend.scope():
             model = model.attach_lora(directory, name or "default")
-    names = args.row_adapter and [None if name == "none" else name for name in args.row_adapter]
+    names = args.row_adapter and [None if name == BASE else name for name in args.row_adapter]
     draft = model.draft if args.draft else None
     speculation = {"draft": draft} if args.draft_tokens is None else {"draft": draft, "draft_tokens": args.draft_tokens}
     with backend.scope():
@@ -102,7 +106,10 @@ def _rows(prompt_ids: list[str]) -> dict[str, Any]:
     """Rows of token ids, padded on the left."""
     import numpy as np
 
-    rows = [[int(token) for token in row.split(",")] for row in prompt_ids]
+    rows = [row.split(",") for row in prompt_ids]
+    if wrong := [token for row in rows for token in row if not token.strip().isdecimal()]:
+        raise ValueError(f"--prompt-ids has {wrong[0]!r}, expected token ids with commas between them: 1,2,3")
+    rows = [list(map(int, row)) for row in rows]
     longest = max(map(len, rows))
     ids = np.array([[0] * (longest - len(row)) + row for row in rows])
     mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -27,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from parity import mutants
 
+    if unknown := sorted(set(args.only or ()) - mutants.all_mutants().keys()):
+        raise ValueError(f"no mutant is called {', '.join(unknown)}; `tandem mutate --list` says which there are")
     if args.list:
         for mutant in mutants.all_mutants().values():
-            if args.kind in (None, mutant.kind):
+            if args.kind in (None, mutant.kind) and mutant.name in (args.only or [mutant.name]):
                 print(f"{mutant.name:34} {mutant.kind:10} {mutant.source:12} {mutant.says}")
         return 0
     if args.profiles:

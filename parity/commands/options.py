@@ -53,12 +53,39 @@ def add_probes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def output_file(text: str) -> Path:
+class OutputFile(type(Path())):
+    """A file that is going to be written."""
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """See that nothing is written over what is read, or twice over the same.
+
+    Raises:
+        ValueError: it would be.
+    """
+    given = [one for value in vars(args).values() for one in (value if isinstance(value, list) else [value])]
+    outputs = [one for one in given if isinstance(one, OutputFile)]
+    places = [os.path.realpath(one) for one in outputs]
+    read = {
+        os.path.realpath(one): one for one in given if isinstance(one, str | Path) and not isinstance(one, OutputFile)
+    }
+    for output, place in zip(outputs, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{output} is to be written twice. Name different files.")
+        if not os.path.isfile(place):
+            continue
+        is_part = place.endswith((".safetensors", "config.json", ".index.json", "tokenizer.json"))  # of a checkpoint
+        for over in (place, os.path.dirname(place)) if is_part else (place,):
+            if over in read:
+                raise ValueError(f"{output} is read, as {read[over]} is, and would be written over. Name another file.")
+
+
+def output_file(text: str) -> OutputFile:
     """A file to write, of an option: what is wrong with it is said before anything runs.
 
     Nothing is made or opened: it may be a pipe.
     """
-    path = Path(text)
+    path = OutputFile(text)
     if ":/" in text:  # else `compare` would import the loaders for it
         from loaders.writer import local_path
 
@@ -66,7 +93,11 @@ def output_file(text: str) -> Path:
             local_path(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
-    where = Path(os.path.realpath(path))
+    try:
+        where = Path(os.path.realpath(path))
+        where.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or none
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {getattr(error, 'strerror', None) or error}") from error
     if where.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a directory, expected a file")
     if not where.exists() and not where.parent.is_dir():

@@ -7,6 +7,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import torch_models
 from loaders import CheckpointError, open_checkpoint
@@ -143,3 +144,67 @@ def test_a_merge_that_was_undone_half_way_ends_with_a_reload(made, half_unmerged
     assert torch.equal(model(**given, adapter=[None] * 2), before)
     with pytest.raises(ValueError, match="no adapter is merged"):
         model.unmerge_lora()
+
+
+def scaled(adapter, part, by):
+    """The adapter, with the tensors in whose names is ``part`` so much larger."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value * (by if part in name else 1) for name, value in load_file(file).items()}, file)
+    return adapter
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_what_the_models_dtype_cannot_hold_is_refused_and_not_made_infinite(made, tmp_path, side, dtype):
+    """A tensor brought whole is held as the model's own is; an update that is attached is float32 and may be any."""
+    path = made("qwen3", dtype=dtype)
+    model = load(side, path, dtype="float32")
+    before, given = model.digests(), batch(path)
+    whole = scaled(make_adapter(path, tmp_path / "whole", whole=("norm",)), "model.norm", 1e5)
+    large = scaled(make_adapter(path, tmp_path / "large", targets=("lm_head",)), "lora_B", 3e5)
+    if dtype == "F16":
+        with pytest.raises(CheckpointError, match=r"'model.norm.weight' has numbers up to .*, more than float16 holds"):
+            model.attach_lora(whole)
+    else:
+        assert np.isfinite(np.asarray(load(side, path, dtype="float32").attach_lora(whole)(**given))).all()
+    adapted = model.attach_lora(large)
+    assert np.isfinite(np.asarray(adapted(**given))).all()
+    if dtype == "F16":
+        with pytest.raises(ValueError, match="'lm_head.weight' would have numbers that float16 does not hold"):
+            adapted.merge_lora("default")
+        assert adapted.digests() == before
+        adapted = adapted.detach_lora("default").attach_lora(make_adapter(path, tmp_path / "usual"))
+    merged = adapted.merge_lora("default")
+    assert np.isfinite(np.asarray(merged(**given))).all()
+    assert merged.digests() != before
+
+
+@pytest.fixture(params=["qwen3", "qwen3-tied"])
+def with_tables(request, made, tmp_path):
+    """A checkpoint, an adapter of PEFT's that has both tables whole and writes them three times, and its logits."""
+    path = made(request.param)
+    peft = importlib.import_module("peft")
+    base = importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(TABLES)))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    ids = batch(path)["input_ids"]
+    return path, tmp_path / "adapter", ids, adapted.eval()(torch.from_numpy(ids)).logits.detach().numpy()
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+@pytest.mark.parametrize("side", BACKENDS)
+def test_tables_that_peft_writes_three_times_are_those_it_reads(side, with_tables):
+    path, adapter, ids, expected = with_tables
+    names = load_file(adapter / "adapter_model.safetensors")
+    assert sum("modules_to_save" in name for name in names) == sum("original_module" in name for name in names) == 2
+    found = np.asarray(load(side, path, dtype="float32").attach_lora(adapter)(ids))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    for part, said in (("lm_head.modules_to_save", "both are of one module"), ("original_module", "of another base")):
+        wrong = scaled(adapter, part, 2)
+        with pytest.raises(CheckpointError, match=said):
+            load(side, path).attach_lora(wrong)
+        scaled(adapter, part, 0.5)

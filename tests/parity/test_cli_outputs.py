@@ -1,0 +1,122 @@
+"""What the command writes to, and the exit codes of what goes wrong there or was never foreseen."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from parity import backends
+from parity.cli import main
+from parity.trace import Trace
+from parity.zoo import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("outputs") / "it", num_hidden_layers=1)
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A directory of its own, with the checkpoint at ``it``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it").symlink_to(made)
+    return tmp_path
+
+
+RECORD = ["record", "it", "--backend", "torch", "-o"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(here):
+    os.mkfifo(here / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((here / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    assert main([*RECORD, "pipe"]) == 0
+    reader.join(20)
+    assert (here / "pipe").is_fifo()
+    (here / "file").write_bytes(found[0])
+    assert Trace.load(here / "file").backend == "torch"
+
+
+def test_a_link_is_followed_and_nobodys_file_is_lost(here):
+    (here / "target").touch()
+    (here / "link").symlink_to("target")
+    (here / "link.partial").write_text("mine")
+    assert main([*RECORD, "link"]) == 0
+    assert (here / "link").is_symlink()
+    assert Trace.load(here / "target").backend == "torch"
+    assert (here / "link.partial").read_text() == "mine"
+    assert {path.name for path in here.iterdir()} == {"it", "link", "link.partial", "target"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*RECORD, "it/model.safetensors"], "it/model.safetensors is read, as it is"),
+        (["compare", "a", "b", "--html", "a"], "a is read"),
+        (["compare", "a", "b", "--json", "./b"], "b is read"),
+        (["compare", "a", "b", "--json", "c", "--junit", "c"], "c is to be written twice"),
+        ([*RECORD, "x" * 300], "File name too long"),
+        (["weights", "it", "it", "--json", "x" * 300], "File name too long"),
+        (["demo", "-o", "."], "is a directory, expected a file"),
+        (["demo", "-o", "none/page.html"], "make it first"),
+        (["mutate", "--list", "--only", "zzz"], "no mutant is called zzz"),
+        (["generate", "it", "--prompt-ids", ""], "expected token ids"),
+        (["generate", "it", "--prompt-ids", "1", "--adapter", "none=x"], "is the base alone"),
+        (["generate", "it", "--prompt-ids", "1", "--max-new-tokens", "9" * 20], "at most 2147483647"),
+    ],
+)
+def test_what_would_write_over_what_is_read_or_means_nothing_is_refused(here, arguments, words, capsys):
+    for name in "ab":
+        (here / name).write_bytes(b"mine")
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert [(here / name).read_bytes() for name in "ab"] == [b"mine", b"mine"]
+    assert {path.name for path in here.iterdir()} == {"it", "a", "b"}
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(here, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        assert main([*RECORD, "large"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "large cannot be written" in capsys.readouterr().err
+    assert {path.name for path in here.iterdir()} == {"it"}
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_more_than_memory_holds_is_a_sentence(here, backend, capsys):
+    assert main(["generate", "it", "--backend", backend, "--prompt-ids", "1", "--max-new-tokens", "2000000000"]) == 2
+    said = capsys.readouterr().err
+    assert "there is not enough memory" in said
+    assert "Traceback" not in said
+
+
+def test_a_device_that_holds_nothing_is_none(here, capsys):
+    assert main(["generate", "it", "--backend", "torch", "--device", "meta", "--prompt-ids", "1"]) == 5
+    assert "torch has no device 'meta'" in capsys.readouterr().err
+
+
+def test_tokens_that_are_all_padding_cannot_be_compared(here, capsys):
+    ids = np.array([[1, 2, 3]])
+    save_file({"input_ids": ids, "attention_mask": 0 * ids}, here / "padding")
+    assert main(["bisect", "it", "--a", "torch", "--b", "torch", "--inputs", "padding"]) == 3
+    assert main(["run", "it", "--a", "torch", "--b", "torch", "--inputs", "padding", "-q"]) == 3
+    assert "no position carries a meaning" in capsys.readouterr().err
+
+
+def test_a_crash_is_told_whole_and_is_no_verdict(here, monkeypatch, capsys):
+    """Python's own exit code for it is 1, which says that two backends differ."""
+    monkeypatch.setattr(backends, "open_backend", lambda *_: 1 // 0)
+    assert main([*RECORD, "trace"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "tandem record: integer division or modulo by zero" in said
