@@ -20,7 +20,8 @@ from jax_models.weights import flatten
 from loaders.events import Event
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
-from loaders.quantize import activations_of, open_to_load
+from loaders.quantization import activations_of
+from loaders.quantize import open_to_load
 from loaders.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def load(
 
     def prepared() -> tuple[LoadPlan, Programs]:
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
-        activations = activations_of(plan.checkpoint, activation_quantization)
+        activations = activations_of(plan.checkpoint.config.quantization, activation_quantization)
         computed = jnp.dtype(compute_dtype(dtype, plan))
         plan = plan.within(host_budget_bytes, staged=not reading.stays_on_host(mesh))
         return plan, programs_for(plan.checkpoint.config, plan.stage, computed, mesh, activations)

@@ -151,6 +151,24 @@ _CACHES: dict[KVCache | None, str] = {
 }
 
 
+def activations_of(quantization: Quantization | None, asked: bool | None = None) -> Activations:
+    """What is rounded beside the weights: what the checkpoint says (None), nothing (False), or inputs at least (True).
+
+    Raises:
+        ValueError: it is asked for, and the checkpoint has no scales for it; or something else than that was given.
+    """
+    if asked is not None and not isinstance(asked, bool):
+        raise ValueError(f"activation_quantization={asked!r} is not understood, expected None, True or False")
+    has_inputs = quantization is not None and quantization.has_activations
+    has_cache = quantization is not None and quantization.kv_cache is not None
+    if asked and not has_inputs:
+        cache = " Its FP8 cache needs no asking for." if has_cache else ""
+        raise ValueError(
+            f"activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False.{cache}"
+        )
+    return WEIGHTS_ONLY if asked is False else Activations(has_inputs, has_cache)
+
+
 def kv_leaf(tensor: str) -> str | None:
     """``k_scale`` or ``v_scale`` for the weight of a key or value projection, else None."""
     projections: dict[str, str] = {"k_proj": KV_LEAVES[0], "v_proj": KV_LEAVES[1]}

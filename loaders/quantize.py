@@ -22,7 +22,7 @@ from loaders.lots import Part, lots_of
 from loaders.nvfp4 import NVFP4Tensor, global_scale, quantize
 from loaders.opening import open_checkpoint
 from loaders.quantizable import Matrix, documents, infos, matrices_of
-from loaders.quantization import BLOCK, WEIGHTS_ONLY, Activations, Scheme
+from loaders.quantization import BLOCK, Scheme
 from loaders.quantization_config import KEY
 from loaders.regions import Region
 from loaders.slices import Slice
@@ -329,25 +329,6 @@ def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
             checkpoint.source, [f"{found}. What is quantised while it is read has scales of weights only"]
         )
     return checkpoint
-
-
-def activations_of(checkpoint: Checkpoint, asked: bool | None) -> Activations:
-    """What is rounded beside the weights: what the checkpoint says (None), nothing (False), or inputs at least (True).
-
-    Raises:
-        ValueError: it is asked for, and the checkpoint has no scales for it; or something else than that was given.
-    """
-    if asked is not None and not isinstance(asked, bool):
-        raise ValueError(f"activation_quantization={asked!r} is not understood, expected None, True or False")
-    quantization = checkpoint.config.quantization
-    has_inputs = quantization is not None and quantization.has_activations
-    has_cache = quantization is not None and quantization.kv_cache is not None
-    if asked and not has_inputs:
-        cache = " Its FP8 cache needs no asking for." if has_cache else ""
-        raise ValueError(
-            f"activation_quantization=True, but the checkpoint has no scales for inputs. Give None or False.{cache}"
-        )
-    return WEIGHTS_ONLY if asked is False else Activations(has_inputs, has_cache)
 
 
 def _scheme(activations: bool) -> Scheme:

@@ -18,7 +18,7 @@ _INPUTS = [
     quantised_mutant(
         "input_scale_ignored",
         "parity 61",
-        wrapped("load:activations_of", lambda asks, checkpoint, asked: asks(checkpoint, False)),
+        wrapped("load:activations_of", lambda asks, quantization, asked: asks(quantization, False)),
         "W4A4 computed with inputs as they are",
         detector=nvfp4_inputs,
     ),
@@ -77,7 +77,7 @@ _INPUTS = [
     quantised_mutant(
         "weights_only_not_heeded",
         "issue 4",
-        wrapped("load:activations_of", lambda asks, checkpoint, asked: asks(checkpoint, None)),
+        wrapped("load:activations_of", lambda asks, quantization, asked: asks(quantization, None)),
         "activation_quantization=False is not heeded",
     ),
     quantised_mutant(

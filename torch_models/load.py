@@ -15,8 +15,8 @@ from loaders.events import Event
 from loaders.families import FAMILIES
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
-from loaders.quantization import has_nvfp4
-from loaders.quantize import activations_of, open_to_load
+from loaders.quantization import activations_of, has_nvfp4
+from loaders.quantize import open_to_load
 from loaders.stage import Stage
 from torch_models import reading
 from torch_models.derived import allocate_derived
@@ -116,7 +116,7 @@ def _built(
 ) -> Model:
     """The model without storage. Raises ValueError for what makes no sense of what is asked for; see ``load``."""
     config, quantization = plan.checkpoint.config, plan.checkpoint.config.quantization
-    activations = activations_of(plan.checkpoint, activation_quantization)
+    activations = activations_of(quantization, activation_quantization)
     if kernel is not None and not has_nvfp4(quantization):
         raise ValueError(
             f"kernel={kernel!r} for a checkpoint without NVFP4 layers, that nothing would run. Leave it out."

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
 from jax_models.programs import programs_for
 from loaders.dtypes import to_numpy
-from loaders.quantization import WEIGHTS_ONLY, Activations
+from loaders.quantization import activations_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.hlo.layers import traffic_by_layer
@@ -57,11 +57,7 @@ def mesh_on(chip: Chip, topology: str, sizes: dict[str, int]) -> Mesh:
 def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Workload, mesh: Mesh) -> jax.stages.Lowered:
     """Prefill of a prompt into an empty cache, or one decode step over a full one."""
     dtype = jnp.dtype(load.dtype)
-    quantization = config.quantization
-    activations = WEIGHTS_ONLY
-    if quantization is not None:
-        activations = Activations(quantization.has_activations, quantization.kv_cache is not None)
-    programs = programs_for(config, stage, dtype, mesh, activations)
+    programs = programs_for(config, stage, dtype, mesh, activations_of(config.quantization))
     weights = abstract_weights(config, mesh, to_numpy(load.plain), stage, load.stored)
     cache = abstract_cache(config, load.rows, load.context, dtype, mesh, stage)
     if program == "decode":
