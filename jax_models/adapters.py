@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
-from jax_models.processes import check_alike, processes_of, to_host, together
+from jax_models.processes import agreed, check_alike, processes_of, to_host, together
 from jax_models.weights import flatten
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter, open_on_all
@@ -123,9 +123,7 @@ def _check(model: Model, asked: str, check: Callable[[], object], what: str) -> 
         check()
         return asked
 
-    if len(processes_of(model.mesh)) == 1:
-        checked()
-    check_alike(model.mesh, "what is asked for", checked)
+    agreed(model.mesh, "what is asked for", checked)
 
 
 def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:

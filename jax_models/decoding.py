@@ -12,7 +12,7 @@ from jax_models.ambient import on_own_mesh
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
-from jax_models.processes import check_alike, said_of
+from jax_models.processes import agreed, said_of
 from jax_models.speculative import generate_with_draft
 from loaders.inputs import ModelInputs, bucket, check_next, check_room
 from loaders.multimodal import check_inputs
@@ -61,16 +61,18 @@ class Decoding:
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> VersionedCache:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
-
-        def said() -> str:
-            check_room(max_new_tokens)
-            return f"room for {max_new_tokens} tokens, adapters of rows {model.roster.rows(adapter, rows).tolist()}"
-
         rows, length = prompt.input_ids.shape
-        check_alike(model.mesh, "what is asked for", said)
-        check_room(max_new_tokens)
+
+        def slots() -> np.ndarray:
+            check_room(max_new_tokens)
+            return model.roster.rows(adapter, rows)
+
+        def said(slot_B: np.ndarray) -> str:
+            return f"room for {max_new_tokens} tokens, adapters of rows {slot_B.tolist()}"
+
+        slot_B = agreed(model.mesh, "what is asked for", slots, said)
         arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        return VersionedCache(arrays, model.version, model.weights_id, model.roster.rows(adapter, rows))
+        return VersionedCache(arrays, model.version, model.weights_id, slot_B)
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end, as long as programs are made for.
@@ -85,8 +87,7 @@ class Decoding:
             prompt, given = (model.config, input_ids, attention_mask), multimodal
             return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
 
-        check_alike(model.mesh, "the prompt", lambda: said_of(checked()))
-        prompt = checked()
+        prompt = agreed(model.mesh, "the prompt", checked, said_of)
         return prompt.padded_to(bucket(prompt.input_ids.shape[1]))
 
     @on_own_mesh

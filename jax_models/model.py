@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
-from jax_models.processes import check_alike, said_of, together
+from jax_models.processes import agreed, said_of, together
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
@@ -285,8 +286,8 @@ class Model(Decoding, Adapted, Seeing):
     ) -> tuple[Any, ModelInputs]:
         """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
         given = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        check_alike(self.mesh, "what the model is called with", lambda: said_of(self._checked(*given)[1]))
-        return self._checked(*given)
+        checked = partial(self._checked, *given)
+        return agreed(self.mesh, "what the model is called with", checked, lambda found: said_of(found[1]))
 
     def _checked(
         self,

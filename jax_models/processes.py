@@ -74,38 +74,43 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
     return result  # pyright: ignore[reportReturnType]
 
 
-def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
-    """See that all processes of a mesh do the same. With one process nothing is asked.
+def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
+    """What ``work`` returns, if all processes of a mesh make the same of it. With one process nothing is asked.
 
     Args:
         mesh: of the processes; all of them have to call this.
         what: has to be the same.
-        say: what it is on this process, in few words.
+        work: as for ``together``.
+        say: what it has come to on this process, in few words.
     Raises:
-        ValueError: the processes say different things; so do all of them. Or as ``together``, of ``say``.
+        ValueError: the processes say different things; so do all of them. Or as ``together``.
     """
-    if len(processes_of(mesh)) == 1:
-        return
-    told = told_by_all(mesh, together(mesh, say))
-    if len(set(told.values())) > 1:
-        said = "; ".join(f"{text} on process {index}" for index, text in told.items())
-        raise ValueError(f"{what} is not the same on all processes: {said}. Nothing was changed.")
+    result = together(mesh, work)
+    if len(processes_of(mesh)) > 1:
+        told = told_by_all(mesh, say(result))
+        if len(set(told.values())) > 1:
+            said = "; ".join(f"{text} on process {index}" for index, text in told.items())
+            raise ValueError(f"{what} is not the same on all processes: {said}. Nothing was changed.")
+    return result
+
+
+def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
+    """See that all processes of a mesh do the same. With one process nothing is asked, nor ``say`` called.
+
+    Raises:
+        ValueError: as ``agreed``.
+    """
+    if len(processes_of(mesh)) > 1:
+        agreed(mesh, what, say)
 
 
 def check_sampling_alike(mesh: Mesh | None, *options: Any) -> None:
     """As ``loaders.inputs.check_sampling``, and the same options on all processes of a mesh."""
-
-    def said() -> str:
-        check_sampling(*options)
-        return str(options)
-
-    if len(processes_of(mesh)) == 1:
-        check_sampling(*options)
-    check_alike(mesh, "what is asked for", said)
+    agreed(mesh, "what is asked for", lambda: check_sampling(*options), lambda _: str(options))
 
 
 def said_of(inputs: ModelInputs) -> str:
-    """A prompt and what it shows in few words, for ``check_alike``."""
+    """A prompt and what it shows in few words, for ``agreed``."""
     shown = () if inputs.vision is None else (inputs.vision.patches.pixels_AX, inputs.vision.slot_BT)
     found = hashlib.sha256()
     for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids, *shown):
