@@ -45,7 +45,7 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         FileExistsError: the directory is there. What it holds is left as it is.
-        ValueError: the model has adapters.
+        ValueError: the model has adapters, or the address takes a package that is not installed.
     """
     from jax_models.orbax_files import write  # a second, which only those pay who save
 
@@ -138,6 +138,8 @@ def _document(where: str) -> dict[str, Any]:
 
     try:
         document = read_document(where)
+    except ImportError as error:
+        raise CheckpointError(where, [f"such an address takes a package that is not installed: {error}"]) from error
     except Exception as error:
         what = f"it is no complete save of a model: {_first_line(error)}"
         raise CheckpointError(where, [f"{what}. Was it cut short? Take the one before."]) from error
@@ -172,7 +174,11 @@ def _address(directory: str | os.PathLike[str]) -> str:
 def _check_new(where: str) -> None:
     from etils import epath
 
-    if epath.Path(where).exists():
+    try:
+        exists = epath.Path(where).exists()
+    except ImportError as error:
+        raise ValueError(f"{where} cannot be saved to: {error}. Install that, or save to a directory.") from error
+    if exists:
         raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
 
 

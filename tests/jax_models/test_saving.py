@@ -286,3 +286,13 @@ def test_killed_in_the_middle_nothing_saved_is_lost_and_nothing_half_is_taken(fr
     if not (tmp_path / "cut").exists():
         jax_models.restore(tmp_path / "complete").save(tmp_path / "cut")  # leftovers are in nobody's way
     assert jax_models.restore(tmp_path / "cut").digests() == expected
+
+
+@pytest.mark.parametrize("package", ["s3fs", "gcsfs"])
+def test_an_address_without_the_package_for_it_says_which(package, checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    where = {"s3fs": "s3://bucket/save", "gcsfs": "gs://bucket/save"}[package]
+    with pytest.raises(CheckpointError, match=f"takes a package that is not installed: .*{package}"):
+        jax_models.restore(where)
+    with pytest.raises(ValueError, match=f"cannot be saved to: .*{package}.* Install that"):
+        jax_models.load(checkpoint).save(where)
