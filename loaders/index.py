@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from loaders.errors import CheckpointError, brief
+from loaders.errors import brief
+from loaders.files import read_files
 from loaders.header import Header, TensorInfo, read_header
-from loaders.sources import Identity, Source, Unreachable, is_plain
+from loaders.sources import Identity, Source, is_plain
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,7 +26,7 @@ def weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str] | N
     return {tensor: file for tensor, file in found.items() if file not in outside}
 
 
-def files(present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]) -> list[str]:
+def safetensors_files(present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]) -> list[str]:
     """The safetensors files to read; missing and extra ones become problems."""
     found = [name for name in present if name.endswith(".safetensors")]
     if has_index:
@@ -54,29 +55,14 @@ def read_headers(
     Raises:
         CheckpointError: the server does not answer any more.
     """
-
-    def read(name: str) -> tuple[Header | None, Identity | None, list[str]]:
-        try:
-            with source.open(name) as file:
-                header, found = read_header(file)
-                return header, file.opened, found
-        except Unreachable as error:
-            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
-        except OSError as error:
-            return None, None, [f"{name} cannot be opened: {error.strerror or error}"]
-
-    headers: dict[str, Header] = {}
-    identities: dict[str, Identity] = {}
-    for name, (header, identity, found) in zip(files, source.in_parallel(read, files), strict=True):
-        problems += found
-        if identity is not None:
-            identities[name] = identity
-        if header is not None:
-            headers[name] = header
+    headers, identities, found = read_files(
+        source, files, read_header, lambda name, why: f"{name} cannot be opened: {why}"
+    )
+    problems += found
     return headers, identities
 
 
-def merge(
+def merged(
     headers: dict[str, Header], weight_map: dict[str, str] | None, *, complete: bool, problems: list[str]
 ) -> dict[str, TensorInfo]:
     """All tensors by name, in file order; what index and headers disagree about becomes problems."""

@@ -8,9 +8,10 @@ from typing import Any
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, brief
-from loaders.index import INDEX, files, merge, read_headers, weight_map
+from loaders.files import read_files
+from loaders.index import INDEX, merged, read_headers, safetensors_files, weight_map
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
-from loaders.sources import Identity, Source, Unreachable, open_source, small_file
+from loaders.sources import Identity, OpenFile, Source, open_source, small_file
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -37,9 +38,9 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     generation, quantization = found.get(GENERATION, {}), found.get(QUANTIZATION)
     problems += _generation_problems(generation)
     mapped = weight_map(index, problems) if index is not None else None
-    names = files(present, mapped, INDEX in present, problems)
+    names = safetensors_files(present, mapped, INDEX in present, problems)
     headers, identities = read_headers(source, names, problems)
-    tensors = merge(headers, mapped, complete=len(headers) == len(names), problems=problems)
+    tensors = merged(headers, mapped, complete=len(headers) == len(names), problems=problems)
     if document is not None:
         config, of_config = config_from_json(document, beside=quantization, found=tensors)
         problems = of_config + problems
@@ -66,31 +67,18 @@ def _read_documents(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Identity], list[str]]:
     """JSON by the name of its file, as far as it is there and can be read; identities, likewise; and what is wrong."""
 
-    def read(name: str) -> tuple[dict[str, Any] | None, Identity | None, list[str]]:
-        identity = None
+    def read(file: OpenFile) -> tuple[dict[str, Any] | None, list[str]]:
         try:
-            with source.open(name) as file:
-                identity = file.opened
-                return parse_object(small_file(file, identity.num_bytes)), identity, []
+            return parse_object(small_file(file, file.opened.num_bytes)), []
         except BadJson as error:
-            return None, identity, [f"{name} {error}"]
-        except Unreachable as error:
-            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
-        except OSError as error:
-            hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
-            return None, identity, [f"{name} cannot be read: {error.strerror or error}{hint}"]
+            return None, [f"{file.name} {error}"]
 
-    documents: dict[str, dict[str, Any]] = {}
-    identities: dict[str, Identity] = {}
-    problems: list[str] = []
+    def unreadable(name: str, why: str) -> str:
+        hint = "" if name in present else ". Is this a Hugging Face checkpoint?"
+        return f"{name} cannot be read: {why}{hint}"
+
     names = [CONFIG, *(name for name in (GENERATION, QUANTIZATION, INDEX) if name in present)]
-    for name, (document, identity, found) in zip(names, source.in_parallel(read, names), strict=True):
-        problems += found
-        if document is not None:
-            documents[name] = document
-        if identity is not None:
-            identities[name] = identity
-    return documents, identities, problems
+    return read_files(source, names, read, unreadable)
 
 
 def _generation_problems(generation: dict[str, Any]) -> list[str]:

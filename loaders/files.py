@@ -1,0 +1,50 @@
+"""Several files of a source, opened and read at once; what is wrong with each is told in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+from loaders.errors import CheckpointError
+from loaders.sources import Identity, OpenFile, Source, Unreachable
+
+Content = TypeVar("Content")
+
+
+def read_files(
+    source: Source,
+    names: Collection[str],
+    read: Callable[[OpenFile], tuple[Content | None, list[str]]],
+    unreadable: Callable[[str, str], str],
+) -> tuple[dict[str, Content], dict[str, Identity], list[str]]:
+    """What is in files, and what each was when it was opened, by name as far as they could be read; and all problems.
+
+    Args:
+        source: of the files.
+        names: which.
+        read: of an open file, None and what is wrong with it where it makes no sense.
+        unreadable: the sentence for a file that cannot be opened or read: its name, and why.
+    Raises:
+        CheckpointError: the server does not answer any more.
+    """
+
+    def one(name: str) -> tuple[Content | None, Identity | None, list[str]]:
+        try:
+            with source.open(name) as file:
+                content, problems = read(file)
+                return content, file.opened, problems
+        except Unreachable as error:
+            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
+        except OSError as error:
+            return None, None, [unreadable(name, str(error.strerror or error))]
+
+    contents: dict[str, Content] = {}
+    identities: dict[str, Identity] = {}
+    problems: list[str] = []
+    for name, (content, identity, found) in zip(names, source.in_parallel(one, names), strict=True):
+        problems += found
+        if content is not None:
+            contents[name] = content
+        if identity is not None:
+            identities[name] = identity
+    return contents, identities, problems
