@@ -26,7 +26,9 @@ def weight_map(index: dict[str, Any], problems: list[str]) -> dict[str, str] | N
     return {tensor: file for tensor, file in found.items() if file not in outside}
 
 
-def safetensors_files(present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]) -> list[str]:
+def safetensors_files(
+    present: list[str], weight_map: dict[str, str] | None, has_index: bool, problems: list[str]
+) -> list[str]:
     """The safetensors files to read; missing and extra ones become problems."""
     found = [name for name in present if name.endswith(".safetensors")]
     if has_index:
