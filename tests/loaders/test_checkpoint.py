@@ -419,7 +419,7 @@ def test_a_path_may_be_any_that_python_knows(tmp_path: Path) -> None:
     directory = write(tmp_path / "it", {"model.safetensors": ONE_TENSOR})
     (entry,) = os.scandir(tmp_path)
     for path in (str(directory), directory, entry, os.fsencode(directory)):
-        assert str(open_checkpoint(path).source) == str(directory)  # pyright: ignore[reportArgumentType]
+        assert str(open_checkpoint(path).source) == str(directory)
     for wrong in (None, 3, ["it"]):
         with pytest.raises(CheckpointError, match="expected a path or an address"):
             open_checkpoint(wrong)  # pyright: ignore[reportArgumentType]
