@@ -78,7 +78,10 @@ class Trace:
             return path
         partial = where.with_name(f".{secrets.token_hex(8)}.partial")
         try:
-            save_file(tensors, partial, metadata)
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
+            save_file(tensors, partial, metadata)  # which nobody else may read, whatever the umask says
+            partial.chmod(mode)
             partial.replace(where)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error

@@ -51,6 +51,7 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
     assert main([*RECORD, "link"]) == 0
     assert (here / "link").is_symlink()
     assert Trace.load(here / "target").backend == "torch"
+    assert (here / "target").stat().st_mode == (here / "link.partial").stat().st_mode
     assert (here / "link.partial").read_text() == "mine"
     assert {path.name for path in here.iterdir()} == {"it", "link", "link.partial", "target"}
 
