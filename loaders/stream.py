@@ -138,6 +138,7 @@ class Arrivals(Generic[Result]):
         self._files: dict[str, OpenFile] = {}
         self._checked: set[str] = set()  # files that were as they had been after the last piece came
         self._left = Counter(checkpoint.tensors[one.name].file for lot in lots for one in lot)
+        self._num_left = self._left.total()
 
     def __iter__(self) -> Iterator[Result]:
         try:
@@ -252,8 +253,9 @@ class Arrivals(Generic[Result]):
             for part in tensor.begun.regions:
                 as_bools(part.out)
         self._left[info.file] -= 1
+        self._num_left -= 1
         if self._is_dear_to_ask:
-            if not any(self._left.values()):
+            if not self._num_left:
                 self._checkpoint.check_files(self._files)
             return
         if (file := self._files.get(info.file)) is None:
