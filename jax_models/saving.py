@@ -34,7 +34,7 @@ from loaders.remembered import described, remembered
 from loaders.spec import Specs
 from loaders.stage import Stage
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(model: Model, directory: str | os.PathLike[str]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from loaders import dtypes
 from loaders.errors import CheckpointError
+from loaders.files import check_files
 from loaders.header import TensorInfo, read_header
-from loaders.sources import Identity, Source, open_source, small_file
+from loaders.sources import Identity, OpenFile, Source, open_source, small_file
 from loaders.strict_json import BadJson, parse_object
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -20,7 +21,7 @@ BLOCK_BYTES, BLOCKS_KEPT = 8 << 20, 8  # of the weights: hundreds of small tenso
 
 @dataclass
 class AdapterFiles:
-    """What is in the directory; ``read`` gives one tensor. Read in blocks, of which the last few are kept.
+    """What is in the directory; ``read`` gives one tensor. Small ones come in blocks, of which the last few are kept.
 
     Attributes:
         source: the directory.
@@ -45,6 +46,10 @@ class AdapterFiles:
         out = np.empty(dtypes.stored_shape(info.dtype, info.shape), dtypes.to_numpy(info.dtype))
         place, (start, end) = out.reshape(-1).view(np.uint8), info.offsets
         try:
+            if len(place) > BLOCK_BYTES:
+                with self._opened() as file:
+                    file.read_into(place.data, start)
+                return out
             for index in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
                 first = index * BLOCK_BYTES
                 part = memoryview(self._block(index))[max(start - first, 0) : end - first]
@@ -58,29 +63,26 @@ class AdapterFiles:
     def _block(self, index: int) -> bytes:
         block = self._blocks.pop(index, None)
         if block is None:
-            known = self.identities[WEIGHTS]
-            with self.source.open(WEIGHTS, known) as file:
-                if file.opened != known:
-                    raise OSError("it changed since it was opened")
+            with self._opened() as file:
                 start = index * BLOCK_BYTES
-                block = file.read(start, min(BLOCK_BYTES, known.num_bytes - start))
+                block = file.read(start, min(BLOCK_BYTES, file.opened.num_bytes - start))
             if len(self._blocks) == BLOCKS_KEPT:
                 del self._blocks[next(iter(self._blocks))]  # asked for longest ago
         self._blocks[index] = block  # the last again
         return block
 
+    def _opened(self) -> OpenFile:
+        """The weights, as far as is known without asking. Raises OSError."""
+        known = self.identities[WEIGHTS]
+        file = self.source.open(WEIGHTS, known)
+        if file.opened != known:
+            file.close()
+            raise OSError("it changed since it was opened")
+        return file
+
     def check(self) -> None:
         """See that the files are as they were opened. Raises CheckpointError with all that are not."""
-
-        def ask(name: str) -> str | None:
-            try:
-                changed = self.source.identity(name) != self.identities[name]
-            except OSError as error:
-                return f"{name} is gone: {error.strerror or error}"
-            return f"{name} changed since it was opened. Open it again once it is complete." if changed else None
-
-        if problems := [found for found in self.source.in_parallel(ask, self.identities.keys()) if found]:
-            raise CheckpointError(self.source, problems)
+        check_files(self.source, self.identities, "it")
 
 
 def open_adapter_files(uri: str | os.PathLike[str]) -> tuple[AdapterFiles, list[str]]:

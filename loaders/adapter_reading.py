@@ -224,7 +224,7 @@ class Reading:
                 bits(self.files.read(first)), bits(self.files.read(name))
             ):
                 self.problems.append(f"tensor {name!r} differs from {first!r}, and both are of one module to save")
-            del self.keys[name]
+            self.keys.pop(name, None)
 
     def _left_out(self) -> tuple[str, ...]:
         """The base's own tensors, written beside an update."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,16 +14,18 @@ import numpy as np
 
 from loaders import dtypes
 from loaders.errors import CheckpointError
+from loaders.files import change_of, check_files
 from loaders.header import TensorInfo
 from loaders.memory import aligned_empty, check_budget
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
-from loaders.sources import Identity, OpenFile, Session, Source, Unreachable
+from loaders.sources import Identity, OpenFile, Session, Source
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
 DEFAULT_BUDGET_BYTES = 128 << 20
 NUM_SAMPLES, SAMPLE_BYTES = 16, 256  # of a fingerprint
+_WHOLE = "the checkpoint"  # that files are of
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,11 @@ class Checkpoint:
             found.update(f"{name} {self.tensors[name].dtype} {self.tensors[name].shape}\n".encode())
         names = sorted(name for name, info in self.tensors.items() if info.num_bytes)
         chosen = names[:: -(-len(names) // NUM_SAMPLES)] if names else []
-        for sample in self.source.in_parallel(self._sample, chosen):
-            found.update(sample)
+        try:
+            for sample in self.source.in_parallel(self._sample, chosen):
+                found.update(sample)
+        except OSError as error:
+            raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
         return found.hexdigest()[:16]
 
     def _sample(self, name: str) -> bytes:
@@ -339,41 +344,23 @@ class Checkpoint:
             file = self.source.open(name, self.identities[name])
         except OSError as error:
             raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
-        if problem := self._change(name, lambda: file.opened, self.identities[name]):
+        if problem := change_of(self.source, name, lambda: file.opened, self.identities[name], _WHOLE):
             file.close()
             raise CheckpointError(self.source, [problem])
         return file
 
     def check_identity(self, file: OpenFile) -> None:
         """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
-        if problem := self._change(file.name, file.identity, self.identities[file.name]):
+        if problem := change_of(self.source, file.name, file.identity, self.identities[file.name], _WHOLE):
             raise CheckpointError(self.source, [problem])
 
     def check_files(self, names: Iterable[str]) -> None:
         """See that files are as they were, asking by name. Raises CheckpointError with all that are not."""
-        self._check({name: self.identities[name] for name in names})
+        check_files(self.source, {name: self.identities[name] for name in names}, _WHOLE)
 
     def check_documents(self) -> None:
         """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
-        self._check(self.documents)
-
-    def _check(self, expected: Mapping[str, Identity]) -> None:
-        def ask(name: str) -> str | None:
-            return self._change(name, partial(self.source.identity, name), expected[name])
-
-        if problems := [problem for problem in self.source.in_parallel(ask, expected.keys()) if problem]:
-            raise CheckpointError(self.source, problems)
-
-    def _change(self, name: str, ask: Callable[[], Identity], expected: Identity) -> str | None:
-        """What became of a file; None: nothing. Raises CheckpointError: the server does not answer any more."""
-        try:
-            if ask() == expected:
-                return None
-        except Unreachable as error:
-            raise CheckpointError(self.source, [f"{name} cannot be asked about: {error}"]) from error
-        except OSError as error:
-            return f"{name} is gone: {error.strerror or error}"
-        return f"{name} changed since the checkpoint was opened. Open it again once it is complete."
+        check_files(self.source, self.documents, _WHOLE)
 
 
 def _several(names: Iterable[str]) -> Iterable[str]:

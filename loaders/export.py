@@ -93,7 +93,7 @@ def export_checkpoint(
         config=checkpoint.config_document,
         generation=checkpoint.generation_document or None,
         quantization=checkpoint.quantization_document or None,
-        metadata=checkpoint.metadata,
+        metadata={name: checkpoint.metadata[name] for name in {info.file for info in held.values()}},
         files={name: info.file for name, info in held.items()},
     )
 

@@ -1,8 +1,9 @@
-"""Several files of a source, opened and read at once; what is wrong with each is told in their order."""
+"""Several files of a source, opened, read or asked about at once; what is wrong with each is told in their order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TypeVar
 
 from loaders.errors import CheckpointError
@@ -48,3 +49,39 @@ def read_files(
         if identity is not None:
             identities[name] = identity
     return contents, identities, problems
+
+
+def check_files(source: Source, expected: Mapping[str, Identity], whole: str) -> None:
+    """See that files are as they were, asking by name.
+
+    Args:
+        source: of the files.
+        expected: name -> what each was.
+        whole: what was opened of which they are, for messages.
+    Raises:
+        CheckpointError: with all that are not; or the server does not answer any more.
+    """
+    if not expected:
+        return
+
+    def ask(name: str) -> str | None:
+        return change_of(source, name, partial(source.identity, name), expected[name], whole)
+
+    try:
+        problems = [problem for problem in source.in_parallel(ask, expected.keys()) if problem]
+    except OSError as error:
+        raise CheckpointError(source, [f"it cannot be opened: {error.strerror or error}"]) from error
+    if problems:
+        raise CheckpointError(source, problems)
+
+
+def change_of(source: Source, name: str, ask: Callable[[], Identity], expected: Identity, whole: str) -> str | None:
+    """What became of a file; None: nothing. Raises CheckpointError: the server does not answer any more."""
+    try:
+        if ask() == expected:
+            return None
+    except Unreachable as error:
+        raise CheckpointError(source, [f"{name} cannot be asked about: {error}"]) from error
+    except OSError as error:
+        return f"{name} is gone: {error.strerror or error}"
+    return f"{name} changed since {whole} was opened. Open it again once it is complete."

@@ -30,18 +30,18 @@ def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterato
         parts: those that share a key count as one.
         tensors: of the checkpoint, in file order.
     """
-    joined = _joined(parts)
-    sizes = [sum(tensors[name].num_bytes for name in part.names) for part in joined]
+    whole = joined(parts)
+    sizes = [sum(tensors[name].num_bytes for name in part.names) for part in whole]
     limit = max(sizes, default=0)
     order = {name: place for place, name in enumerate(tensors)}
-    first = [min(order[name] for name in part.names) for part in joined]
+    first = [min(order[name] for name in part.names) for part in whole]
     lot: set[str] = set()
     num_bytes = 0
-    for index in sorted(range(len(joined)), key=first.__getitem__):
+    for index in sorted(range(len(whole)), key=first.__getitem__):
         if lot and num_bytes + sizes[index] > limit:
             yield lot
             lot, num_bytes = set(), 0
-        lot |= joined[index].names
+        lot |= whole[index].names
         num_bytes += sizes[index]
     if lot:
         yield lot
@@ -74,7 +74,8 @@ def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
     return lots_of(parts, checkpoint.tensors)
 
 
-def _joined(parts: Iterable[Part]) -> list[Part]:
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """The same, those that share a key as one."""
     of_key: dict[str, Part] = {}
     for part in parts:
         one = Part(set(part.names), set(part.keys))

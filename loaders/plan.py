@@ -64,11 +64,12 @@ class LoadPlan:
         check_budget(host_budget_bytes)
         tensors = self.checkpoint.tensors
         needed = {name: tensors[name].num_bytes for name in self.verified}
-        needed |= self.checkpoint.passing(self.targets)
         if staged:
             for spec in self.specs:
                 parts = [source.tensor for source in spec.sources if source.tensor in self.targets]
                 needed[spec.name] = sum(tensors[name].num_bytes for name in parts)
+        for name, size in self.checkpoint.passing(self.targets).items():
+            needed[name] = max(size, needed.get(name, 0))
         if big := {name: size for name, size in needed.items() if size > host_budget_bytes}:
             largest = max(big, key=big.__getitem__)
             raise ValueError(

@@ -11,7 +11,8 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
-from loaders.quantize import QuantizedCheckpoint, quantized
+from loaders.quantize import quantized
+from loaders.quantized import QuantizedCheckpoint
 from loaders.sources import Identity, OpenFile, Session, Source, open_source
 from loaders.sources.source import Result
 

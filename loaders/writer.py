@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders import dtypes
+from loaders.errors import brief
 from loaders.header import MAX_HEADER_BYTES, parse_header
 from loaders.index import INDEX, SINGLE
 from loaders.opening import CONFIG, GENERATION
@@ -103,6 +104,12 @@ def write_checkpoint(
     if odd := [name for name in copied or {} if not is_plain(name)]:
         raise ValueError(_listed([f"copied names the file {name!r}, expected a plain name" for name in odd]))
     layout = _given_layout(plan, files) if files is not None else _filled_layout(plan, max_file_bytes)
+    if problems := [
+        f"metadata is of {name!r}, which is not written, or is no mapping: {brief(found)}"
+        for name, found in (metadata or {}).items()
+        if name not in layout or not isinstance(found, Mapping)
+    ]:
+        raise ValueError(_listed(problems))
     planned = _headers(plan, layout, metadata or {})
     missing = [parent for parent in target.parents if not parent.exists()]
     # a sibling, so that the rename stays on one file system; mkdir and not mkdtemp, whose 0700 would outlive the rename

@@ -53,7 +53,7 @@ def _kept_amax() -> list[Patch]:
         note_amax(self, group, weights)
         self._amax[group] = known.setdefault(group, self._amax[group])
 
-    return wrapped("loaders.quantize:QuantizedCheckpoint._note_amax", note)()
+    return wrapped("loaders.quantized:QuantizedCheckpoint._note_amax", note)()
 
 
 def _kept_codes() -> list[Patch]:

@@ -73,8 +73,8 @@ class Trace:
         # safetensors writes the buffer as it lies in memory, so a transposed view has to be laid out first.
         tensors = {name: np.asarray(array, order="C") for name, array in self.tensors.items()}
         where, metadata = Path(os.path.realpath(path)), {DOCUMENT: document}
-        if where.exists() and not where.is_file():  # it is not to be replaced by a file
-            where.write_bytes(save(tensors, metadata))
+        if path.exists() and not path.is_file():  # it is not to be replaced by a file; the place of a pipe is no path
+            path.write_bytes(save(tensors, metadata))
             return path
         partial = where.with_name(f".{secrets.token_hex(8)}.partial")
         try:

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or REPORT
     if args.output is None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output_file(str(output))
+        if output.is_dir():
+            raise ValueError(f"{output} is a directory, expected a file. Remove it, or give -o.")
     start = time.perf_counter()
     comparisons: list[tuple[str, Comparison]] = []
     events: list[EventResult] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,10 @@ def add_probes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_READ = ("checkpoint", "reload", "like", "inputs", "adapter", "oracle", "oracle_b", "image", "x", "y")
+_BEFORE = re.compile(r"^(?:[^/=]*=)?(?:(?:direct|runai)://|(?:jax|torch):)?")  # a path, where one is read
+
+
 class OutputFile(type(Path())):
     """A file that is going to be written."""
 
@@ -63,21 +69,27 @@ def check_outputs(args: argparse.Namespace) -> None:
     Raises:
         ValueError: it would be.
     """
-    given = [one for value in vars(args).values() for one in (value if isinstance(value, list) else [value])]
-    outputs = [one for one in given if isinstance(one, OutputFile)]
-    places = [os.path.realpath(one) for one in outputs]
-    read = {
-        os.path.realpath(one): one for one in given if isinstance(one, str | Path) and not isinstance(one, OutputFile)
+    names = [*_READ, *(("a", "b") if args.verb in ("compare", "lifecycle") else ())]  # elsewhere those are backends
+    given = [one for name in names for one in _several(getattr(args, name, None))]
+    read = {os.path.realpath(_BEFORE.sub("", str(one))): one for one in given}
+    held = {  # by directories that are read, whose files may be links to elsewhere
+        os.path.realpath(file): where for where in read if os.path.isdir(where) for file in os.scandir(where)
     }
+    outputs = [one for value in vars(args).values() for one in _several(value) if isinstance(one, OutputFile)]
+    places = [os.path.realpath(one) for one in outputs]
     for output, place in zip(outputs, places, strict=True):
+        if os.path.exists(place) and not os.path.isfile(place):
+            continue  # a device or a pipe is written to, and keeps nothing
         if places.count(place) > 1:
             raise ValueError(f"{output} is to be written twice. Name different files.")
-        if not os.path.isfile(place):
-            continue
-        is_part = place.endswith((".safetensors", "config.json", ".index.json", "tokenizer.json"))  # of a checkpoint
-        for over in (place, os.path.dirname(place)) if is_part else (place,):
-            if over in read:
-                raise ValueError(f"{output} is read, as {read[over]} is, and would be written over. Name another file.")
+        if place in read:
+            raise ValueError(f"{output} is read, and would be written over. Name another file.")
+        if place in held:
+            raise ValueError(f"{output} is a file of {read[held[place]]}, which is read. Name one elsewhere.")
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def output_file(text: str) -> OutputFile:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.quantize import QuantizedCheckpoint
+    from loaders.quantized import QuantizedCheckpoint
     from parity.calibrate import Calibration
 
 

@@ -122,6 +122,20 @@ def test_a_float32_checkpoint_computed_in_bfloat16_runs_in_bfloat16(make: Make) 
     assert {value.dtype.name for value in taps.values()} == {"bfloat16"}
 
 
+def test_of_weights_that_cannot_be_nothing_is_given_up(tmp_path: Path) -> None:
+    """All bytes can be read; that the head is not the embedding is known once they are."""
+    sizes = {"num_hidden_layers": 1, "ship_tied_head": True}
+    model = jax_models.load(make_checkpoint("qwen3-tied", tmp_path / "a", **sizes))
+    other = make_checkpoint("qwen3-tied", tmp_path / "b", seed=1, **sizes)
+    before = model.digests()
+    (file,) = other.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differs from"):
+        model.update_weights_from_disk(other, donate=True)
+    assert model.digests() == before
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "not float32"])
 def test_a_dtype_that_is_not_computed_in_is_refused(make: Make, dtype: str) -> None:
     with pytest.raises(ValueError, match=f"dtype {dtype} is not computed in, expected one of float32, bfloat16"):

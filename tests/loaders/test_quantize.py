@@ -9,6 +9,7 @@ from loaders.nvfp4 import global_scale, quantize
 from loaders.plan import plan_load
 from loaders.quantization import Scheme
 from loaders.quantize import open_to_load, quantized
+from loaders.regions import Region
 from loaders.stage import Stage
 from loaders.writer import write_checkpoint
 from parity.zoo import block_sizes, make_checkpoint
@@ -238,3 +239,56 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, tmp_path):
 def test_a_method_that_is_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="int4"):
         open_to_load(tmp_path, "int4")
+
+
+@pytest.mark.parametrize(("name", "options"), [("qwen3-moe", {"max_file_bytes": 30_000}), ("qwen3_5-moe", {})])
+def test_in_lots_every_tensor_comes_once_and_in_one_session(name, options, tmp_path, monkeypatch):
+    """Also where the lots share a matrix, as those of experts that are stored in one tensor."""
+    checkpoint = quantized(plain(name, tmp_path / "p", **options))
+    expected = {tensor: checkpoint.read(tensor) for tensor in checkpoint.tensors}
+    groups: dict[str, set[str]] = {}
+    for tensor in checkpoint.tensors:
+        groups.setdefault(checkpoint.group_of(tensor), set()).add(tensor)
+    lots, sessions, session = list(groups.values()), [], type(checkpoint.source).session
+    monkeypatch.setattr(
+        type(checkpoint.source), "session", lambda self, size: sessions.append(1) or session(self, size)
+    )
+
+    def whole(tensor):
+        out = np.empty_like(expected[tensor])
+        return [Region(out.shape, tuple((0, size) for size in out.shape), out)]
+
+    streamed = list(checkpoint.stream(lots=lots))
+    regions = [(tensor, part) for tensor, (part,) in checkpoint.stream_regions(lots, whole)]
+    assert len(sessions) == 2
+    for found in (streamed, regions):
+        assert len(found) == len(expected) == len(dict(found))
+        assert all(same_bits(array, expected[tensor]) for tensor, array in found)
+
+
+def test_a_group_of_which_nothing_is_wanted_is_not_computed(tmp_path, monkeypatch):
+    checkpoint = quantized(plain("qwen3_5-moe", tmp_path / "p"))
+    some = sorted(name for name in checkpoint.tensors if "experts.1." in name)
+    computed, parts = set(), type(checkpoint)._parts
+    monkeypatch.setattr(
+        type(checkpoint), "_parts", lambda self, matrix, *rest: computed.add(matrix.group) or parts(self, matrix, *rest)
+    )
+
+    def wanted(tensor):
+        if tensor not in some:
+            return []
+        out = checkpoint.destination(tensor)
+        return [Region(out.shape, tuple((0, size) for size in out.shape), out)]
+
+    found = dict(checkpoint.stream_regions([set(checkpoint.tensors)], wanted))
+    assert found.keys() == checkpoint.tensors.keys()
+    assert {name for name, arrays in found.items() if arrays} == set(some)
+    assert computed == {checkpoint.group_of(name) for name in some}
+    assert all(same_bits(found[name][0], quantized(checkpoint.plain).read(name)) for name in some)
+
+
+def test_names_and_lots_are_one_or_the_other(tmp_path):
+    checkpoint = plain("qwen3", tmp_path / "p")
+    for one in (checkpoint, quantized(checkpoint)):
+        with pytest.raises(ValueError, match="expected one of them"):
+            list(one.stream(names=["lm_head.weight"], lots=[{"lm_head.weight"}]))

@@ -343,6 +343,38 @@ def test_an_object_deleted_while_it_is_streamed_is_said_to_be_gone(
     assert len(caught.value.problems) == 1
 
 
+def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, directory: Path) -> None:
+    server.put(directory, "pinned")
+    file = s3.S3Prefix(f"{BUCKET}/pinned").open("config.json")
+    server.client.put_object(Bucket=BUCKET, Key="pinned/config.json", Body=b"{}" + bytes(4096))
+    with pytest.raises(OSError, match="it changed since it was opened"):
+        file.read(0, 100)
+
+
+def test_a_saved_model_finds_what_it_left_out_where_it_was(server: Server, tmp_path: Path, asked: Counter[str]) -> None:
+    """It remembers what the files were, and no more of them."""
+    import jax_models
+
+    directory = make_checkpoint("qwen3_5-wrapped", tmp_path / "it", max_file_bytes=1 << 16)
+    uri = server.put(directory, "towers")
+    model = jax_models.load(uri, vision=False)
+    model.save(tmp_path / "save")
+    restored = jax_models.restore(tmp_path / "save")
+    exported = restored.export(tmp_path / "out")
+    assert digests(open_checkpoint(exported).stream()) == digests(open_checkpoint(directory).stream())
+    asked.clear()
+    files = {path.name for path in directory.glob("*.safetensors")}
+    assert {name for name, _ in restored.checkpoint.stream()} == open_checkpoint(directory).tensors.keys()
+    assert asked == {f"identity of {name}": 3 for name in files}  # opening asks, too: a text cannot pin an object
+    file = restored.checkpoint.tensors[restored.report.left_out[0]].file
+    body = (directory / file).read_bytes()
+    server.client.put_object(Bucket=BUCKET, Key=f"towers/{file}", Body=body[:-1] + bytes([body[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        list(restored.checkpoint.stream())
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        restored.export(tmp_path / "again")
+
+
 def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
     checkpoint = open_checkpoint(server.put(directory, "described"))
     checkpoint.check_documents()

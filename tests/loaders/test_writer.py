@@ -198,6 +198,12 @@ def test_metadata_must_be_text(tmp_path: Path) -> None:
         written(tmp_path / "checkpoint", metadata={"model.safetensors": {"step": 3}})
 
 
+@pytest.mark.parametrize("metadata", [{"step": "3"}, {"step": {}}, {"model.safetensors": "3"}], ids=str)
+def test_metadata_of_no_file_is_refused(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="which is not written, or is no mapping"):
+        written(tmp_path / "checkpoint", metadata=metadata)
+
+
 def fail(_: str) -> np.ndarray:
     raise RuntimeError("the device is gone")
 

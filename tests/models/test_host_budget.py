@@ -47,12 +47,19 @@ def test_what_a_load_reads_beside_the_parameters_counts(backend, paths):
 def test_what_is_quantised_while_it_is_read_counts_as_it_is_in_the_files(backend, tmp_path, monkeypatch):
     """All the layers have codes that would fit, from matrices that do not."""
     load = import_module(f"{backend}_models").load
-    path = make_checkpoint("qwen3", tmp_path / "it", **block_sizes("qwen3"), tie_word_embeddings=False)
+    path = make_checkpoint("qwen3", tmp_path / "it", **block_sizes("qwen3") | {"vocab_size": 97})
     size = max(info.num_bytes for name, info in open_checkpoint(path).tensors.items() if "_proj" in name)
     assert load(path, quantize="nvfp4", host_budget_bytes=size).digests() == load(path, quantize="nvfp4").digests()
+    model = load(path, quantize="nvfp4")
     monkeypatch.setattr(Checkpoint, "stream", None)
-    with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than .* {size} bytes .*_proj"):
-        load(path, quantize="nvfp4", host_budget_bytes=size - 1)
+    calls = [lambda: load(path, quantize="nvfp4", host_budget_bytes=size - 1)]
+    for options in ({}, donating(backend)):
+        calls.append(
+            lambda options=options: model.update_weights_from_disk(path, host_budget_bytes=size - 1, **options)
+        )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than .* {size} bytes .*_proj"):
+            call()
 
 
 def test_a_reload_stays_within_it(backend, paths):

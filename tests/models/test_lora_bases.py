@@ -11,6 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 import torch_models
 from loaders import CheckpointError, open_checkpoint
+from loaders.adapter_sites import sites_of
+from loaders.adapter_updates import Adapter, LowRank
+from loaders.merging import merge_overflows, merged, whole_overflows
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import ATTENTION, TABLES, make_adapter
 
@@ -144,6 +147,36 @@ def test_a_merge_that_was_undone_half_way_ends_with_a_reload(made, half_unmerged
     assert torch.equal(model(**given, adapter=[None] * 2), before)
     with pytest.raises(ValueError, match="no adapter is merged"):
         model.unmerge_lora()
+
+
+@pytest.mark.parametrize("number", [65504, -65504, 65505, -65505, 65520, -65520, 1e6, -1e6])
+def test_numbers_are_beyond_a_dtype_where_it_rounds_them_to_infinity(made, number):
+    config, name = open_checkpoint(made("qwen3")).config, "model.norm.weight"
+
+    def overflows(number, dtype):
+        adapter = Adapter("it", {}, {name: np.array([1, number], np.float32)})
+        return whole_overflows(adapter, config, {name: np.dtype(dtype)})
+
+    with np.errstate(over="ignore"):
+        expected = not np.isfinite(np.float32(number).astype(np.float16))
+    assert bool(overflows(number, np.float16)) is expected
+    assert not overflows(number, np.float32)
+    assert not overflows(number, np.uint8)  # codes: a copy of a quantised layer is not quantised
+
+
+@pytest.mark.parametrize(("delta", "is_too_large"), [(8, False), (15, False), (40, True), (-40, False), (3e5, True)])
+def test_an_update_is_too_large_for_the_weight_that_it_is_of(made, delta, is_too_large):
+    """A weight is the largest number there is: 16 more, and float16 rounds to infinity."""
+    site = sites_of(open_checkpoint(made("qwen3")).config).low_rank["lm_head"]
+    base = np.zeros(site.shape, np.float16)
+    base[1, 2] = np.finfo(np.float16).max
+    a, b = np.zeros((2, site.shape[1]), np.float32), np.zeros((site.shape[0], 2), np.float32)
+    a[0, 2], b[1, 0] = 4, delta / 4 / 0.5
+    adapter = Adapter("it", {"lm_head": LowRank(site, a, b, 0.5)}, {})
+    found = merge_overflows(adapter, {site.parameter: base.dtype}, lambda _: base)
+    with np.errstate(over="ignore"):
+        assert bool(np.isinf(merged(base, adapter.low_rank["lm_head"])).any()) is is_too_large
+    assert bool(found) is is_too_large
 
 
 def scaled(adapter, part, by):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -23,9 +26,11 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
-    """A directory of its own, with the checkpoint at ``it``."""
+    """A directory of its own, with a checkpoint at ``it``, whose weights are elsewhere as in a cache of the hub."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "it").symlink_to(made)
+    shutil.copytree(made, tmp_path / "it")
+    (tmp_path / "it" / "vocab.txt").touch()
+    (tmp_path / "it" / "linked").symlink_to(tmp_path / "blob")
     return tmp_path
 
 
@@ -59,7 +64,11 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([*RECORD, "it/model.safetensors"], "it/model.safetensors is read, as it is"),
+        ([*RECORD, "it/model.safetensors"], "it/model.safetensors is a file of it, which is read"),
+        (["record", "direct://it", "--backend", "torch", "-o", "it/config.json"], "is a file of direct://it"),
+        (["weights", "jax:it", "it", "--json", "it/vocab.txt"], "is a file of"),
+        ([*RECORD, "blob"], "blob is a file of it"),
+        (["generate", "it", "--prompt-ids", "1", "--adapter", "x=it", "--draft-tokens", "2"], "goes with --draft"),
         (["compare", "a", "b", "--html", "a"], "a is read"),
         (["compare", "a", "b", "--json", "./b"], "b is read"),
         (["compare", "a", "b", "--json", "c", "--junit", "c"], "c is to be written twice"),
@@ -74,12 +83,32 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
     ],
 )
 def test_what_would_write_over_what_is_read_or_means_nothing_is_refused(here, arguments, words, capsys):
-    for name in "ab":
+    for name in ("a", "b", "blob"):
         (here / name).write_bytes(b"mine")
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
-    assert [(here / name).read_bytes() for name in "ab"] == [b"mine", b"mine"]
-    assert {path.name for path in here.iterdir()} == {"it", "a", "b"}
+    assert {(here / name).read_bytes() for name in ("a", "b", "blob")} == {b"mine"}
+    assert {path.name for path in here.iterdir()} == {"it", "a", "b", "blob"}
+
+
+def test_what_is_named_like_an_option_is_a_file_like_others(here):
+    for name in ("torch", "record", "torch"):
+        assert main([*RECORD, name]) == 0
+    assert Trace.load(here / "torch").backend == "torch"
+
+
+def test_a_pipe_that_has_no_name_is_written_to(here):
+    """As of ``-o >(program)``: the link there leads to no path."""
+    reading, writing = os.pipe()
+    found = []
+    with open(reading, "rb") as pipe:
+        reader = threading.Thread(target=lambda: found.append(pipe.read()), daemon=True)
+        reader.start()
+        assert main([*RECORD, f"/proc/self/fd/{writing}"]) == 0
+        os.close(writing)
+        reader.join(20)
+    (here / "file").write_bytes(found[0])
+    assert Trace.load(here / "file").backend == "torch"
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(here, capsys):
@@ -93,12 +122,36 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(here, capsys):
     assert {path.name for path in here.iterdir()} == {"it"}
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_more_than_memory_holds_is_a_sentence(here, backend, capsys):
-    assert main(["generate", "it", "--backend", backend, "--prompt-ids", "1", "--max-new-tokens", "2000000000"]) == 2
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 241591910400 bytes.\nat line 3"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 241 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+    ids=str,
+)
+def test_more_than_memory_holds_is_a_sentence(here, error, monkeypatch, capsys):
+    """As torch and JAX say it, each in exceptions of its own."""
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(backends, "open_backend", fails)
+    assert main([*RECORD, "trace"]) == 2
     said = capsys.readouterr().err
-    assert "there is not enough memory" in said
-    assert "Traceback" not in said
+    assert said.startswith("tandem record: there is not enough memory.")
+    assert said.count("\n") == 1
+
+
+def test_a_path_may_have_letters_that_the_terminal_lacks(here):
+    (here / "it").rename("\u6f22")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "parity.cli", "inspect", "\u6f22"]
+    found = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=False, cwd=here)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("\\"), found.stdout  # how, depends on what the system's own encoding is
 
 
 def test_a_device_that_holds_nothing_is_none(here, capsys):

@@ -159,3 +159,10 @@ def test_the_command_says_where_there_is_no_template(checkpoint, tmp_path, capsy
 def test_the_options_that_do_not_go_together_are_refused(checkpoint, picture, capsys):
     assert cli.main(["generate", str(checkpoint), "--prompt-ids", "1", "--image", str(picture)]) == 2
     assert "--image goes with --prompt" in capsys.readouterr().err
+
+
+def test_a_prompt_without_a_token_is_refused(checkpoint):
+    config = open_checkpoint(checkpoint).config
+    plain = with_processor(make_checkpoint("qwen3", checkpoint.parent / "plain", num_hidden_layers=1), template=None)
+    with pytest.raises(ValueError, match="the prompt has no token|the prompt is no token at all"):
+        read_prompt(plain, config, "")
