@@ -31,7 +31,9 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("mutate", "parity.commands.mutate", "plant bugs on purpose, and count how many are caught"),
 )
 
-EXIT_CODES = "exit codes: 0 pass, 1 differs, 2 usage or bad input, 3 not comparable, 4 inconclusive, 5 no such device"
+EXIT_CODES = (
+    "exit codes: 0 pass, 1 differs, 2 usage, bad input or a crash, 3 not comparable, 4 inconclusive, 5 no such device"
+)
 BAD_INPUT, NOT_COMPARABLE, NO_DEVICE = 2, 3, 5
 # in what frameworks raise where there is not enough of it, each in an exception of its own
 _MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|RESOURCE_EXHAUSTED", re.IGNORECASE)

@@ -128,7 +128,8 @@ class Source(Protocol):
 
         Args:
             name: of the file.
-            known: what it was before. Where it is dear to ask that is not done again, and another file is not read.
+            known: what it was before. Where it is dear to ask that is not done again, and the file reads no other; a
+                ``Session`` does, so who has one asks before and after.
         """
         ...
 
