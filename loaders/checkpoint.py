@@ -19,7 +19,7 @@ from loaders.header import TensorInfo
 from loaders.memory import aligned_empty, check_budget
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
-from loaders.sources import Identity, OpenFile, Session, Source
+from loaders.sources import Identity, OpenFile, Session, Source, Unreachable
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
@@ -225,6 +225,8 @@ class Checkpoint:
         try:
             for sample in self.source.in_parallel(self._sample, chosen):
                 found.update(sample)
+        except Unreachable as error:
+            raise CheckpointError(self.source, [str(error)]) from error
         except OSError as error:
             raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
         return found.hexdigest()[:16]
@@ -234,6 +236,8 @@ class Checkpoint:
         with self.open_file(info.file) as file:
             try:
                 return file.read(info.offsets[0], min(info.num_bytes, SAMPLE_BYTES))
+            except Unreachable as error:
+                raise Unreachable(f"tensor {name!r} of {info.file} cannot be read: {error}") from error
             except OSError as error:
                 problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
                 raise CheckpointError(self.source, [problem]) from error
@@ -310,9 +314,10 @@ class Checkpoint:
         return self._arrivals(requests, budget)
 
     def _arrivals(self, lots: list[list[Request[Result]]], budget: int) -> Iterator[Result]:
-        yield from Arrivals(self, self._session(), lots, budget)
+        yield from Arrivals(self, self.session(), lots, budget)
 
-    def _session(self) -> Session:
+    def session(self) -> Session:
+        """What reads its files. Raises CheckpointError."""
         try:
             return self.source.session(sum(found.num_bytes for found in self.identities.values()))
         except OSError as error:
@@ -344,14 +349,14 @@ class Checkpoint:
             file = self.source.open(name, self.identities[name])
         except OSError as error:
             raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
-        if problem := change_of(self.source, name, lambda: file.opened, self.identities[name], _WHOLE):
+        if problem := change_of(name, lambda: file.opened, self.identities[name], _WHOLE):
             file.close()
             raise CheckpointError(self.source, [problem])
         return file
 
     def check_identity(self, file: OpenFile) -> None:
         """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
-        if problem := change_of(self.source, file.name, file.identity, self.identities[file.name], _WHOLE):
+        if problem := change_of(file.name, file.identity, self.identities[file.name], _WHOLE):
             raise CheckpointError(self.source, [problem])
 
     def check_files(self, names: Iterable[str]) -> None:

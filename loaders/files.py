@@ -35,14 +35,18 @@ def read_files(
                 content, problems = read(file)
                 return content, file.opened, problems
         except Unreachable as error:
-            raise CheckpointError(source, [f"{name} cannot be read: {error}"]) from error
+            raise Unreachable(f"{name} cannot be read: {error}") from error
         except OSError as error:
             return None, None, [unreadable(name, str(error.strerror or error))]
 
     contents: dict[str, Content] = {}
     identities: dict[str, Identity] = {}
     problems: list[str] = []
-    for name, (content, identity, found) in zip(names, source.in_parallel(one, names), strict=True):
+    try:
+        results = list(source.in_parallel(one, names))
+    except Unreachable as error:
+        raise CheckpointError(source, [str(error)]) from error
+    for name, (content, identity, found) in zip(names, results, strict=True):
         problems += found
         if content is not None:
             contents[name] = content
@@ -65,23 +69,25 @@ def check_files(source: Source, expected: Mapping[str, Identity], whole: str) ->
         return
 
     def ask(name: str) -> str | None:
-        return change_of(source, name, partial(source.identity, name), expected[name], whole)
+        return change_of(name, partial(source.identity, name), expected[name], whole)
 
     try:
         problems = [problem for problem in source.in_parallel(ask, expected.keys()) if problem]
+    except Unreachable as error:
+        raise CheckpointError(source, [str(error)]) from error
     except OSError as error:
         raise CheckpointError(source, [f"it cannot be opened: {error.strerror or error}"]) from error
     if problems:
         raise CheckpointError(source, problems)
 
 
-def change_of(source: Source, name: str, ask: Callable[[], Identity], expected: Identity, whole: str) -> str | None:
-    """What became of a file; None: nothing. Raises CheckpointError: the server does not answer any more."""
+def change_of(name: str, ask: Callable[[], Identity], expected: Identity, whole: str) -> str | None:
+    """What became of a file; None: nothing. Raises Unreachable: the server does not answer any more."""
     try:
         if ask() == expected:
             return None
     except Unreachable as error:
-        raise CheckpointError(source, [f"{name} cannot be asked about: {error}"]) from error
+        raise Unreachable(f"{name} cannot be asked about: {error}") from error
     except OSError as error:
         return f"{name} is gone: {error.strerror or error}"
     return f"{name} changed since {whole} was opened. Open it again once it is complete."

@@ -78,6 +78,9 @@ class RememberedSource:
     def session(self, total_bytes: int) -> Session:
         return self._there.session(total_bytes)
 
+    def is_current(self, session: Session) -> bool:
+        return self._there.is_current(session)
+
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is to be remembered of a checkpoint, as JSON."""

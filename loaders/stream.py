@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -117,7 +116,7 @@ class Arrivals(Generic[Result]):
 
     Args:
         checkpoint: what is read.
-        session: of its source; closed at the end.
+        session: of its source; closed at the end, or where another lot begins and it is no longer current.
         lots: what is wanted, each in file order; nothing of one is begun before all of the last was yielded.
         budget: bytes of our own that may be held, unless one request alone takes more.
     """
@@ -142,25 +141,31 @@ class Arrivals(Generic[Result]):
 
     def __iter__(self) -> Iterator[Result]:
         try:
-            with closing(self._session):
-                while self._is_busy() or self._lots:
-                    if not self._is_busy():
-                        self._waiting = self._lots.popleft()
-                    self._submit()
-                    if not self._done:
-                        if self._flying:
-                            self._take()
-                        continue
-                    tensor = self._done.popleft()
-                    self._finish(tensor)
-                    result, cost = tensor.begun.result, tensor.begun.cost
-                    del tensor
-                    yield result
-                    del result
-                    self._held -= cost
+            while self._is_busy() or self._lots:
+                if not self._is_busy():
+                    self._begin_lot()
+                self._submit()
+                if not self._done:
+                    if self._flying:
+                        self._take()
+                    continue
+                tensor = self._done.popleft()
+                self._finish(tensor)
+                result, cost = tensor.begun.result, tensor.begun.cost
+                del tensor
+                yield result
+                del result
+                self._held -= cost
         finally:
+            self._session.close()
             for file in self._files.values():
                 file.close()
+
+    def _begin_lot(self) -> None:
+        if not self._checkpoint.source.is_current(self._session):
+            self._session.close()
+            self._session = self._checkpoint.session()
+        self._waiting = self._lots.popleft()
 
     def _is_busy(self) -> bool:
         return bool(self._waiting or self._begun or self._flying or self._done)

@@ -13,7 +13,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -75,8 +74,7 @@ class GsPrefix(ObjectPrefix):
             raise OSError(f"requests is not installed. {install(self.scheme)}")
         self._endpoint = os.environ.get(ENDPOINT) or None
 
-    @cached_property
-    def _client(self) -> Any:
+    def connect(self) -> Any:
         requests = importlib.import_module("requests")
         if self._endpoint is not None:
             client = requests.Session()
@@ -107,7 +105,7 @@ class GsPrefix(ObjectPrefix):
         times = (objects.CONNECT_S, objects.READ_S)
         with (
             _as_os_errors(),
-            self._client.get(url, params=params, headers=headers, timeout=times, stream=True) as found,
+            self.client.get(url, params=params, headers=headers, timeout=times, stream=True) as found,
         ):
             if found.status_code >= 400:
                 known = {404: objects.GONE if path != "o" else f"there is no bucket {self.bucket!r}"}

@@ -93,6 +93,9 @@ class LocalDirectory:
             return RunaiSession(str(self))
         return DirectSession() if self.scheme == DIRECT or total_bytes > physical_bytes() else PositionedSession()
 
+    def is_current(self, session: Session) -> bool:
+        return True
+
     def _is_inside(self, target: Path) -> bool:
         root = self.path.resolve()
         if target.is_relative_to(root):

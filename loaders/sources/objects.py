@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from multiprocessing.pool import ThreadPool
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -15,7 +18,7 @@ from loaders.sources.source import Identity, Result, Session, Unreachable, small
 
 CONNECT_S, READ_S = 5, 15  # for each of the attempts at a request
 ATTEMPTS = 8  # with growing pauses where a server is busy or does not answer; after DEADLINE_S it is given up
-REQUESTS = 16  # at once
+REQUESTS = 8  # at once
 BUSY = (429, 500, 502, 503, 504)
 GONE, CHANGED = "there is no such object", "it changed since it was opened"
 
@@ -83,10 +86,12 @@ class ObjectPrefix(ABC):
     """
 
     scheme: ClassVar[str]
+    _made: tuple[int, Any] | None  # the client, and of which process it is
     gap_bytes = 1 << 20  # a request takes as long as a megabyte does
     is_dear_to_ask = True
 
     def __init__(self, path: str) -> None:
+        self._at_once, self._made = REQUESTS, None
         self.bucket, _, prefix = path.partition("/")
         self.prefix = prefix.strip("/")
         if not self.bucket:
@@ -113,6 +118,10 @@ class ObjectPrefix(ABC):
         return f"{self.scheme}://{self.bucket}/{self.key(name)}"
 
     @abstractmethod
+    def connect(self) -> Any:
+        """A client of the store. Raises OSError."""
+
+    @abstractmethod
     def pages(self, start: str) -> Iterator[list[str]]:
         """Keys of all objects whose key starts so, and has no slash in the rest; each page is a request."""
 
@@ -121,6 +130,9 @@ class ObjectPrefix(ABC):
 
     @abstractmethod
     def session(self, total_bytes: int) -> Session: ...
+
+    def is_current(self, session: Session) -> bool:
+        return True
 
     def names(self) -> list[str]:
         start = self.key("")
@@ -151,11 +163,93 @@ class ObjectPrefix(ABC):
             return small_file(file, file.opened.num_bytes)
 
     def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
-        if len(names) < 2:
-            yield from map(work, names)
-            return
-        with ThreadPool(min(len(names), REQUESTS)) as pool:  # its end waits for none of them
-            yield from pool.imap(work, names)
+        """See ``Source.in_parallel``. A server that answers some requests and gives up others is asked one by one.
+
+        It is from then on, by a client of its own: that is how long this source waits for each of them.
+        """
+        left = deque(names)
+        if len(left) > 1 and self._at_once > 1:
+            assert self.client is not None  # it is made here, before several ask for it at once
+            results = _AtOnce(work, left, self._at_once)
+            try:
+                for result in results:
+                    left.popleft()
+                    yield result
+            except Unreachable:
+                if len(left) == len(names) and not results.has_answers:
+                    raise
+                results.settle(DEADLINE_S)
+                self.client.close()  # its connections may be all that the server has
+                self._at_once, self._made = 1, None
+        yield from map(work, left)
+
+    @property
+    def client(self) -> Any:
+        """What asks the server; a forked child has its own, for two may not share connections."""
+        if self._made is None or self._made[0] != os.getpid():
+            self._made = os.getpid(), self.connect()
+        return self._made[1]
+
+
+class _AtOnce(Generic[Result]):
+    """Results of ``work`` in the order of ``names``, by as many threads at once as there may be.
+
+    multiprocessing's pool would do, but for what it does to a process: it sets the way others are started, and takes
+    shared memory. What nobody waits for any more ends by itself.
+
+    Raises:
+        Exception: what ``work`` raises, as soon as it does.
+    """
+
+    def __init__(self, work: Callable[[str], Result], names: Iterable[str], count: int) -> None:
+        self.has_answers = False
+        self._work, self._todo = work, deque(enumerate(names))
+        self._size, self._done = len(self._todo), SimpleQueue()
+        self._count = min(count, self._size)
+        self._threads: list[threading.Thread] = []
+
+    def __iter__(self) -> Iterator[Result]:
+        found: dict[int, Result] = {}
+        try:
+            self._start()
+            for index in range(self._size):
+                while index not in found:
+                    place, result, error = self._done.get()
+                    if error is not None:
+                        raise error
+                    found[place] = result
+                    self.has_answers = True
+                yield found.pop(index)
+        finally:
+            self._todo.clear()
+
+    def _start(self) -> None:
+        for number in range(self._count):
+            thread = threading.Thread(target=self._run, name="tandem-requests", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not number:
+                    raise OSError(f"nothing can be asked: {error}") from error
+                return  # no more threads can be started: those there are will do
+            self._threads.append(thread)
+
+    def settle(self, most_s: float) -> None:
+        """Wait for what is still on its way."""
+        until = time.monotonic() + most_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self) -> None:
+        while True:
+            try:
+                index, name = self._todo.popleft()
+            except IndexError:
+                return
+            try:
+                self._done.put((index, self._work(name), None))
+            except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+                self._done.put((index, None, error))
 
 
 def in_time(work: Callable[[], Result], allowed_s: float, what: str) -> Result:

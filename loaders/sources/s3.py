@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from loaders.sources import objects
 from loaders.sources.library import find_library, install
 from loaders.sources.objects import ObjectFile, ObjectPrefix
 from loaders.sources.runai import RunaiSession
-from loaders.sources.source import Unreachable
+from loaders.sources.source import Session, Unreachable
 
 _GONE = ("404", "NoSuchKey", "NotFound")
 _CHANGED = ("412", "PreconditionFailed")
@@ -69,12 +70,12 @@ class S3Prefix(ObjectPrefix):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        self._given: WeakKeyDictionary[Session, Any] = WeakKeyDictionary()  # credentials of sessions
         find_library(self.scheme)
         if importlib.util.find_spec("boto3") is None:
             raise OSError(f"boto3 is not installed. {install(self.scheme)}")
 
-    @cached_property
-    def client(self) -> Any:
+    def connect(self) -> Any:
         config = importlib.import_module("botocore.config").Config(
             connect_timeout=objects.CONNECT_S,
             read_timeout=objects.READ_S,
@@ -111,7 +112,13 @@ class S3Prefix(ObjectPrefix):
             "region": self.client.meta.region_name,
             "endpoint": None if ".amazonaws.com" in url else url,
         }
-        return RunaiSession(str(self), {name: value for name, value in given.items() if value})
+        session = RunaiSession(str(self), {name: value for name, value in given.items() if value})
+        self._given[session] = frozen
+        return session
+
+    def is_current(self, session: Session) -> bool:
+        found = self._session.get_credentials()
+        return found is None or self._given.get(session) == found.get_frozen_credentials()  # which renews them in time
 
 
 @contextmanager

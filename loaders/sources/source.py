@@ -149,6 +149,10 @@ class Source(Protocol):
         """What reads many stretches at once, of a checkpoint whose files have ``total_bytes``."""
         ...
 
+    def is_current(self, session: Session) -> bool:
+        """Whether another one would be no better: credentials may have been renewed since this was made."""
+        ...
+
 
 def small_file(file: OpenFile, num_bytes: int) -> bytes:
     """All of a file of so many bytes. Raises OSError when it is larger than any JSON of a checkpoint."""

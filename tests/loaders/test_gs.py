@@ -234,7 +234,7 @@ def test_a_server_that_stays_busy_is_given_up_at_the_first_files(uri: str, serve
     server.refusal = Refusal("fields=generation", 503, times=9)
     said = ends_within(20, lambda: open_checkpoint(uri))
     assert said == "config.json cannot be read: 503 Service Unavailable: Refused."
-    assert set(server.refusal.asked.values()) == {objects.ATTEMPTS}
+    assert max(server.refusal.asked.values()) == objects.ATTEMPTS
     assert not any("safetensors" in path.partition("?")[0] and "index" not in path for path in server.refusal.asked)
 
 
