@@ -176,7 +176,8 @@ class ObjectPrefix(ABC):
                     left.popleft()
                     yield result
             except Unreachable:
-                if len(left) == len(names) and not results.has_answers:
+                results.settle(1.0)  # others may have been answered at this very moment
+                if not results.has_answers:
                     raise
                 results.settle(DEADLINE_S)
                 self.client.close()  # its connections may be all that the server has
@@ -218,7 +219,6 @@ class _AtOnce(Generic[Result]):
                     if error is not None:
                         raise error
                     found[place] = result
-                    self.has_answers = True
                 yield found.pop(index)
         finally:
             self._todo.clear()
@@ -248,6 +248,7 @@ class _AtOnce(Generic[Result]):
                 return
             try:
                 self._done.put((index, self._work(name), None))
+                self.has_answers = True
             except BaseException as error:  # noqa: BLE001 - it is raised by who waits
                 self._done.put((index, None, error))
 
