@@ -165,7 +165,7 @@ class ObjectPrefix(ABC):
     def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
         """See ``Source.in_parallel``. A server that answers some requests and gives up others is asked one by one.
 
-        It is from then on, by a client of its own: that is how long this source waits for each of them.
+        From then on all of this source's requests are made so, by another client.
         """
         left = deque(names)
         if len(left) > 1 and self._at_once > 1:
