@@ -36,7 +36,7 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     reload to other weights such an adapter is refused; saved without it (``save_embedding_layers=False``) it is not.
 
     Raises:
-        CheckpointError: the adapter does not fit; lists everything.
+        CheckpointError: the adapter does not fit, or has numbers that the model's dtype does not hold; lists all.
         ValueError: an adapter is merged into the weights, or the name is no name.
     """
     _check(model, f"attach {name!r}", lambda: check_name(name), "another adapter")
@@ -64,8 +64,8 @@ def merge_lora(model: Model, name: str) -> Model:
     weights or adapters; ``export`` and ``digests`` are of the merged weights.
 
     Raises:
-        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
-            that embedding and head share.
+        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, a table
+            that embedding and head share, and those that would be infinite in their dtype.
     """
 
     def check() -> None:

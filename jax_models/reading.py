@@ -50,7 +50,11 @@ def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator
 
 
 def dry_run(plan: LoadPlan, mesh: Mesh | None) -> None:
-    """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised."""
+    """Read everything that ``read_params`` would, on the host only: whatever is wrong with it is raised.
+
+    Raises:
+        CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
+    """
     filling = Filling(plan)
     if mesh is None:
         deque(read_whole(plan, filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next

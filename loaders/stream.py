@@ -157,9 +157,11 @@ class Arrivals(Generic[Result]):
                 del result
                 self._held -= cost
         finally:
-            self._session.close()
-            for file in self._files.values():
-                file.close()
+            try:
+                self._session.close()
+            finally:
+                for file in self._files.values():
+                    file.close()
 
     def _begin_lot(self) -> None:
         if not self._checkpoint.source.is_current(self._session):

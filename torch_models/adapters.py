@@ -49,7 +49,8 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     On a mesh all ranks attach it, or none, and each holds the part that goes with its part of the weights.
 
     Raises:
-        CheckpointError: the adapter does not fit; lists everything. Nothing was changed.
+        CheckpointError: the adapter does not fit, or has numbers that the model's dtype does not hold; lists all.
+            Nothing was changed.
         ValueError: an adapter is merged into the weights, or the name is no name, or ranks name or found
             different adapters.
         RuntimeError: the model must not run; or writing failed, and so did bringing back what was there: none is left.
@@ -91,8 +92,8 @@ def merge_lora(model: Model, name: str) -> Model:
     each weight whole, one after the other, and keeps its part: the bits are those of one device.
 
     Raises:
-        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, and a table
-            that embedding and head share. Nothing was changed.
+        ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, a table
+            that embedding and head share, and those that would be infinite in their dtype. Nothing was changed.
         RuntimeError: the model must not run, or writing failed half-way.
     """
     model.check_runnable()

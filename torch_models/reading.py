@@ -40,7 +40,15 @@ def read_params(
 
 
 def dry_run(plan: LoadPlan, parallel: Parallel | None, staging: Staging) -> LoadReport:
-    """Read everything that ``read_params`` would: whatever is wrong with it is raised."""
+    """Read everything that ``read_params`` would: whatever is wrong with it is raised.
+
+    Args:
+        plan: what to read.
+        parallel: as for ``read_params``.
+        staging: likewise; the writing that follows may be given the same.
+    Raises:
+        CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
+    """
     filling = Filling(plan)
     deque(read_params(plan, filling, parallel, staging=staging), maxlen=0)  # a loop would keep one while it reads on
     return filling.finish()

@@ -138,7 +138,14 @@ class Source(Protocol):
         ...
 
     def in_parallel(self, work: Callable[[str], Result], names: Collection[str]) -> Iterator[Result]:
-        """``work`` of each name, in their order; where it is dear to ask, done for several at once."""
+        """``work`` of each name, in their order; where it is dear to ask, done for several at once.
+
+        Args:
+            work: from any thread; of a name for which it raised Unreachable perhaps once more, alone.
+            names: of what.
+        Raises:
+            Exception: what ``work`` raises, of whichever name does so first.
+        """
         ...
 
     def read_file(self, name: str) -> bytes:

@@ -71,7 +71,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """
     names = [*_READ, *(("a", "b") if args.verb in ("compare", "lifecycle") else ())]  # elsewhere those are backends
     given = [one for name in names for one in _several(getattr(args, name, None))]
-    read = {os.path.realpath(_BEFORE.sub("", str(one))): one for one in given}
+    # with what stands before it and without: a directory may be called "a=b" as well
+    read = {os.path.realpath(text): one for one in given for text in (str(one), _BEFORE.sub("", str(one)))}
     held = {  # by directories that are read, whose files may be links to elsewhere
         os.path.realpath(file): where for where in read if os.path.isdir(where) for file in os.scandir(where)
     }

@@ -175,10 +175,15 @@ class Busy:
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 100])
-def test_a_server_that_gives_up_some_is_asked_one_by_one(uri: str, most: int) -> None:
+def test_a_server_that_gives_up_some_is_asked_one_by_one(uri: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another client, once the connections of this one are closed: the server may have no more."""
     source, names = s3.S3Prefix(uri.removeprefix("s3://")), [f"n{number}" for number in range(40)]
+    before, closed = source.client, []
+    monkeypatch.setattr(before, "close", lambda: closed.append(before))
     assert list(source.in_parallel(Busy(most), names)) == [name.upper() for name in names]
-    patient = Busy(1 if most < objects.REQUESTS else 100)
+    is_given_up = most < objects.REQUESTS
+    assert (len(closed), source.client is before) == (int(is_given_up), not is_given_up)
+    patient = Busy(1 if is_given_up else 100)
     assert list(source.in_parallel(patient, names)) == [name.upper() for name in names]
     assert patient.asked == 40
 
@@ -429,7 +434,9 @@ def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, 
         file.read(0, 100)
 
 
-def test_a_saved_model_finds_what_it_left_out_where_it_was(server: Server, tmp_path: Path, asked: Counter[str]) -> None:
+def test_a_saved_model_finds_what_it_left_out_where_it_was(
+    server: Server, tmp_path: Path, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It remembers what the files were, and no more of them."""
     import jax_models
 
@@ -441,9 +448,12 @@ def test_a_saved_model_finds_what_it_left_out_where_it_was(server: Server, tmp_p
     exported = restored.export(tmp_path / "out")
     assert digests(open_checkpoint(exported).stream()) == digests(open_checkpoint(directory).stream())
     asked.clear()
+    sessions, is_current = [], s3.S3Prefix.is_current
+    monkeypatch.setattr(s3.S3Prefix, "is_current", lambda self, it: sessions.append(it) or is_current(self, it))
     files = {path.name for path in directory.glob("*.safetensors")}
     assert {name for name, _ in restored.checkpoint.stream()} == open_checkpoint(directory).tensors.keys()
     assert asked == {f"identity of {name}": 3 for name in files}  # opening asks, too: a text cannot pin an object
+    assert len(sessions) == 1
     file = restored.checkpoint.tensors[restored.report.left_out[0]].file
     body = (directory / file).read_bytes()
     server.client.put_object(Bucket=BUCKET, Key=f"towers/{file}", Body=body[:-1] + bytes([body[-1] ^ 1]))

@@ -31,6 +31,7 @@ def here(made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "it")
     (tmp_path / "it" / "vocab.txt").touch()
     (tmp_path / "it" / "linked").symlink_to(tmp_path / "blob")
+    (tmp_path / "lr=3").symlink_to(tmp_path)
     return tmp_path
 
 
@@ -58,7 +59,7 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
     assert Trace.load(here / "target").backend == "torch"
     assert (here / "target").stat().st_mode == (here / "link.partial").stat().st_mode
     assert (here / "link.partial").read_text() == "mine"
-    assert {path.name for path in here.iterdir()} == {"it", "link", "link.partial", "target"}
+    assert {path.name for path in here.iterdir()} == {"it", "lr=3", "link", "link.partial", "target"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
         (["record", "direct://it", "--backend", "torch", "-o", "it/config.json"], "is a file of direct://it"),
         (["weights", "jax:it", "it", "--json", "it/vocab.txt"], "is a file of"),
         ([*RECORD, "blob"], "blob is a file of it"),
+        (["record", "lr=3/it", "--backend", "torch", "-o", "lr=3/it/config.json"], "is a file of lr=3/it"),
         (["generate", "it", "--prompt-ids", "1", "--adapter", "x=it", "--draft-tokens", "2"], "goes with --draft"),
         (["compare", "a", "b", "--html", "a"], "a is read"),
         (["compare", "a", "b", "--json", "./b"], "b is read"),
@@ -88,7 +90,7 @@ def test_what_would_write_over_what_is_read_or_means_nothing_is_refused(here, ar
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
     assert {(here / name).read_bytes() for name in ("a", "b", "blob")} == {b"mine"}
-    assert {path.name for path in here.iterdir()} == {"it", "a", "b", "blob"}
+    assert {path.name for path in here.iterdir()} == {"it", "lr=3", "a", "b", "blob"}
 
 
 def test_what_is_named_like_an_option_is_a_file_like_others(here):
@@ -119,7 +121,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(here, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "large cannot be written" in capsys.readouterr().err
-    assert {path.name for path in here.iterdir()} == {"it"}
+    assert {path.name for path in here.iterdir()} == {"it", "lr=3"}
 
 
 @pytest.mark.parametrize(
