@@ -6,6 +6,8 @@ block scales is multiplied by, is computed from them inside the program, so ther
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,7 +25,7 @@ def multiplier(scale: jax.Array, scheme: Scheme) -> jax.Array:
     return 1.0 / scale if scheme.divides else scale
 
 
-class QuantizedLinear(nnx.Module):
+class QuantizedLinear(nnx.Module, ABC):
     """y = x Wᵀ + b with W in codes, in the place of ``plain``; summed in float32, then returned in the dtype of x."""
 
     def __init__(self, plain: Linear) -> None:
@@ -31,13 +33,13 @@ class QuantizedLinear(nnx.Module):
         if plain.has_bias:
             self.bias = nnx.Param(jnp.zeros((self.out_features,)))
 
+    @abstractmethod
     def dequantized(self) -> jax.Array:
         """The weight, float32 [N, K], with the roundings of the exporter's own definition."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project(self, x: jax.Array) -> jax.Array:
         """x Wᵀ, float32: what a head is asked for."""
-        raise NotImplementedError
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y32 = self.project(x)

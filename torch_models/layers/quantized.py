@@ -8,6 +8,8 @@ derived where they are used, so that whoever writes to their sources, by whateve
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def multiplier(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return 1.0 / scale if scheme.divides else scale
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """y = x Wᵀ + b with W in codes, in the place of ``plain``; summed in float32, then returned in the dtype of x."""
 
     summed: Join | None = None  # on a mesh, where inputs are cut
@@ -38,13 +40,13 @@ class QuantizedLinear(nn.Module):
         if plain.has_bias:
             self.bias = empty_param(self.out_features)
 
+    @abstractmethod
     def dequantized(self) -> torch.Tensor:
         """The weight, float32 [N, K], with the roundings of the exporter's own definition."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ, float32: what a head is asked for."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y32 = self.project(x)
