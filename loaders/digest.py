@@ -7,15 +7,11 @@ weights, wherever they live and however they are stacked or sharded there.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from loaders import dtypes
-
-_ROW_BYTES = 4096  # words that are added up in a checksum; so many rows that a core's cache holds them:
-_BLOCK_BYTES = 256 * _ROW_BYTES
 
 
 def tensor_digest(array: np.ndarray, *, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> str:
@@ -44,21 +40,3 @@ def root_digest(digests: Mapping[str, str]) -> str:
 def digests(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
     """Digest of each (name, tensor), in name order."""
     return dict(sorted((name, tensor_digest(array)) for name, array in tensors))
-
-
-def checksum(array: np.ndarray) -> int:
-    """One number of an array's bytes: does memory hold what it held? Says nothing of dtype and shape.
-
-    It is for what befalls memory: other bytes, a copy that stopped half-way, parts in each other's place. Words are
-    added up by rows and by columns, so one that lies elsewhere is seen too, and the CRC-32 is of the sums: four times
-    as fast as one of all bytes, and nobody chooses bytes to deceive it.
-    """
-    held = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    found = held.size % (1 << 32)  # of zeros, sums and CRCs are much alike
-    for start in range(0, held.size, _BLOCK_BYTES):
-        block = held[start : start + _BLOCK_BYTES]
-        end = block.size // _ROW_BYTES * _ROW_BYTES
-        words = block[:end].view(np.uint64).reshape(-1, _ROW_BYTES // 8)
-        for part in (words.sum(axis=0), words.sum(axis=1), block[end:]):
-            found = zlib.crc32(part.data, found)
-    return found

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from loaders.digest import checksum
 from loaders.memory import thread_count
 from loaders.scratch import Staging
-from torch_models.storage import host_view
 
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 PAGE_BYTES = 4096
 PROVIDED_BYTES = 64 << 20  # by a thread at a time
 COMPARED_BYTES = 16 << 20  # at a time on a device, which may have little room left
-BLOCK = 256, 512  # words of 8 bytes that are added up: 1 MiB
+BLOCK = 256, 512  # words of 8 bytes that are added up, 1 MiB; of less as many rows as it takes
 # splitmix64's, as int64
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -91,13 +89,10 @@ class DeviceStaging(Staging):
     def remembered(self, value: torch.Tensor) -> Holds:
         """What tells whether a tensor of the device holds the bytes of ``value``.
 
-        A device gets ``value`` a second time for this, piece by piece, and adds it up by itself: neither the host nor
+        CUDA gets ``value`` a second time for this, piece by piece, and adds it up by itself: neither the host nor
         anybody waits. So its bytes are those that its memory has when the device comes to it, as they are of the copy:
         that memory is not written before is for ``settle`` to see to, and cannot be told from this.
         """
-        if self.device.type == "cpu":
-            expected = checksum(host_view(value.cpu().contiguous()))
-            return lambda held: checksum(host_view(held.cpu().contiguous())) == expected
         sums = _sums(value, self.device, is_lasting=self._is_locked(value))
         return lambda held: torch.equal(_sums(held, self.device), sums)
 
@@ -159,16 +154,16 @@ def _sums(tensor: torch.Tensor, device: torch.device, *, is_lasting: bool = Fals
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if not flat.numel():
         return torch.empty(0, dtype=torch.int64, device=device)
-    num_words = BLOCK[0] * BLOCK[1]
-    places = GOLDEN * torch.arange(1, 1 + sum(BLOCK), device=device)
+    rows = min(BLOCK[0], -(-flat.numel() // (8 * BLOCK[1])))
+    places = GOLDEN * torch.arange(1, 1 + rows + BLOCK[1], device=device)
     found = []
     for piece in pieces(flat):
         held = piece.to(device, non_blocking=is_lasting)
-        if more := -held.numel() % (8 * num_words):
+        if more := -held.numel() % (8 * rows * BLOCK[1]):
             held = F.pad(held, (0, more))
         elif held.data_ptr() % 8 or held.storage_offset() % 8:
             held = held.clone()
-        words = held.view(torch.int64).view(-1, *BLOCK)
+        words = held.view(torch.int64).view(-1, rows, BLOCK[1])
         sums = torch.cat([words.sum(dim=1), words.sum(dim=2)], dim=1) + places
         del held, words  # before the next piece comes
         for by, factor in ((30, FIRST), (27, SECOND), (31, 1)):

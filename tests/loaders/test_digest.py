@@ -10,7 +10,7 @@ import pytest
 from handmade import CONFIG
 
 from loaders import open_checkpoint
-from loaders.digest import checksum, digests, root_digest, tensor_digest
+from loaders.digest import digests, root_digest, tensor_digest
 from loaders.writer import TensorType, write_checkpoint
 
 ONES = np.ones((2, 3), np.float32)
@@ -81,43 +81,3 @@ def test_how_a_checkpoint_is_cut_into_files_does_not_matter(tmp_path: Path) -> N
         assert list(found) == ["a", "b", "c"]
         roots.add(root_digest(found))
     assert roots == {root_digest(digests(arrays.items()))}
-
-
-BLOCK_WORDS = 1 << 17  # that a checksum takes at once, in rows of 512
-
-
-@pytest.mark.parametrize("size", [3, 1 << 10, 2 * BLOCK_WORDS + 1025])  # in words of 4 bytes; the last: a row and more
-def test_a_checksum_sees_every_bit_wherever_it_is(size: int) -> None:
-    array = np.random.default_rng(0).integers(0, 1 << 32, size, np.uint32)
-    expected = checksum(array)
-    assert checksum(array.copy()) == expected
-    for place in {0, size // 2, max(0, size - 2), size - 1}:
-        for bit in range(32):
-            array[place] ^= np.uint32(1 << bit)
-            assert checksum(array) != expected
-            array[place] ^= np.uint32(1 << bit)
-    assert checksum(array) == expected
-    assert checksum(array[:-1]) != expected
-
-
-@pytest.mark.parametrize("apart", [1, 511, 512, 513, BLOCK_WORDS, BLOCK_WORDS + 5], ids=lambda words: f"{words} words")
-def test_a_checksum_sees_two_words_or_stretches_change_places(apart: int) -> None:
-    array = np.random.default_rng(0).integers(0, 1 << 63, 3 * BLOCK_WORDS, np.uint64)
-    expected = checksum(array)
-    for size in (1, apart):  # a word, or all of the stretch: rows, or columns
-        other = array.copy()
-        other[:size], other[apart : apart + size] = array[apart : apart + size], array[:size]
-        assert checksum(other) != expected
-
-
-def test_a_checksum_is_of_bytes_whatever_array_they_are_in() -> None:
-    assert checksum(np.zeros(0, np.uint8)) == 0
-    zeros = {checksum(np.zeros(size, np.uint8)) for size in (1, 7, 8, 4095, 4096, 4097, 1 << 20, (1 << 20) + 1)}
-    assert len(zeros) == 8
-    square = np.arange(1 << 16, dtype=np.float32).reshape(256, 256)
-    expected = checksum(square)
-    assert checksum(np.asfortranarray(square)) == checksum(square.view(ml_dtypes.bfloat16)) == expected
-    odd = np.zeros(square.nbytes + 1, np.uint8)[1:]  # no word lies on a multiple of its size
-    odd[:] = square.reshape(-1).view(np.uint8)
-    assert checksum(odd) == expected
-    assert checksum(square.T) != expected
