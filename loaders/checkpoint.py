@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -123,7 +123,7 @@ class Checkpoint:
         names: Iterable[str] | None = None,
         lots: Iterable[Collection[str]] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    ) -> Generator[tuple[str, np.ndarray]]:
         """Tensors in file order, read ahead by a few threads; from object storage in the order in which they arrive.
 
         Each array is memory of its own, never reused, so it may be kept or handed to ``jax.device_put``. A file that
@@ -374,7 +374,7 @@ def _several(names: Iterable[str]) -> Iterable[str]:
     return names
 
 
-def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def _named(parts: Iterator[tuple[Slice, np.ndarray]]) -> Generator[tuple[str, np.ndarray]]:
     for part, array in parts:
         yield part.name, array
         del array  # nobody holds it while the next one is read

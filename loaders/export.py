@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
-from loaders.checkpoint import Checkpoint
+from loaders.checkpoint import DEFAULT_BUDGET_BYTES, Checkpoint
 from loaders.header import TensorInfo
 from loaders.memory import bits
 from loaders.place import place_of
@@ -86,16 +87,18 @@ def export_checkpoint(
     reader = TensorReader(checkpoint, specs, read_param)
     copied = frozenset(left_out)
     held = _held(checkpoint, reader, copied)
-    return write_checkpoint(
-        directory,
-        held,
-        lambda name: checkpoint.read(name) if name in copied else reader(name),
-        config=checkpoint.config_document,
-        generation=checkpoint.generation_document or None,
-        quantization=checkpoint.quantization_document or None,
-        metadata={name: checkpoint.metadata[name] for name in {info.file for info in held.values()}},
-        files={name: info.file for name, info in held.items()},
-    )
+    files = {name: info.file for name, info in held.items()}
+    with _read_in_turn(checkpoint, [name for name in writing_order(held, files) if name in copied]) as copy:
+        return write_checkpoint(
+            directory,
+            held,
+            lambda name: copy(name) if name in copied else reader(name),
+            config=checkpoint.config_document,
+            generation=checkpoint.generation_document or None,
+            quantization=checkpoint.quantization_document or None,
+            metadata={name: checkpoint.metadata[name] for name in set(files.values())},
+            files=files,
+        )
 
 
 def export_together(
@@ -140,6 +143,36 @@ def export_together(
 
     together(write)
     return Path(directory)
+
+
+@contextmanager
+def _read_in_turn(checkpoint: Checkpoint, names: list[str]) -> Iterator[Callable[[str], np.ndarray]]:
+    """What reads these tensors, which have to be asked for in this order: all are one stream.
+
+    One by one, a store would be asked about a file for each of its tensors.
+    """
+    waiting: dict[str, np.ndarray] = {}
+    with closing(checkpoint.stream(lots=_lots_in_turn(checkpoint, names))) as stream:
+
+        def read(name: str) -> np.ndarray:
+            while name not in waiting:
+                waiting.update([next(stream)])
+            return waiting.pop(name)
+
+        yield read
+
+
+def _lots_in_turn(checkpoint: Checkpoint, names: list[str]) -> list[list[str]]:
+    """In this order, as many in a lot as may wait until they are asked for."""
+    lots: list[list[str]] = []
+    room = 0
+    for name in names:
+        room -= (num_bytes := checkpoint.tensors[name].num_bytes)
+        if room < 0:
+            lots.append([])
+            room = DEFAULT_BUDGET_BYTES - num_bytes
+        lots[-1].append(name)
+    return lots
 
 
 def _held(checkpoint: Checkpoint, reader: TensorReader, copied: frozenset[str]) -> dict[str, TensorInfo]:

@@ -6,7 +6,7 @@ makes it. Format and bits are ModelOpt's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -115,7 +115,7 @@ class QuantizedCheckpoint(Checkpoint):
         names: Iterable[str] | None = None,
         lots: Iterable[Collection[str]] | None = None,
         into: Callable[[str], np.ndarray | None] | None = None,
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    ) -> Generator[tuple[str, np.ndarray]]:
         """Tensors in the order of the plain files, those of a group together; see ``Checkpoint.stream``.
 
         By default the plain matrices of the largest group are held, or as many of others. A budget is for those that

@@ -11,7 +11,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -278,11 +278,13 @@ def changed_deliveries(*changes: Delivery) -> Iterator[None]:
     """Fault injection: inside, whatever any checkpoint streams passes through ``changes``."""
     original = Checkpoint.stream
 
-    def stream(self: Checkpoint, host_budget_bytes: int | None = None, **options: Any) -> Delivered:
+    def stream(
+        self: Checkpoint, host_budget_bytes: int | None = None, **options: Any
+    ) -> Generator[tuple[str, np.ndarray]]:
         delivered = original(self, host_budget_bytes, **options)
         for change in changes:
             delivered = change(self, delivered)
-        return delivered
+        yield from delivered
 
     Checkpoint.stream = stream
     try:
