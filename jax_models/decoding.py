@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -14,9 +15,10 @@ from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.processes import agreed, said_of
 from jax_models.speculative import generate_with_draft
-from loaders.inputs import ModelInputs, bucket, check_next, check_room
+from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
+from loaders.sampling import DRAFT_TOKENS, SamplingParams, check_room
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -101,7 +103,13 @@ class Decoding:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         model = self._model
-        ids_B1 = model.next_ids(token_ids, cache)
+        next_ids = partial(model.next_ids, token_ids, cache)
+        ids_B1 = agreed(model.mesh, "what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
+        return model.decode_step(ids_B1, cache)
+
+    def decode_step(self, ids_B1: np.ndarray, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
+        """As ``decode``, of tokens that were checked and are the same on all processes: int32 [B, 1]."""
+        model = self._model
         logits_BV, arrays = model.programs.decode(
             model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
         )
@@ -137,24 +145,53 @@ class Decoding:
         adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> jax.Array:
-        """The new tokens, int32 [B, N]; each row as if it were alone; see ``jax_models.generate``.
+        """Continue every row of a ragged batch; each as if it were alone, but that a draw depends on the batch's shape.
 
-        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``jax_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for the
-        model itself.
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: at most so many per row.
+            temperature: 0 = the best token (the lowest id among equals); else the softmax temperature.
+            top_k: sample among the best k only.
+            top_p: sample among the best tokens that together reach this probability, in (0, 1].
+            seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
+            ignore_eos: go on after an end-of-sequence token.
+            draft: guesses tokens, and those that the model would have said are kept; ``draft.report`` says what it was
+                worth. See ``jax_models.speculative``.
+            draft_tokens: guesses in each round; 3 where there is a draft.
+            adapter: of the rows, as for the model itself.
+            multimodal: images and videos, likewise.
+        Returns:
+            int32 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
+            (or its end token when the config names none).
+        Raises:
+            ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
         """
         model = self._model
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos, "adapter": adapter}
-        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
-        if draft is None and draft_tokens is not None:
-            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {"seed": seed, "ignore_eos": ignore_eos}
+        checked = partial(self._asked, draft, draft_tokens, **options)
+        params = agreed(model.mesh, "what is asked for", checked)
+        prompt = (input_ids, attention_mask, params)
         if draft is None:
-            return generate(model, *prompt, **options, **multimodal)
+            return generate(model, *prompt, adapter=adapter, **multimodal)
+        tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, adapter=adapter, **multimodal)
+        return tokens
+
+    def _asked(self, draft: object, draft_tokens: int | None, **options: Any) -> SamplingParams:
+        """What ``generate`` is asked for. Raises ValueError, also for a draft that is none, or another model's."""
+        if draft is None:
+            if draft_tokens is not None:
+                raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+            return SamplingParams(**options)
         if not isinstance(draft, Draft):
             raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
-        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
-        return tokens
+        if draft.target is not self._model:
+            raise ValueError(
+                f"the draft is bound to another model or version, this model is at version {self._model.version}."
+                " Use model.draft, or draft.bind(model)."
+            )
+        return SamplingParams(draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens, **options)
 
     @property
     def draft(self) -> Draft:

@@ -17,7 +17,9 @@ from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
+from jax_models.processes import agreed, said_of
 from jax_models.taps import collect
+from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
@@ -94,15 +96,22 @@ class Draft:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         weights, target = self.weights, self.target
         assert target is not None
-        if np.shape(input_ids)[-1] < 2:
-            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
-        given = (target.config, input_ids, attention_mask, position_ids)
-        checked = check_inputs(*given, given=multimodal, has_tower=target.stage.has_tower)
-        entry = checked.input_ids
+
+        def checked() -> tuple[ModelInputs, np.ndarray]:
+            given = (target.config, input_ids, attention_mask, position_ids)
+            inputs = check_inputs(*given, given=multimodal, has_tower=target.stage.has_tower)
+            check_pairs(inputs)
+            return inputs, target.roster.rows(adapter, len(inputs.input_ids))
+
+        def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
+            return f"inputs {said_of(found[0])}, adapters of rows {found[1].tolist()}"
+
+        inputs, slot_B = agreed(self.mesh, "what the draft is called with", checked, summary)
+        entry = inputs.input_ids
         if not target.stage.is_first:
-            entry, _ = target.checked(None, attention_mask, position_ids, hidden_states)
-        given = (weights, entry, checked.input_ids, *target.arrays(checked))
-        return self.source.programs.draft.forward(*given, **target.of_rows(adapter, len(entry)))
+            entry, *_ = target.checked(None, attention_mask, position_ids, hidden_states, adapter=adapter)
+        given = (weights, entry, inputs.input_ids, *target.arrays(inputs))
+        return self.source.programs.draft.forward(*given, **target.of_slots(slot_B))
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_models.processes import check_sampling_alike, to_host
-from loaders.inputs import seed_bits
-from loaders.roster import AdapterOfRows
+from jax_models.processes import to_host
+from loaders.sampling import SamplingParams, seed_bits
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -34,57 +33,23 @@ def sample(
     return jnp.take_along_axis(token_BC, chosen_B1, axis=-1)[:, 0].astype(jnp.int32)
 
 
-def generate(
-    model: Model,
-    input_ids: Any,
-    attention_mask: Any = None,
-    max_new_tokens: int = 16,
-    temperature: float = 0.0,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    ignore_eos: bool = False,
-    adapter: AdapterOfRows = None,
-    **multimodal: Any,
-) -> jax.Array:
-    """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
-
-    Args:
-        model: the whole model.
-        input_ids: integers [B, T].
-        attention_mask: [B, T], padding on either side.
-        max_new_tokens: at most so many per row.
-        temperature: 0 = the best token (the lowest id among equals); else the softmax temperature.
-        top_k: sample among the best k only.
-        top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
-        ignore_eos: go on after an end-of-sequence token.
-        adapter: of the rows, see ``Model``.
-        multimodal: images and videos, as for the model itself.
-    Returns:
-        int32 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
-        (or its end token when the config names none).
-    Raises:
-        ValueError: options out of range, bad inputs, or a pipeline stage.
-    """
-    check_sampling_alike(model.mesh, max_new_tokens, temperature, top_k, top_p, seed)
-    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
-    of_rows = {"adapter": adapter, **multimodal}
-    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
-    key = jax.random.key(seed_bits(seed))
+def generate(model: Model, input_ids: Any, attention_mask: Any, params: SamplingParams, **of_rows: Any) -> jax.Array:
+    """See ``Model.generate``. ``of_rows``: adapters, images and videos, as for the model itself."""
+    ends, filler = model.checkpoint.endings(ignore_eos=params.ignore_eos)
+    logits_BV, cache = model.prefill(input_ids, attention_mask, max_new_tokens=params.max_new_tokens, **of_rows)
+    key = jax.random.key(seed_bits(params.seed))
     has_ended_B = np.zeros(logits_BV.shape[0], bool)
     tokens: list[np.ndarray] = []
-    for step in range(max_new_tokens):
-        if temperature == 0:
+    for step in range(params.max_new_tokens):
+        if params.is_greedy:
             token_B = to_host(jnp.argmax(logits_BV, axis=-1)).astype(np.int32)
         else:
             step_key = jax.random.fold_in(key, step)
-            drawn = sample(logits_BV, step_key, np.float32(temperature), np.float32(top_p or 1.0), top_k)
-            token_B = to_host(drawn)
+            warmth, nucleus = np.float32(params.temperature), np.float32(params.nucleus)
+            token_B = to_host(sample(logits_BV, step_key, warmth, nucleus, params.top_k))
         tokens.append(np.where(has_ended_B, np.int64(filler), token_B))  # the filler need not be a token: -1 is common
         has_ended_B |= np.isin(token_B, ends)
-        if has_ended_B.all() or step == max_new_tokens - 1:
+        if has_ended_B.all() or step == params.max_new_tokens - 1:
             break
-        logits_BV, cache = model.decode(token_B, cache)
+        logits_BV, cache = model.decode_step(model.next_ids(token_B, cache), cache)
     return jnp.asarray(np.stack(tokens, axis=1), jnp.int32)

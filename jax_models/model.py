@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,9 @@ class Model(Decoding, Adapted, Seeing):
         Raises:
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
         """
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        given = (self.weights, entry, *self.arrays(checked))
-        return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
+        prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        entry, checked, slot_B = self.checked(*prompt, adapter=adapter)
+        return self.programs.forward(self.weights, entry, *self.arrays(checked), **self.of_slots(slot_B))
 
     @on_own_mesh
     def with_taps(
@@ -173,14 +172,20 @@ class Model(Decoding, Adapted, Seeing):
             ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
                 or rows that cannot be decoded so.
         """
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+
+        def said() -> str:
+            handed = {path: np.shape(value) for path, value in (inject or {}).items()}
+            return f"level={level}, within={within}, decode={decode}, inject={sorted(handed.items())}"
+
+        prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        entry, checked, slot_B = self.checked(*prompt, adapter=adapter, said=said)
         if decode:
             self.check_whole()
             rows = stepwise(self.config, checked, input_ids, position_ids=position_ids, given=multimodal, steps=decode)
             return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=inject)
         given = (self.weights, entry, *self.arrays(checked))
         looked = {"level": level, "within": within, "inject": None if inject is None else dict(inject)}
-        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)), **looked)
+        return self.programs.forward_with_taps(*given, **self.of_slots(slot_B), **looked)
 
     def apply(
         self,
@@ -283,11 +288,26 @@ class Model(Decoding, Adapted, Seeing):
         position_ids: Any,
         hidden_states: Any,
         multimodal: Mapping[str, Any] | None = None,
-    ) -> tuple[Any, ModelInputs]:
-        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
-        given = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        checked = partial(self._checked, *given)
-        return agreed(self.mesh, "what the model is called with", checked, lambda found: said_of(found[1]))
+        *,
+        adapter: AdapterOfRows = None,
+        said: Callable[[], str] = str,
+    ) -> tuple[Any, ModelInputs, np.ndarray]:
+        """Token ids or hidden states, whichever the stage takes, all inputs as they will be used, and slots of rows.
+
+        ``said``: in few words, how else the model is called; of several processes all have to say the same.
+        """
+
+        def checked() -> tuple[Any, ModelInputs, np.ndarray, str]:
+            entry, inputs = self._checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+            slot_B = self.roster.rows(adapter, len(entry))
+            return entry, inputs, slot_B, said()
+
+        def summary(found: tuple[Any, ModelInputs, np.ndarray, str]) -> str:
+            _, inputs, slot_B, how = found
+            return f"inputs {said_of(inputs)}, adapters of rows {slot_B.tolist()} {how}"
+
+        entry, inputs, slot_B, _ = agreed(self.mesh, "what the model is called with", checked, summary)
+        return entry, inputs, slot_B
 
     def _checked(
         self,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from loaders.inputs import ModelInputs, check_sampling
+from loaders.inputs import ModelInputs
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 4096
@@ -102,11 +102,6 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
     """
     if len(processes_of(mesh)) > 1:
         agreed(mesh, what, say)
-
-
-def check_sampling_alike(mesh: Mesh | None, *options: Any) -> None:
-    """As ``loaders.inputs.check_sampling``, and the same options on all processes of a mesh."""
-    agreed(mesh, "what is asked for", lambda: check_sampling(*options), lambda _: str(options))
 
 
 def said_of(inputs: ModelInputs) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_models.processes import check_sampling_alike, to_host
+from jax_models.processes import agreed, to_host
 from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
-from loaders.speculation import Rows, Sampling, Speculation, SpeculationReport
+from loaders.sampling import SamplingParams
+from loaders.speculation import Rows, Speculation, SpeculationReport
 
 if TYPE_CHECKING:
     from jax_models.draft import Draft
@@ -21,62 +23,46 @@ if TYPE_CHECKING:
 def generate_with_draft(
     model: Model,
     input_ids: Any,
-    attention_mask: Any = None,
-    max_new_tokens: int = 16,
-    temperature: float = 0.0,
+    attention_mask: Any,
+    params: SamplingParams,
     *,
     draft: Draft,
-    draft_tokens: int = 3,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    ignore_eos: bool = False,
     adapter: AdapterOfRows = None,
     **multimodal: Any,
 ) -> tuple[jax.Array, SpeculationReport]:
-    """As ``generate``: the same greedy tokens, sampled ones of the same distribution; in fewer runs of the target.
+    """The same greedy tokens as of ``generate``, sampled ones of the same distribution; in fewer runs of the target.
 
     Args:
         model: the whole model.
         input_ids: integers [B, T].
         attention_mask: [B, T], padding on either side.
-        max_new_tokens: at most so many per row.
-        temperature: 0 = the best token; else the softmax temperature.
+        params: with the guesses in each round, which other runs have none of.
         draft: bound to ``model``.
-        draft_tokens: guesses in each round.
-        top_k: sample among the best k only.
-        top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling, 0 to 2**63 - 1.
-        ignore_eos: go on after an end-of-sequence token.
         adapter: of the rows, see ``Model``.
         multimodal: images and videos, as for the model itself; the draft sees them too.
     Returns:
         int32 [B, N] as of ``generate``, and what the draft was worth.
     Raises:
-        ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+        ValueError: bad inputs, or a pipeline stage.
     """
-    check_sampling_alike(model.mesh, max_new_tokens, temperature, top_k, top_p, seed, draft_tokens)
-    if draft.target is not model:
-        raise ValueError(
-            f"the draft is bound to another model or version, this model is at version {model.version}."
-            " Use model.draft, or draft.bind(model)."
-        )
+    assert params.draft_tokens is not None, "with a draft there are guesses"
     programs, weights = draft.source.programs, draft.weights
     checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
-    (B, length), T = checked.input_ids.shape, draft_tokens + 1
-    rows = Rows(B, max_new_tokens, *model.checkpoint.endings(ignore_eos=ignore_eos))
+    (B, length), T = checked.input_ids.shape, params.draft_tokens + 1
+    rows = Rows(B, params.max_new_tokens, *model.checkpoint.endings(ignore_eos=params.ignore_eos))
     said = Speculation(
         checked,
         rows,
-        draft_tokens,
-        Sampling(temperature, top_k, top_p, seed),
+        params,
         best=lambda logits: to_host(jnp.argmax(logits, axis=-1)),
         on_host=to_host,
     )
-    room, filled = bucket(length + max_new_tokens + 3 * T), length
+    room, filled = bucket(length + params.max_new_tokens + 3 * T), length
     cache = programs.empty_cache(rows=B, capacity=room)
     prompt = (checked.input_ids, *model.arrays(checked))
-    given = model.of_rows(adapter, B)
+    slots = partial(model.roster.rows, adapter, B)
+    slot_B = agreed(model.mesh, "what is asked for", slots, lambda found: f"adapters of rows {found.tolist()}")
+    given = model.of_slots(slot_B)
     logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
     said.begin(logits_BV)
     while rows.is_active_B.any():
@@ -87,7 +73,7 @@ def generate_with_draft(
             cache = programs.draft.compact(cache=cache)
             filled = int(cache.length)
         guess_B = said.guess(logits_BV)
-        for offset in range(draft_tokens - 1):
+        for offset in range(params.draft_tokens - 1):
             guessed = (guess_B, state_B1D, np.int32(offset))
             logits_BV, state_B1D, cache = programs.draft.step(weights, *guessed, cache=cache, **given)
             guess_B = said.guess(logits_BV)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from loaders.multimodal import VisionInputs
-
-MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +119,12 @@ def _fit(positions: np.ndarray) -> bool:
     return bool((positions >= 0).all() and (positions < 2**31).all())
 
 
+def check_pairs(inputs: ModelInputs) -> None:
+    """Raises ValueError where no row has two tokens, which is what a draft looks at."""
+    if inputs.input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids is {inputs.input_ids.shape}; a draft needs a token and the one after it")
+
+
 def bucket(tokens: int) -> int:
     """What programs are made for, prompts and slots of caches: few lengths, so that these share programs, none much
     longer than is asked for.
@@ -135,46 +138,3 @@ def bucket(tokens: int) -> int:
     power = max(16, 1 << (tokens - 1).bit_length())
     step = max(128, power // 16)
     return min(power, -(-tokens // step) * step)
-
-
-def seed_bits(seed: int) -> int:
-    """A seed in the 32 bits that generators on a CPU look at, in torch and JAX; of a longer one a hash."""
-    seed = operator.index(seed)
-    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int, draft_tokens: int = 1
-) -> None:
-    """Raises ValueError listing every generation option that is of another kind or out of range."""
-    problems = _whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS) + _whole("draft_tokens", draft_tokens, 1)
-    warmth, share = _number(temperature), None if top_p is None else _number(top_p)
-    if warmth is None or (warmth != 0 and not 1e-5 <= warmth < float("inf")):
-        problems.append(f"temperature={temperature!r}, expected 0, or 1e-5 and more")
-    problems += [] if top_k is None else _whole("top_k", top_k, 1)
-    if top_p is not None and (share is None or not 0 < share <= 1):
-        problems.append(f"top_p={top_p!r}, expected in (0, 1]")
-    problems += _whole("seed", seed, 0, 2**63 - 1)
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def check_room(max_new_tokens: int) -> None:
-    """Raises ValueError if it is no number of tokens to make room for."""
-    if problems := _whole("max_new_tokens", max_new_tokens, 0, MOST_TOKENS):
-        raise ValueError(problems[0])
-
-
-def _whole(name: str, value: object, least: int, most: float = float("inf")) -> list[str]:
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= operator.index(value) <= most:
-        return []
-    bounds = "" if most == float("inf") else f", at most {most}"
-    return [f"{name}={value!r}, expected an integer, at least {least}{bounds}"]
-
-
-def _number(value: Any) -> float | None:
-    """A number of whichever library; None: it is none."""
-    try:
-        return None if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
-        return None

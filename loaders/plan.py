@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,6 +97,8 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 def compute_dtype(dtype: object, plan: LoadPlan) -> str:
     """Name of what to compute in: as asked, or the dtype most parameter bytes have (float16 widened to float32).
 
+    Those of the whole model count, so that all stages of a pipeline compute in one.
+
     Args:
         dtype: a name, or any framework's dtype object; None: the checkpoint's own.
         plan: what is to be loaded.
@@ -107,11 +110,14 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
         if name not in COMPUTE_DTYPES:
             raise ValueError(f"dtype {dtype} is not computed in, expected one of {', '.join(COMPUTE_DTYPES)}")
         return name
-    sizes: dict[str, int] = {}
-    for tensor, (spec, _) in plan.targets.items():
-        info = plan.checkpoint.tensors[tensor]
-        if spec.dtype is None:  # not of codes and scales
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    found, config = plan.checkpoint.tensors, plan.checkpoint.config
+    sizes: Counter[str] = Counter()
+    for spec in plan.specs if plan.stage.count == 1 else specs_of(config, plan.stage.whole, found):
+        if spec.dtype is not None:  # codes and scales
+            continue
+        for source in spec.sources:
+            if source.tensor in found:
+                sizes[found[source.tensor].dtype] += found[source.tensor].num_bytes
     return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
@@ -197,7 +203,7 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[LoadPlan, list[str]]:
     found = checkpoint.tensors
     specs = specs_of(config, stage, found)
-    whole = specs if stage.count == 1 else specs_of(config, dataclasses.replace(stage, index=0, count=1), found)
+    whole = specs if stage.count == 1 else specs_of(config, stage.whole, found)
     left_out_patterns = family_module(config.architecture).LEFT_OUT
     problems: list[str] = []
     if stage.mtp and config.num_mtp_layers != 1:

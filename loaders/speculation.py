@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from loaders.acceptance import accept_greedy, accept_sampled, distribution, draw
 from loaders.inputs import ModelInputs
+from loaders.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,6 @@ class SpeculationReport:
         return 1 + self.accepted / self.rounds if self.rounds else 0.0
 
 
-class Sampling(NamedTuple):
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: 0 = the best token; else the softmax temperature.
-        top_k: sample among the best k only.
-        top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the draws.
-    """
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
-
-
 class Speculation:
     """One speculative generation of B rows, a round after the other.
 
@@ -51,8 +36,7 @@ class Speculation:
     Args:
         prompt: every row's real tokens at its end.
         rows: what becomes of it.
-        draft_tokens: K, guesses in each round.
-        sampling: how tokens are chosen.
+        params: how tokens are chosen, and K, guesses in each round.
         best: the best token of logits [..., V] wherever they lie, integers [...].
         on_host: logits as NumPy's, floats [..., V].
 
@@ -66,17 +50,16 @@ class Speculation:
         self,
         prompt: ModelInputs,
         rows: Rows,
-        draft_tokens: int,
-        sampling: Sampling,
+        params: SamplingParams,
         *,
         best: Callable[[Any], np.ndarray],
         on_host: Callable[[Any], np.ndarray],
     ) -> None:
         B, length = prompt.input_ids.shape
         self.rows, self.best = rows, best
-        self._prompt, self._draft_tokens, self._rng = prompt, draft_tokens, np.random.default_rng(sampling.seed)
-        self._sampling, self._on_host = sampling, on_host
-        self._rounds, self._accepted = 0, 0
+        self._prompt, self._params, self._rng = prompt, params, np.random.default_rng(params.seed)
+        self._on_host = on_host
+        self._rounds, self._drafted, self._accepted = 0, 0, 0
         self._guesses: list[np.ndarray] = []  # of this round, and what each was drawn from
         self._drawn_from: list[np.ndarray] = []
         self.next_positions = positions_ahead(prompt)
@@ -111,6 +94,7 @@ class Speculation:
         drafted_BK, was_active_B = self.drafted, self.rows.is_active_B.copy()
         count_B, token_B = (array.astype(np.int32) for array in self.accepted(logits_BTV))
         self._rounds += int(was_active_B.sum())
+        self._drafted += int(was_active_B.sum()) * drafted_BK.shape[1]
         self._accepted += int(count_B[was_active_B].sum())
         steps_T = np.arange(drafted_BK.shape[1] + 1)
         self.next_ids_BT = np.where(steps_T < count_B[:, None], np.pad(drafted_BK, ((0, 0), (0, 1))), token_B[:, None])
@@ -123,7 +107,7 @@ class Speculation:
 
     def accepted(self, logits_BTV: Any) -> tuple[np.ndarray, np.ndarray]:
         """How many guesses stay, integers [B], and the target's token after them, [B]."""
-        if self._sampling.temperature == 0:
+        if self._params.is_greedy:
             return accept_greedy(self.drafted, self.best(logits_BTV))
         drawn_from_BKV = np.stack(self._drawn_from, axis=1)
         return accept_sampled(self.drafted, drawn_from_BKV, self._probabilities(logits_BTV), self._rng)
@@ -131,18 +115,18 @@ class Speculation:
     @property
     def report(self) -> SpeculationReport:
         """What the draft was worth so far."""
-        return SpeculationReport(self._rounds, self._rounds * self._draft_tokens, self._accepted)
+        return SpeculationReport(self._rounds, self._drafted, self._accepted)
 
     def _chosen(self, logits_BV: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row, int32 [B], and the distribution it was drawn from; None: it is the best."""
-        if self._sampling.temperature == 0:
+        if self._params.is_greedy:
             return self.best(logits_BV).astype(np.int32), None
         found_BV = self._probabilities(logits_BV)
         return draw(found_BV, self._rng).astype(np.int32), found_BV
 
     def _probabilities(self, logits: Any) -> np.ndarray:
-        temperature, top_k, top_p, _ = self._sampling
-        return distribution(self._on_host(logits), temperature, top_p or 1.0, top_k)
+        params = self._params
+        return distribution(self._on_host(logits), params.temperature, params.nucleus, params.top_k)
 
 
 class Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Stage:
         if not isinstance(stage, tuple | list) or len(stage) != 2:
             raise ValueError(f"stage={stage!r}, expected (index, count) of a pipeline, or None for the whole model")
         return cls(*stage, mtp=mtp, vision=vision)
+
+    @property
+    def whole(self) -> Stage:
+        """The whole model, of which this is a stage."""
+        return replace(self, index=0, count=1)
 
     @property
     def is_first(self) -> bool:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from loaders.inputs import ModelInputs, bucket, check_next, check_room
+from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
+from loaders.sampling import DRAFT_TOKENS, SamplingParams, check_room
 from loaders.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -152,28 +153,58 @@ class Decoding:
         adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> torch.Tensor:
-        """The new tokens, int64 [B, N]; each row as if it were alone; see ``torch_models.generate``.
+        """Continue every row of a ragged batch; each as if it were alone, but that a draw depends on the batch's shape.
 
-        With a ``draft``, ``draft_tokens`` at a time (default: 3) are guessed and checked; see
-        ``torch_models.speculative``. What that was worth stands in ``draft.report``. ``adapter``: of the rows, as for
-        the model itself.
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], padding on either side.
+            max_new_tokens: at most so many per row.
+            temperature: 0 = the best token; else the softmax temperature.
+            top_k: sample among the best k only.
+            top_p: sample among the best tokens that together reach this probability, in (0, 1].
+            seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
+            ignore_eos: go on after an end-of-sequence token.
+            graphs: decode by replaying captured graphs, kept for the next call; see ``torch_models.graphs``.
+            draft: guesses tokens, and those that the model would have said are kept; ``draft.report`` says what it was
+                worth. See ``torch_models.speculative``.
+            draft_tokens: guesses in each round; 3 where there is a draft.
+            adapter: of the rows, as for the model itself.
+            multimodal: images and videos, likewise.
+        Returns:
+            int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
+            (or its end token when the config names none).
+        Raises:
+            ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+            RuntimeError: a graph's tensors were moved since it was captured.
         """
         model = self._model
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
-        prompt = (input_ids, attention_mask, max_new_tokens, temperature)
-        if draft is None and draft_tokens is not None:
-            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {"seed": seed, "ignore_eos": ignore_eos}
+        params = self._asked(draft, draft_tokens, **options)
+        if draft is not None and graphs:
+            raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
+        prompt = (input_ids, attention_mask, params)
         if draft is None:
             with model.in_company():
-                return generate(model, *prompt, **options, graphs=graphs, adapter=adapter, **multimodal)
-        if graphs:
-            raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
+                return generate(model, *prompt, graphs=graphs, adapter=adapter, **multimodal)
+        with model.in_company(), draft.source.in_company():
+            tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, adapter=adapter, **multimodal)
+        return tokens
+
+    def _asked(self, draft: object, draft_tokens: int | None, **options: Any) -> SamplingParams:
+        """What ``generate`` is asked for. Raises ValueError, also for a draft that is none, or another model's."""
+        if draft is None:
+            if draft_tokens is not None:
+                raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+            return SamplingParams(**options)
         if not isinstance(draft, Draft):
             raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
-        guesses = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
-        with model.running(adapter, input_ids), draft.source.in_company():
-            tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, **guesses, **options, **multimodal)
-        return tokens
+        if draft.target is not self._model:
+            raise ValueError(
+                f"the draft is bound to another model or version, this model is at version {self._model.version}."
+                " Use model.draft, or draft.bind(model)."
+            )
+        return SamplingParams(draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens, **options)
 
     @property
     def draft(self) -> Draft:

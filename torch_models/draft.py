@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from loaders.inputs import check_pairs
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
@@ -86,11 +86,10 @@ class Draft:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
-        if np.shape(input_ids)[-1] < 2:
-            raise ValueError(f"input_ids is {np.shape(input_ids)}; a draft needs a token and the one after it")
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
         shown = {name: on_host(value) for name, value in multimodal.items()}
         checked = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
+        check_pairs(checked)
         ids_BT = target.long(checked.input_ids)
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
         step_positions = target.long(checked.position_ids)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.inputs import check_sampling, seed_bits
-from loaders.roster import AdapterOfRows
+from loaders.sampling import SamplingParams, seed_bits
 from torch_models.graphs import Batch
 
 if TYPE_CHECKING:
@@ -31,59 +30,24 @@ def sample(
 
 
 def generate(
-    model: Model,
-    input_ids: Any,
-    attention_mask: Any = None,
-    max_new_tokens: int = 16,
-    temperature: float = 0.0,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    ignore_eos: bool = False,
-    graphs: bool = False,
-    adapter: AdapterOfRows = None,
-    **multimodal: Any,
+    model: Model, input_ids: Any, attention_mask: Any, params: SamplingParams, *, graphs: bool = False, **of_rows: Any
 ) -> torch.Tensor:
-    """Continue every row of a ragged batch; greedily, each as if it were alone (a draw depends on the batch's shape).
-
-    Args:
-        model: the whole model.
-        input_ids: integers [B, T].
-        attention_mask: [B, T], padding on either side.
-        max_new_tokens: at most so many per row.
-        temperature: 0 = the best token; else the softmax temperature.
-        top_k: sample among the best k only.
-        top_p: sample among the best tokens that together reach this probability, in (0, 1].
-        seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
-        ignore_eos: go on after an end-of-sequence token.
-        graphs: decode by replaying captured graphs, kept for the next call; see ``torch_models.graphs``.
-        adapter: of the rows, see ``Model.forward``.
-        multimodal: images and videos, as for the model itself.
-    Returns:
-        int64 [B, N], N <= max_new_tokens: until every row has ended. A row that ended is filled with pad_token_id
-        (or its end token when the config names none).
-    Raises:
-        ValueError: options out of range, bad inputs, or a pipeline stage.
-        RuntimeError: a graph's tensors were moved since it was captured.
-    """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    ends, filler = model.checkpoint.endings(ignore_eos=ignore_eos)
+    """See ``Model.generate``. ``of_rows``: adapters, images and videos, as for the model itself."""
+    ends, filler = model.checkpoint.endings(ignore_eos=params.ignore_eos)
     ends = model.long(ends)
     prefill = model.graphs.prefill if graphs else model.prefill
-    of_rows = {"adapter": adapter, **multimodal}
-    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=max_new_tokens, **of_rows)
-    generator = torch.Generator(model.device).manual_seed(seed_bits(seed))
+    logits_BV, state = prefill(input_ids, attention_mask, max_new_tokens=params.max_new_tokens, **of_rows)
+    generator = torch.Generator(model.device).manual_seed(seed_bits(params.seed))
     has_ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=model.device)
     tokens: list[torch.Tensor] = []
-    for step in range(max_new_tokens):
-        if temperature == 0:
+    for step in range(params.max_new_tokens):
+        if params.is_greedy:
             token_B = logits_BV.argmax(-1)
         else:
-            token_B = sample(logits_BV, generator, temperature, top_p or 1.0, top_k)
+            token_B = sample(logits_BV, generator, params.temperature, params.nucleus, params.top_k)
         tokens.append(token_B.masked_fill(has_ended_B, filler))  # the filler need not be a token: -1 is common
         has_ended_B |= torch.isin(token_B, ends)
-        if has_ended_B.all() or step == max_new_tokens - 1:
+        if has_ended_B.all() or step == params.max_new_tokens - 1:
             break
         logits_BV = state.decode(token_B) if isinstance(state, Batch) else model.decode(token_B, state)[0]
     return torch.stack(tokens, dim=1)

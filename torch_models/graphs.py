@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from loaders.inputs import bucket, check_room
+from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
+from loaders.sampling import check_room
 from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.census import Watch

@@ -27,7 +27,7 @@ from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
 from torch_models.decoding import Decoding
 from torch_models.graphs import DecodeGraphs, KeptGraphs
-from torch_models.host import on_host
+from torch_models.host import as_tensor, on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.parallel import Parallel
@@ -309,7 +309,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             return self.long(checked.input_ids), checked
         if hidden_states is None or input_ids is not None:
             raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
-        x_BTD = torch.as_tensor(hidden_states).to(self.device, self.dtype)
+        x_BTD = as_tensor(hidden_states, "hidden_states").to(self.device, self.dtype)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
         tokens = np.zeros(x_BTD.shape[:2], np.int32)

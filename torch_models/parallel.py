@@ -164,7 +164,10 @@ class Parallel:
         """Whether it is a DTensor of a parameter's own memory."""
         from torch.distributed.tensor import DTensor
 
-        return isinstance(value, DTensor) and value.to_local().data_ptr() == param.data_ptr()
+        if not isinstance(value, DTensor):
+            return False
+        here = value.to_local()
+        return (here.data_ptr(), here.shape, here.dtype) == (param.data_ptr(), param.shape, param.dtype)
 
     def held_entries(self, entries: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
         """What layers keep of the heads that are here."""

@@ -10,7 +10,6 @@ import torch
 
 from loaders.digest import tensor_digest
 from loaders.events import Event
-from loaders.spec import Specs
 from torch_models.processes import check_alike, together
 from torch_models.storage import host_view, of_host, same_bits
 from torch_models.weights import write
@@ -54,15 +53,18 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     """
     mesh = None if model.parallel is None else model.parallel.mesh
     if model.parallel is not None:
-        check_alike(mesh, "what is handed over", lambda: f"{_kind(model, embed)}, {_kind(model, head)}")
-        specs = model.specs
+        names = model.specs.embedding, model.specs.head
+        given = tuple(zip(names, (embed, head), strict=True))
+        check_alike(mesh, "what is handed over", lambda: ", ".join(_kind(model, *half) for half in given))
         # the memory of live parameters is copied before any of it is written
-        embed, head = _handed(model, specs, specs.embedding, embed), _handed(model, specs, specs.head, head)
+        embed, head = (_handed(model, *half) for half in given)
     asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
     check_alike(mesh, "what is handed over", lambda: _said(model, asked))
     if model.config.tie_word_embeddings and "head" in asked:
         name, value = asked.pop("head")
-        _check_tied(value, asked["embed"][1] if "embed" in asked else _whole(model, name))
+        live = model.get_parameter(name)
+        halves = value, asked.get("embed", (name, live))[1]
+        _check_tied(*(_whole(model, name) if half is live else half for half in halves))
     for half in ignored:
         log.info("set_embed_and_head: %s ignored, stage %d of %d has none", half, model.stage.index, model.stage.count)
     changed = {name: value for name, value in asked.values() if value is not model.get_parameter(name)}
@@ -101,7 +103,7 @@ def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[
     problems += [
         problem
         for half, (name, value) in asked.items()
-        if half not in quantized
+        if half not in quantized and value is not model.get_parameter(name)
         for problem in _misfits(half, value, _live(model, name))
     ]
     if problems:
@@ -110,9 +112,11 @@ def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[
     return {half: (name, tensors[half]) for half, (name, _) in asked.items()}, ignored
 
 
-def _kind(model: Model, value: Any) -> str:
+def _kind(model: Model, name: str | None, value: Any) -> str:
     """Of a half, whether all ranks have to gather it."""
     assert model.parallel is not None
+    if value is not None and _is_there(model, name, value):
+        return "what is there"
     return "a DTensor" if model.parallel.gathers(value) else "none" if value is None else "all of a half"
 
 
@@ -126,13 +130,17 @@ def _said(model: Model, asked: Halves) -> str:
     return ", ".join(f"{half} {content(name, value)}" for half, (name, value) in asked.items())
 
 
-def _handed(model: Model, specs: Specs, name: str | None, value: Any) -> Any:
-    """On a mesh all of a half; of a quantised one the parameter itself, where it is that which was handed over."""
+def _handed(model: Model, name: str | None, value: Any) -> Any:
+    """On a mesh all of a half; or the parameter itself, where it is that which was handed over."""
     assert model.parallel is not None
-    if name is not None and name.rpartition(".")[0] in specs.schemes:
-        param = model.get_parameter(name)
-        return param if model.parallel.is_of(value, param) else value
+    if name is not None and _is_there(model, name, value):
+        return model.get_parameter(name)
     return model.parallel.gathered(value)
+
+
+def _is_there(model: Model, name: str | None, value: Any) -> bool:
+    assert model.parallel is not None
+    return name is not None and model.parallel.is_of(value, model.get_parameter(name))
 
 
 def _whole(model: Model, name: str) -> torch.Tensor:

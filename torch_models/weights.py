@@ -45,7 +45,7 @@ def update_weights_from_disk(
 
     The checkpoint is checked whole before a byte is read, then read whole, parameter by parameter, to see that all of
     it can be; only then it is read again and written over the live parameters, each as it is complete, so that memory
-    holds one of them twice at most. What was written is compared by checksum at the end, and published. A failure
+    holds one of them twice at most. What was written is added up and compared at the end, and published. A failure
     before the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse
     to run until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was
     loaded with ``quantize`` quantises again.

@@ -11,6 +11,7 @@ from several import answer, asked, error_of
 
 import jax_models
 from jax_models.processes import to_host
+from parity.zoo_adapters import make_adapter
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:
@@ -36,6 +37,12 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     weights = jax.tree.map(lambda leaf: leaf, model.weights)
     if process:
         weights["model"]["norm"]["weight"] = weights["model"]["norm"]["weight"][:-1]
+    drafting = jax_models.load(job["drafting"], mesh=mesh, mtp=True)
+    drafting = drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {process}"), "a")
+    ids, rows = inputs["input_ids"] % drafting.config.vocab_size, ["a", (None, "a")[process]]
+    given = {"draft": drafting.draft, "max_new_tokens": 4}
+    tap = {f"model.layers.{process}": np.zeros((*ids.shape, model.config.hidden_size), np.float32)}
+    _, cache = model.prefill(**inputs)
     calls = {
         "other weights": lambda: model.update_weights_from_disk(second if process else first),
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if process else turned),
@@ -52,6 +59,14 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other room": lambda: model.prefill(**inputs, max_new_tokens=4 + 400 * process),
         "other rows": lambda: adapted.prefill(**inputs, adapter=["a", (None, "a")[process]]),
         "another prompt": lambda: model.prefill(inputs["input_ids"][:, : 8 + process]),
+        "an end": lambda: model.generate(**inputs, ignore_eos=bool(process)),
+        "rows of a call": lambda: adapted(**inputs, adapter=rows),
+        "a level": lambda: model.with_taps(**inputs, level=("layers", "modules")[process]),
+        "what goes in": lambda: model.with_taps(**inputs, inject=tap),
+        "another token": lambda: model.decode(inputs["input_ids"][:, process], cache),
+        "a draft": lambda: drafting.generate(ids, **given if process else {}),
+        "rows of a draft": lambda: drafting.generate(ids, adapter=rows, **given),
+        "what a draft says": lambda: drafting.mtp_forward(ids, adapter=rows),
     }
     found |= {what: error_of(call) for what, call in calls.items()}
     found["serving"] = to_host(adapted(**inputs)).tobytes() == before

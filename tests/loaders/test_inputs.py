@@ -2,7 +2,7 @@
 
 import pytest
 
-from loaders.inputs import bucket, seed_bits
+from loaders.inputs import bucket
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,3 @@ def test_caches_come_in_few_sizes_of_which_the_larger_ones_are_multiples_of_128(
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4 + 15 + 4 * 8 + 2  # to 128, to 2048 by 128, eight for every doubling to 32768, two more
     assert [bucket(slots) for slots in sizes] == sizes  # what is rounded up stays
-
-
-def test_every_bit_of_a_seed_counts():
-    long = [seed_bits(7 + (high << 32)) for high in range(1000)]
-    assert long[0] == 7
-    assert len(set(long)) == 1000
-    assert all(0 <= bits < 2**32 for bits in long)

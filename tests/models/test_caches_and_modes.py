@@ -1,13 +1,20 @@
 """Caches belong to the weights they were computed with, whoever changed them; odd callers get errors, not corpses."""
 
+import warnings
+
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from planted import TWO_LAYERS
+from safetensors.numpy import load_file, save_file
 
 import jax_models
 import torch_models
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
+from parity.zoo_draft import make_drafting_checkpoint
 
 IDS = [[3, 14, 15, 92, 65]]
 
@@ -118,3 +125,50 @@ def test_a_stage_or_mesh_of_another_kind_says_what_is_expected(package, pair):
     for mesh, kind in (("tensor", "str"), (2, "int"), ({"tensor": 2}, "dict"), (np.array([0]), "ndarray")):
         with pytest.raises(ValueError, match=rf"is a {kind}, expected a .*Mesh"):
             package.load(pair[0], mesh=mesh)
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_all_stages_compute_in_the_dtype_that_most_of_the_model_has(package, tmp_path):
+    """A head in float32 is most of what the last of three stages holds."""
+    path = make_checkpoint("qwen3", tmp_path / "it", dtype="BF16", num_hidden_layers=3)
+    file = path / "model.safetensors"
+    found = load_file(file)
+    save_file(found | {"lm_head.weight": found["lm_head.weight"].astype(np.float32)}, file, metadata={"format": "pt"})
+    sizes = {name: found[name].size for name in found}
+    last = sum(size for name, size in sizes.items() if ".layers.2." in name)
+    assert 2 * last < 4 * sizes["lm_head.weight"] < sum(sizes.values())
+    stages = [(0, 1), *((index, 3) for index in range(3))]
+    assert {str(package.load(path, stage=stage).dtype).split(".")[-1] for stage in stages} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_a_later_stage_takes_hidden_states_of_any_library(package, tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "it", dtype="BF16", num_hidden_layers=2)
+    first, last = (package.load(path, stage=(index, 2)) for index in range(2))
+    x_BTD = first(IDS)
+    if package is torch_models:
+        handed = x_BTD.float().numpy().astype(ml_dtypes.bfloat16)
+        kinds = [handed, handed.astype(np.float64), handed.astype(np.float32).tolist(), jnp.asarray(handed)]
+    else:
+        handed = np.asarray(x_BTD)
+        kinds = [handed, handed.astype(np.float64), handed.astype(np.float32).tolist()]
+    expected = np.asarray(last(hidden_states=x_BTD))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in kinds:
+            np.testing.assert_array_equal(np.asarray(last(hidden_states=kind)), expected)
+    with pytest.raises((ValueError, TypeError)):
+        last(hidden_states="x")
+
+
+@pytest.mark.parametrize("package", [jax_models, torch_models])
+def test_what_a_draft_cannot_be_shown_is_a_value_error(package, tmp_path):
+    path = make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS)
+    model = package.load(path, mtp=True)
+    for bad in (5, np.int64(5), [[3]], [3, 14], None):
+        with pytest.raises(ValueError, match="input_ids"):
+            model.mtp_forward(bad)
+    for bad in (5, np.int64(5), [3, 14], None):
+        with pytest.raises(ValueError, match="input_ids"):
+            model.generate(bad, draft=model.draft)
+    assert model.generate([[3, 14]], max_new_tokens=2, draft=model.draft).shape == (1, 2)

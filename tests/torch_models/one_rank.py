@@ -33,7 +33,13 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     full = embed.full_tensor().clone()
     found["embed"] = list(embed.shape) == list(full.shape)
     before = pointer_census(model)
+    model.set_embed_and_head(embed, head)
+    found["its own"] = [model.version, len(model.events)]
     model.set_embed_and_head(full.flip(0), None if model.config.tie_word_embeddings else head)
+    swapped, _ = model.get_embed_and_head()
+    found["a part of it"] = error_of(lambda: model.set_embed_and_head(swapped[: len(swapped) // 2]))
+    if model.config.tie_word_embeddings:
+        found["an old head"] = error_of(lambda: model.set_embed_and_head(full, head))
     found["swapped"] = torch.equal(model.get_embed_and_head()[0].full_tensor(), full.flip(0))
     model.update_weights_from_disk(second)
     found["moved"] = moved(before, pointer_census(model))

@@ -174,6 +174,9 @@ def test_ranks_are_one_model(case, tmp_path):
         assert (each["tokens"], each["one by one"]) == (tokens, alone)
         assert [each["digests"], each["changed digests"]] == digests
         assert each["embed"]
+        assert each["its own"] == [1, 1]  # what was handed over is what is there: nothing is published
+        assert "expected" in each["a part of it"]
+        assert "head must be the embedding" in each.get("an old head", "head must be the embedding")
         assert each["swapped"]
         assert each["moved"] == []
         assert each["still serving"]
