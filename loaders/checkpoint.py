@@ -198,9 +198,7 @@ class Checkpoint:
         num_bytes = 0 if host_budget_bytes is None else 1
 
         def begin(name: str) -> Begun[tuple[str, list[np.ndarray]]]:
-            regions = wanted(name)
-            for part in regions:
-                check_region(part, name, self.stored_shape(name), dtypes.to_numpy(self.tensors[name].dtype))
+            regions = self.regions(name, wanted)
             arrays = [part.out for part in regions]
             return Begun((name, arrays), regions, num_bytes * sum(array.nbytes for array in arrays))
 
@@ -209,6 +207,13 @@ class Checkpoint:
             for lot in lots
         ]
         return self._arrivals(requests, host_budget_bytes or DEFAULT_BUDGET_BYTES)
+
+    def regions(self, name: str, wanted: Callable[[str], list[Region]]) -> list[Region]:
+        """What is wanted of a tensor. Raises ValueError: a region that is no part of it, or fits no destination."""
+        found = wanted(name)
+        for part in found:
+            check_region(part, name, self.stored_shape(name), dtypes.to_numpy(self.tensors[name].dtype))
+        return found
 
     def fingerprint(self) -> str:
         """What tells this checkpoint from others, wherever a copy of it lies: all that it says, and samples of weights.

@@ -16,6 +16,7 @@ import numpy as np
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
 from loaders.lots import Part, joined, lots_of
+from loaders.memory import check_budget
 from loaders.nvfp4 import NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix
 from loaders.quantization import Scheme
@@ -90,19 +91,20 @@ class QuantizedCheckpoint(Checkpoint):
             self._kept.clear()
             return self.plain.read(name, out)
         matrix, leaf = self._places[name]
+        place = None if out is None else self.destination(name, out)
         if matrix.group not in self._amax:
             self._note_amax(matrix.group, [self._weight(one) for one in self._groups[matrix.group]])
         if leaf in ("weight_scale_2", "input_scale"):
-            return _put(self._scalar(matrix, leaf), out)
+            return _put(self._scalar(matrix, leaf), place)
         if name in self._kept:
-            return _put(self._kept.pop(name), out)  # handed over, as it is the caller's from here on
+            return _put(self._kept.pop(name), place)  # handed over, as it is the caller's from here on
         parts = self._parts(matrix, self._weight(matrix))
         for kept in [one for one in self._kept if one in self._places]:
             del self._kept[kept]
         self._kept.update(
             (f"{matrix.module}.{other}", parts[other]) for other in ("weight", "weight_scale") if other != leaf
         )
-        return _put(parts[leaf], out)
+        return _put(parts[leaf], place)
 
     def fingerprint(self) -> str:
         """Of the checkpoint that is seen; ``load`` says beside it that it is quantised."""
@@ -122,8 +124,14 @@ class QuantizedCheckpoint(Checkpoint):
         are on their way, and the matrices of a group are held beside it. Codes and scales are computed straight into
         their destinations. A lot has all or nothing of a group, and is read in lots of its own.
         """
-        chosen, of_plain = self._lots_of_plain(self.lots_of(names, lots))
-        budget = host_budget_bytes
+        asked = list(self.lots_of(names, lots))
+        check_budget(host_budget_bytes)
+        return self._computed(asked, host_budget_bytes, into)
+
+    def _computed(
+        self, lots: list[Collection[str]], budget: int | None, into: Callable[[str], np.ndarray | None] | None
+    ) -> Generator[tuple[str, np.ndarray]]:
+        chosen, of_plain = self._lots_of_plain(lots)
         if budget is None:  # at least 1: a lot may be of empty tensors
             budget = max([1, *(sum(self.plain.tensors[name].num_bytes for name in lot) for lot in of_plain)])
         plain_into = (lambda name: None if name in self._users else into(name)) if into else None
@@ -148,6 +156,15 @@ class QuantizedCheckpoint(Checkpoint):
         for one in slices:
             one.bounds(self.stored_shape(one.name))
             wanted.setdefault(one.name, []).append(one)
+        check_budget(host_budget_bytes)
+        return self._cut(wanted, host_budget_bytes, into)
+
+    def _cut(
+        self,
+        wanted: dict[str, list[Slice]],
+        host_budget_bytes: int | None,
+        into: Callable[[Slice], np.ndarray | None] | None,
+    ) -> Iterator[tuple[Slice, np.ndarray]]:
         direct = [one for name, parts in wanted.items() if name not in self._places for one in parts]
         yield from self.plain.stream_slices(direct, host_budget_bytes, into=into)
         for name, array in self.stream(host_budget_bytes, names=wanted.keys() & self._places.keys()):
@@ -167,6 +184,13 @@ class QuantizedCheckpoint(Checkpoint):
 
         So is whatever shares a group with it; a group of which nothing is wanted is not read.
         """
+        asked_for = [set(self.names_of(lot)) for lot in lots]
+        check_budget(host_budget_bytes)
+        return self._computed_regions(asked_for, wanted, host_budget_bytes)
+
+    def _computed_regions(
+        self, lots: list[set[str]], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None
+    ) -> Iterator[tuple[str, list[np.ndarray]]]:
         chosen, of_plain = self._lots_of_plain(lots)
         asked: dict[str, dict[str, list[Region]]] = {}  # of each group, once its first matrix is about to be read
 
@@ -175,7 +199,7 @@ class QuantizedCheckpoint(Checkpoint):
                 return wanted(name)
             groups = {matrix.group for matrix in self._users[name]} & self._groups_of(chosen)
             for group in groups - asked.keys():
-                asked[group] = {tensor: wanted(tensor) for tensor in self._tensors_of(group) if tensor in chosen}
+                asked[group] = {name: self.regions(name, wanted) for name in self._tensors_of(group) if name in chosen}
             if not any(any(asked[group].values()) for group in groups):
                 return []
             shape = self.plain.stored_shape(name)
@@ -266,11 +290,16 @@ class QuantizedCheckpoint(Checkpoint):
         for module in list(read):
             matrix = self.matrices[module]
             names = [f"{module}.{leaf}" for leaf in weight_scheme(bool(self.amax_of_inputs)).leaves.values()]
-            places = {name: into(name) for name in names if name in chosen} if into else {}
+            places = {name: self._given(name, into) for name in names if name in chosen}
             given = places.get(f"{module}.weight"), places.get(f"{module}.weight_scale")
             for leaf, array in self._parts(matrix, read.pop(module), given).items():
                 if (name := f"{module}.{leaf}") in chosen:
                     yield name, _put(array, places.get(name))
+
+    def _given(self, name: str, into: Callable[[str], np.ndarray | None] | None) -> np.ndarray | None:
+        """Where a tensor is to go, if anybody says."""
+        out = None if into is None else into(name)
+        return None if out is None else self.destination(name, out)
 
     def _note_amax(self, group: str, weights: Iterable[np.ndarray]) -> None:
         found = [_largest(weight) for weight in weights]

@@ -10,6 +10,7 @@ from loaders.plan import plan_load
 from loaders.quantization import Scheme
 from loaders.quantize import open_to_load, quantized
 from loaders.regions import Region
+from loaders.slices import Slice
 from loaders.stage import Stage
 from loaders.writer import write_checkpoint
 from parity.zoo import block_sizes, make_checkpoint
@@ -292,3 +293,51 @@ def test_names_and_lots_are_one_or_the_other(tmp_path):
     for one in (checkpoint, quantized(checkpoint)):
         with pytest.raises(ValueError, match="expected one of them"):
             list(one.stream(names=["lm_head.weight"], lots=[{"lm_head.weight"}]))
+
+
+MISUSES = {
+    "an unknown name": (lambda it, name: it.stream(names=["nope"]), KeyError),
+    "one name": (lambda it, name: it.stream(names=name), ValueError),
+    "names and lots": (lambda it, name: it.stream(names=[name], lots=[[name]]), ValueError),
+    "an unknown name in a lot": (lambda it, name: it.stream(lots=[[name], ["nope"]]), KeyError),
+    "no budget": (lambda it, name: it.stream(host_budget_bytes=-1), ValueError),
+    "an unknown slice": (lambda it, name: it.stream_slices([Slice("nope", (0,))]), KeyError),
+    "no part": (lambda it, name: it.stream_slices([Slice(name, (1 << 20,))]), IndexError),
+    "slices without a budget": (lambda it, name: it.stream_slices([], 0), ValueError),
+    "an unknown region": (lambda it, name: it.stream_regions([["nope"]], lambda _: []), KeyError),
+    "regions without a budget": (lambda it, name: it.stream_regions([[name]], lambda _: [], 0), ValueError),
+}
+
+
+@pytest.mark.parametrize("kind", [lambda it: it, quantized], ids=["plain", "quantised"])
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_what_cannot_be_is_said_when_it_is_asked_for(misuse, kind, tmp_path):
+    ask, error = MISUSES[misuse]
+    with pytest.raises(error):
+        ask(kind(plain("qwen3", tmp_path / "p")), "model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("kind", [lambda it: it, quantized], ids=["plain", "quantised"])
+def test_a_destination_that_does_not_fit_is_never_written(kind, tmp_path):
+    """NumPy would put one number into four places, and codes into floats."""
+    checkpoint = kind(plain("qwen3", tmp_path / "p"))
+    leaves = ["weight"] if kind is not quantized else ["weight", "weight_scale", "weight_scale_2"]
+    for name in (f"model.layers.1.mlp.up_proj.{leaf}" for leaf in leaves):
+        right = checkpoint.read(name)
+        wide, read_only = np.full((4, *right.shape), 7, right.dtype), np.zeros_like(right)
+        read_only.flags.writeable = False
+        for out in (wide, np.full(right.shape, 7, np.float64), read_only):
+            before = out.tobytes()
+            box = tuple((0, size) for size in right.shape)
+            attempts = [
+                lambda name=name, out=out: checkpoint.read(name, out),
+                lambda name=name, out=out: list(checkpoint.stream(names=[name], into=lambda _: out)),
+                lambda name=name, out=out: list(checkpoint.stream_slices([Slice(name)], into=lambda _: out)),
+                lambda name=name, out=out, shape=right.shape, box=box: list(
+                    checkpoint.stream_regions([[name]], lambda _: [Region(shape, box, out)])
+                ),
+            ]
+            for attempt in attempts:
+                with pytest.raises(ValueError, match="expected"):
+                    attempt()
+            assert out.tobytes() == before
