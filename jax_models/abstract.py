@@ -11,12 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from jax_models.cache import Cache, empty_cache
 from jax_models.programs import Weights, model_class
 from jax_models.sharding import param_sharding, row_sharding
+from jax_models.weights import unflatten
 from loaders.dtypes import to_numpy
 from loaders.plan import specs_of
 from loaders.spec import ModelConfig
@@ -39,7 +39,7 @@ def abstract_weights(
         named = spec.dtype or stored.get(spec.name)
         sharding = param_sharding(spec, dims, mesh)
         flat[spec.name] = jax.ShapeDtypeStruct(spec.shape, to_numpy(named) if named else dtype, sharding=sharding)
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return unflatten(flat)
 
 
 def abstract_cache(

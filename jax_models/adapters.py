@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from jax_models.adapter_room import Room, room_for
 from jax_models.processes import agreed, check_alike, processes_of, to_host, together
-from jax_models.weights import flatten
+from jax_models.weights import flatten, unflatten
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter, open_on_all
 from loaders.errors import CheckpointError
@@ -81,7 +80,7 @@ def merge_lora(model: Model, name: str) -> Model:
     changes = {param: make for param, make in made.items() if param in flat}
     originals = {param: flat[param] for param in changes}
     flat |= {param: jax.device_put(make(), originals[param].sharding) for param, make in changes.items()}
-    merged = model.published(traverse_util.unflatten_dict(flat, sep="."), "merge", name)
+    merged = model.published(unflatten(flat), "merge", name)
     return dataclasses.replace(merged, roster=dataclasses.replace(model.roster, merged=name), unmerged=originals)
 
 
@@ -93,7 +92,7 @@ def unmerge_lora(model: Model) -> Model:
     """
     if (name := model.roster.merged) is None:
         raise ValueError("no adapter is merged: there is nothing to undo")
-    weights = traverse_util.unflatten_dict(flatten(model.weights) | model.unmerged, sep=".")
+    weights = unflatten(flatten(model.weights) | model.unmerged)
     restored = model.published(weights, "unmerge", name)
     return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})
 

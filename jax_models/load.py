@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from jax_models import reading
@@ -16,7 +15,7 @@ from jax_models.model import Model
 from jax_models.processes import check_alike, check_here, together
 from jax_models.programs import Programs, programs_for
 from jax_models.sharding import usable_mesh
-from jax_models.weights import flatten
+from jax_models.weights import flatten, unflatten
 from loaders.events import Event
 from loaders.filling import Filling
 from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
@@ -94,7 +93,7 @@ def load(
     log.info("place: %d parameters on %s", len(weights), ", ".join(sorted(map(str, devices))))
     return Model(
         config=checkpoint.config,
-        weights=traverse_util.unflatten_dict(weights, sep="."),
+        weights=unflatten(weights),
         version=1,
         programs=programs,
         quantize=quantize,

@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from jax_models.model import Model
 from jax_models.processes import check_here, together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_sharding, usable_mesh
-from jax_models.weights import flatten, weight_digests
+from jax_models.weights import flatten, unflatten, weight_digests
 from loaders.checkpoint import Checkpoint
 from loaders.dtypes import to_numpy
 from loaders.errors import CheckpointError, brief
@@ -130,7 +129,7 @@ def _weights(where: str, checkpoint: Checkpoint, specs: Specs, mesh: Mesh | None
         raise CheckpointError(where, problems) from error
     except Exception as error:
         raise CheckpointError(where, [f"its arrays cannot be read: {_first_line(error)}"]) from error
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return unflatten(flat)
 
 
 def _document(where: str) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from jax_models.processes import check_alike, to_host, together
-from jax_models.weights import flatten
+from jax_models.weights import flatten, unflatten
 from loaders.digest import tensor_digest
 from loaders.events import Event
 
@@ -61,7 +60,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         # a weakly typed array is another type to jit: naming the dtype makes it a strong one
         source = jnp.asarray(value, value.dtype) if isinstance(value, jax.Array) else np.array(value)
         flat[name] = jax.device_put(source, flat[name].sharding)
-    return model.published(traverse_util.unflatten_dict(flat, sep="."), "swap", " and ".join(asked), ignored)
+    return model.published(unflatten(flat), "swap", " and ".join(asked), ignored)
 
 
 Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be

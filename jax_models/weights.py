@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 def flatten(weights: Weights) -> dict[str, jax.Array]:
     """Parameters by checkpoint name."""
     return cast("dict[str, jax.Array]", traverse_util.flatten_dict(weights, sep="."))
+
+
+def unflatten(parameters: Mapping[str, Any]) -> Weights:
+    """The pytree of parameters by checkpoint name, or of whatever stands for them."""
+    return traverse_util.unflatten_dict(dict(parameters), sep=".")
 
 
 def update_weights_from_disk(
@@ -89,7 +95,7 @@ def update_weights_from_disk(
         where = "" if len(counts) == 1 else f" on one of {len(counts)} processes"
         given = f"{max(map(int, counts.values()))} of {len(live)} parameters were given up already{where}"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
-    weights = traverse_util.unflatten_dict(placed, sep=".")
+    weights = unflatten(placed)
     check_same_structure(model.weights, weights)
     checkpoint = plan.checkpoint
     updated = model.published(weights, "reload", str(checkpoint.source))

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch_models.model import Model
 
 _EVERY = frozenset({"forward", "project", "add_norm", "logits"})
-# what is here of something that goes with a parameter; see ``Parallel.part_along``
 Changes = list[tuple[torch.Tensor, torch.Tensor]]  # places, and values on the host of their shapes and dtypes
+# what is here of something that goes with a parameter; see ``Parallel.part_along``
 Part = Callable[[str, np.ndarray, Sequence[int | None]], np.ndarray]
 
 

@@ -26,14 +26,12 @@ from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
 from torch_models.adapter_room import Changes, Room, write
 from torch_models.layers.lora import active_rows
-from torch_models.parallel import on_host
+from torch_models.parallel import to_host
 from torch_models.processes import check_alike, together
 from torch_models.sleep import check_awake
 from torch_models.storage import NAMES, of_host
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from torch_models.cache import Cache
     from torch_models.model import Model
 
@@ -164,14 +162,14 @@ def _become(model: Model, roster: Roster) -> None:
         return changes, [(place, place.cpu().clone()) for place, _ in changes]
 
     if roster.layout == model.roster.layout:
-        changes, before = together(_mesh(model), prepared)
+        changes, before = together(model.mesh, prepared)
         try:
-            together(_mesh(model), lambda: write(changes))
+            together(model.mesh, lambda: write(changes))
         except BaseException as error:  # of this rank or another: all undo it
             _undo(model, before, error)
             raise
     else:
-        room = together(_mesh(model), lambda: Room.made(model, roster))
+        room = together(model.mesh, lambda: Room.made(model, roster))
         _furnish(model, room)
     model.roster = roster
     model.adapter_changes += 1
@@ -191,7 +189,7 @@ def _undo(model: Model, before: Changes, error: BaseException) -> None:
     Raises:
         RuntimeError: none is left. The base serves, and names of adapters are errors.
     """
-    mesh = _mesh(model) if isinstance(error, Exception) else None  # of an interrupt the others know nothing
+    mesh = model.mesh if isinstance(error, Exception) else None  # of an interrupt the others know nothing
     try:
         together(mesh, lambda: write(before))
     except Exception as again:  # noqa: BLE001 - whatever it was, it is said
@@ -209,12 +207,12 @@ def _stored(model: Model) -> dict[str, np.dtype]:
 
 def _check_alike(model: Model, asked: str) -> None:
     """Raises ValueError where ranks of a mesh ask for different things."""
-    check_alike(_mesh(model), "what is asked for", lambda: asked)
+    check_alike(model.mesh, "what is asked for", lambda: asked)
 
 
 def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
     """An adapter that fits; on a mesh the same on every rank."""
-    held, mesh = life.parameters(model), _mesh(model)
+    held, mesh = life.parameters(model), model.mesh
 
     def read_base(name: str) -> np.ndarray | None:
         with model.in_company():
@@ -228,8 +226,4 @@ def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
 
 def _read(model: Model, name: str) -> np.ndarray:
     """All of a parameter on this host; on a mesh all ranks have to ask for it."""
-    return on_host(model.parallel, name, life.stored(model, name))
-
-
-def _mesh(model: Model) -> DeviceMesh | None:
-    return None if model.parallel is None else model.parallel.mesh
+    return to_host(model.parallel, name, life.stored(model, name))

@@ -19,8 +19,6 @@ from torch_models.layers.vision import Seen
 from torch_models.taps import collect
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from torch_models.model import Model
 
 
@@ -125,8 +123,8 @@ class Draft:
             problems.append("one rounds keys and values to FP8, the other does not")
         if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
             problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
-        if _mesh(ours) != _mesh(theirs):
-            problems.append(f"the draft is cut over mesh {_mesh(ours)}, the target over {_mesh(theirs)}")
+        if ours.mesh != theirs.mesh:
+            problems.append(f"the draft is cut over mesh {ours.mesh}, the target over {theirs.mesh}")
         if ours.device != theirs.device:
             problems.append(f"the draft is on {ours.device}, the target on {theirs.device}")
         if problems:
@@ -203,7 +201,3 @@ class Draft:
         length = position_ids.shape[-1]
         config = self.source.config
         return steps(config, [0], position_ids, key_mask_BS, start, length=length, is_cached=is_cached)[0]
-
-
-def _mesh(model: Model) -> DeviceMesh | None:
-    return None if model.parallel is None else model.parallel.mesh

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
@@ -256,6 +257,11 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """
         written = tuple((id(param), param._version) for param in parameters_of(self))
         return (*written, (id(self), self.adapter_changes))
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """Ranks that hold a part of it each; None: everything is here."""
+        return None if self.parallel is None else self.parallel.mesh
 
     def in_company(self) -> AbstractContextManager[None]:
         """Around what all ranks of a mesh run together; see ``torch_models.processes.Company``."""

@@ -214,6 +214,6 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def on_host(parallel: Parallel | None, name: str, part: torch.Tensor) -> np.ndarray:
+def to_host(parallel: Parallel | None, name: str, part: torch.Tensor) -> np.ndarray:
     """All of a parameter on this host; see ``Parallel.whole``."""
     return host_view((part if parallel is None else parallel.whole(name, part)).cpu().contiguous())

@@ -51,7 +51,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
             or an adapter is merged into the weights; or ranks hand over different values. Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
-    mesh = None if model.parallel is None else model.parallel.mesh
+    mesh = model.mesh
     if model.parallel is not None:
         names = model.specs.embedding, model.specs.head
         given = tuple(zip(names, (embed, head), strict=True))

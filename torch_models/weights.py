@@ -23,7 +23,7 @@ from torch_models import reading
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
-from torch_models.parallel import on_host
+from torch_models.parallel import to_host
 from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
 from torch_models.staging import DeviceStaging, Holds
@@ -72,14 +72,13 @@ def _reloaded(
 ) -> Model:
     """See ``update_weights_from_disk``; both readings are into the same memory."""
     live = {name: NAMES.get(param.dtype, str(param.dtype)) for name, param in parameters(model).items()}
-    parallel = model.parallel
+    parallel, mesh = model.parallel, model.mesh
 
     def tried() -> tuple[LoadPlan, LoadReport]:
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
         plan = plan.within(host_budget_bytes, staged=True)
         return plan, reading.dry_run(plan, parallel, staging)
 
-    mesh = None if parallel is None else parallel.mesh
     plan, report = together(mesh, tried)
     checkpoint = plan.checkpoint
     check_alike(mesh, "the checkpoint", checkpoint.fingerprint)
@@ -119,7 +118,7 @@ def write(model: Model, values: Iterable[tuple[str, torch.Tensor]], names: list[
 
 def _together(model: Model, work: Callable[[], None]) -> None:
     """On a mesh all of the ranks do it, or none of them runs any more; see ``torch_models.processes.together``."""
-    mesh = None if model.parallel is None else model.parallel.mesh
+    mesh = model.mesh
     try:
         together(mesh, work)
     except Exception:
@@ -179,7 +178,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
             directory,
             model.checkpoint,
             model.specs,
-            lambda name: on_host(parallel, name, stored(model, name)),
+            lambda name: to_host(parallel, name, stored(model, name)),
             left_out,
             is_writer=parallel.mesh.get_rank() == 0,
             together=partial(together, parallel.mesh),
@@ -195,7 +194,7 @@ def tensor_reader(model: Model) -> TensorReader:
     On a mesh all ranks have to ask for the same, in the same order.
     """
     check_awake(model)
-    return TensorReader(model.checkpoint, model.specs, lambda name: on_host(model.parallel, name, stored(model, name)))
+    return TensorReader(model.checkpoint, model.specs, lambda name: to_host(model.parallel, name, stored(model, name)))
 
 
 def weight_digests(model: Model) -> dict[str, str]:

@@ -35,7 +35,7 @@ from parity.planning.meshes import Workload, held_bytes, mesh_shape
 _EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_FLOATS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
+_ARRAYS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
 
 def mesh_on(chip: Chip, topology: str, sizes: dict[str, int]) -> Mesh:
@@ -168,6 +168,6 @@ def _layer_names(config: ModelConfig) -> Callable[[str], int | None]:
 def full_vocabulary(hlo: str, vocab_size: int, length: int, parts: int) -> list[str]:
     """Arrays that have an axis of the vocabulary (or a device's part of it) and one of the prompt."""
     vocabulary = {vocab_size, vocab_size // parts}
-    shapes = {f"{kind}[{dims}]" for kind, dims in _FLOATS.findall(hlo)}
+    shapes = {f"{kind}[{dims}]" for kind, dims in _ARRAYS.findall(hlo)}
     sizes = {shape: {int(size) for size in shape[shape.index("[") + 1 : -1].split(",") if size} for shape in shapes}
     return sorted(shape for shape, found in sizes.items() if found & vocabulary and length in found)

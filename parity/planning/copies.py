@@ -12,7 +12,7 @@ from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.meshes import AXES, Workload, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
 
-Held = tuple[dict[str, Any], tuple[str, ...], int]  # what an array is, mesh axes that cut it, bytes on one device
+Placed = tuple[dict[str, Any], tuple[str, ...], int]  # what an array is, mesh axes that cut it, bytes on one device
 
 
 def copied_weights(config: ModelConfig, load: Workload, sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def copied_cache(config: ModelConfig, load: Workload, sizes: dict[str, int]) -> 
     return _grouped(found, sizes)
 
 
-def _grouped(arrays: Iterable[Held], sizes: dict[str, int]) -> list[dict[str, Any]]:
+def _grouped(arrays: Iterable[Placed], sizes: dict[str, int]) -> list[dict[str, Any]]:
     devices = math.prod(sizes.values())
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for what, cuts, size in arrays:
