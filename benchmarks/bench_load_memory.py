@@ -71,7 +71,7 @@ def write(directory: Path, gib: float, experts: str | None) -> tuple[int, int]:
     assert config is not None, problems
     rules = [rule for rule in family_module(config.architecture).RULES if rule.form in ("", experts)]
     specs = expand(rules, config)
-    plan = {source.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for source in spec.sources}
+    plan = {placement.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for placement in spec.placements}
     rng = np.random.default_rng(0)
 
     def read(name: str) -> np.ndarray:

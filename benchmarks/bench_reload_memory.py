@@ -63,7 +63,9 @@ def write(directory: Path, mib: int, seed: int) -> tuple[int, int]:
     document = zoo_config("qwen3-moe", dtype="BF16", **sizes)
     config, problems = config_from_json(document)
     assert config is not None, problems
-    plan = {s.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs_of(config, Stage()) for s in spec.sources}
+    plan = {
+        s.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs_of(config, Stage()) for s in spec.placements
+    }
     rng = np.random.default_rng(seed)
 
     def read(name: str) -> np.ndarray:

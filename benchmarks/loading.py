@@ -37,7 +37,7 @@ def write_noise(directory: Path, document: dict[str, Any], *, num_files: int) ->
     config, problems = config_from_json(document)
     assert config is not None, problems
     specs = expand(family_module(config.architecture).RULES, config)
-    plan = {source.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for source in spec.sources}
+    plan = {placement.tensor: TensorType("BF16", spec.tensor_shape) for spec in specs for placement in spec.placements}
     total = sum(2 * int(np.prod(kind.shape)) for kind in plan.values())
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 2**14, 1 << 22, dtype=np.uint16)

@@ -117,7 +117,7 @@ def _weights(where: str, checkpoint: Checkpoint, specs: Specs, mesh: Mesh | None
     wanted = {
         spec.name: jax.ShapeDtypeStruct(
             spec.shape,
-            to_numpy(checkpoint.tensors[spec.sources[0].tensor].dtype),
+            to_numpy(checkpoint.tensors[spec.placements[0].tensor].dtype),
             sharding=param_sharding(spec, dims, mesh) or jax.device_put(np.zeros(0)).sharding,
         )
         for spec in specs

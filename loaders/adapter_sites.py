@@ -71,7 +71,7 @@ def sites_of(config: ModelConfig) -> Sites:
     whole: dict[str, tuple[int, ...]] = {}
     visual: list[str] = []
     for spec in specs:
-        rule = specs.rules[spec.sources[0].tensor]
+        rule = specs.rules[spec.placements[0].tensor]
         if rule.is_visual:
             visual.append(spec.name)
         if rule.on not in ("layer", "embedding", "head", "last"):

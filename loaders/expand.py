@@ -8,7 +8,7 @@ from typing import Protocol
 
 from loaders.quantization import Scheme
 from loaders.quantized_rules import module_of, spelled_path, stored_as
-from loaders.spec import Dim, ModelConfig, ParamSpec, Rule, Source, Specs, TiedSpec, shape_of
+from loaders.spec import Dim, ModelConfig, ParamSpec, Placement, Rule, Specs, TiedSpec, shape_of
 from loaders.stage import Stage
 
 
@@ -20,7 +20,7 @@ class Shaped(Protocol):
 
 
 NOTHING: Mapping[str, Shaped] = MappingProxyType({})
-Candidate = list[tuple[Rule, Source]]
+Candidate = list[tuple[Rule, Placement]]
 
 
 def expand(
@@ -36,7 +36,7 @@ def expand(
         rules: a family's table.
         config: the configuration.
         stage: which part of the model.
-        found: tensors of a checkpoint: they decide how sources are spelled and which form a parameter comes in, by
+        found: tensors of a checkpoint: they decide how placements are spelled and which form a parameter comes in, by
             name and by shape. The parameters themselves never depend on it.
         forms: forms to take where ``found`` does not decide, best first; else the table's first.
     """
@@ -59,19 +59,19 @@ def expand(
         if module in quantized:
             schemes[module] = quantized[module]
         for part in stored_as(rule, quantized.get(module), config.quantization):
-            sources = by_form.setdefault(part.parameter.format(text=text, layer=layer), {}).setdefault(part.form, [])
+            placements = by_form.setdefault(part.parameter.format(text=text, layer=layer), {}).setdefault(part.form, [])
             experts = range(dims["E"].size) if "{expert}" in part.tensor else [None]
             for expert in experts:
                 tensor = part.tensor.format(text=spelled, layer=layer, expert=expert)
-                sources.append((part, Source(tensor, expert, part.shard_id)))
+                placements.append((part, Placement(tensor, expert, part.shard_id)))
     params: list[ParamSpec] = []
-    rivals: dict[str, tuple[str, Source]] = {}
+    rivals: dict[str, tuple[str, Placement]] = {}
     ends: dict[str, str] = {}
     for name, chosen in _chosen(by_form, found, forms, dims).items():
-        params.append(_param(name, [source for _, source in chosen], chosen[0][0], dims))
-        rule_of |= {source.tensor: rule for rule, source in chosen}
-        others = (source for one in by_form[name].values() for _, source in one if one is not chosen)
-        rivals |= {source.tensor: (name, source) for source in others}
+        params.append(_param(name, [placement for _, placement in chosen], chosen[0][0], dims))
+        rule_of |= {placement.tensor: rule for rule, placement in chosen}
+        others = (placement for one in by_form[name].values() for _, placement in one if one is not chosen)
+        rivals |= {placement.tensor: (name, placement) for placement in others}
         ends.setdefault(chosen[0][0].on, name)
     embedding = ends.get("embedding")
     head = embedding if config.tie_word_embeddings else ends.get("head")
@@ -107,7 +107,7 @@ def _chosen(
     chosen: dict[str, Candidate] = {}
     open_: dict[str, dict[str, dict[str, Candidate]]] = {}  # module -> parameter -> forms
     for name, candidates in by_form.items():
-        there = {form: one for form, one in candidates.items() if any(source.tensor in found for _, source in one)}
+        there = {form: one for form, one in candidates.items() if any(place.tensor in found for _, place in one)}
         first = next((form for form in forms if form in candidates), next(iter(candidates)))
         there = there or {first: candidates[first]}
         names = next(iter(there.values()))
@@ -119,7 +119,7 @@ def _chosen(
         fits: dict[str, int] = {}
         for candidates in rivals.values():
             for form, one in candidates.items():
-                there = [(rule, found[source.tensor]) for rule, source in one if source.tensor in found]
+                there = [(rule, found[placement.tensor]) for rule, placement in one if placement.tensor in found]
                 fitting = sum(info.shape == shape_of(rule.dims, dims) for rule, info in there)
                 fits[form] = fits.get(form, 0) + fitting
         best = max(fits, key=fits.__getitem__)  # the first of several
@@ -128,7 +128,7 @@ def _chosen(
 
 
 def _tensors(candidate: Candidate) -> list[str]:
-    return [source.tensor for _, source in candidate]
+    return [placement.tensor for _, placement in candidate]
 
 
 def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
@@ -146,13 +146,13 @@ def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
     }[rule.on]
 
 
-def _param(name: str, sources: list[Source], rule: Rule, dims: dict[str, Dim]) -> ParamSpec:
+def _param(name: str, placements: list[Placement], rule: Rule, dims: dict[str, Dim]) -> ParamSpec:
     stacks: list[str] = []
-    if sources[0].expert_id is not None:
+    if placements[0].expert_id is not None:
         stacks.append("E")
-    if sources[0].shard_id is not None:
-        stacks.append(str(1 + max(source.shard_id or 0 for source in sources)))
+    if placements[0].shard_id is not None:
+        stacks.append(str(1 + max(placement.shard_id or 0 for placement in placements)))
     axes = (*stacks, *(rule.param_dims or rule.dims).split())
     is_transposed = rule.form == "fused transposed"
     shapes = shape_of(" ".join(axes), dims), shape_of(rule.dims, dims)
-    return ParamSpec(name, shapes[0], axes, tuple(sources), shapes[1], rule.dtype, is_transposed)
+    return ParamSpec(name, shapes[0], axes, tuple(placements), shapes[1], rule.dtype, is_transposed)

@@ -15,7 +15,7 @@ from loaders.header import TensorInfo
 from loaders.memory import bits
 from loaders.place import place_of
 from loaders.plan import as_stored
-from loaders.spec import Source, Specs
+from loaders.spec import Placement, Specs
 from loaders.writer import new_directory, write_checkpoint, writing_order
 
 
@@ -33,12 +33,12 @@ class TensorReader:
     def __init__(self, checkpoint: Checkpoint, specs: Specs, read_param: Callable[[str], np.ndarray]) -> None:
         by_name = {spec.name: spec for spec in specs}
         self.places = {
-            source.tensor: (as_stored(spec, checkpoint.tensors[source.tensor].shape), source)
+            placement.tensor: (as_stored(spec, checkpoint.tensors[placement.tensor].shape), placement)
             for spec in specs
-            for source in spec.sources
+            for placement in spec.placements
         }
         shipped = [tied for tied in specs.tied if tied.tensor in checkpoint.tensors]
-        self.places |= {tied.tensor: (by_name[tied.same_as], Source(tied.same_as)) for tied in shipped}
+        self.places |= {tied.tensor: (by_name[tied.same_as], Placement(tied.same_as)) for tied in shipped}
         self._read_param = read_param
         self._kept: dict[str, np.ndarray] = {}
 
@@ -55,10 +55,10 @@ class TensorReader:
         return asked
 
     def __call__(self, tensor: str) -> np.ndarray:
-        spec, source = self.places[tensor]
+        spec, placement = self.places[tensor]
         if spec.name not in self._kept:
             self._kept = dict(list(self._kept.items())[-1:]) | {spec.name: self._read_param(spec.name)}
-        place = place_of(self._kept[spec.name], spec, source)
+        place = place_of(self._kept[spec.name], spec, placement)
         return np.ascontiguousarray(bits(place)).view(place.dtype) if spec.is_transposed else place
 
 

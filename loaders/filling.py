@@ -12,7 +12,7 @@ from loaders.errors import CheckpointError
 from loaders.parts import missing_parts, part_of
 from loaders.place import load_fused_expert_weights, weight_loader
 from loaders.plan import LoadPlan, LoadReport
-from loaders.spec import ParamSpec, Source
+from loaders.spec import ParamSpec, Placement
 
 Read = TypeVar("Read", np.ndarray, list[np.ndarray])
 
@@ -28,13 +28,13 @@ class Filling:
         self._begin()
 
     def _begin(self) -> None:
-        self._missing = {spec.name: len(spec.sources) for spec in self._plan.specs}
+        self._missing = {spec.name: len(spec.placements) for spec in self._plan.specs}
         self._seen: set[str] = set()
         self._digests: dict[str, str] = {}
         self._expected: dict[str, str] = {}
         self._bad_scales: list[str] = []
 
-    def receive(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[ParamSpec, Source, Read, bool]]:
+    def receive(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[ParamSpec, Placement, Read, bool]]:
         """Pair every tensor with its place; True when it is the last its parameter waits for.
 
         They may come in any order, whole or as the parts of them that are held here. Redundant tied tensors are kept
@@ -52,34 +52,34 @@ class Filling:
             if name in self._plan.verified:
                 self._digests[name] = _digest(array)
                 continue
-            spec, source = self._plan.targets[name]
+            spec, placement = self._plan.targets[name]
             self._missing[spec.name] -= 1
-            yield spec, source, array, self._missing[spec.name] == 0
+            yield spec, placement, array, self._missing[spec.name] == 0
             del array  # it may be all that keeps a parameter which the caller is done with
 
     def _which(self, name: str) -> str:
         if name not in self._plan.targets:
             return ""
-        spec, source = self._plan.targets[name]
-        return f": {part_of(spec, [source])}" if source.index else ""
+        spec, placement = self._plan.targets[name]
+        return f": {part_of(spec, [placement])}" if placement.index else ""
 
-    def write(self, param: np.ndarray, spec: ParamSpec, source: Source, array: np.ndarray) -> None:
+    def write(self, param: np.ndarray, spec: ParamSpec, placement: Placement, array: np.ndarray) -> None:
         """Put one tensor into its place of its parameter, fused or not."""
-        is_stacked = len(spec.tensor_shape) + len(source.index) == len(spec.shape)
+        is_stacked = len(spec.tensor_shape) + len(placement.index) == len(spec.shape)
         if spec.dtype == "F32":  # a scale: no float of a checkpoint has its dtype prescribed otherwise
-            self._bad_scales += _scale_problems(source.tensor, array)
-            array = array.reshape(param[(*source.index, ...)].shape)  # [] or [1]
-            weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
+            self._bad_scales += _scale_problems(placement.tensor, array)
+            array = array.reshape(param[(*placement.index, ...)].shape)  # [] or [1]
+            weight_loader(param, array, shard_id=placement.shard_id, expert_id=placement.expert_id)
         elif is_stacked and not spec.is_transposed:
-            weight_loader(param, array, shard_id=source.shard_id, expert_id=source.expert_id)
+            weight_loader(param, array, shard_id=placement.shard_id, expert_id=placement.expert_id)
         else:  # fused: the axes of experts and shards are merged in the tensor
             num_shards = int(spec.axes[1]) if spec.axes[1].isdigit() else 1
             load_fused_expert_weights(param, array, num_shards=num_shards, is_transposed=spec.is_transposed)
 
-    def check(self, spec: ParamSpec, source: Source, parts: Sequence[np.ndarray]) -> None:
+    def check(self, spec: ParamSpec, placement: Placement, parts: Sequence[np.ndarray]) -> None:
         """Take note of what cannot be right about a tensor whose parts were read straight into place."""
         if spec.dtype == "F32":
-            self._bad_scales += [problem for part in parts[:1] for problem in _scale_problems(source.tensor, part)]
+            self._bad_scales += [problem for part in parts[:1] for problem in _scale_problems(placement.tensor, part)]
 
     def complete(self, spec: ParamSpec, param: np.ndarray | Sequence[np.ndarray]) -> None:
         """Take note of a parameter, or of its parts here, as a redundant tied tensor must equal it; it is not kept."""
@@ -99,7 +99,7 @@ class Filling:
         """
         problems = list(self._bad_scales)
         for spec in self._plan.specs:
-            late = [source for source in spec.sources if source.tensor not in self._seen]
+            late = [placement for placement in spec.placements if placement.tensor not in self._seen]
             problems += missing_parts(spec, late, what="never delivered")
         problems += [f"tensor {name!r} was never delivered" for name in self._plan.verified if name not in self._seen]
         problems += [

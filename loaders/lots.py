@@ -69,7 +69,7 @@ def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
     checkpoint = plan.checkpoint
     parts = [Part({name}, {name}) for name in plan.verified]
     for spec in plan.specs:
-        if names := {source.tensor for source in spec.sources} & plan.targets.keys():
+        if names := {placement.tensor for placement in spec.placements} & plan.targets.keys():
             parts.append(Part(names, {checkpoint.group_of(name) for name in names}))
     return lots_of(parts, checkpoint.tensors)
 

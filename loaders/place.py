@@ -9,17 +9,17 @@ import numpy as np
 
 from loaders.families import publishes_transposed
 from loaders.memory import bits
-from loaders.spec import ParamSpec, Source
+from loaders.spec import ParamSpec, Placement
 
 
-def place_of(param: np.ndarray, spec: ParamSpec, source: Source) -> np.ndarray:
+def place_of(param: np.ndarray, spec: ParamSpec, placement: Placement) -> np.ndarray:
     """The memory of ``param`` that a tensor is to be read into, in the tensor's own shape.
 
     It is contiguous unless the tensor is stored transposed; then it is a strided view of the same memory.
     """
     if not spec.is_transposed:
-        return param[(*source.index, ...)].reshape(spec.tensor_shape)
-    return param[(*source.index, ...)].reshape(_swapped(spec.tensor_shape)).swapaxes(-1, -2)
+        return param[(*placement.index, ...)].reshape(spec.tensor_shape)
+    return param[(*placement.index, ...)].reshape(_swapped(spec.tensor_shape)).swapaxes(-1, -2)
 
 
 def weight_loader(
@@ -60,7 +60,7 @@ def weight_loader(
                 return False
             raise ValueError(f"expert {expert_id} is not among {_spelled(experts)}. return_success=True skips it.")
         expert_id -= experts.start
-    index = Source("", expert_id, shard_id).index
+    index = Placement("", expert_id, shard_id).index
     if len(index) > param.ndim or any(not 0 <= i < size for i, size in zip(index, param.shape, strict=False)):
         found = ", ".join(f"{name} {i}" for name, i in (("expert", expert_id), ("shard", shard_id)) if i is not None)
         raise ValueError(f"{found} has no place in a parameter of shape {param.shape}")

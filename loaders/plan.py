@@ -15,7 +15,7 @@ from loaders.families import family_module
 from loaders.header import TensorInfo
 from loaders.memory import check_budget
 from loaders.parts import missing_parts, repeated_parts
-from loaders.spec import ModelConfig, ParamSpec, Source, Specs
+from loaders.spec import ModelConfig, ParamSpec, Placement, Specs
 from loaders.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class LoadPlan:
     stage: Stage
     specs: Specs
     dtypes: dict[str, str]  # parameter -> safetensors dtype
-    targets: dict[str, tuple[ParamSpec, Source]]  # tensor -> parameter and place
+    targets: dict[str, tuple[ParamSpec, Placement]]  # tensor -> parameter and place
     verified: dict[str, str]  # redundant tied tensor -> the parameter it must equal
     left_out: tuple[str, ...]
     other_stages: int
@@ -67,7 +67,7 @@ class LoadPlan:
         needed = {name: tensors[name].num_bytes for name in self.verified}
         if staged:
             for spec in self.specs:
-                parts = [source.tensor for source in spec.sources if source.tensor in self.targets]
+                parts = [placement.tensor for placement in spec.placements if placement.tensor in self.targets]
                 needed[spec.name] = sum(tensors[name].num_bytes for name in parts)
         for name, size in self.checkpoint.passing(self.targets).items():
             needed[name] = max(size, needed.get(name, 0))
@@ -115,16 +115,16 @@ def compute_dtype(dtype: object, plan: LoadPlan) -> str:
     for spec in plan.specs if plan.stage.count == 1 else specs_of(config, plan.stage.whole, found):
         if spec.dtype is not None:  # codes and scales
             continue
-        for source in spec.sources:
-            if source.tensor in found:
-                sizes[found[source.tensor].dtype] += found[source.tensor].num_bytes
+        for placement in spec.placements:
+            if placement.tensor in found:
+                sizes[found[placement.tensor].dtype] += found[placement.tensor].num_bytes
     return "bfloat16" if max(sizes, key=sizes.__getitem__) == "BF16" else "float32"
 
 
 def specs_of(config: ModelConfig, stage: Stage, found: Mapping[str, Shaped] = NOTHING) -> Specs:
     """The parameters a pipeline stage of this configuration holds.
 
-    ``found``: the tensors of the checkpoint that the sources are to be named by; parameters are the same without.
+    ``found``: the tensors of the checkpoint that the placements are to be named by; parameters are the same without.
     """
     return expand(family_module(config.architecture).RULES, config, stage, found)
 
@@ -213,23 +213,23 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
         )
     absent, more = _tower_problems(config, stage, specs, found)
     problems += more
-    targets: dict[str, tuple[ParamSpec, Source]] = {}
+    targets: dict[str, tuple[ParamSpec, Placement]] = {}
     dtypes: dict[str, str] = {}
     for spec in specs:
-        missing = [source for source in spec.sources if source.tensor not in found]
-        problems += missing_parts(spec, [source for source in missing if source.tensor not in absent])
-        for source in spec.sources:
-            if source.tensor not in found:
+        missing = [placement for placement in spec.placements if placement.tensor not in found]
+        problems += missing_parts(spec, [placement for placement in missing if placement.tensor not in absent])
+        for placement in spec.placements:
+            if placement.tensor not in found:
                 continue
-            stored = as_stored(spec, found[source.tensor].shape)
-            targets[source.tensor] = (stored, source)
+            stored = as_stored(spec, found[placement.tensor].shape)
+            targets[placement.tensor] = (stored, placement)
             allowed = FLOATS if spec.dtype is None else (spec.dtype,)
-            problems += _tensor_problems(checkpoint, source.tensor, stored.tensor_shape, spec.axes, specs, allowed)
-            first = dtypes.setdefault(spec.name, found[source.tensor].dtype)
-            if found[source.tensor].dtype != first:
+            problems += _tensor_problems(checkpoint, placement.tensor, stored.tensor_shape, spec.axes, specs, allowed)
+            first = dtypes.setdefault(spec.name, found[placement.tensor].dtype)
+            if found[placement.tensor].dtype != first:
                 problems.append(
-                    f"tensor {source.tensor!r} is {found[source.tensor].dtype}, expected {first} like the other parts"
-                    f" of {spec.name!r}"
+                    f"tensor {placement.tensor!r} is {found[placement.tensor].dtype}, expected {first} like the other"
+                    f" parts of {spec.name!r}"
                 )
     verified = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in found}
     for tied in specs.tied:

@@ -61,7 +61,7 @@ def _left_alone(config: ModelConfig, tensors: Mapping[str, Shaped]) -> tuple[Spe
     """What the model is made of, and the modules of matrices that stay as they are, with the reason."""
     stage = Stage(mtp=bool(config.num_mtp_layers))
     specs = expand(family_module(config.architecture).RULES, config, stage, tensors)
-    shapes = {source.tensor: spec.tensor_shape for spec in specs for source in spec.sources}
+    shapes = {placement.tensor: spec.tensor_shape for spec in specs for placement in spec.placements}
     reasons = {tensor: _reason(rule, shapes.get(tensor, ())) for tensor, rule in specs.rules.items()}
     # the experts of a layer are quantised all or none
     return specs, {_exporters_name(tensor): reason for tensor, reason in reasons.items() if reason}

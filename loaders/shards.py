@@ -16,25 +16,25 @@ from loaders.plan import LoadPlan
 from loaders.progress import watched
 from loaders.regions import Box, Region, sizes_of
 from loaders.scratch import Scratch, Staging
-from loaders.spec import ParamSpec, Source
+from loaders.spec import ParamSpec, Placement
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
 
 
-def region_of(spec: ParamSpec, source: Source, box: Box, shard: np.ndarray) -> Region | None:
+def region_of(spec: ParamSpec, placement: Placement, box: Box, shard: np.ndarray) -> Region | None:
     """What a tensor has for a shard: its part, and where in the shard it goes; None: nothing.
 
     Args:
         spec: the parameter.
-        source: the tensor's place in it.
+        placement: the tensor's place in it.
         box: which part of the parameter the shard is.
         shard: of the box's shape.
     """
-    held = zip(source.index, box, strict=False)
+    held = zip(placement.index, box, strict=False)
     if any(not start <= index < stop for index, (start, stop) in held):
         return None
-    lead = len(source.index)
-    place = shard[(*(index - box[axis][0] for axis, index in enumerate(source.index)), ...)]
+    lead = len(placement.index)
+    place = shard[(*(index - box[axis][0] for axis, index in enumerate(placement.index)), ...)]
     shape, inner = spec.shape[lead:], box[lead:]
     if not spec.is_transposed:
         return Region(shape, inner, place)
@@ -73,10 +73,10 @@ def read_shards(
         if tensor in plan.verified:
             same_as = specs[plan.verified[tensor]]
             return [Region(same_as.shape, *one) for one in empty(same_as, tensor).items()]
-        spec, source = plan.targets[tensor]
+        spec, placement = plan.targets[tensor]
         if spec.name not in begun:
             begun[spec.name] = empty(spec, spec.name)
-        found = (region_of(spec, source, box, shard) for box, shard in begun[spec.name].items())
+        found = (region_of(spec, placement, box, shard) for box, shard in begun[spec.name].items())
         return [part for part in found if part is not None]
 
     def held_bytes(spec: ParamSpec) -> int:
@@ -85,8 +85,9 @@ def read_shards(
     tensors = plan.checkpoint.stream_regions(lots_of_plan(plan), wanted, plan.host_budget_bytes)
     num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
     tensors = watched(tensors, num_bytes, str(plan.checkpoint.source))
-    for spec, source, parts, is_complete in filling.receive(tensors if scratch is None else scratch.watched(tensors)):
-        filling.check(spec, source, parts)
+    tensors = tensors if scratch is None else scratch.watched(tensors)
+    for spec, placement, parts, is_complete in filling.receive(tensors):
+        filling.check(spec, placement, parts)
         if is_complete:
             filling.complete(spec, list(begun[spec.name].values()))
             parts.clear()  # views of the shards, which are the caller's from here on

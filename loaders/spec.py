@@ -171,7 +171,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Placement:
     """A checkpoint tensor and its place in a parameter: ``parameter[index]``."""
 
     tensor: str
@@ -194,7 +194,7 @@ class ParamSpec:
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    sources: tuple[Source, ...]
+    placements: tuple[Placement, ...]
     tensor_shape: tuple[int, ...]  # of each of its checkpoint tensors; of a fused one with axes of ``shape`` merged
     dtype: str | None = None  # the one safetensors dtype it may have; None: any float
     is_transposed: bool = False  # the last two axes of its tensor are the other way round
@@ -220,11 +220,12 @@ class Specs:
     origins: dict[str, str]  # axis letter -> which config keys fix its size
     rules: dict[str, Rule]  # checkpoint tensor -> its line of the table
     schemes: dict[str, Scheme]  # module path -> how it is quantised; others are not
-    rivals: dict[str, tuple[str, Source]]  # tensors of forms the checkpoint does not have -> parameter, place
+    rivals: dict[str, tuple[str, Placement]]  # tensors of forms the checkpoint does not have -> parameter, place
 
     def __iter__(self) -> Iterator[ParamSpec]:
         return iter(self.params)
 
     def tensors(self) -> set[str]:
         """Every checkpoint tensor that belongs here, written or verified."""
-        return {source.tensor for spec in self.params for source in spec.sources} | {tied.tensor for tied in self.tied}
+        placed = {placement.tensor for spec in self.params for placement in spec.placements}
+        return placed | {tied.tensor for tied in self.tied}

@@ -46,15 +46,16 @@ def read_whole(
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
             return None if scratch is None else scratch.take_compared(tensor)
-        spec, source = plan.targets[tensor]
-        return place_of(make(spec), spec, source)
+        spec, placement = plan.targets[tensor]
+        return place_of(make(spec), spec, placement)
 
     if not plan.staged:  # mapping memory waits for threads that write to what is mapped, so all of it comes first
         for spec, _ in plan.targets.values():
             make(spec)
     tensors = stream_parameters(plan, destination)
-    for spec, source, array, is_complete in filling.receive(tensors if scratch is None else scratch.watched(tensors)):
-        filling.write(host[spec.name], spec, source, array)
+    tensors = tensors if scratch is None else scratch.watched(tensors)
+    for spec, placement, array, is_complete in filling.receive(tensors):
+        filling.write(host[spec.name], spec, placement, array)
         if is_complete:
             filling.complete(spec, host[spec.name])
             del array  # a view of the parameter, which is the caller's from here on

@@ -24,7 +24,7 @@ from loaders.errors import CheckpointError
 from loaders.header import TensorInfo
 from loaders.opening import CONFIG
 from loaders.plan import specs_of
-from loaders.spec import Source, Specs
+from loaders.spec import Placement, Specs
 from loaders.stage import Stage
 from loaders.writer import PlannedTensor, TensorType, write_checkpoint
 from parity.zoo import ZOO, zoo_config
@@ -50,7 +50,7 @@ class Draft:
     checkpoint: Checkpoint
     config: dict[str, Any]
     tensors: dict[str, tuple[PlannedTensor, Callable[[], np.ndarray]]]
-    victims: list[Source]
+    victims: list[Placement]
     afterwards: list[Callable[[Path], None]] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
@@ -61,8 +61,8 @@ class Draft:
 
 
 def _draft(checkpoint: Checkpoint) -> Draft:
-    sources = [source for spec in _specs(checkpoint) for source in spec.sources]
-    victims = sorted(sources, key=lambda source: -len(source.index))
+    placements = [placement for spec in _specs(checkpoint) for placement in spec.placements]
+    victims = sorted(placements, key=lambda placement: -len(placement.index))
     tensors: dict[str, tuple[PlannedTensor, Callable[[], np.ndarray]]] = {
         name: (info, partial(checkpoint.read, name)) for name, info in checkpoint.tensors.items()
     }

@@ -84,7 +84,7 @@ def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str,
     if subject.checkpoint is None:
         specs = specs_of(subject.config, stage)
         dtypes = {spec.name: spec.dtype or PLAIN for spec in specs}
-        tensors = {"tensors_loaded": sum(len(spec.sources) for spec in specs)}
+        tensors = {"tensors_loaded": sum(len(spec.placements) for spec in specs)}
     else:
         plan = plan_load(subject.checkpoint, stage)
         specs, dtypes, report = plan.specs, plan.dtypes, plan.report()

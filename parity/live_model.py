@@ -139,7 +139,7 @@ class Bench:
     def tensors_of_half(self, half: str, letter: str) -> list[str]:
         """Checkpoint tensors that a swap of one half changes; both of them where a tied head is shipped."""
         parameter = self.specs.embedding if half == "embed" else self.specs.head
-        found = [source.tensor for spec in self.specs if spec.name == parameter for source in spec.sources]
+        found = [placement.tensor for spec in self.specs if spec.name == parameter for placement in spec.placements]
         found += [tied.tensor for tied in self.specs.tied if tied.same_as == parameter]
         return [tensor for tensor in found if tensor in self.tensors[letter]]
 

@@ -59,8 +59,8 @@ def _write_as_it_reads(update: Any, model: Any, uri: Any, **options: Any) -> Any
     live = {name: NAMES[param.dtype] for name, param in model.named_parameters()}
     plan = plan_module.plan_reload(open_checkpoint(uri), model.config, model.stage, live)
     for tensor, array in plan.checkpoint.stream(names=plan.tensors):
-        spec, source = plan.targets[tensor]
-        host_view(model.get_parameter(spec.name))[source.index] = array
+        spec, placement = plan.targets[tensor]
+        host_view(model.get_parameter(spec.name))[placement.index] = array
     model.checkpoint = plan.checkpoint
     model.publish(Event("reload", model.version + 1, str(uri)))
     return model

@@ -190,7 +190,7 @@ def _declared(checkpoint: Checkpoint) -> tuple[Callable[[str], bool], dict[str, 
     """Which tensors a model may leave out, and which are redundant."""
     patterns = family_module(checkpoint.config.architecture).LEFT_OUT
     specs = specs_of(checkpoint.config, Stage(), checkpoint.tensors)
-    tensors = {spec.name: spec.sources[0].tensor for spec in specs}
+    tensors = {spec.name: spec.placements[0].tensor for spec in specs}
     return partial(_matches, patterns), {tied.tensor: tensors[tied.same_as] for tied in specs.tied}
 
 

@@ -78,7 +78,7 @@ def zoo_weights(
     plain = _expand(rules, config, dict.fromkeys(forms, "per expert"))
     written = _expand(rules, config, forms, text_path)
     parts = {spec.name: spec for spec in plain}
-    shapes = {source.tensor: spec.tensor_shape for spec in plain for source in spec.sources}
+    shapes = {placement.tensor: spec.tensor_shape for spec in plain for placement in spec.placements}
 
     def draw(tensor: str) -> np.ndarray:
         rng = np.random.default_rng(list(hashlib.sha256(f"{name}\n{seed}\n{tensor}".encode()).digest()))
@@ -86,14 +86,14 @@ def zoo_weights(
 
     found: dict[str, tuple[Rule, Weight]] = {}
     for spec in written:
-        for number, source in enumerate(spec.sources):
-            rule, part = written.rules[source.tensor], parts[spec.name]
+        for number, placement in enumerate(spec.placements):
+            rule, part = written.rules[placement.tensor], parts[spec.name]
             dtype = "F32" if rule.tensor.endswith(ALWAYS_F32) else None
-            if spec.tensor_shape == part.tensor_shape:  # of one expert there is one source in either form
-                values = partial(draw, part.sources[number].tensor)
+            if spec.tensor_shape == part.tensor_shape:  # of one expert there is one placement in either form
+                values = partial(draw, part.placements[number].tensor)
             else:
                 values = partial(_fused, spec, part, draw)
-            found[source.tensor] = rule, Weight(spec.tensor_shape, dtype, values)
+            found[placement.tensor] = rule, Weight(spec.tensor_shape, dtype, values)
     for tied in written.tied if ship_tied_head else ():
         found[tied.tensor] = written.rules[tied.tensor], Weight(tied.shape, None, partial(draw, tied.same_as))
     order = {rule.tensor: number for number, rule in enumerate(rules)}
@@ -109,9 +109,9 @@ def _expand(rules: Sequence[Rule], config: ModelConfig, forms: Mapping[str, str]
 
 def _fused(spec: ParamSpec, part: ParamSpec, draw: Callable[[str], np.ndarray]) -> np.ndarray:
     values = np.empty(spec.shape)
-    for source in part.sources:
-        values[source.index] = draw(source.tensor)
-    return place_of(values, spec, spec.sources[0])
+    for placement in part.placements:
+        values[placement.index] = draw(placement.tensor)
+    return place_of(values, spec, spec.placements[0])
 
 
 def _draw(

@@ -117,7 +117,7 @@ BUGS = (
     *bugs("both", "loaders.place.place_of",
         ("expert_place", "qwen3-moe", 2,
          "    if not spec",
-         "    import dataclasses\n    source = dataclasses.replace(source, expert_id={1: 2, 2: 1}.get(source.expert_id, source.expert_id)) if 'layers.2' in spec.name else source\n    if not spec"),
+         "    import dataclasses\n    placement = dataclasses.replace(placement, expert_id={1: 2, 2: 1}.get(placement.expert_id, placement.expert_id)) if 'layers.2' in spec.name else placement\n    if not spec"),
     ),
 )
 # fmt: on

@@ -25,7 +25,7 @@ def copied_weights(config: ModelConfig, load: Workload, sizes: dict[str, int]) -
     mesh: Any = abstract_mesh(sizes)
     for spec in specs:
         cuts = tuple(axis for cut in param_cuts(spec, dims, sizes) for axis in axes_of(cut))
-        is_visual = specs.rules[spec.sources[0].tensor].is_visual
+        is_visual = specs.rules[spec.placements[0].tensor].is_visual
         what = {"name": spec.name, "shape": list(spec.shape), "is_visual": is_visual}
         found.append((what, cuts, weight_size(spec, dims, mesh, load)[1]))
     return _grouped(found, sizes)

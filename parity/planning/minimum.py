@@ -73,7 +73,7 @@ def minimum_of(
         if is_expert:
             experts += size
             distinct += size * (1 - (1 - share) ** (tokens * shared))
-        if is_expert or specs.rules[spec.sources[0].tensor].is_linear or spec.name == specs.head:
+        if is_expert or specs.rules[spec.placements[0].tensor].is_linear or spec.name == specs.head:
             inner = spec.axes[-1] if spec.axes else ""  # codes are two to a byte, block scales beside them
             numbers = held * (2 if inner.endswith("/2") else 0 if inner.endswith("/16") else 1)
             times = rows if spec.name == specs.head else tokens * share if is_expert else tokens
@@ -91,7 +91,7 @@ def _chosen_share(config: Any) -> float:
 def _is_unused(spec: ParamSpec, specs: Specs) -> bool:
     """Weights that no text program reads whole: a table of embeddings, a vision tower."""
     is_table = spec.name == specs.embedding and specs.head != specs.embedding
-    return is_table or specs.rules[spec.sources[0].tensor].is_visual
+    return is_table or specs.rules[spec.placements[0].tensor].is_visual
 
 
 def _cached(config: Any, program: str, load: Workload, mesh: Any, stage: Stage) -> tuple[int, int]:

@@ -110,9 +110,9 @@ def test_one_device_holds_what_the_checkpoint_says(family, checkpoints):
     plan = plan_load(open_checkpoint(first), Stage())
     flat = flatten(jax_models.load(first).weights)
     for spec in plan.specs:
-        for source in spec.sources:
-            stored = plan.checkpoint.read(source.tensor)
-            found = np.asarray(flat[spec.name])[source.index]
+        for placement in spec.placements:
+            stored = plan.checkpoint.read(placement.tensor)
+            found = np.asarray(flat[spec.name])[placement.index]
             if spec.is_transposed:
                 stored = stored.swapaxes(-1, -2)
             assert np.ascontiguousarray(stored).tobytes() == found.tobytes(), spec.name

@@ -125,9 +125,9 @@ def compilations():
 
 def stacked(checkpoint, spec) -> np.ndarray:
     """A parameter, put together from the checkpoint's tensors by the plain rule of the table."""
-    whole = np.empty(spec.shape, checkpoint.read(spec.sources[0].tensor).dtype)
-    for source in spec.sources:
-        whole[source.index] = checkpoint.read(source.tensor)
+    whole = np.empty(spec.shape, checkpoint.read(spec.placements[0].tensor).dtype)
+    for placement in spec.placements:
+        whole[placement.index] = checkpoint.read(placement.tensor)
     return whole
 
 

@@ -411,7 +411,7 @@ def test_what_transformers_writes_opens_and_every_tensor_is_consumed_exactly_onc
     assert ours.head_dim == model.model.layers[0].self_attn.head_dim
     assert [ours.window(i) for i in range(3)] == [layer.self_attn.sliding_window for layer in model.model.layers]
     specs = expand(family_module(ours.architecture).RULES, ours)
-    shapes = [(source.tensor, spec.tensor_shape) for spec in specs for source in spec.sources]
+    shapes = [(placement.tensor, spec.tensor_shape) for spec in specs for placement in spec.placements]
     assert len(shapes) == len({name for name, _ in shapes})
     assert dict(shapes) == {name: info.shape for name, info in checkpoint.tensors.items()}
 

@@ -62,18 +62,18 @@ def test_a_parameter_is_the_same_in_either_form() -> None:
     fused, single = specs_of(forms=("fused",)), specs_of(forms=("per expert",))
     assert params(fused) == params(single)
     by_name = {spec.name: spec for spec in fused}
-    assert [source.tensor for source in by_name[GATE_UP].sources] == [GATE_UP]
+    assert [placement.tensor for placement in by_name[GATE_UP].placements] == [GATE_UP]
     assert (by_name[GATE_UP].shape, by_name[GATE_UP].tensor_shape) == ((3, 2, 6, 8), (3, 12, 8))
     assert by_name[GATE_UP].axes == ("E", "2", "M", "D")
     assert (by_name[DOWN].shape, by_name[DOWN].tensor_shape) == ((3, 8, 6), (3, 8, 6))
-    assert len({spec.name: spec for spec in single}[GATE_UP].sources) == 6
+    assert len({spec.name: spec for spec in single}[GATE_UP].placements) == 6
 
 
 def test_the_checkpoint_decides_the_form_of_each_parameter() -> None:
     found = {GATE_UP, *(f"{EXPERTS}{expert}.down_proj.weight" for expert in range(3))}
     by_name = {spec.name: spec for spec in specs_of(found=found)}
-    assert [source.tensor for source in by_name[GATE_UP].sources] == [GATE_UP]
-    assert [source.expert_id for source in by_name[DOWN].sources] == [0, 1, 2]
+    assert [placement.tensor for placement in by_name[GATE_UP].placements] == [GATE_UP]
+    assert [placement.expert_id for placement in by_name[DOWN].placements] == [0, 1, 2]
 
 
 FUSED, TURNED = {GATE_UP: (3, 12, 8), DOWN: (3, 8, 6)}, {GATE_UP: (3, 8, 12), DOWN: (3, 6, 8)}
@@ -85,7 +85,7 @@ def forms_of(shapes: dict[str, tuple[int, ...]], *, prefers_transposed: bool = F
     rules = expert_rules(prefix, prefers_transposed=prefers_transposed, when=lambda config, layer: layer == 0)
     found = {name: TensorType("BF16", shape) for name, shape in shapes.items()}
     specs = expand(rules, config_of(CONFIG | sizes), None, found)
-    return {spec.name: specs.rules[spec.sources[0].tensor].form for spec in specs}
+    return {spec.name: specs.rules[spec.placements[0].tensor].form for spec in specs}
 
 
 @pytest.mark.parametrize("prefers_transposed", [False, True])
@@ -135,7 +135,11 @@ def test_the_text_model_may_be_spelled_with_the_wrappers_path() -> None:
     plain = specs_of()
     spelled = specs_of(found={"model.language_model.norm.weight"})
     assert params(spelled) == params(plain)
-    assert all(source.tensor.startswith(("model.language_model.", "lm_head.")) for s in spelled for source in s.sources)
+    assert all(
+        placement.tensor.startswith(("model.language_model.", "lm_head."))
+        for s in spelled
+        for placement in s.placements
+    )
     wrapped = specs_of(document={"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": CONFIG})
     assert set(params(wrapped)) == {name.replace("model.", "model.language_model.", 1) for name in params(plain)}
 

@@ -322,7 +322,7 @@ def test_what_transformers_writes_opens_and_every_tensor_is_consumed_exactly_onc
         theirs.rope_parameters[kind] for kind in (FULL, SLIDING)
     ]
     specs = expand(RULES, ours)
-    shapes = [(source.tensor, spec.tensor_shape) for spec in specs for source in spec.sources]
+    shapes = [(placement.tensor, spec.tensor_shape) for spec in specs for placement in spec.placements]
     assert len(shapes) == len({name for name, _ in shapes})
     assert dict(shapes) == {name: info.shape for name, info in checkpoint.tensors.items()}
 

@@ -38,8 +38,10 @@ def test_of_nothing_there_are_no_lots():
 
 def in_flight(plan):
     """The most bytes of parameters that are begun and not complete, while a plan is read."""
-    sizes = {spec.name: sum(plan.checkpoint.tensors[s.tensor].num_bytes for s in spec.sources) for spec in plan.specs}
-    missing = {spec.name: len(spec.sources) for spec in plan.specs}
+    sizes = {
+        spec.name: sum(plan.checkpoint.tensors[s.tensor].num_bytes for s in spec.placements) for spec in plan.specs
+    }
+    missing = {spec.name: len(spec.placements) for spec in plan.specs}
     begun: set[str] = set()
     most = 0
 

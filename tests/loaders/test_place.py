@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loaders.place import load_fused_expert_weights, place_of, weight_loader
-from loaders.spec import ParamSpec, Source
+from loaders.spec import ParamSpec, Placement
 
 E, M, D = 3, 6, 8
 
@@ -19,13 +19,13 @@ def numbered(*shape: int) -> np.ndarray:
 
 
 def spec_of(shape: tuple[int, ...], tensor_shape: tuple[int, ...], *, is_transposed: bool) -> ParamSpec:
-    return ParamSpec("p", shape, (), (Source("t"),), tensor_shape, is_transposed=is_transposed)
+    return ParamSpec("p", shape, (), (Placement("t"),), tensor_shape, is_transposed=is_transposed)
 
 
 def test_a_place_is_a_view_in_the_tensors_own_shape() -> None:
     param = numbered(E, 2, M, D)
-    plain = place_of(param, spec_of(param.shape, (E, 2 * M, D), is_transposed=False), Source("t"))
-    turned = place_of(param, spec_of(param.shape, (E, D, 2 * M), is_transposed=True), Source("t"))
+    plain = place_of(param, spec_of(param.shape, (E, 2 * M, D), is_transposed=False), Placement("t"))
+    turned = place_of(param, spec_of(param.shape, (E, D, 2 * M), is_transposed=True), Placement("t"))
     assert (plain.shape, turned.shape) == ((E, 2 * M, D), (E, D, 2 * M))
     assert np.shares_memory(plain, param)
     assert np.shares_memory(turned, param)

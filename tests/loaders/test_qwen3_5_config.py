@@ -167,7 +167,9 @@ def test_a_published_mixture_is_read_whole() -> None:
     assert all(config.is_sparse(layer) for layer in range(64))
     # a draft's experts and 17 other tensors, as counted in the published 35B-A3B
     one_by_one = {f"mtp.layers.0.mlp.experts.0.{part}_proj.weight": TensorType("BF16", ()) for part in ("up", "down")}
-    names = {source.tensor for spec in expand(RULES, config, Stage(mtp=True), one_by_one) for source in spec.sources}
+    names = {
+        placement.tensor for spec in expand(RULES, config, Stage(mtp=True), one_by_one) for placement in spec.placements
+    }
     assert sum(name.startswith("mtp.") for name in names) == 785
 
 
@@ -349,7 +351,7 @@ def test_transformers_own_config_is_read_as_it_means_it(is_moe: bool, tmp_path: 
     assert theirs.rope_parameters["partial_rotary_factor"] == config.rope_parameters.partial_rotary_factor == 0.5
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     specs = expand(RULES, config, None, checkpoint.tensors)
-    assert {source.tensor: spec.tensor_shape for spec in specs for source in spec.sources} == shapes
+    assert {placement.tensor: spec.tensor_shape for spec in specs for placement in spec.placements} == shapes
     document = json.loads((tmp_path / "config.json").read_text())
     assert document["architectures"] == [f"Qwen3_5{'Moe' if is_moe else ''}ForCausalLM"]
 

@@ -19,7 +19,7 @@ from loaders.quantize import quantized
 from loaders.regions import Region, box_of, pieces_of, sizes_of
 from loaders.shards import read_shards, region_of
 from loaders.sources.local import LocalDirectory, LocalFile
-from loaders.spec import ParamSpec, Source
+from loaders.spec import ParamSpec, Placement
 from loaders.stage import Stage
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
@@ -191,19 +191,19 @@ def test_a_shard_of_fused_experts_is_a_slice_of_their_tensor(is_transposed, box)
     param = numbered(E, 2, M, D)
     fused = param.reshape(E, 2 * M, D)
     stored = np.ascontiguousarray(fused.transpose(0, 2, 1)) if is_transposed else fused
-    spec = ParamSpec("p", param.shape, (), (Source("t"),), stored.shape, is_transposed=is_transposed)
+    spec = ParamSpec("p", param.shape, (), (Placement("t"),), stored.shape, is_transposed=is_transposed)
     shard = np.empty(sizes_of(box), np.uint16)
-    part = region_of(spec, spec.sources[0], box, shard)
+    part = region_of(spec, spec.placements[0], box, shard)
     assert part is not None
     part.take(stored)
     np.testing.assert_array_equal(shard, param[slices_of(box)])
 
 
 def test_an_expert_of_another_device_has_nothing_for_a_shard():
-    spec = ParamSpec("p", (E, 2, M, D), (), (Source("t", 3, 1),), (M, D))
+    spec = ParamSpec("p", (E, 2, M, D), (), (Placement("t", 3, 1),), (M, D))
     shard = np.zeros((2, 2, M, D), np.uint16)
-    assert region_of(spec, Source("t", 3, 1), ((0, 2), (0, 2), (0, M), (0, D)), shard) is None
-    part = region_of(spec, Source("t", 3, 1), ((2, 4), (0, 2), (0, M), (0, D)), shard)
+    assert region_of(spec, Placement("t", 3, 1), ((0, 2), (0, 2), (0, M), (0, D)), shard) is None
+    part = region_of(spec, Placement("t", 3, 1), ((2, 4), (0, 2), (0, M), (0, D)), shard)
     assert part is not None
     part.take(numbered(M, D))
     np.testing.assert_array_equal(shard[1, 1], numbered(M, D))

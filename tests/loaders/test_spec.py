@@ -13,7 +13,7 @@ from loaders.config import config_from_json
 from loaders.expand import expand
 from loaders.families import FAMILIES, family_module
 from loaders.qwen3 import RULES, Qwen3Config
-from loaders.spec import ParamSpec, Rule, Source, Specs, TiedSpec
+from loaders.spec import ParamSpec, Placement, Rule, Specs, TiedSpec
 from loaders.stage import Stage
 
 LAYER = [
@@ -49,7 +49,7 @@ def under(layer: int, names: list[str]) -> set[str]:
 def test_a_dense_model_has_these_parameters_and_no_others() -> None:
     specs = expand(RULES, config_of(CONFIG))
     assert names(specs) == {EMBED, HEAD, NORM} | under(0, LAYER + DENSE_MLP) | under(1, LAYER + DENSE_MLP)
-    assert all(spec.sources == (Source(spec.name),) for spec in specs)  # parameters keep the checkpoint's names
+    assert all(spec.placements == (Placement(spec.name),) for spec in specs)  # parameters keep the checkpoint's names
     shapes = {spec.name: (spec.axes, spec.shape) for spec in specs}
     assert shapes[EMBED] == (("V", "D"), (11, 8))
     assert shapes["model.layers.1.self_attn.q_proj.weight"] == (("NH", "D"), (8, 8))
@@ -73,14 +73,14 @@ def test_a_sparse_layer_stacks_experts_then_gate_and_up() -> None:
     experts = "model.layers.1.mlp.experts"
     gate_up = specs[f"{experts}.gate_up_proj"]
     assert (gate_up.axes, gate_up.shape, gate_up.tensor_shape) == (("E", "2", "M", "D"), (3, 2, 6, 8), (6, 8))
-    assert {source.tensor: source.index for source in gate_up.sources} == {
+    assert {placement.tensor: placement.index for placement in gate_up.placements} == {
         f"{experts}.{expert}.{name}_proj.weight": (expert, shard)
         for expert in range(3)
         for shard, name in enumerate(("gate", "up"))
     }
     down = specs[f"{experts}.down_proj"]
     assert (down.axes, down.shape, down.tensor_shape) == (("E", "D", "M"), (3, 8, 6), (8, 6))
-    assert [source.index for source in down.sources] == [(0,), (1,), (2,)]
+    assert [placement.index for placement in down.placements] == [(0,), (1,), (2,)]
 
 
 CONFIGS = {
@@ -97,14 +97,14 @@ CONFIGS = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_every_place_of_every_parameter_has_exactly_one_tensor(case: str) -> None:
     specs = expand(RULES, CONFIGS[case])
-    tensors = Counter(source.tensor for spec in specs for source in spec.sources)
+    tensors = Counter(placement.tensor for spec in specs for placement in spec.placements)
     assert set(tensors.values()) == {1}
     assert len(names(specs)) == len(specs.params)
     for spec in specs:
         taken = np.zeros(spec.shape, np.int64)
-        for source in spec.sources:
-            assert taken[source.index].shape == spec.tensor_shape
-            taken[source.index] += 1
+        for placement in spec.placements:
+            assert taken[placement.index].shape == spec.tensor_shape
+            taken[placement.index] += 1
         assert (taken == 1).all()
 
 
@@ -112,10 +112,10 @@ def test_every_place_of_every_parameter_has_exactly_one_tensor(case: str) -> Non
 def test_what_is_written_to_its_places_is_read_back_from_them(case: str) -> None:
     for spec in expand(RULES, CONFIGS[case]):
         stack = np.zeros(spec.shape)
-        for number, source in enumerate(spec.sources, 1):
-            stack[source.index] = number
-        read_back = [float(np.unique(stack[source.index]).item()) for source in spec.sources]
-        assert read_back == list(range(1, len(spec.sources) + 1))
+        for number, placement in enumerate(spec.placements, 1):
+            stack[placement.index] = number
+        read_back = [float(np.unique(stack[placement.index]).item()) for placement in spec.placements]
+        assert read_back == list(range(1, len(spec.placements) + 1))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -165,8 +165,8 @@ def test_every_family_offers_what_shared_code_reads(architecture: str) -> None:
 
 
 def test_a_parameter_without_stacks_is_its_tensor() -> None:
-    spec = ParamSpec("w", (3, 4), ("V", "D"), (Source("w"),), (3, 4))
-    assert spec.sources[0].index == ()
+    spec = ParamSpec("w", (3, 4), ("V", "D"), (Placement("w"),), (3, 4))
+    assert spec.placements[0].index == ()
     assert spec.tensor_shape == (3, 4)
 
 

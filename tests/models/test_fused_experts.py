@@ -178,7 +178,7 @@ def large_checkpoint(to: Path, form: Form, sizes: dict[str, Any]) -> Path:
     config, problems = config_from_json(document)
     assert config is not None, problems
     rules = [rule for rule in family_module(config.architecture).RULES if rule.form in ("", form)]
-    plan = {s.tensor: TensorType("BF16", spec.tensor_shape) for spec in expand(rules, config) for s in spec.sources}
+    plan = {s.tensor: TensorType("BF16", spec.tensor_shape) for spec in expand(rules, config) for s in spec.placements}
     return write_checkpoint(to, plan, lambda name: np.zeros(plan[name].shape, ml_dtypes.bfloat16), config=document)
 
 

@@ -171,7 +171,7 @@ def test_a_checkpoint_holds_what_its_family_declares_and_what_is_left_out_of_a_t
     zoo: Callable[..., Checkpoint], name: str
 ) -> None:
     checkpoint = zoo(name)
-    own = {source.tensor for spec in specs(checkpoint) for source in spec.sources}
+    own = {placement.tensor for spec in specs(checkpoint) for placement in spec.placements}
     assert own == set(checkpoint.tensors)
     assert any(tensor.startswith("model.visual.") for tensor in own) == (name in WRAPPED)
     assert any(tensor.startswith("mtp.layers.0.mlp.") for tensor in own) == (name in HYBRID)
