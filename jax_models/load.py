@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jax_models import reading
 from jax_models.model import Model
-from jax_models.processes import check_alike, check_here, together
+from jax_models.processes import check_alike, together
 from jax_models.programs import Programs, programs_for
 from jax_models.sharding import usable_mesh
 from jax_models.weights import flatten, unflatten
@@ -61,9 +61,7 @@ def load(
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh, stage or budget that makes no sense.
     """
-    given = mesh
-    mesh = together(given if isinstance(given, Mesh) and given.size else None, lambda: usable_mesh(given))
-    check_here(mesh)
+    mesh = usable_mesh(mesh)
 
     def prepared() -> tuple[LoadPlan, Programs]:
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_models.model import Model
-from jax_models.processes import check_here, together
+from jax_models.processes import agreed, together
 from jax_models.programs import programs_for
 from jax_models.sharding import param_sharding, usable_mesh
 from jax_models.weights import flatten, unflatten, weight_digests
@@ -48,11 +48,16 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
     """
     from jax_models.orbax_files import write  # a second, which only those pay who save
 
-    if model.roster.attached:
-        names = ", ".join(repr(one.name) for one in model.roster.attached)
-        raise ValueError(f"adapters are not saved, and {names} would be lost. Save the model that detach_lora returns.")
-    where = _address(directory)
-    together(model.mesh, lambda: _check_new(where))
+    def checked() -> str:
+        if model.roster.attached:
+            names = ", ".join(repr(one.name) for one in model.roster.attached)
+            lost = f"adapters are not saved, and {names} would be lost"
+            raise ValueError(f"{lost}. Save the model that detach_lora returns.")
+        where = _address(directory)
+        _check_new(where)
+        return where
+
+    where = together(model.mesh, checked)
     digests = weight_digests(model)
     document = {
         "format": FORMAT,
@@ -84,9 +89,12 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
         CheckpointError: it is no complete save, or is damaged; names every damaged tensor.
         ValueError: a mesh that makes no sense, or has no device of this process.
     """
-    where, mesh = _address(directory), usable_mesh(mesh)
-    check_here(mesh)
-    document = together(mesh, lambda: _document(where))
+    mesh = usable_mesh(mesh)
+
+    def said(found: tuple[str, dict[str, Any]]) -> str:
+        return f"save {_digest(found[1])[:16]}, verify={verify}"
+
+    where, document = agreed(mesh, "what is restored", lambda: _described(directory), said)
     checkpoint = remembered(document["checkpoint"])
     stage = Stage(**document["stage"])
     specs = specs_of(checkpoint.config, stage, checkpoint.tensors)
@@ -130,6 +138,12 @@ def _weights(where: str, checkpoint: Checkpoint, specs: Specs, mesh: Mesh | None
     except Exception as error:
         raise CheckpointError(where, [f"its arrays cannot be read: {_first_line(error)}"]) from error
     return unflatten(flat)
+
+
+def _described(directory: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Where a save lies, and what it says of the model."""
+    where = _address(directory)
+    return where, _document(where)
 
 
 def _document(where: str) -> dict[str, Any]:

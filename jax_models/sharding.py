@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jax_models.processes import check_here, together
 from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of, param_cuts
 from loaders.spec import Dim, ParamSpec
 
@@ -15,10 +16,12 @@ MESH_AXES = ("data", "expert", "tensor")  # and FSDP, which few meshes have
 def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     """The same devices under axes whose shardings the compiler propagates, as our programs expect.
 
-    ``jax.make_mesh`` gives axes of type Explicit, where every ambiguous product is an error.
+    ``jax.make_mesh`` gives axes of type Explicit, where every ambiguous product is an error. All processes of the mesh
+    have to call this.
 
     Raises:
-        ValueError: it is no mesh of devices, or has an axis we give no meaning.
+        ValueError: it is no mesh of devices, has none of this process, or an axis we give no meaning.
+        RuntimeError: so it is on another process only.
     """
     if mesh is None:
         return None
@@ -26,10 +29,16 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
         raise ValueError(f"mesh={mesh!r} is a {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, or None")
     if not mesh.size:
         raise ValueError("the mesh has no device")
-    unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
-    if unknown:
-        raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")
-    return Mesh(mesh.devices, mesh.axis_names)
+
+    def checked() -> Mesh:
+        unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})
+        if unknown:
+            raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")
+        return Mesh(mesh.devices, mesh.axis_names)
+
+    usable = together(mesh, checked)
+    check_here(usable)
+    return usable
 
 
 def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:

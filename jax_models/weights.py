@@ -82,7 +82,7 @@ def update_weights_from_disk(
         return placed, filling.finish(is_again=donate)
 
     plan = together(model.mesh, planned)
-    check_alike(model.mesh, "the checkpoint", plan.checkpoint.fingerprint)
+    check_alike(model.mesh, "the checkpoint", lambda: f"{plan.checkpoint.fingerprint()}, donate={donate}")
     try:
         placed, report = together(model.mesh, read)
     except Exception as error:

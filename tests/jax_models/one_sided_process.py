@@ -43,6 +43,10 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     given = {"draft": drafting.draft, "max_new_tokens": 4}
     tap = {f"model.layers.{process}": np.zeros((*ids.shape, model.config.hidden_size), np.float32)}
     _, cache = model.prefill(**inputs)
+    work = job["directory"]
+    swapped = model.set_embed_and_head(turned)
+    for name, one in (("a", model), ("b", swapped)):
+        one.save(f"{work}/save {name}")
     calls = {
         "other weights": lambda: model.update_weights_from_disk(second if process else first),
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if process else turned),
@@ -65,6 +69,12 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "what goes in": lambda: model.with_taps(**inputs, inject=tap),
         "another token": lambda: model.decode(inputs["input_ids"][:, process], cache),
         "a draft": lambda: drafting.generate(ids, **given if process else {}),
+        "another save": lambda: jax_models.restore(f"{work}/save {'ab'[process]}", mesh),
+        "no save": lambda: jax_models.restore(f"{work}/{'nothing' if process else 'save a'}", mesh),
+        "whether it is verified": lambda: jax_models.restore(f"{work}/save a", mesh, verify=bool(process)),
+        "restored to an axis": lambda: jax_models.restore(f"{work}/save a", Mesh(devices, (axis,))),
+        "saved nowhere": lambda: model.save(process or f"{work}/save c"),
+        "what is given up": lambda: model.update_weights_from_disk(first, donate=bool(process)),
         "rows of a draft": lambda: drafting.generate(ids, adapter=rows, **given),
         "what a draft says": lambda: drafting.mtp_forward(ids, adapter=rows),
     }

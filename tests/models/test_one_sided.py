@@ -60,10 +60,17 @@ SAID = {
     "a draft": DIFFERENT,
     "rows of a draft": DIFFERENT,
     "what a draft says": DIFFERENT,
+    "another save": DIFFERENT,
+    "no save": ALONE,
+    "whether it is verified": DIFFERENT,
+    "restored to an axis": ALONE,
+    "saved nowhere": ALONE,
+    "what is given up": DIFFERENT,
 }
-# of calls, which torch's ranks are not asked about: one that fails tells those that wait for it
+# what torch does not have, and calls, which its ranks are not asked about: one that fails tells those that wait for it
 CALLS = {"a seed", "a token", "other room", "other rows", "another prompt", "an end", "rows of a call", "a level"}
-CALLS |= {"what goes in", "another token", "a draft", "rows of a draft", "what a draft says"}
+CALLS |= {"what goes in", "another token", "a draft", "rows of a draft", "what a draft says", "what is given up"}
+CALLS |= {"another save", "no save", "whether it is verified", "restored to an axis", "saved nowhere"}
 
 
 @pytest.mark.parametrize("backend", PROGRAMS)
