@@ -10,7 +10,7 @@ import jax
 
 from jax_models.abstract import abstract_cache
 from jax_models.programs import model_class
-from loaders.axes import FSDP, axes_of, param_cuts
+from loaders.axes import FSDP, axes_of, head_cuts, param_cuts
 from loaders.spec import ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
 from parity.planning.meshes import Workload, abstract_mesh, row_axes, rows_on_device, specs_for, weight_size
@@ -109,10 +109,25 @@ def _cached(config: Any, program: str, load: Workload, mesh: Any, stage: Stage) 
             kept = min(config.window(int(layer)) or load.context, load.context)
             seen = kept if program == "decode" else seen_by_prompt(load.prompt, min(kept, load.prompt))
             tokens = 1 if program == "decode" else load.prompt
-            moved += size * (load.prompt if program == "prefill" else kept) // load.context
-            heads = config.num_attention_heads // entries[layer][name].shape[1]
-            flops += int(2 * shape[0] * tokens * seen * shape[1] * heads * shape[3])
+            queries, asked = heads_on_device(
+                dict(mesh.shape), config.num_attention_heads, entries[layer][name].shape[1]
+            )
+            read = size * asked // shape[1]
+            moved += (size * load.prompt if program == "prefill" else read * kept) // load.context
+            flops += int(2 * shape[0] * tokens * seen * queries * shape[3])
     return moved, flops
+
+
+def heads_on_device(sizes: dict[str, int], num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Query heads of one device, and how many heads of keys and values those ask for, at most.
+
+    Where a mesh cuts the former further, a device keeps more of the latter than it asks for.
+    """
+    by_query, _ = head_cuts(sizes, num_heads, num_kv_heads)
+    parts = math.prod(sizes[by] for by in axes_of(by_query))
+    queries, group = num_heads // parts, num_heads // num_kv_heads
+    starts = range(0, num_heads, queries)
+    return queries, max(1 + (start + queries - 1) // group - start // group for start in starts)
 
 
 def seen_by_prompt(tokens: int, window: int) -> float:

@@ -25,7 +25,7 @@ from parity.planning.depths import Depths, depths_of, pattern
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
 from parity.planning.meshes import Workload, default_mesh, held, parse_mesh, specs_for, stored_bytes
-from parity.planning.minimum import Minimum, minimum_of, seen_by_prompt
+from parity.planning.minimum import Minimum, heads_on_device, minimum_of, seen_by_prompt
 from parity.planning.plan import Request, judged, plan, smallest
 from parity.planning.subject import planned
 from parity.zoo import make_checkpoint, zoo_config
@@ -55,6 +55,29 @@ def test_the_least_of_a_dense_step_is_every_weight_but_the_embedding_and_the_cac
     assert (least.weight_bytes, least.cache_bytes) == (2 * weights, 2 * cache)
     attended = 36 * 2 * 2 * 8 * 2048 * 32 * 128 // 4
     assert least.flops == 2 * 8 * (36 * layer + 151936 * 4096) // 4 + attended
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 8, "tensor": 2}, {"expert": 16}, {"tensor": 8}, {"expert": 4, "tensor": 4}]
+)
+def test_a_device_is_charged_with_its_own_queries_and_the_keys_that_those_ask_for(experts, sizes):
+    """Four heads of keys and values are cut by four devices at most, 32 of queries by all."""
+    devices = math.prod(sizes.values())
+    load = Workload(8, 32768, 8192, "bfloat16")
+    queries, keys = 32 // devices, 1
+    assert heads_on_device(sizes, 32, 4) == (queries, keys)
+    assert minimum_of(experts, "decode", load, sizes).cache_bytes == 4 * 2 * 8 * 32768 * keys * 128 * 2
+    longer, shorter = (
+        minimum_of(experts, "decode", dataclasses.replace(load, context=context), sizes).flops
+        for context in (32768, 16384)
+    )
+    assert longer - shorter == 4 * 2 * 2 * 8 * 16384 * queries * 128
+
+
+def test_heads_that_divide_nothing_are_on_every_device():
+    assert heads_on_device({}, 32, 4) == (32, 4)
+    assert heads_on_device({"tensor": 2}, 6, 3) == (3, 2)  # one group lies on both
+    assert heads_on_device({"tensor": 4}, 6, 3) == (6, 3)
 
 
 def test_of_layers_that_slide_a_step_reads_what_its_window_shows(dense):
