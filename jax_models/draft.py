@@ -109,7 +109,7 @@ class Draft:
         inputs, slot_B = agreed(self.mesh, "what the draft is called with", checked, summary)
         entry = inputs.input_ids
         if not target.stage.is_first:
-            entry, *_ = target.checked(None, attention_mask, position_ids, hidden_states, adapter=adapter)
+            entry, _ = target.checked(None, attention_mask, position_ids, hidden_states, adapter=adapter)
         given = (weights, entry, inputs.input_ids, *target.arrays(inputs))
         return self.source.programs.draft.forward(*given, **target.of_slots(slot_B))
 

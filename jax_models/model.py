@@ -22,7 +22,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
-from jax_models.processes import agreed, said_of, together
+from jax_models.processes import agreed, content_of, processes_of, said_of, together
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
@@ -30,7 +30,7 @@ from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import ModelInputs, check_text
+from loaders.inputs import ModelInputs, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows, Roster
@@ -128,8 +128,9 @@ class Model(Decoding, Adapted, Seeing):
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
         """
         prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        entry, checked, slot_B = self.checked(*prompt, adapter=adapter)
-        return self.programs.forward(self.weights, entry, *self.arrays(checked), **self.of_slots(slot_B))
+        entry, checked = self.checked(*prompt, adapter=adapter)
+        given = (self.weights, entry, *self.arrays(checked))
+        return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
     @on_own_mesh
     def with_taps(
@@ -174,18 +175,22 @@ class Model(Decoding, Adapted, Seeing):
         """
 
         def said() -> str:
-            handed = {path: np.shape(value) for path, value in (inject or {}).items()}
-            return f"level={level}, within={within}, decode={decode}, inject={sorted(handed.items())}"
+            values = check_values(inject)
+            if len(processes_of(self.mesh)) == 1:
+                return ""
+            handed = [f"{path} {content_of(value)}" for path, value in values.items()]
+            return f"level={level}, within={within}, decode={decode}, inject={sorted(handed)}"
 
         prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
-        entry, checked, slot_B = self.checked(*prompt, adapter=adapter, said=said)
+        entry, checked = self.checked(*prompt, adapter=adapter, said=said)
+        values = check_values(inject)
         if decode:
             self.check_whole()
             rows = stepwise(self.config, checked, input_ids, position_ids=position_ids, given=multimodal, steps=decode)
-            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=inject)
+            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=values)
         given = (self.weights, entry, *self.arrays(checked))
-        looked = {"level": level, "within": within, "inject": None if inject is None else dict(inject)}
-        return self.programs.forward_with_taps(*given, **self.of_slots(slot_B), **looked)
+        looked = {"level": level, "within": within, "inject": values or None}
+        return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)), **looked)
 
     def apply(
         self,
@@ -291,10 +296,11 @@ class Model(Decoding, Adapted, Seeing):
         *,
         adapter: AdapterOfRows = None,
         said: Callable[[], str] = str,
-    ) -> tuple[Any, ModelInputs, np.ndarray]:
-        """Token ids or hidden states, whichever the stage takes, all inputs as they will be used, and slots of rows.
+    ) -> tuple[Any, ModelInputs]:
+        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used.
 
-        ``said``: in few words, how else the model is called; of several processes all have to say the same.
+        ``adapter``: of the rows. ``said``: in few words, how else the model is called. Of several processes all have
+        to say the same.
         """
 
         def checked() -> tuple[Any, ModelInputs, np.ndarray, str]:
@@ -303,11 +309,11 @@ class Model(Decoding, Adapted, Seeing):
             return entry, inputs, slot_B, said()
 
         def summary(found: tuple[Any, ModelInputs, np.ndarray, str]) -> str:
-            _, inputs, slot_B, how = found
-            return f"inputs {said_of(inputs)}, adapters of rows {slot_B.tolist()} {how}"
+            entry, inputs, slot_B, how = found
+            return f"inputs {content_of(entry)} {said_of(inputs)}, adapters of rows {slot_B.tolist()} {how}"
 
-        entry, inputs, slot_B, _ = agreed(self.mesh, "what the model is called with", checked, summary)
-        return entry, inputs, slot_B
+        entry, inputs, _, _ = agreed(self.mesh, "what the model is called with", checked, summary)
+        return entry, inputs
 
     def _checked(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -107,10 +107,17 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
 def said_of(inputs: ModelInputs) -> str:
     """A prompt and what it shows in few words, for ``agreed``."""
     shown = () if inputs.vision is None else (inputs.vision.patches.pixels_AX, inputs.vision.slot_BT)
+    return content_of(inputs.input_ids, inputs.attention_mask, inputs.position_ids, *shown)
+
+
+def content_of(*arrays: Any) -> str:
+    """Arrays in few words, likewise; of one that all processes have a part of, its shape."""
     found = hashlib.sha256()
-    for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids, *shown):
-        found.update(f"{array.dtype} {array.shape} ".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
+    for array in arrays:
+        is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
+        host = np.empty(0) if is_shared else np.asarray(array)
+        found.update(f"{np.shape(array)} {host.dtype} ".encode())
+        found.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]
 
 

@@ -191,6 +191,8 @@ def _check_new(where: str) -> None:
         exists = epath.Path(where).exists()
     except ImportError as error:
         raise ValueError(f"{where} cannot be saved to: {error}. Install that, or save to a directory.") from error
+    except KeyError as error:  # etils', of what it does not know
+        raise ValueError(f"nothing is saved to {error.args[0]}. Save to a directory, s3:// or gs://.") from error
     if exists:
         raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
 

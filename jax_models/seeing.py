@@ -9,8 +9,10 @@ import numpy as np
 
 from jax_models.ambient import on_own_mesh
 from jax_models.frames import VisionArrays, framed, vision_arrays
+from jax_models.processes import agreed, content_of
 from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
+from loaders.vision_grid import Patches
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -31,9 +33,17 @@ class Seeing:
         """
         model = self._model
         config = model.config.vision
-        if config is None or not model.stage.has_tower:
-            raise ValueError("this model holds no vision tower")
-        shown, token_U = framed(config, check_shown(config, pixel_values, image_grid_thw))
+
+        def checked() -> Patches:
+            if config is None or not model.stage.has_tower:
+                raise ValueError("this model holds no vision tower")
+            return check_shown(config, pixel_values, image_grid_thw)
+
+        patches = agreed(
+            model.mesh, "what is shown", checked, lambda found: content_of(found.pixels_AX, image_grid_thw)
+        )
+        assert config is not None
+        shown, token_U = framed(config, patches)
         return tuple(tokens[token_U] for tokens in model.programs.see(model.weights, shown))
 
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[jax.Array, ...]:

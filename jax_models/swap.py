@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_models.processes import check_alike, to_host, together
+from jax_models.processes import check_alike, content_of, to_host, together
 from jax_models.weights import flatten, unflatten
-from loaders.digest import tensor_digest
 from loaders.events import Event
 
 if TYPE_CHECKING:
@@ -94,18 +93,15 @@ def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[
 def _said(asked: Halves, flat: Mapping[str, jax.Array]) -> str:
     """Of each half: that it is the live one, or an array of all processes, or what this one has in it."""
     return ", ".join(
-        f"{half} {'as it is' if value is flat[name] else _content(value)}" for half, (name, value) in asked.items()
+        f"{half} {'as it is' if value is flat[name] else content_of(value)}" for half, (name, value) in asked.items()
     )
-
-
-def _content(value: Any) -> str:
-    is_shared = isinstance(value, jax.Array) and not value.is_fully_addressable
-    return "of all" if is_shared else tensor_digest(np.asarray(value))[:16]
 
 
 def _misfits(half: str, value: Any, live: jax.Array) -> list[str]:
     if not isinstance(value, jax.Array | np.ndarray):
         return [f"{half} is a {type(value).__name__}, expected a JAX or NumPy array"]
+    if isinstance(value, jax.Array) and value.is_deleted():
+        return [f"{half} was given up: its memory was donated"]
     if (value.shape, value.dtype) == (live.shape, live.dtype):
         return []
     return [f"{half} is {value.dtype} {value.shape}, expected {live.dtype} {live.shape} (vocab_size, hidden_size)"]

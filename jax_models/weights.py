@@ -120,7 +120,10 @@ def check_same_structure(live: Weights, new: Weights) -> None:
     Raises:
         ValueError: listing every leaf that differs.
     """
-    old_flat, new_flat = flatten(live), flatten(new)
+    try:
+        old_flat, new_flat = flatten(live), flatten(new)
+    except (AssertionError, AttributeError, TypeError) as error:  # flax's
+        raise ValueError("weights are no nested dicts by strings, as model.weights. Nothing was changed.") from error
     problems = [f"{name} is missing" for name in old_flat if name not in new_flat]
     problems += [f"{name} is unexpected" for name in new_flat if name not in old_flat]
     for name, old in old_flat.items():
@@ -129,6 +132,8 @@ def check_same_structure(live: Weights, new: Weights) -> None:
             continue
         if not isinstance(found, jax.Array):
             problems.append(f"{name} is a {type(found).__name__}, expected a JAX array")
+        elif not isinstance(found, Tracer) and found.is_deleted():
+            problems.append(f"{name} was given up: its memory was donated")
         elif (found.shape, found.dtype) != (old.shape, old.dtype):
             problems.append(f"{name} is {found.dtype} {found.shape}, expected {old.dtype} {old.shape}")
         elif found.weak_type != old.weak_type:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -117,6 +118,27 @@ def check_next(token_ids: object, *, rows: int, vocab_size: int) -> np.ndarray:
 
 def _fit(positions: np.ndarray) -> bool:
     return bool((positions >= 0).all() and (positions < 2**31).all())
+
+
+def check_values(inject: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Values to hand in, by path: arrays of whichever library as they are, anything else as NumPy has it.
+
+    Raises:
+        ValueError: listing what holds no numbers.
+    """
+    if inject is None:
+        return {}
+    if not isinstance(inject, Mapping):
+        raise ValueError(f"inject is a {type(inject).__name__}, expected values by path")
+    found = {path: value if hasattr(value, "dtype") else np.array(value) for path, value in inject.items()}
+    problems = [
+        f"{path} holds {value.dtype}"
+        for path, value in found.items()
+        if isinstance(value, np.ndarray) and value.dtype.kind in "OUSMm"
+    ]
+    if problems:
+        raise ValueError(f"cannot inject: {'; '.join(problems)}, expected numbers")
+    return found
 
 
 def check_pairs(inputs: ModelInputs) -> None:

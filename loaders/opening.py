@@ -88,6 +88,6 @@ def _generation_problems(generation: dict[str, Any]) -> list[str]:
     if not all(type(token) is int for token in ids):
         problems.append(f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers")
     pad = generation.get("pad_token_id")
-    if pad is not None and type(pad) is not int:
-        problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer")
+    if pad is not None and not (type(pad) is int and -(2**31) <= pad < 2**31):
+        problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer of 32 bits")
     return problems

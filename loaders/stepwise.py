@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def stepwise(
         ValueError: listing everything that is wrong: positions that a cache would not count so, rows too short, an
             image among the last tokens.
     """
+    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
+        raise ValueError(f"decode={steps!r}, expected an integer")
     mask_BT = checked.attention_mask
     order_BT = np.argsort(mask_BT, axis=1, kind="stable")  # that of ``left_aligned``
     ids_BT = np.take_along_axis(np.where(mask_BT, np.asarray(input_ids), 0), order_BT, axis=1)

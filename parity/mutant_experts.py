@@ -101,7 +101,7 @@ EXPERT_MUTANTS: list[Mutant] = [
     ),
     _of(
         "expert_ids_lost",
-        lambda: [Patch("loaders.spec:Source.index", _expert_zero)],
+        lambda: [Patch("loaders.spec:Placement.index", _expert_zero)],
         "every expert is written to the first one's place",
         backends=BOTH,
     ),

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import ModelInputs, check_text
+from loaders.inputs import ModelInputs, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
@@ -199,6 +199,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
                 or rows that cannot be decoded so.
         """
+        values = check_values(inject)
         if level == "operations":  # what is inside of modules is there in parts
             self.check_alone(f"taps of {level}")
         if decode:
@@ -207,9 +208,9 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             entry, position_ids = on_host(input_ids), on_host(position_ids)
             _, checked = self.checked(entry, attention_mask, position_ids, hidden_states, given)
             rows = stepwise(self.config, checked, entry, position_ids=position_ids, given=given, steps=decode)
-            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=inject)
+            return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=values)
         given = {"hidden_states": hidden_states, "adapter": adapter, **multimodal}
-        with collect(level, within, inject) as taps:
+        with collect(level, within, values) as taps:
             out = self(input_ids, attention_mask, position_ids, **given)
         return out, taps
 

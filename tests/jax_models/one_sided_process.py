@@ -12,6 +12,7 @@ from several import answer, asked, error_of
 import jax_models
 from jax_models.processes import to_host
 from parity.zoo_adapters import make_adapter
+from parity.zoo_pictures import pictures
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:
@@ -44,6 +45,11 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     tap = {f"model.layers.{process}": np.zeros((*ids.shape, model.config.hidden_size), np.float32)}
     _, cache = model.prefill(**inputs)
     work = job["directory"]
+    seeing = jax_models.load(job["seeing"], mesh=mesh)
+    shown = pictures(seeing.config)
+    pixels, grid = shown["pixel_values"], shown["image_grid_thw"]
+    last = jax_models.load(first, mesh=mesh, stage=(1, 2))
+    hidden = np.ones((*ids.shape, model.config.hidden_size), np.float32)
     swapped = model.set_embed_and_head(turned)
     for name, one in (("a", model), ("b", swapped)):
         one.save(f"{work}/save {name}")
@@ -67,6 +73,10 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "rows of a call": lambda: adapted(**inputs, adapter=rows),
         "a level": lambda: model.with_taps(**inputs, level=("layers", "modules")[process]),
         "what goes in": lambda: model.with_taps(**inputs, inject=tap),
+        "other values": lambda: model.with_taps(**inputs, inject={"model.layers.0": hidden * process}),
+        "other hidden states": lambda: last(hidden_states=hidden + process),
+        "other pixels": lambda: seeing.get_image_features(pixels + process, grid),
+        "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
         "another token": lambda: model.decode(inputs["input_ids"][:, process], cache),
         "a draft": lambda: drafting.generate(ids, **given if process else {}),
         "another save": lambda: jax_models.restore(f"{work}/save {'ab'[process]}", mesh),

@@ -546,3 +546,26 @@ def test_a_broken_checkpoint_leaves_the_old_weights_serving(
         dense.update_weights_from_disk(source)
     assert all(name in str(caught.value) for name in gone)
     assert (bits(dense(IDS)), dense.version) == (before, 1)
+
+
+def test_what_was_given_up_is_not_published_again(make: Make) -> None:
+    """Shapes of a donated array can still be read, and it goes to where it is without an error."""
+    model, other = jax_models.load(make("qwen3")), jax_models.load(make("qwen3", seed=1))
+    weights, (embed, head) = other.weights, other.get_embed_and_head()
+    other.update_weights_from_disk(make("qwen3"), donate=True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight was given up.* Nothing was changed"):
+        model.replace(weights=weights)
+    with pytest.raises(ValueError, match=r"embed was given up.*head was given up.* Nothing was changed"):
+        model.set_embed_and_head(embed, head)
+
+
+@pytest.mark.parametrize("weights", [None, {1: 2}, [], {"model": None}])
+def test_weights_that_are_no_tree_of_names_are_refused(make: Make, weights: object) -> None:
+    with pytest.raises(ValueError, match="Nothing was changed"):
+        jax_models.load(make("qwen3")).replace(weights=weights)
+
+
+@pytest.mark.parametrize("address", ["direct:///tmp/x", "runai:///tmp/x", "foo://x"])
+def test_nothing_is_saved_to_an_address_that_cannot_be_written(make: Make, address: str) -> None:
+    with pytest.raises(ValueError, match=r"nothing is saved to .*://"):
+        jax_models.load(make("qwen3")).save(address)

@@ -1,5 +1,7 @@
 """What is given to generation: numbers of any library are taken, what is none is refused by name, on both backends."""
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from planted import PACKAGES, TWO_LAYERS
 
+from loaders import CheckpointError
 from parity.zoo import make_checkpoint
 from parity.zoo_draft import make_drafting_checkpoint
 
@@ -128,3 +131,37 @@ def test_a_prompt_is_padded_a_little_and_not_to_the_next_power_of_two(model, pac
 def test_a_dtype_may_be_of_any_library(package, dtype, tmp_path):
     model = package.load(make_checkpoint("qwen3", tmp_path / "it", num_hidden_layers=1), dtype)
     assert str(model.dtype).removeprefix("torch.") == "bfloat16"
+
+
+@pytest.mark.parametrize("value", [None, "x", ["a"]])
+def test_what_cannot_be_handed_in_is_refused_by_name(model, value):
+    with pytest.raises(ValueError, match=r"cannot inject: model\.layers\.0"):
+        model.with_taps(IDS, inject={"model.layers.0": value})
+
+
+def test_what_is_handed_in_may_be_a_list(model):
+    _, taps = model.with_taps(IDS)
+    found = np.asarray(taps["model.layers.0"])
+    out, _ = model.with_taps(IDS, inject={"model.layers.0": (2 * found).tolist()})
+    expected, _ = model.with_taps(IDS, inject={"model.layers.0": 2 * found})
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+    with pytest.raises(ValueError, match=r"inject is a list"):
+        model.with_taps(IDS, inject=[found])
+    with pytest.raises(ValueError, match=r"cannot inject: model\.layers\.0 is \(1, 1\)"):
+        model.with_taps(IDS, inject={"model.layers.0": [[0.0]]})
+
+
+@pytest.mark.parametrize("steps", [1.5, "2", True])
+def test_steps_that_are_no_number_of_tokens_are_refused(model, steps):
+    with pytest.raises(ValueError, match="decode="):
+        model.with_taps(IDS, decode=steps)
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("token", [2**31, -(2**31) - 1, 2**40 + 7])
+def test_a_filler_of_more_than_32_bits_is_refused(package, where, token, tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "it", num_hidden_layers=1)
+    document = json.loads((path / where).read_text()) if where == "config.json" else {}
+    (path / where).write_text(json.dumps(document | {"pad_token_id": token}))
+    with pytest.raises(CheckpointError, match=f"{where}: pad_token_id is {token}, expected an integer of 32 bits"):
+        package.load(path)

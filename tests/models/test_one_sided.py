@@ -57,6 +57,10 @@ SAID = {
     "a level": DIFFERENT,
     "what goes in": DIFFERENT,
     "another token": DIFFERENT,
+    "other values": DIFFERENT,
+    "other hidden states": DIFFERENT,
+    "other pixels": DIFFERENT,
+    "fewer pixels": ALONE,
     "a draft": DIFFERENT,
     "rows of a draft": DIFFERENT,
     "what a draft says": DIFFERENT,
@@ -70,6 +74,7 @@ SAID = {
 # what torch does not have, and calls, which its ranks are not asked about: one that fails tells those that wait for it
 CALLS = {"a seed", "a token", "other room", "other rows", "another prompt", "an end", "rows of a call", "a level"}
 CALLS |= {"what goes in", "another token", "a draft", "rows of a draft", "what a draft says", "what is given up"}
+CALLS |= {"other values", "other hidden states", "other pixels", "fewer pixels"}
 CALLS |= {"another save", "no save", "whether it is verified", "restored to an axis", "saved nowhere"}
 
 
@@ -86,6 +91,7 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
         "options": OPTIONS,
         "kernels": KERNELS,
         "adapters": [str(make_adapter(checkpoints[0], tmp_path / f"adapter{seed}", seed=seed)) for seed in range(2)],
+        "seeing": str(make_checkpoint("qwen3_vl", tmp_path / "seeing")),
         "drafting": str(make_drafting_checkpoint("qwen3_5", tmp_path / "drafting", **TWO_LAYERS)),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
