@@ -169,8 +169,14 @@ def _become(model: Model, roster: Roster) -> None:
             _undo(model, before, error)
             raise
     else:
-        room = together(model.mesh, lambda: Room.made(model, roster))
-        _furnish(model, room)
+        room, before = together(model.mesh, lambda: Room.made(model, roster)), model.room
+        try:
+            _furnish(model, room)
+        except BaseException:  # an interrupt
+            room.remove()
+            before.install()
+            model.room = before
+            raise
     model.roster = roster
     model.adapter_changes += 1
 

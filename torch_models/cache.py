@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +33,7 @@ class Cache:
         slot: int64 [], the next slot to fill: what programs read.
         filled: the same as a number, ``length``: what the host reads.
         version: of the weights it was computed with, for people.
-        stamp: of those weights; a model whose weights bear another one may not read it (law 7).
+        stamp: of those weights; a model whose weights bear another one may not read it (law 7). Nothing: none may.
     """
 
     layers: dict[str, LayerCache]
@@ -71,6 +73,13 @@ class Cache:
             for name, parts in self.layers.items()
         }
         return replace(self, layers=layers, key_mask=self.key_mask[:, :slots])
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Around what writes to it: where that fails on the way, no model reads it any more."""
+        stamp, self.stamp = self.stamp, ()
+        yield
+        self.stamp = stamp
 
     def reset(self) -> None:
         """No token in it any more, and all of it zero: what a mask hides is still multiplied by 0, and 0 NaN is NaN."""

@@ -143,22 +143,25 @@ class Batch:
             raise RuntimeError("a later prefill took the graph and its cache. One batch at a time, or graphs=False.")
         ids_B1 = self._model.next_ids(token_ids, graph.cache, rows=self.rows)
         with torch.inference_mode(False), torch.no_grad():
-            graph.token_ids.zero_()[: self.rows].copy_(ids_B1)
-            graph.program.replay()
-            graph.cache.length += 1
+            with graph.cache.written():
+                graph.token_ids.zero_()[: self.rows].copy_(ids_B1)
+                graph.program.replay()
+                graph.cache.length += 1
             return graph.logits[: self.rows].clone()
 
 
 class KeptGraphs:
-    """What a model keeps of its graphs."""
+    """What a model keeps of its graphs. A copy of the model has none: they are of the memory of one."""
 
     is_outside_census = True  # each graph watches its own
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self) -> None:
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
         self.pool: Any = None
         self.num_captures = 0
-        weakref.finalize(model, self.graphs.clear).atexit = False  # graphs hold weights: when the model goes, they go
+
+    def __reduce__(self) -> tuple[type[KeptGraphs], tuple[()]]:
+        return KeptGraphs, ()
 
 
 class DecodeGraphs:
@@ -237,6 +240,8 @@ class DecodeGraphs:
         if (rows, capacity) not in kept.graphs:
             self._model.check_runnable()
             self._model.check_whole()
+            if not kept.num_captures:  # graphs hold weights: when the model goes, they go
+                weakref.finalize(self._model, kept.graphs.clear).atexit = False
             if kept.pool is None and self._model.device.type == "cuda":
                 kept.pool = torch.cuda.graph_pool_handle()
             kept.graphs[rows, capacity] = DecodeGraph(self._model, rows, capacity, kept.pool)

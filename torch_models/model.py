@@ -83,7 +83,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         self.kernels: dict[str, str] = {}
         self.quantizes_inputs, self.rounds_cache, self.quantize = False, False, None
         Adapted.__init__(self)
-        self._kept_graphs = KeptGraphs(self)
+        self._kept_graphs = KeptGraphs()
         self.asleep: sleep.HostCopy | None = None
         self.parallel: Parallel | None = None
 

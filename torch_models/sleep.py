@@ -15,6 +15,7 @@ import torch
 
 from loaders.memory import ALIGNMENT, aligned_empty
 from torch_models.census import tensors_of
+from torch_models.processes import together
 from torch_models.staging import page_locked, pieces
 from torch_models.storage import parameters_of
 
@@ -28,10 +29,12 @@ class HostCopy(NamedTuple):
     Attributes:
         parts: every storage, and its bytes on the host, uint8.
         memory: that those of a device lie in.
+        moves: tensors, and what each becomes in its storage, where that takes the place of another.
     """
 
     parts: list[tuple[torch.UntypedStorage, torch.Tensor]]
     memory: np.ndarray
+    moves: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.inference_mode(False)
@@ -40,21 +43,20 @@ def sleep(model: Model) -> Model:
     """Free the storage of every parameter and buffer, with a copy on the host. Twice is once.
 
     Adapters stay where they are: they are small. All graphs are dropped, and every cache computed before is refused by
-    ``decode`` from now on. Until ``wake`` the model refuses to run, to change and to be exported.
+    ``decode`` from now on. Until ``wake`` the model refuses to run, to change and to be exported. On a mesh all ranks
+    call this, and sleep, or none does.
 
     Raises:
-        RuntimeError: an update failed half-way; a mixture of two versions is not kept.
+        RuntimeError: an update failed half-way; a mixture of two versions is not kept. Or it failed on another rank.
     """
     if model.asleep is not None:
         return model
-    model.check_runnable()
-    storages = _storages(model)
-    copies, memory = _copied(storages, model.device)
+    asleep = together(model.mesh, lambda: _prepared(model))
     model.graphs.drop(reason="the model was put to sleep")
-    owned = [storage if storage.resizable() else _exchanged(model, storage) for storage in storages]
-    model.asleep = HostCopy(list(zip(owned, copies, strict=True)), memory)
+    model.asleep = asleep  # from here on it refuses to run, wherever this ends; and all that is to come wake does again
     _touch(model)
-    for storage in owned:
+    _move(asleep)
+    for storage, _ in asleep.parts:
         storage.resize_(0)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # for whoever shares the device
@@ -71,16 +73,21 @@ def wake(model: Model) -> Model:
     Raises:
         RuntimeError: bytes differ from what was put to sleep. The model sleeps on; so it does when memory runs out.
     """
-    if model.asleep is None:
+    if (asleep := model.asleep) is None:
         return model
-    wrong = 0
-    with page_locked(model.asleep.memory, model.device):
-        for storage, copy in model.asleep.parts:
-            storage.resize_(copy.numel())
-            _bytes(storage).copy_(copy)
-            wrong += not _holds(storage, copy)
-    if wrong:
-        raise RuntimeError(f"{wrong} of {len(model.asleep.parts)} storages woke with other bytes. The model sleeps on.")
+
+    def brought_back() -> None:
+        wrong = 0
+        _move(asleep)
+        with page_locked(asleep.memory, model.device):
+            for storage, copy in asleep.parts:
+                storage.resize_(copy.numel())
+                _bytes(storage).copy_(copy)
+                wrong += not _holds(storage, copy)
+        if wrong:
+            raise RuntimeError(f"{wrong} of {len(asleep.parts)} storages woke with other bytes. The model sleeps on.")
+
+    together(model.mesh, brought_back)
     _touch(model)
     model.asleep = None
     return model
@@ -103,14 +110,31 @@ def _storages(model: Model) -> list[torch.UntypedStorage]:
     return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
 
 
-def _exchanged(model: Model, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Another storage, without the bytes, for all tensors of one whose memory NumPy has seen: torch resizes no such."""
-    fresh = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-    for _, tensor in tensors_of(model):
-        if tensor.layout is torch.strided and tensor.untyped_storage()._cdata == storage._cdata:
+def _prepared(model: Model) -> HostCopy:
+    """All that falling asleep takes, before anything is changed.
+
+    Storages whose memory NumPy has seen torch does not resize: their tensors get others, without the bytes.
+    """
+    model.check_runnable()
+    storages = _storages(model)
+    copies, memory = _copied(storages, model.device)
+    fresh = {
+        storage._cdata: torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        for storage in storages
+        if not storage.resizable()
+    }
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _, tensor in tensors_of(model) if fresh else ():
+        if tensor.layout is torch.strided and (other := fresh.get(tensor.untyped_storage()._cdata)) is not None:
             place = tensor.storage_offset(), tensor.size(), tensor.stride()
-            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(fresh, *place)
-    return fresh
+            moves.append((tensor, torch.empty(0, dtype=tensor.dtype).set_(other, *place)))
+    owned = [fresh.get(storage._cdata, storage) for storage in storages]
+    return HostCopy(list(zip(owned, copies, strict=True)), memory, moves)
+
+
+def _move(asleep: HostCopy) -> None:
+    for tensor, moved in asleep.moves:
+        tensor.data = moved
 
 
 def _copied(storages: list[torch.UntypedStorage], device: torch.device) -> tuple[list[torch.Tensor], np.ndarray]:

@@ -50,7 +50,7 @@ def generate_with_draft(
         rows,
         params,
         best=lambda logits: logits.argmax(-1).cpu().numpy(),
-        on_host=lambda logits: logits.cpu().numpy(),
+        on_host=lambda logits: logits.detach().cpu().numpy(),
     )
     with model.running(adapter, checked.input_ids):
         room = bucket(length + params.max_new_tokens + 3 * T)

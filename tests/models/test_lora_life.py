@@ -317,3 +317,35 @@ def test_the_command_records_and_generates_with_adapters(made, tmp_path, capsys)
     assert cli.main(["generate", str(path), "--backend", "torch", *ids, *adapters, *rows]) == 0
     lines = capsys.readouterr().out.split()
     assert len(set(lines)) == 3
+
+
+def test_an_interrupt_while_torch_changes_the_room_leaves_the_adapters_from_before(tmp_path, monkeypatch):
+    from torch_models.adapter_room import Room
+
+    path = make_checkpoint("qwen3", tmp_path / "base")
+    adapters = [make_adapter(path, tmp_path / str(rank), rank=rank, seed=rank) for rank in (4, 20)]
+    model = torch_models.load(path).attach_lora(adapters[0], "a")
+    ids = [[3, 14, 15]]
+    expected = model(ids).clone()
+
+    def half(self):
+        for parent, leaf, _, wrapper in self.stands[:5]:
+            parent._modules[leaf] = wrapper
+        raise KeyboardInterrupt
+
+    for name in ("install", "remove"):
+        whole, calls = getattr(Room, name), []
+
+        def once(self, whole=whole, calls=calls):
+            calls.append(self)
+            return half(self) if len(calls) == 1 else whole(self)
+
+        monkeypatch.setattr(Room, name, once)
+        with pytest.raises(KeyboardInterrupt):
+            model.attach_lora(adapters[1], "b")
+        monkeypatch.undo()
+        assert list(model.adapters) == ["a"]
+        assert model.version == 2
+        assert torch.equal(model(ids), expected)
+    other = torch_models.load(path).attach_lora(adapters[0], "a").attach_lora(adapters[1], "b")
+    assert torch.equal(model.attach_lora(adapters[1], "b")(ids), other(ids))

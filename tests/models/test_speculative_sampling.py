@@ -84,3 +84,11 @@ def test_a_choice_of_one_is_greedy(model):
         given = {"temperature": 1.7, "draft": model.draft, "draft_tokens": 2} | options
         found = np.asarray(model.generate(BATCH, None, 3, **given, ignore_eos=True))
         assert (found == want).all()
+
+
+def test_weights_that_take_gradients_draft_too(tmp_path):
+    model = PACKAGES["torch"].load(make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS), mtp=True)
+    options = {"temperature": 1.0, "seed": 3, "draft": model.draft, "max_new_tokens": 4}
+    expected = model.generate([[3, 14, 15]], **options)
+    model.requires_grad_(True)
+    assert (model.generate([[3, 14, 15]], **options) == expected).all()

@@ -5,9 +5,17 @@ The same on CUDA, with real graphs: tests/models/test_gpu.py.
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -487,3 +495,118 @@ def test_a_failed_capture_leaves_no_graph_behind(model: torch_models.Model, monk
     assert isinstance(model.graphs, DecodeGraphs)
     assert len(model.graphs) == model.graphs.num_captures == 0
     assert_replay_is_eager(model)
+
+
+@contextmanager
+def interrupting(module: str, at: Callable[[int], object]) -> Iterator[list[int]]:
+    """``at(number)`` is called before each line of a file of ours is run, and may raise."""
+    count = [0]
+
+    def tracer(frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.endswith(module):
+            return None
+        if event == "line":
+            count[0] += 1
+            at(count[0])
+        return tracer
+
+    sys.settrace(tracer)
+    try:
+        yield count
+    finally:
+        sys.settrace(None)
+
+
+def interrupt_at(line: int) -> Callable[[int], None]:
+    def at(number: int) -> None:
+        if number == line:
+            raise KeyboardInterrupt
+
+    return at
+
+
+def test_an_interrupt_on_the_way_to_sleep_or_back_leaves_every_bit_or_a_refusal(fast_pair: list[Path]) -> None:
+    """At whatever line it comes: the model serves what it did, or sleeps and wakes to that."""
+    model = torch_models.load(fast_pair[0])
+    expected, digests = model(IDS).clone(), model.digests()
+    with interrupting("torch_models/sleep.py", lambda number: None) as lines:
+        model.sleep().wake()
+    asleep = 0
+    for line in range(1, lines[0]):
+        try:
+            with interrupting("torch_models/sleep.py", interrupt_at(line)):
+                model.sleep().wake()
+        except KeyboardInterrupt:
+            pass
+        if model.asleep is not None:
+            asleep += 1
+            with pytest.raises(RuntimeError, match="sleeps"):
+                model(IDS)
+            model.wake()
+        assert torch.equal(model(IDS), expected), line
+        assert model.digests() == digests
+    assert asleep > 5
+
+
+def test_memory_that_runs_out_on_the_way_to_sleep_changes_nothing(fast_pair: list[Path], monkeypatch: Any) -> None:
+    model = torch_models.load(fast_pair[0])
+    expected, empty, calls = model(IDS).clone(), torch.empty, []
+
+    def scarce(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 4:
+            raise MemoryError
+        return empty(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", scarce)
+        with pytest.raises(MemoryError):
+            model.sleep()
+    assert model.asleep is None
+    assert torch.equal(model(IDS), expected)
+    assert torch.equal(model.sleep().wake()(IDS), expected)
+
+
+def test_a_copy_of_a_model_captures_graphs_of_its_own(fast_pair: list[Path]) -> None:
+    model = torch_models.load(fast_pair[0])
+    options = {"max_new_tokens": 6, "ignore_eos": True}
+    before = model.generate(IDS, graphs=True, **options)
+    other = copy.deepcopy(model)
+    assert len(other.graphs) == 0
+    other.update_weights_from_disk(fast_pair[1])
+    expected = torch_models.load(fast_pair[1]).generate(IDS, **options)
+    assert not torch.equal(expected, before)
+    assert torch.equal(other.generate(IDS, graphs=True, **options), expected)
+    assert torch.equal(model.generate(IDS, graphs=True, **options), before)
+    assert len(pickle.loads(pickle.dumps(model)).graphs) == 0
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_cache_that_was_written_in_part_is_read_no_more(graphs: bool, tmp_path: Path) -> None:
+    """States of a gated delta net are advanced in place, layer by layer."""
+    model = torch_models.load(make_checkpoint("qwen3_5", tmp_path / "it"))
+    logits_BV, state = model.graphs.prefill(IDS) if graphs else model.prefill(IDS)
+    step = (lambda: state.decode([7] * 3)) if graphs else (lambda: model.decode([7] * 3, state)[0])
+    expected = step().clone()
+    logits_BV, state = model.graphs.prefill(IDS) if graphs else model.prefill(IDS)
+    replays = "torch_models.recording.Recording.replay"
+    broken = patch(replays, side_effect=MemoryError) if graphs else broken_layer(model)
+    with broken, pytest.raises(MemoryError):
+        step()
+    with pytest.raises(ValueError, match="Run prefill again"):
+        step()
+    logits_BV, state = model.graphs.prefill(IDS) if graphs else model.prefill(IDS)
+    assert torch.equal(step(), expected)
+
+
+@contextmanager
+def broken_layer(model: torch_models.Model) -> Iterator[None]:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    last = list(model.model.layers.children())[-1]
+    handle = last.register_forward_pre_hook(fails)
+    try:
+        yield
+    finally:
+        handle.remove()
