@@ -128,7 +128,23 @@ def _missing_notes(a: Trace, b: Trace) -> list[str]:
         only = [name for name in trace_layout.activations(one.tensors) if name not in other.tensors]
         if only:
             notes.append(f"only the {label} trace has {listed(only)}: not compared.")
+        if "generated_ids" in one.tensors and "generated_ids" not in other.tensors:
+            notes.append(f"only the {label} trace has generated tokens: not compared.")
+    if all("generated_ids" in trace.tensors for trace in (a, b)):
+        notes += _generation_notes(a.meta, b.meta)
     return notes
+
+
+def _generation_notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What two traces were asked to generate otherwise, where both say it."""
+    counts = [meta["max_new_tokens"] for meta in (a, b) if "max_new_tokens" in meta]
+    if len(counts) < 2:
+        return []
+    if a.get("ignore_eos") != b.get("ignore_eos"):
+        return ["only one trace goes on after an end of sequence: generated tokens are not compared."]
+    if counts[0] != counts[1]:
+        return [f"{counts[0]} against {counts[1]} tokens were to be generated: the first {min(counts)} are compared."]
+    return []
 
 
 def _oracle_is_finite(oracle: Trace, label: str, mask: np.ndarray) -> list[str]:

@@ -100,10 +100,18 @@ def count_top1(found: tuple[Picks, ...], keep: np.ndarray) -> tuple[Top1, ...]:
 
 
 def compare_generated(case: Case, found: tuple[Picks, ...], keep: np.ndarray, router: Router) -> Generated | None:
-    """Compare the generated tokens row by row up to the first difference; None when not both traces have any."""
-    if any("generated_ids" not in trace.tensors for trace in (case.a, case.b)):
+    """Compare the generated tokens row by row up to the first difference; None when not both traces have any.
+
+    Of two that were to have different numbers of them, as many as both; where only one goes on after the end, none.
+    """
+    both = case.a, case.b
+    if any("generated_ids" not in trace.tensors for trace in both):
         return None
-    ids = [trace.tensors["generated_ids"].astype(np.int64) for trace in (case.a, case.b)]
+    asked = [trace.meta for trace in both if "max_new_tokens" in trace.meta]
+    if len({meta.get("ignore_eos") for meta in asked}) > 1:
+        return None
+    most = min(meta["max_new_tokens"] for meta in asked) if len(asked) == 2 else None
+    ids = [trace.tensors["generated_ids"].astype(np.int64)[:, :most] for trace in both]
     steps = max(array.shape[1] for array in ids)
     # A row that stopped early differs from one that went on at the step where it stopped.
     padded = [np.pad(array, ((0, 0), (0, steps - array.shape[1])), constant_values=-1) for array in ids]

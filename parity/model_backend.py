@@ -72,6 +72,8 @@ class ModelBackend:
             facts["kernels"] = dict(Counter(model.kernels.values()))
         if self.decode:
             facts["decode"] = self.decode
+        if self.max_new_tokens:
+            facts |= {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
         return BackendInfo(
             name=self.framework.name,
             dtype=dtype,
@@ -138,6 +140,13 @@ def _generated(
     """Generated tokens, and how far the best logit led at each step (from one full forward over prompt and tokens)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     shown = shown_of({name: inputs[name] for name in MULTIMODAL if name in inputs}, ids.shape)
+    if (given := inputs.get("position_ids")) is not None:
+        counted = check_inputs(model.config, ids, mask, given=shown)
+        own = check_inputs(model.config, ids, mask, given, given=shown).position_ids
+        if ((counted.position_ids != own) & counted.attention_mask).any():
+            raise ValueError(
+                "position_ids are given, and generation counts others. Leave them out, or record no generated tokens."
+            )
     tokens = backend.to_numpy(model.generate(ids, mask, max_new_tokens, ignore_eos=ignore_eos, **shown)).astype(
         np.int64
     )

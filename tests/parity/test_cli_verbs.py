@@ -49,6 +49,21 @@ def test_record_writes_the_trace_of_the_design_on_the_inputs_given(backend, chec
     assert (trace.tensors["input_ids"] == inputs["input_ids"]).all()
 
 
+@pytest.mark.parametrize("offset", [0, 7])
+def test_what_is_generated_goes_with_the_positions_that_are_given_or_nothing_is(offset, checkpoints, tmp_path, capsys):
+    inputs = prompts(open_checkpoint(checkpoints[0]).config, rows=2, tokens=16, padding="left")
+    counted = np.maximum(np.cumsum(inputs["attention_mask"], axis=1) - 1, 0)
+    save_file(inputs | {"position_ids": counted + offset}, tmp_path / "inputs.safetensors")
+    for count in (3, 5):
+        given = ["--inputs", str(tmp_path / "inputs.safetensors"), "--max-new-tokens", str(count), "--ignore-eos"]
+        given += ["--backend", "torch", "-o", str(tmp_path / f"{count}.trace")]
+        assert main(["record", str(checkpoints[0]), *given]) == (2 if offset else 0)
+        assert ("position_ids are given, and generation counts others" in capsys.readouterr().err) is bool(offset)
+    if not offset:
+        assert Trace.load(tmp_path / "5.trace").meta["max_new_tokens"] == 5
+        assert main(["compare", str(tmp_path / "3.trace"), str(tmp_path / "5.trace")]) == 0
+
+
 def test_a_trace_recorded_after_a_reload_has_the_weights_of_the_second_checkpoint(checkpoints, tmp_path):
     first, second = map(str, checkpoints)
     target = tmp_path / "t"

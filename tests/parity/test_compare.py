@@ -371,6 +371,40 @@ def generating():
     return a, b, oracle
 
 
+def asked_for(trace, count, *, goes_on=False):
+    trace.meta |= {"max_new_tokens": count, "ignore_eos": goes_on}
+    trace.tensors["generated_ids"] = trace.tensors["generated_ids"][:, :count]
+
+
+@pytest.mark.parametrize("counts", [(6, 3), (1, 6)])
+def test_of_different_numbers_of_generated_tokens_those_that_both_have_are_compared(counts):
+    a, b, oracle = generating()
+    for trace, count in zip((a, b), counts, strict=True):
+        asked_for(trace, count)
+    comparison = compare(a, b, oracle)
+    assert (comparison.verdict, comparison.generated.steps) == ("PASS", min(counts))
+    assert f"the first {min(counts)} are compared" in str(comparison.notes)
+    for trace in (a, b, oracle):
+        trace.tensors["logits"][1, -1, 3] = 30.0
+    a.tensors["generated_ids"][1, 0] += 1
+    assert compare(a, b, oracle).verdict == "FAIL"
+    b.tensors["generated_ids"] = b.tensors["generated_ids"][:, :0]  # all rows of it ended at once
+    assert compare(a, b, oracle).verdict == "FAIL"
+
+
+def test_generated_tokens_that_cannot_be_compared_are_not_and_that_is_said():
+    a, b, oracle = generating()
+    asked_for(a, 6, goes_on=True)
+    asked_for(b, 4)
+    comparison = compare(a, b, oracle)
+    assert (comparison.verdict, comparison.generated) == ("PASS", None)
+    assert "only one trace goes on after an end of sequence" in str(comparison.notes)
+    del b.tensors["generated_ids"]
+    comparison = compare(a, b, oracle)
+    assert (comparison.verdict, comparison.generated) == ("PASS", None)
+    assert "only the first trace has generated tokens" in str(comparison.notes)
+
+
 def test_a_first_generated_token_that_differs_in_no_doubt_fails():
     a, b, oracle = generating()
     for trace in (a, b, oracle):
