@@ -56,7 +56,8 @@ def load(
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
             reload; see ``loaders.quantize``.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
-            its way to devices; None: what the largest needs.
+            its way to devices, or matrices that share a scale while they are quantised (which takes 8 MiB beside);
+            None: what the largest needs.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
         ValueError: a dtype, mesh, stage or budget that makes no sense.

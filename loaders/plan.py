@@ -69,8 +69,9 @@ class LoadPlan:
             for spec in self.specs:
                 parts = [placement.tensor for placement in spec.placements if placement.tensor in self.targets]
                 needed[spec.name] = sum(tensors[name].num_bytes for name in parts)
+        beside = max(needed.values(), default=0) if staged else 0  # where codes are put that are computed of these
         for name, size in self.checkpoint.passing(self.targets).items():
-            needed[name] = max(size, needed.get(name, 0))
+            needed[name] = max(size + beside, needed.get(name, 0))
         if big := {name: size for name, size in needed.items() if size > host_budget_bytes}:
             largest = max(big, key=big.__getitem__)
             raise ValueError(

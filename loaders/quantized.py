@@ -24,6 +24,7 @@ from loaders.regions import Region
 from loaders.slices import Slice
 
 THREADS = 2
+ROWS_BYTES = 1 << 20  # looked at at once
 
 Content = TypeVar("Content", np.ndarray, list[np.ndarray])
 
@@ -80,10 +81,22 @@ class QuantizedCheckpoint(Checkpoint):
         return self._places[name][0].group if name in self._places else name
 
     def passing(self, names: Iterable[str]) -> dict[str, int]:
-        """The plain tensors of every group that some of these are of."""
-        groups = {self._places[name][0].group for name in names if name in self._places}
-        plain = {matrix.tensor for group in groups for matrix in self._groups[group]}
-        return {name: self.plain.tensors[name].num_bytes for name in plain}
+        """The plain tensors of every group that some of these are of; each takes what all do that are held with it."""
+        groups = ({matrix.tensor for matrix in self._groups[group]} for group in self._groups_of(names))
+        found: dict[str, int] = {}
+        for one in joined(Part(tensors, tensors) for tensors in groups):
+            turned = (self._copied_bytes(matrix) for name in one.names for matrix in self._users[name])
+            size = sum(self.plain.tensors[name].num_bytes for name in one.names) + max(turned)
+            found |= dict.fromkeys(one.names, size)
+        return found
+
+    def _copied_bytes(self, matrix: Matrix) -> int:
+        """Of what is turned before it is quantised, one expert at a time."""
+        return (
+            self.plain.tensors[matrix.tensor].num_bytes
+            // self.plain.stored_shape(matrix.tensor)[0]
+            * matrix.is_transposed
+        )
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor; a quantised one is computed, from all the matrices of its group the first time."""
@@ -120,13 +133,24 @@ class QuantizedCheckpoint(Checkpoint):
     ) -> Generator[tuple[str, np.ndarray]]:
         """Tensors in the order of the plain files, those of a group together; see ``Checkpoint.stream``.
 
-        By default the plain matrices of the largest group are held, or as many of others. A budget is for those that
-        are on their way, and the matrices of a group are held beside it. Codes and scales are computed straight into
-        their destinations. A lot has all or nothing of a group, and is read in lots of its own.
+        By default the plain matrices of the largest group are held, or as many of others; a budget has to have room for
+        those. Codes and scales are computed straight into their destinations. A lot has all or nothing of a group, and
+        is read in lots of its own.
         """
         asked = list(self.lots_of(names, lots))
         check_budget(host_budget_bytes)
+        if host_budget_bytes is not None:
+            self._check_room({name for lot in asked for name in lot}, host_budget_bytes)
         return self._computed(asked, host_budget_bytes, into)
+
+    def _check_room(self, names: Collection[str], budget: int) -> None:
+        needed = self.passing(names)
+        if needed and max(needed.values()) > budget:
+            largest = max(needed, key=needed.__getitem__)
+            raise ValueError(
+                f"host_budget_bytes={budget} is less than what is quantised at once needs, at most {needed[largest]}"
+                f" bytes ({largest} and what shares its scale). Give a larger budget."
+            )
 
     def _computed(
         self, lots: list[Collection[str]], budget: int | None, into: Callable[[str], np.ndarray | None] | None
@@ -268,7 +292,7 @@ class QuantizedCheckpoint(Checkpoint):
                     yield matrix.group, None, waiting.pop(matrix.group)
             del content, array
 
-    def _groups_of(self, names: Collection[str]) -> set[str]:
+    def _groups_of(self, names: Iterable[str]) -> set[str]:
         return {self._places[name][0].group for name in names if name in self._places}
 
     def _tensors_of(self, group: str) -> list[str]:
@@ -344,14 +368,19 @@ def _slice(matrix: Matrix, array: np.ndarray) -> np.ndarray:
     if matrix.rows is None:
         return array
     expert = array[matrix.expert]
-    return np.ascontiguousarray(expert.T[matrix.rows]) if matrix.is_transposed else expert[matrix.rows]
+    return (expert.T if matrix.is_transposed else expert)[matrix.rows]
 
 
 def _largest(weight: np.ndarray) -> float:
-    """The largest magnitude. Those of floats are in order as integers too, NaN last, and those NumPy is quick on."""
+    """The largest magnitude. Those of floats are in order as integers too, NaN last, and those NumPy is quick on.
+
+    Some rows at a time: it takes no memory that a budget would have to count.
+    """
     unsigned = np.dtype(f"u{weight.itemsize}")
-    magnitude = weight.view(unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)
-    return float(np.max(magnitude, initial=0).astype(unsigned).view(weight.dtype))
+    rows, sign = max(1, ROWS_BYTES * len(weight) // max(1, weight.nbytes)), np.iinfo(unsigned).max >> 1
+    parts = (weight[start : start + rows].view(unsigned) & unsigned.type(sign) for start in range(0, len(weight), rows))
+    largest = max((int(part.max(initial=0)) for part in parts), default=0)
+    return float(unsigned.type(largest).view(weight.dtype))
 
 
 def _put(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:

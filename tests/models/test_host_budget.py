@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import tracemalloc
+from functools import partial
 from importlib import import_module
 
+import jax
 import pytest
 from lives import BACKENDS
 
@@ -45,21 +49,26 @@ def test_what_a_load_reads_beside_the_parameters_counts(backend, paths):
 
 
 def test_what_is_quantised_while_it_is_read_counts_as_it_is_in_the_files(backend, tmp_path, monkeypatch):
-    """All the layers have codes that would fit, from matrices that do not."""
+    """All the layers have codes that would fit, from matrices that do not; those of one scale are held at once."""
     load = import_module(f"{backend}_models").load
     path = make_checkpoint("qwen3", tmp_path / "it", **block_sizes("qwen3") | {"vocab_size": 97})
-    size = max(info.num_bytes for name, info in open_checkpoint(path).tensors.items() if "_proj" in name)
+    tensors, layer = open_checkpoint(path).tensors, "model.layers.0"
+    groups = [[f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")], ["mlp.gate_proj", "mlp.up_proj"]]
+    size = max(sum(tensors[f"{layer}.{name}.weight"].num_bytes for name in group) for group in groups)
+    assert size > max(info.num_bytes for name, info in tensors.items() if "_proj" in name)
     assert load(path, quantize="nvfp4", host_budget_bytes=size).digests() == load(path, quantize="nvfp4").digests()
     model = load(path, quantize="nvfp4")
-    monkeypatch.setattr(Checkpoint, "stream", None)
-    calls = [lambda: load(path, quantize="nvfp4", host_budget_bytes=size - 1)]
-    for options in ({}, donating(backend)):
-        calls.append(
-            lambda options=options: model.update_weights_from_disk(path, host_budget_bytes=size - 1, **options)
-        )
-    for call in calls:
+    reloads = [partial(model.update_weights_from_disk, path, **options) for options in ({}, donating(backend))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "stream", None)
         with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than .* {size} bytes .*_proj"):
-            call()
+            load(path, quantize="nvfp4", host_budget_bytes=size - 1)
+        for reload in reloads:
+            with pytest.raises(ValueError, match=rf"host_budget_bytes={size - 1} is less than .*_proj") as caught:
+                reload(host_budget_bytes=size - 1)
+    enough = int(re.findall(r"the largest (\d+) bytes", str(caught.value))[0])  # with what codes are put into
+    assert size < enough < 2 * size
+    assert reloads[-1](host_budget_bytes=enough).version == 2
 
 
 def test_a_reload_stays_within_it(backend, paths):
@@ -97,3 +106,36 @@ def test_the_stream_is_told(backend, paths, monkeypatch):
     monkeypatch.setattr(Checkpoint, "stream", watched)
     import_module(f"{backend}_models").load(paths[0], host_budget_bytes=1 << 24)
     assert set(told) == {1 << 24}
+
+
+@pytest.mark.parametrize("form", ["one by one", "transposed"])
+def test_what_is_quantised_takes_no_more_than_it_may(backend, form, tmp_path, monkeypatch):
+    """Measured: tracemalloc sees NumPy's memory, all of which is to come from there."""
+    monkeypatch.setattr("loaders.memory.LARGE_BYTES", 1 << 60)
+    sizes = {"hidden_size": 1024, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "vocab_size": 160}
+    if form == "one by one":
+        sizes |= {"intermediate_size": 6144}
+        path = make_checkpoint("qwen3", tmp_path / "it", dtype="BF16", **sizes)
+        size = 2 * 6144 * 1024 * 2  # gate and up
+    else:
+        sizes |= {"moe_intermediate_size": 1024, "num_experts": 4, "layer_types": ["full_attention"]}
+        sizes |= {"shared_expert_intermediate_size": 32}
+        path = make_checkpoint("qwen3_5-moe", tmp_path / "it", dtype="BF16", experts="fused transposed", **sizes)
+        size = 4 * 2 * 1024 * 1024 * 2  # of gates and ups of all experts, and one expert more that is turned
+        size += size // 4
+    load = import_module(f"{backend}_models").load
+    load(path, quantize="nvfp4")  # what is compiled and imported is there
+    tracemalloc.start()
+    try:
+        model = load(path, quantize="nvfp4", host_budget_bytes=size)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    parameters = sum(held.nbytes for held in held_by(model))
+    assert most - parameters <= size + (8 << 20)
+    assert most - parameters > size // 2
+
+
+def held_by(model):
+    return model.parameters() if hasattr(model, "parameters") else jax.tree.leaves(model.weights)
