@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_profiles(args: argparse.Namespace) -> int:
-    from parity.mutant_profiles import make_library, profiled, write_library
+    from parity.mutants.profiles import make_library, profiled, write_library
 
     chosen = [m for m in profiled() if args.kind in (None, m.kind) and (not args.only or m.name in args.only)]
     document = make_library(chosen)

@@ -16,11 +16,11 @@ from parity.cli import main
 from parity.live_pairs import rerun
 from parity.local import Judge
 from parity.model_backend import ModelBackend
-from parity.mutant_bench import Bench
-from parity.mutant_detectors import Remembered
-from parity.mutant_layer import in_layer
-from parity.mutant_plants import MOE, wrapped
 from parity.mutants import all_mutants
+from parity.mutants.bench import Bench
+from parity.mutants.detectors import Remembered
+from parity.mutants.layer import in_layer
+from parity.mutants.plants import MOE, wrapped
 from parity.record import default_inputs, record_model
 from parity.zoo import ZOO, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter

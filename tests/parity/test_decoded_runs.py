@@ -19,9 +19,9 @@ from parity.bisect import bisect
 from parity.cli import main
 from parity.local import distance
 from parity.model_backend import ModelBackend
-from parity.mutant_layer import in_layer
-from parity.mutant_plants import wrapped
 from parity.mutants import all_mutants
+from parity.mutants.layer import in_layer
+from parity.mutants.plants import wrapped
 from parity.pairs import ONLY_DECODED, run_pair
 from parity.record import default_inputs, record, record_model, row_alone
 from parity.trace import Trace

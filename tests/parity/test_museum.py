@@ -11,9 +11,9 @@ import torch
 from parity.foreign.lifecycle import EVENTS, foreign_lifecycle, missing_interface
 from parity.foreign.live import ForeignModel, vllm_style
 from parity.museum import render, show
-from parity.museum_engine import Engine, checkpoint, subject
-from parity.museum_list import BUGS, EXHIBITS
-from parity.museum_parts import NormRebound
+from parity.museum.engine import Engine, checkpoint, subject
+from parity.museum.exhibits import BUGS, EXHIBITS
+from parity.museum.parts import NormRebound
 from parity.mutants import all_mutants
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import pytest
 
 from parity import cli
 from parity.commands.mutate import KINDS, render
-from parity.mutant_bench import BACKENDS, Bench
 from parity.mutants import Mutant, MutantResult, Patch, all_mutants, prepare, score, try_mutant
+from parity.mutants.bench import BACKENDS, Bench
 
 pytestmark = pytest.mark.usefixtures("young_heap")
 

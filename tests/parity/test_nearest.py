@@ -12,8 +12,8 @@ import parity.nearest
 from parity import cli
 from parity.compare import compare
 from parity.export_results import to_json, to_junit, to_markdown
-from parity.mutant_profiles import Profiler, deepened, profiled
 from parity.mutants import all_mutants
+from parity.mutants.profiles import Profiler, deepened, profiled
 from parity.nearest import AHEAD, NAMED, PARTS, Likeness, library, nearest, outstanding, parts_of, told_alike
 from parity.report import render_html
 
