@@ -13,7 +13,7 @@ from jax_models.ambient import on_own_mesh
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
-from jax_models.processes import agreed, said_of
+from jax_models.processes import agreed
 from jax_models.speculative import generate_with_draft
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
@@ -89,7 +89,7 @@ class Decoding:
             prompt, given = (model.config, input_ids, attention_mask), multimodal
             return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
 
-        prompt = agreed(model.mesh, "the prompt", checked, said_of)
+        prompt = agreed(model.mesh, "the prompt", checked, lambda found: found.digest)
         return prompt.padded_to(bucket(prompt.input_ids.shape[1]))
 
     @on_own_mesh

@@ -17,7 +17,7 @@ from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
-from jax_models.processes import agreed, said_of
+from jax_models.processes import agreed
 from jax_models.taps import collect
 from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
@@ -104,7 +104,7 @@ class Draft:
             return inputs, target.roster.rows(adapter, len(inputs.input_ids))
 
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
-            return f"inputs {said_of(found[0])}, adapters of rows {found[1].tolist()}"
+            return f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
 
         inputs, slot_B = agreed(self.mesh, "what the draft is called with", checked, summary)
         entry = inputs.input_ids

@@ -22,7 +22,7 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import on_own_mesh
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
-from jax_models.processes import agreed, content_of, processes_of, said_of, together
+from jax_models.processes import agreed, content_of, processes_of, together
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
@@ -310,7 +310,7 @@ class Model(Decoding, Adapted, Seeing):
 
         def summary(found: tuple[Any, ModelInputs, np.ndarray, str]) -> str:
             entry, inputs, slot_B, how = found
-            return f"inputs {content_of(entry)} {said_of(inputs)}, adapters of rows {slot_B.tolist()} {how}"
+            return f"inputs {content_of(entry)} {inputs.digest}, adapters of rows {slot_B.tolist()} {how}"
 
         entry, inputs, _, _ = agreed(self.mesh, "what the model is called with", checked, summary)
         return entry, inputs

@@ -15,8 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from loaders.inputs import ModelInputs
-
 Result = TypeVar("Result")
 MESSAGE_BYTES = 4096
 
@@ -104,14 +102,8 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
         agreed(mesh, what, say)
 
 
-def said_of(inputs: ModelInputs) -> str:
-    """A prompt and what it shows in few words, for ``agreed``."""
-    shown = () if inputs.vision is None else (inputs.vision.patches.pixels_AX, inputs.vision.slot_BT)
-    return content_of(inputs.input_ids, inputs.attention_mask, inputs.position_ids, *shown)
-
-
 def content_of(*arrays: Any) -> str:
-    """Arrays in few words, likewise; of one that all processes have a part of, its shape."""
+    """Arrays in few words, for ``agreed``; of one that all processes have a part of, its shape."""
     found = hashlib.sha256()
     for array in arrays:
         is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable

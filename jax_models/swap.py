@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_models.processes import check_alike, content_of, to_host, together
 from jax_models.weights import flatten, unflatten
@@ -100,7 +101,7 @@ def _said(asked: Halves, flat: Mapping[str, jax.Array]) -> str:
 def _misfits(half: str, value: Any, live: jax.Array) -> list[str]:
     if not isinstance(value, jax.Array | np.ndarray):
         return [f"{half} is a {type(value).__name__}, expected a JAX or NumPy array"]
-    if isinstance(value, jax.Array) and value.is_deleted():
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted():
         return [f"{half} was given up: its memory was donated"]
     if (value.shape, value.dtype) == (live.shape, live.dtype):
         return []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from loaders.inputs import ModelInputs, bucket, check_next
@@ -17,6 +19,7 @@ from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen
+from torch_models.processes import agreed
 from torch_models.speculative import generate_with_draft
 
 if TYPE_CHECKING:
@@ -56,8 +59,16 @@ class Decoding:
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> Cache:
         """An empty cache for a checked prompt and so many tokens more, whose rows run with these adapters."""
         model = self._model
-        check_room(max_new_tokens)
         rows, length = prompt.input_ids.shape
+
+        def slots() -> np.ndarray:
+            check_room(max_new_tokens)
+            return model.roster.rows(adapter, rows)
+
+        def said(slot_B: np.ndarray) -> str:
+            return f"room for {max_new_tokens} tokens, adapters of rows {slot_B.tolist()}"
+
+        agreed(model.mesh, "what is asked for", slots, said)
         slot_B = lora.slots_of(model, adapter, rows)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
@@ -71,11 +82,15 @@ class Decoding:
             RuntimeError: the model must not run.
         """
         model = self._model
-        model.check_runnable()
-        model.check_whole()
-        prompt = (model.config, on_host(input_ids), on_host(attention_mask))
-        given = {name: on_host(value) for name, value in multimodal.items()}
-        return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
+
+        def checked() -> ModelInputs:
+            model.check_runnable()
+            model.check_whole()
+            prompt = (model.config, on_host(input_ids), on_host(attention_mask))
+            given = {name: on_host(value) for name, value in multimodal.items()}
+            return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
+
+        return agreed(model.mesh, "the prompt", checked, lambda found: found.digest)
 
     def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
         """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
@@ -180,7 +195,7 @@ class Decoding:
         model = self._model
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
-        params = self._asked(draft, draft_tokens, **options)
+        params = agreed(model.mesh, "what is asked for", partial(self._asked, draft, draft_tokens, **options))
         if draft is not None and graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         prompt = (input_ids, attention_mask, params)

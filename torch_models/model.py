@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import Checkpoint
+from loaders.digest import tensor_digest
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
@@ -32,9 +33,10 @@ from torch_models.host import as_tensor, on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.parallel import Parallel
+from torch_models.processes import agreed
 from torch_models.seeing import Seeing
 from torch_models.stepwise import read_stepwise
-from torch_models.storage import parameters_of
+from torch_models.storage import host_view, parameters_of
 from torch_models.taps import Level, collect
 
 
@@ -154,8 +156,8 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
             RuntimeError: an update failed half-way; load good weights first.
         """
-        self.check_runnable()
-        entry, checked = self.checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
+        entry, checked = self.checked(*prompt, adapter=adapter)
         with self.running(adapter, entry):
             return self._run(entry, checked)
 
@@ -304,8 +306,35 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         position_ids: Any,
         hidden_states: Any,
         multimodal: Mapping[str, Any] | None = None,
+        *,
+        adapter: AdapterOfRows = None,
     ) -> tuple[torch.Tensor, ModelInputs]:
-        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used."""
+        """Token ids or hidden states, whichever the stage takes, and all inputs as they will be used.
+
+        ``adapter``: of the rows. On a mesh all ranks have to give the same.
+        """
+
+        def checked() -> tuple[torch.Tensor, ModelInputs, np.ndarray]:
+            self.check_runnable()
+            entry, inputs = self._checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
+            return entry, inputs, self.roster.rows(adapter, len(entry))
+
+        def said(found: tuple[torch.Tensor, ModelInputs, np.ndarray]) -> str:
+            entry, inputs, slot_B = found
+            hidden = "" if self.stage.is_first else tensor_digest(host_view(entry.cpu().contiguous()))[:16]
+            return f"inputs {inputs.digest} {hidden}, adapters of rows {slot_B.tolist()}"
+
+        entry, inputs, _ = agreed(self.mesh, "what the model is called with", checked, said)
+        return entry, inputs
+
+    def _checked(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        hidden_states: Any,
+        multimodal: Mapping[str, Any] | None,
+    ) -> tuple[torch.Tensor, ModelInputs]:
         mask, positions = on_host(attention_mask), on_host(position_ids)
         given = {name: on_host(value) for name, value in (multimodal or {}).items()}
         if self.stage.is_first:

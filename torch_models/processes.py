@@ -48,22 +48,34 @@ def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
     return result  # pyright: ignore[reportReturnType]
 
 
-def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:
-    """See that all ranks of a mesh do the same. Without a mesh nothing is asked.
+def agreed(
+    mesh: DeviceMesh | None, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str
+) -> Result:
+    """What ``work`` returns, if all ranks of a mesh make the same of it. Without a mesh nothing is asked.
 
     Args:
         mesh: of all processes, all of which have to call this.
         what: has to be the same.
-        say: what it is on this rank, in few words.
+        work: as for ``together``.
+        say: what it has come to on this rank, in few words.
     Raises:
-        ValueError: the ranks say different things; so do all of them. Or as ``together``, of ``say``.
+        ValueError: the ranks say different things; so do all of them. Or as ``together``.
     """
-    if mesh is None:
-        return
-    told = told_by_all(mesh, together(mesh, say))
-    if len(set(told)) > 1:
+    result = together(mesh, work)
+    if mesh is not None and len(set(told := told_by_all(mesh, say(result)))) > 1:
         said = "; ".join(f"{text} on rank {rank}" for rank, text in enumerate(told))
         raise ValueError(f"{what} is not the same on all ranks: {said}. Nothing was changed.")
+    return result
+
+
+def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:
+    """See that all ranks of a mesh do the same. Without a mesh nothing is asked, nor ``say`` called.
+
+    Raises:
+        ValueError: as ``agreed``.
+    """
+    if mesh is not None:
+        agreed(mesh, what, say)
 
 
 def told_by_all(mesh: DeviceMesh, text: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from several import error, free_port, run_several
 
 import jax_models
-from jax_models.processes import processes_of, said_of, to_host, together
+from jax_models.processes import processes_of, to_host, together
 from loaders import open_checkpoint
 from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
 from loaders.multimodal import check_inputs
@@ -124,7 +124,7 @@ def test_a_prompt_is_known_by_its_tokens_and_by_what_it_shows(tmp_path):
         given = {name: shown.get(name) for name in names} | {
             name: changed.pop(name) for name in names if name in changed
         }
-        return said_of(check_inputs(config, *given.values(), given=multimodal | changed, has_tower=True))
+        return check_inputs(config, *given.values(), given=multimodal | changed, has_tower=True).digest
 
     assert said() == said()
     turned = np.where(shown["input_ids"] == shown["input_ids"][0, -1], 3, shown["input_ids"])

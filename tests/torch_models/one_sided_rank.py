@@ -32,6 +32,15 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if rank else turned),
         "another embedding": lambda: model.set_embed_and_head(turned if rank else embed),
         "half of it": lambda: model.set_embed_and_head(embed if rank else shared),
+        "a token": lambda: model(**inputs | {"input_ids": inputs["input_ids"] + 10_000 * rank}),
+        "another prompt": lambda: model(
+            **inputs | {"input_ids": inputs["input_ids"][::-1] if rank else inputs["input_ids"]}
+        ),
+        "rows of a call": lambda: model(**inputs, adapter=["a", (None, "a")[rank]]),
+        "other room": lambda: model.prefill(**inputs, max_new_tokens=4 + 400 * rank),
+        "other rows": lambda: model.prefill(**inputs, adapter=["a", (None, "a")[rank]]),
+        "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=rank),
+        "an end": lambda: model.generate(**inputs, ignore_eos=bool(rank)),
         "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),
         "another adapter": lambda: model.attach_lora(job["adapters"][rank], "a"),
         "another name": lambda: model.attach_lora(adapter, "ab"[rank]),
