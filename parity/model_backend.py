@@ -41,6 +41,8 @@ class ModelBackend:
         mtp: also run the model's draft, which it must have been loaded with.
         inject: values that take the place of what is computed, by path; see ``Model.with_taps``.
         decode: read so many last tokens of every row one at a time, from a cache; 0: all at once.
+    Raises:
+        ValueError: no number of tokens, or ``ignore_eos`` where none are generated.
     """
 
     model: Any
@@ -51,6 +53,12 @@ class ModelBackend:
     mtp: bool = False
     inject: Inputs | None = None
     decode: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}, expected at least 1, or none at all")
+        if self.ignore_eos and self.max_new_tokens is None:
+            raise ValueError("ignore_eos is of tokens that are generated: say how many, max_new_tokens")
 
     @property
     def name(self) -> str:

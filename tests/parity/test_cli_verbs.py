@@ -49,6 +49,14 @@ def test_record_writes_the_trace_of_the_design_on_the_inputs_given(backend, chec
     assert (trace.tensors["input_ids"] == inputs["input_ids"]).all()
 
 
+@pytest.mark.parametrize("options", [["--ignore-eos"], ["--max-new-tokens", "0"], ["--max-new-tokens", "-1"]])
+def test_nothing_is_said_of_tokens_that_are_not_generated(options, checkpoints, tmp_path, capsys):
+    for verb in (["record", "--backend", "torch", "-o", str(tmp_path / "t")], ["run"]):
+        assert main([verb[0], str(checkpoints[0]), *verb[1:], *options]) == 2
+        assert "max_new_tokens" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 @pytest.mark.parametrize("offset", [0, 7])
 def test_what_is_generated_goes_with_the_positions_that_are_given_or_nothing_is(offset, checkpoints, tmp_path, capsys):
     inputs = prompts(open_checkpoint(checkpoints[0]).config, rows=2, tokens=16, padding="left")
