@@ -36,9 +36,8 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
             raise ValueError(f"mesh has axes {unknown}, expected only {', '.join((*MESH_AXES, FSDP))}")
         return Mesh(mesh.devices, mesh.axis_names)
 
-    usable = together(mesh, checked)
-    check_here(usable)
-    return usable
+    check_here(mesh)  # who has no part of it is not waited for
+    return together(mesh, checked)
 
 
 def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:
