@@ -19,7 +19,6 @@ from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen
-from torch_models.processes import agreed
 from torch_models.speculative import generate_with_draft
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Decoding:
         def said(slot_B: np.ndarray) -> str:
             return f"room for {max_new_tokens} tokens, adapters of rows {slot_B.tolist()}"
 
-        agreed(model.mesh, "what is asked for", slots, said)
+        model.agreed("what is asked for", slots, said)
         slot_B = lora.slots_of(model, adapter, rows)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(slot_B)
@@ -90,7 +89,7 @@ class Decoding:
             given = {name: on_host(value) for name, value in multimodal.items()}
             return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
 
-        return agreed(model.mesh, "the prompt", checked, lambda found: found.digest)
+        return model.agreed("the prompt", checked, lambda found: found.digest)
 
     def prefill_into(self, prompt: ModelInputs, cache: Cache) -> torch.Tensor:
         """Logits, float32 [B, V], of each row's next token; the cache, empty before, holds the prompt."""
@@ -195,7 +194,7 @@ class Decoding:
         model = self._model
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
-        params = agreed(model.mesh, "what is asked for", partial(self._asked, draft, draft_tokens, **options))
+        params = model.agreed("what is asked for", partial(self._asked, draft, draft_tokens, **options))
         if draft is not None and graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         prompt = (input_ids, attention_mask, params)

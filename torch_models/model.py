@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch_models.host import as_tensor, on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.parallel import Parallel
-from torch_models.processes import agreed
+from torch_models.processes import Result, agreed
 from torch_models.seeing import Seeing
 from torch_models.stepwise import read_stepwise
 from torch_models.storage import host_view, parameters_of
@@ -266,6 +266,12 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """Ranks that hold a part of it each; None: everything is here."""
         return None if self.parallel is None else self.parallel.mesh
 
+    def agreed(self, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
+        """What all ranks of a mesh make of ``work`` alike; see ``torch_models.processes.agreed``."""
+        if self.parallel is not None:
+            self.parallel.company.check()
+        return agreed(self.mesh, what, work, say)
+
     def in_company(self) -> AbstractContextManager[None]:
         """Around what all ranks of a mesh run together; see ``torch_models.processes.Company``."""
         return nullcontext() if self.parallel is None else self.parallel.company.call()
@@ -324,7 +330,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             hidden = "" if self.stage.is_first else tensor_digest(host_view(entry.cpu().contiguous()))[:16]
             return f"inputs {inputs.digest} {hidden}, adapters of rows {slot_B.tolist()}"
 
-        entry, inputs, _ = agreed(self.mesh, "what the model is called with", checked, said)
+        entry, inputs, _ = self.agreed("what the model is called with", checked, said)
         return entry, inputs
 
     def _checked(

@@ -117,8 +117,7 @@ class Company:
             RuntimeError: a rank failed here and others did not, now or before: some may still wait for it, or have
                 gone on. Nothing runs on this mesh any more.
         """
-        if self._lost is not None:
-            raise RuntimeError(f"{self._lost}. The ranks are out of step: start them again.")
+        self.check()
         self._calls, self._depth = self._calls + 1, self._depth + 1
         try:
             yield
@@ -131,6 +130,11 @@ class Company:
             raise
         finally:
             self._depth -= 1
+
+    def check(self) -> None:
+        """Raises RuntimeError once nothing runs on this mesh any more; who asked the others would wait for ever."""
+        if self._lost is not None:
+            raise RuntimeError(f"{self._lost}. The ranks are out of step: start them again.")
 
     def finish(self, work: dist.Work | None) -> None:
         """Wait for a collective that was begun.
