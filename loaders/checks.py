@@ -17,7 +17,7 @@ def size_problems(config: Any, may_be_less: Collection[str] = ()) -> list[str]:
         for name, value in vars(config).items()
         if type(value) is int and value < 1 and name not in ("pad_token_id", *may_be_less)
     ]
-    pad = getattr(config, "pad_token_id", None)
+    pad = config.pad_token_id
     if pad is not None and not -(2**31) <= pad < 2**31:
         found.append(f"config.json: pad_token_id is {pad}, expected an integer of 32 bits")
     if config.num_hidden_layers > MOST_LAYERS:

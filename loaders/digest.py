@@ -29,6 +29,15 @@ def tensor_digest(array: np.ndarray, *, dtype: str | None = None, shape: tuple[i
     return digest.hexdigest()
 
 
+def short_digest(*arrays: np.ndarray) -> str:
+    """Arrays of any dtypes in few words: 16 hex digits of the SHA-256 of their dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
 def root_digest(digests: Mapping[str, str]) -> str:
     """SHA-256 (hex) over all tensor digests by name, in name order."""
     root = hashlib.sha256()

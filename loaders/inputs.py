@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from loaders.digest import short_digest
 
 if TYPE_CHECKING:
     from loaders.multimodal import VisionInputs
@@ -30,11 +31,7 @@ class ModelInputs:
     def digest(self) -> str:
         """What tells them from others, with what they show: for processes that have to be given the same."""
         shown = () if self.vision is None else (self.vision.patches.pixels_AX, self.vision.slot_BT)
-        found = hashlib.sha256()
-        for array in (self.input_ids, self.attention_mask, self.position_ids, *shown):
-            found.update(f"{array.dtype} {array.shape} ".encode())
-            found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return found.hexdigest()[:16]
+        return short_digest(self.input_ids, self.attention_mask, self.position_ids, *shown)
 
     def left_aligned(self) -> ModelInputs:
         """Every row's real tokens moved to its end, positions counted from 0: how generation keeps a ragged batch.

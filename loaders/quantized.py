@@ -181,6 +181,8 @@ class QuantizedCheckpoint(Checkpoint):
             one.bounds(self.stored_shape(one.name))
             wanted.setdefault(one.name, []).append(one)
         check_budget(host_budget_bytes)
+        if host_budget_bytes is not None:
+            self._check_room(wanted.keys(), host_budget_bytes)
         return self._cut(wanted, host_budget_bytes, into)
 
     def _cut(

@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from loaders.inputs import check_pairs
+from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
@@ -85,9 +86,17 @@ class Draft:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
-        shown = {name: on_host(value) for name, value in multimodal.items()}
-        checked = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
-        check_pairs(checked)
+
+        def shown_to() -> tuple[ModelInputs, np.ndarray]:
+            shown = {name: on_host(value) for name, value in multimodal.items()}
+            inputs = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
+            check_pairs(inputs)
+            return inputs, target.roster.rows(adapter, len(inputs.input_ids))
+
+        def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
+            return f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
+
+        checked, _ = target.agreed("what the draft is called with", shown_to, summary)
         ids_BT = target.long(checked.input_ids)
         mask_BT = torch.from_numpy(checked.attention_mask).to(target.device)
         step_positions = target.long(checked.position_ids)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from loaders.digest import short_digest
 from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
 from loaders.vision_grid import Patches
@@ -31,11 +32,15 @@ class Seeing:
             RuntimeError: an update failed half-way; load good weights first.
         """
         model = self._model
-        model.check_runnable()
-        config = model.config.vision
-        if config is None or not model.stage.has_tower:
-            raise ValueError("this model holds no vision tower")
-        patches = check_shown(config, on_host(pixel_values), on_host(image_grid_thw))
+        config, grid = model.config.vision, on_host(image_grid_thw)
+
+        def checked() -> Patches:
+            model.check_runnable()
+            if config is None or not model.stage.has_tower:
+                raise ValueError("this model holds no vision tower")
+            return check_shown(config, on_host(pixel_values), grid)
+
+        patches = model.agreed("what is shown", checked, lambda found: short_digest(found.pixels_AX, np.asarray(grid)))
         return model.visual(self._shown(patches), model.dtype)
 
     def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any) -> tuple[torch.Tensor, ...]:

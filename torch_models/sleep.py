@@ -15,7 +15,6 @@ import torch
 
 from loaders.memory import ALIGNMENT, aligned_empty
 from torch_models.census import tensors_of
-from torch_models.processes import together
 from torch_models.staging import page_locked, pieces
 from torch_models.storage import parameters_of
 
@@ -51,7 +50,7 @@ def sleep(model: Model) -> Model:
     """
     if model.asleep is not None:
         return model
-    asleep = together(model.mesh, lambda: _prepared(model))
+    asleep = model.agreed("who falls asleep", lambda: _prepared(model), lambda _: "")
     model.graphs.drop(reason="the model was put to sleep")
     model.asleep = asleep  # from here on it refuses to run, wherever this ends; and all that is to come wake does again
     _touch(model)
@@ -87,7 +86,7 @@ def wake(model: Model) -> Model:
         if wrong:
             raise RuntimeError(f"{wrong} of {len(asleep.parts)} storages woke with other bytes. The model sleeps on.")
 
-    together(model.mesh, brought_back)
+    model.agreed("who wakes", brought_back)
     _touch(model)
     model.asleep = None
     return model

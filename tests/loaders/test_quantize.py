@@ -301,6 +301,8 @@ MISUSES = {
     "names and lots": (lambda it, name: it.stream(names=[name], lots=[[name]]), ValueError),
     "an unknown name in a lot": (lambda it, name: it.stream(lots=[[name], ["nope"]]), KeyError),
     "no budget": (lambda it, name: it.stream(host_budget_bytes=-1), ValueError),
+    "too small a budget": (lambda it, name: it.stream(64, names=[name]), ValueError),
+    "too small a budget for a slice": (lambda it, name: it.stream_slices([Slice(name)], 64), ValueError),
     "an unknown slice": (lambda it, name: it.stream_slices([Slice("nope", (0,))]), KeyError),
     "no part": (lambda it, name: it.stream_slices([Slice(name, (1 << 20,))]), IndexError),
     "slices without a budget": (lambda it, name: it.stream_slices([], 0), ValueError),

@@ -79,6 +79,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["in the middle"] = error_of(lambda: model(ids))
     found["seconds"] = time.monotonic() - started
     found["out of step"] = error_of(lambda: model(ids)), error_of(lambda: model.generate(ids, max_new_tokens=2))
+    found["out of step"] += (error_of(model.sleep),)
     processes.WAIT_S = 3.0
     if rank:
         time.sleep(10)  # it does something else

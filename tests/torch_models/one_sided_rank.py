@@ -10,6 +10,7 @@ from several import error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
+from parity.zoo_pictures import pictures
 
 
 def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -27,7 +28,16 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     shared = model.get_embed_and_head()[0]
     embed = shared.full_tensor().clone()
     turned = embed.flip(0)
+    seeing = torch_models.load(job["seeing"], mesh=mesh)
+    shown = pictures(seeing.config)
+    pixels, grid = shown["pixel_values"], shown["image_grid_thw"]
+    drafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True)
+    ids = inputs["input_ids"] % drafting.config.vocab_size
     calls = {
+        "other pixels": lambda: seeing.get_image_features(pixels + rank, grid),
+        "fewer pixels": lambda: seeing.get_image_features(pixels[rank:], grid),
+        "what a draft says": lambda: drafting.mtp_forward(ids[:, : 8 + rank]),
+        "a draft": lambda: drafting.generate(ids, **{"draft": drafting.draft} if rank else {}),
         "other weights": lambda: model.update_weights_from_disk(second if rank else first),
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if rank else turned),
         "another embedding": lambda: model.set_embed_and_head(turned if rank else embed),
