@@ -39,7 +39,7 @@ from loaders.stage import Stage
 from loaders.stepwise import stepwise
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Model(Decoding, Adapted, Seeing):
     """One version of the weights of one pipeline stage, and how to run it.
 
@@ -73,7 +73,13 @@ class Model(Decoding, Adapted, Seeing):
     roster: Roster = field(default_factory=Roster)
     room: Room = field(default_factory=Room)
     unmerged: dict[str, jax.Array] = field(default_factory=dict)
-    weights_id: object = field(default_factory=object, repr=False)  # two models of one version may differ in weights
+    weights_id: object = field(default_factory=object)  # two models of one version may differ in weights
+
+    def __repr__(self) -> str:
+        # not what dataclasses write, for which every weight would come to the host
+        arrays = jax.tree.leaves(self.weights)
+        size = f"{len(arrays)} weights of {sum(array.nbytes for array in arrays) / 1e9:.3g} GB"
+        return f"Model({self.config.architecture}, version {self.version}, {size}, computes in {self.dtype})"
 
     @property
     def dtype(self) -> jnp.dtype:

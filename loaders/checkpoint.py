@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,7 +28,7 @@ NUM_SAMPLES, SAMPLE_BYTES = 16, 256  # of a fingerprint
 _WHOLE = "the checkpoint"  # that files are of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """An opened checkpoint. Holds no file open; every read checks that its file is still the one that was opened.
 
@@ -50,8 +50,12 @@ class Checkpoint:
     generation_document: dict[str, Any]
     quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
-    identities: dict[str, Identity] = field(repr=False)
-    documents: dict[str, Identity] = field(repr=False)
+    identities: dict[str, Identity]
+    documents: dict[str, Identity]
+
+    def __repr__(self) -> str:
+        what = f"{self.config.architecture}, {len(self.tensors)} tensors, {self.num_bytes / 1e9:.3g} GB"
+        return f"{type(self).__name__}({str(self.source)!r}, {what})"
 
     @property
     def num_bytes(self) -> int:

@@ -29,7 +29,7 @@ ROWS_BYTES = 1 << 20  # looked at at once
 Content = TypeVar("Content", np.ndarray, list[np.ndarray])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedCheckpoint(Checkpoint):
     """See the module.
 
@@ -40,10 +40,10 @@ class QuantizedCheckpoint(Checkpoint):
         amax_of_inputs: by module, where inputs are to be quantised too.
     """
 
-    plain: Checkpoint = field(repr=False, kw_only=True)
-    matrices: dict[str, Matrix] = field(repr=False, kw_only=True)
-    left_alone: dict[str, str] = field(repr=False, kw_only=True)
-    amax_of_inputs: Mapping[str, float] = field(repr=False, kw_only=True)
+    plain: Checkpoint = field(kw_only=True)
+    matrices: dict[str, Matrix] = field(kw_only=True)
+    left_alone: dict[str, str] = field(kw_only=True)
+    amax_of_inputs: Mapping[str, float] = field(kw_only=True)
 
     @cached_property
     def _places(self) -> dict[str, tuple[Matrix, str]]:

@@ -22,11 +22,11 @@ from loaders.adapter_updates import Adapter
 from parity.backend import HEAD, Tapped
 from parity.bisection import Bisection, Step
 from parity.errors import NotComparable
-from parity.local import Judge, distance
+from parity.local import Judge, Said, distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
 from parity.record import default_inputs
-from parity.record_oracle import SHAKE
+from parity.record_oracle import ANGLE_ROUNDING, SHAKE
 
 Values = Mapping[str, np.ndarray]
 
@@ -43,16 +43,16 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, inputs: Values, adapter: Adapter | None = None) -> None:
         self.checkpoint, self.inputs, self.adapter = checkpoint, inputs, adapter
 
-    def run(self, given: Values, only: str | None) -> tuple[Values, Values]:
-        """What every step makes of ``given``, and of it with a relative error of ``SHAKE``.
+    def run(self, given: Values, only: str | None) -> Said:
+        """What every step makes of ``given``.
 
         ``only``: the decoder layer that is asked about; None: all of them.
         """
-        taken = [Taps(given, only), Taps(given, only, SHAKE)]
-        for taps in taken:
+        taken = [Taps(given, only), Taps(given, only, SHAKE), Taps(given, only)]
+        for taps, shake_angles in zip(taken, (0.0, 0.0, ANGLE_ROUNDING), strict=True):
             inputs: dict[str, Any] = dict(self.inputs)
-            oracle_forward(self.checkpoint, **inputs, adapter=self.adapter, taps=taps)
-        return taken[0].found, taken[1].found
+            oracle_forward(self.checkpoint, **inputs, adapter=self.adapter, taps=taps, shake_angles=shake_angles)
+        return Said(*(taps.found for taps in taken))
 
 
 def local_errors(

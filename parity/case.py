@@ -74,14 +74,14 @@ class Case:
 
     def amplification(self, name: str) -> np.ndarray:
         """How much the oracle amplifies rounding at each unpadded token of a tensor, float64 [n]; 0 where unknown."""
-        mask = self.mask(name)
+        of_angles = self.limits.amplification_of(self._worst(trace_layout.ANGLE_ERROR + name, self.mask(name)))
+        return np.maximum(self._worst(trace_layout.AMPLIFICATION + name, self.mask(name)), of_angles)
+
+    def _worst(self, name: str, mask: np.ndarray) -> np.ndarray:
+        """The larger of what the oracles say of each unpadded token, float64 [n]; 0 where none says anything."""
         oracles = [oracle for oracle in (self.oracle_a, self.oracle_b) if oracle is not None]
-        found = [
-            oracle.tensors[trace_layout.AMPLIFICATION + name]
-            for oracle in oracles
-            if trace_layout.AMPLIFICATION + name in oracle.tensors
-        ]
-        return np.max([array[mask].astype(np.float64) for array in found], axis=0) if found else np.zeros(mask.sum())
+        found = [oracle.tensors[name][mask].astype(np.float64) for oracle in oracles if name in oracle.tensors]
+        return np.max(found, axis=0) if found else np.zeros(mask.sum())
 
     def mask(self, name: str = "logits") -> np.ndarray:
         """Booleans [B, T] or, for the draft's tensors, [B, T-1]: the positions of a tensor that carry a meaning."""

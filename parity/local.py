@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from parity import ruler
 from parity.bisection import Step
 from parity.record_oracle import SHAKE
-from parity.ruler import LIMITS, ROUTER_SHARE, Judgement
+from parity.ruler import LIMITS, ROUTER_SHARE, Judgement, Limits
 
 Values = Mapping[str, np.ndarray]
 LOGITS = ".logits"  # behind a router's path: the scores its choice is made from
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the oracle's steps make of a side's values, by path.
+
+    Attributes:
+        told: of the values as they are.
+        shaken: of them with a relative error of ``SHAKE``.
+        turned: of them as they are, with angles as far off as float32's.
+    """
+
+    told: Values
+    shaken: Values
+    turned: Values
+
+    def amplification(self, path: str, limits: Limits, mask_BT: np.ndarray) -> float:
+        """How much a step amplifies rounding, that of its angles among it."""
+        moved, turned = (distance(values[path], self.told[path], mask_BT) for values in (self.shaken, self.turned))
+        return max(moved / SHAKE, float(limits.amplification_of(np.asarray(turned))))
 
 
 class Judge:
@@ -34,7 +55,7 @@ class Judge:
         path: str,
         found: tuple[Values, Values],
         crossed: Sequence[Values | None],
-        said: Sequence[tuple[Values, Values]] | None,
+        said: Sequence[Said] | None,
     ) -> Step:
         """Judge one step.
 
@@ -42,7 +63,7 @@ class Judge:
             path: of the step.
             found: what a and b computed.
             crossed: what a made of b's values, and b of a's; None: not asked.
-            said: of a and of b, what the oracle made of their values, and of them shaken; None: there is none.
+            said: what the oracle made of a's values and of b's; None: there is none.
         """
         a, b = found[0][path], found[1][path]
         if a.dtype.kind != "f":
@@ -56,8 +77,8 @@ class Judge:
             direct = max(one for one in fed if one is not None)
             judged = ruler.judge_direct(direct, lid=self.limits.lid(1))
             return Step(path, free, fed[0], fed[1], None, None, judged.limit, judged.used, _blame(judged))
-        errors = [distance(value, told[path], self.mask) for value, (told, _) in zip((a, b), said, strict=True)]
-        amplified = max(distance(shaken[path], told[path], self.mask) / SHAKE for told, shaken in said)
+        errors = [distance(value, one.told[path], self.mask) for value, one in zip((a, b), said, strict=True)]
+        amplified = max(one.amplification(path, self.limits, self.mask) for one in said)
         floor = self.limits.layer * max(1.0, amplified)
         lid = self.limits.lid(1, amplified)
         judged = ruler.judge(errors[0], errors[1], k=self.limits.k, lid=lid, floor_a=floor, floor_b=floor)
@@ -69,7 +90,7 @@ class Judge:
         a: np.ndarray,
         b: np.ndarray,
         crossed: Sequence[Values | None],
-        said: Sequence[tuple[Values, Values]] | None,
+        said: Sequence[Said] | None,
     ) -> Step:
         """What a router chose. With an oracle an error is how much worse than its own choice, in its own scores."""
         fed = [
@@ -81,11 +102,9 @@ class Judge:
             used = max(one for one in fed if one is not None) / ROUTER_SHARE
             return Step(path, free, fed[0], fed[1], None, None, ROUTER_SHARE, used, "unknown" if used > 1 else None)
         errors = [
-            _shortfall(chosen, told[path + LOGITS], self.mask) for chosen, (told, _) in zip((a, b), said, strict=True)
+            _shortfall(chosen, one.told[path + LOGITS], self.mask) for chosen, one in zip((a, b), said, strict=True)
         ]
-        amplified = max(
-            distance(shaken[path + LOGITS], told[path + LOGITS], self.mask) / SHAKE for told, shaken in said
-        )
+        amplified = max(one.amplification(path + LOGITS, self.limits, self.mask) for one in said)
         lid = self.limits.lid(1, amplified)
         wrong = [side for side, error in zip("ab", errors, strict=True) if error > lid]
         blame = "both" if len(wrong) == 2 else wrong[0] if wrong else None

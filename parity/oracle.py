@@ -47,6 +47,7 @@ def oracle_forward(
     mtp: bool = False,
     shake: float = 0.0,
     draw: int = 0,
+    shake_angles: float = 0.0,
     saw: Saw | None = None,
     adapter: Adapter | None = None,
     taps: Taps | None = None,
@@ -70,6 +71,7 @@ def oracle_forward(
         shake: a relative random error on the residual stream after every layer (and on the embeddings); how far the
             result moves says how much the checkpoint amplifies rounding.
         draw: which random error; each is another direction.
+        shake_angles: a relative random error on the angles by which heads turn, as float32 has one.
         multimodal: images and videos under their Hugging Face processor's names.
         saw: called with the name and the input [..., K] of every linear layer, for calibration. No row may be padded.
         adapter: of every row.
@@ -105,7 +107,9 @@ def oracle_forward(
         sight = look(config.vision, Weights(checkpoint, "model.visual.", saw), ids_BT, mask_BT, shown)
         positions = sight.positions if sight is not None and position_ids is None else positions
         ids_BT = np.minimum(ids_BT, config.vocab_size - 1)
-    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, shake, draw, saw, sight, adapter, taps, fault)
+    shaking = {"shake": shake, "draw": draw, "shake_angles": shake_angles}
+    given = {"saw": saw, "sight": sight, "adapter": adapter, "taps": taps, "fault": fault}
+    run = Run(checkpoint, config, ids_BT, mask_BT, positions, replayed, **shaking, **given)
     module = f"parity.oracles.{FAMILIES[config.architecture]}"
     family: OracleFamily = importlib.import_module(module)  # pyright: ignore[reportAssignmentType]
     family.forward(run)

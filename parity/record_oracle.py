@@ -21,9 +21,10 @@ from parity.oracles.inputs import replayable
 from parity.oracles.taps import Taps
 from parity.probes import places, probe
 from parity.trace import Trace
-from parity.trace_layout import AMPLIFICATION, activations, hidden_layers
+from parity.trace_layout import AMPLIFICATION, ANGLE_ERROR, activations, hidden_layers
 
 SHAKE = 2.0**-24  # small enough that twice of it moves everything twice as far
+ANGLE_ROUNDING = 2.0**-24  # of the frequency and of its product with the position, in float32
 # How hard to shake for a token's amplification. One direction may happen to leave a token where it is that another
 # moves 200 times as far; and what nearly cancels may turn over under bfloat16's roundings, yet not under smaller ones.
 SHAKES = (SHAKE, 2.0**-9, 2.0**-9, 2.0**-9)
@@ -114,7 +115,8 @@ def amplification(
 
     Where a norm follows what nearly cancels, as the first tokens of a gated delta net can, rounding alone decides; the
     ruler has to know. Measured by shaking the oracle, with its own experts replayed: the root of the mean square over
-    ``SHAKES``. Float32 [B, T].
+    ``SHAKES``. And ``angle_error.NAME``: how far off each tensor is when angles are float32's, as they are in every
+    backend: at position 10**5 that is 2**-7 of a radian, whatever else is computed in. Float32 [B, T].
     """
     routing = {name: x for name, x in tensors.items() if name.startswith(("routing.", "mtp.routing."))}
     common = {"routing": routing or None, "mtp": mtp, "adapter": adapter}
@@ -124,8 +126,10 @@ def amplification(
         shaken = oracle_forward(checkpoint, **inputs, **common, shake=shake, draw=draw)
         for name in names:
             moved_sq[name] += np.square((shaken[name] - tensors[name]) / shake).sum(axis=-1) / len(SHAKES)
+    turned = oracle_forward(checkpoint, **inputs, **common, shake_angles=ANGLE_ROUNDING)
     found: dict[str, np.ndarray] = {}
     for name in names:
         size = np.maximum(np.linalg.norm(tensors[name], axis=-1), 1e-30)
+        found[ANGLE_ERROR + name] = (np.linalg.norm(turned[name] - tensors[name], axis=-1) / size).astype(np.float32)
         found[AMPLIFICATION + name] = (np.sqrt(moved_sq[name]) / size).clip(max=1e6).astype(np.float32)
     return found

@@ -45,6 +45,10 @@ class Limits:
         plain = TOKEN_LID * self.lid(num_layers)
         return max(plain, min(TOKEN_LID * self.c * self.u * amplification, MOST_TOKEN))
 
+    def amplification_of(self, angle_error: np.ndarray) -> np.ndarray:
+        """The amplification that allows as much as float32's angles may be off, which is the same in every dtype."""
+        return ANGLES * angle_error / (self.c * self.u)
+
     def may_turn(self, amplification: np.ndarray) -> np.ndarray:
         """Which tokens rounding alone may turn around, so that they are judged for themselves and tell nothing else."""
         return self.k_token * self.layer * amplification > 1.0
@@ -57,6 +61,7 @@ LIMITS = {
 
 # Shares and counts that no dtype changes.
 TOKEN_LID = 4.0  # a single token may be so many lids off
+ANGLES = 4.0  # how many times what a random rounding of angles does they may be off
 MOST, MOST_TOKEN = 0.5, 2.0  # no amplification allows more: a tensor half wrong, a token more than turned around
 MIN_REMAINING = 0.25  # of the tokens must be left in the logits after router flips
 ROUTER_SHARE = 0.25  # of the chosen experts may differ in one layer before the router itself is at fault
@@ -77,6 +82,8 @@ REASONS = {
     "amplification": "a gated delta net norms what may nearly cancel: correct bf16 runs were off by up to 0.9 at single"
     " tokens, and 6 of 24 hybrid pairs passed without it; with it all did. A peer may be lucky at such a token: of 300"
     " random narrow hybrids 11 were accused until whole tensors counted it too, 2 since (benchmarks/results).",
+    "ANGLES": "float32's angles at positions 32000 to 10^6 put correct runs of three families 0.28 to 0.57 times as far"
+    " off as random roundings of them do in the oracle, single tokens up to 3.2 times; this leaves 7x and 5x.",
     "TOKEN_LID": "catches a token that both backends get wrong alike; the largest seen is a third of it.",
     "c": "block output error grows as 1.85u*sqrt(l) in bf16 and logits reach 14u at L=4 in fp32; 8 and 40 leave 4x and"
     " 6x. Toy-size measurements: recalibrate at 28 to 94 layers.",

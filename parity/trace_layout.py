@@ -18,6 +18,7 @@ AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are compute
 MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
 AFTER = 1 << 30  # no model has so many layers
 AMPLIFICATION = "amplification."  # before the name of a tensor: of rounding in it, by token; oracles alone have it
+ANGLE_ERROR = "angle_error."  # likewise: how far off it is, by token, because angles are float32's
 PROBE = "probe."  # before the number of a place: what a fault there does to the first tensor it reaches; oracles alone
 INTEGERS = {"input_ids": 2, "attention_mask": 2, "generated_ids": 2}  # name -> rank
 
@@ -140,10 +141,11 @@ def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
         if name in tensors and tensors[name].shape[:2] != (batch, length):
             problems.append(f"{_what(tensors, name)}, expected {[batch, length]} first, from {first!r}.")
     for name in names:
-        amplified, shape = tensors.get(AMPLIFICATION + name), tensors[name].shape[:2]
-        if amplified is not None and not _is_amplification(amplified, shape):
-            what = _what(tensors, AMPLIFICATION + name)
-            problems.append(f"{what}, expected finite floats >= 0 of {list(shape)} from {name!r}.")
+        shape = tensors[name].shape[:2]
+        for widening in (AMPLIFICATION + name, ANGLE_ERROR + name):
+            if widening in tensors and not _may_widen(tensors[widening], shape):
+                what = _what(tensors, widening)
+                problems.append(f"{what}, expected finite floats >= 0 of {list(shape)} from {name!r}.")
     for name, array in tensors.items():
         if name.startswith(PROBE) and (
             array.dtype.kind != "f" or array.shape[:2] != (batch, length) or not np.isfinite(array).all()
@@ -157,8 +159,8 @@ def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:
     return problems
 
 
-def _is_amplification(array: np.ndarray, shape: tuple[int, ...]) -> bool:
-    # it widens limits: what is not a number would widen them without end
+def _may_widen(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    # limits: what is not a number would widen them without end
     return array.dtype.kind == "f" and array.shape == shape and bool(np.isfinite(array).all() and (array >= 0).all())
 
 

@@ -44,7 +44,7 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
     try:
         address = os.fsdecode(uri)
     except TypeError as error:
-        raise OSError(f"{uri!r} is a {type(uri).__name__}, expected a path or an address") from error
+        raise OSError(f"it is a {type(uri).__name__}, expected a path or an address") from error
     scheme, separator, rest = address.partition("://")
     if not separator:
         lost, _, rest = scheme.partition(":/")

@@ -8,7 +8,7 @@ import numpy as np
 
 from loaders.gemma3 import Gemma3Config
 from parity.oracles.pieces import attend, capped, gelu_tanh, linear, rms_norm, visible
-from parity.oracles.rope import rotate, rotation
+from parity.oracles.rope import rotate
 from parity.oracles.run import Run, Weights
 
 
@@ -47,7 +47,7 @@ def _attention(run: Run, read: Weights, x_BTD: np.ndarray, layer: int) -> np.nda
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     B, T, D = x_BTD.shape
     project = partial(linear, read, bias=config.attention_bias)
-    turn = rotation(config.rope(layer), H, config.max_position_embeddings, run.positions)
+    turn = run.rotation(config.rope(layer), H)
     q_BTNH = project("self_attn.q_proj", x_BTD, N * H).reshape(B, T, N, H)
     k_BSKH = project("self_attn.k_proj", x_BTD, K * H).reshape(B, T, K, H)
     v_BSKH = project("self_attn.v_proj", x_BTD, K * H).reshape(B, T, K, H)

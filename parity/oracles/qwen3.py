@@ -8,7 +8,7 @@ import numpy as np
 
 from loaders.qwen3 import Qwen3Config, Qwen3MoeConfig
 from parity.oracles.pieces import attend, experts, linear, rms_norm, route, swiglu, visible
-from parity.oracles.rope import rotate, rotation
+from parity.oracles.rope import rotate
 from parity.oracles.run import Run, Weights
 
 
@@ -16,7 +16,7 @@ def forward(run: Run) -> None:
     """Embed, decode, norm, head."""
     config: Qwen3Config = run.config
     D, eps = config.hidden_size, config.rms_norm_eps
-    turn = rotation(config.rope_parameters, config.rotary_dim, config.max_position_embeddings, run.positions)
+    turn = run.rotation(config.rope_parameters, config.rotary_dim)
     x_BTD = run.residual("hidden_states.0", run.embedded())
     for layer in range(config.num_hidden_layers):
         if (skipped_BTD := run.skipped(layer)) is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.qwen3_5 import Qwen3_5Config, Qwen3_5MoeConfig
 from parity.oracles.pieces import attend, experts, linear, rms_norm, route, sigmoid, silu, swiglu, visible
-from parity.oracles.rope import rotate, rotation
+from parity.oracles.rope import rotate
 from parity.oracles.run import Run, Weights
 
 L2_EPS = 1e-6  # whatever rms_norm_eps says
@@ -75,7 +75,7 @@ def _attention(run: Run, read: Weights, x_BTD: np.ndarray) -> np.ndarray:
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     B, T, D = x_BTD.shape
     project = partial(linear, read, bias=config.attention_bias)
-    turn = rotation(config.rope_parameters, config.rotary_dim, config.max_position_embeddings, run.positions)
+    turn = run.rotation(config.rope_parameters, config.rotary_dim)
     q_and_gate = project("self_attn.q_proj", x_BTD, N * 2 * H).reshape(B, T, N, 2 * H)
     q_BTNH, gate_BTNH = q_and_gate[..., :H], q_and_gate[..., H:]
     k_BSKH = project("self_attn.k_proj", x_BTD, K * H).reshape(B, T, K, H)

@@ -15,7 +15,7 @@ from loaders.config import RopeParameters
 
 
 def rotation(
-    rope: RopeParameters, rotary_dim: int, trained: int, positions: np.ndarray
+    rope: RopeParameters, rotary_dim: int, trained: int, positions: np.ndarray, shake: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine by which ``rotate`` turns queries and keys.
 
@@ -25,6 +25,7 @@ def rotation(
         trained: max_position_embeddings.
         positions: integers [B, T]; or [3, B, T], time, height and width, of which every pair turns by one. Dynamic
             scaling looks at the largest of the whole batch, padding included.
+        shake: a relative random error on every angle whose frequency is no power of two: those are exact in binary.
 
     Returns:
         Two float64 [B, T, R], already multiplied by YaRN's attention factor.
@@ -35,6 +36,9 @@ def rotation(
     else:
         of_pairs = positions[..., None]
     angles_BTR = of_pairs * frequencies_R
+    if shake:
+        errors_BTR = np.random.default_rng(0).standard_normal(angles_BTR.shape) * (np.frexp(frequencies_R)[0] != 0.5)
+        angles_BTR = angles_BTR * (1 + shake * errors_BTR)
     return scale * np.cos(angles_BTR), scale * np.sin(angles_BTR)
 
 

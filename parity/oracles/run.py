@@ -10,9 +10,11 @@ import numpy as np
 
 from loaders import Checkpoint, CheckpointError, dtypes
 from loaders.adapter_updates import Adapter
+from loaders.config import RopeParameters
 from parity.oracles.adapted import Adapted
 from parity.oracles.fault import Fault
 from parity.oracles.quantized import widened
+from parity.oracles.rope import rotation
 from parity.oracles.taps import Taps
 
 if TYPE_CHECKING:
@@ -121,6 +123,7 @@ class Run:
     replayed: Mapping[str, np.ndarray]
     shake: float = 0.0
     draw: int = 0
+    shake_angles: float = 0.0
     saw: Saw | None = None
     sight: Sight | None = None  # what the prompt shows
     adapter: Adapter | None = None
@@ -159,6 +162,10 @@ class Run:
         """What the first decoder layer takes, float64 [B, T, D]: embeddings, and what is shown in its places."""
         x_BTD = self.embedding()[self.ids_BT].astype(np.float64)
         return x_BTD if self.sight is None else self.sight.placed(x_BTD)
+
+    def rotation(self, rope: RopeParameters, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine and sine, float64 [B, T, R], by which heads turn; with an error of ``shake_angles``, if any."""
+        return rotation(rope, rotary_dim, self.config.max_position_embeddings, self.positions, self.shake_angles)
 
     def deepened(self, x_BTD: np.ndarray, layer: int) -> np.ndarray:
         """The residual stream after a decoder layer, with what the vision tower adds to it."""

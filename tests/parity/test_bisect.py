@@ -14,7 +14,7 @@ from parity.backends import open_backend
 from parity.bisect import bisect, local_errors
 from parity.cli import main
 from parity.live_pairs import rerun
-from parity.local import Judge
+from parity.local import Judge, Said
 from parity.model_backend import ModelBackend
 from parity.mutants import all_mutants
 from parity.mutants.bench import Bench
@@ -245,7 +245,7 @@ def test_a_choice_between_equals_is_no_error_and_a_bad_one_is_as_large_as_what_w
     judge, ours = Judge("float32", mask), np.array([[[0, 1], [3, 2]]])
 
     def step(chosen):
-        return judge.step("gate", ({"gate": chosen}, {"gate": ours}), (None, None), [(told, told), (told, told)])
+        return judge.step("gate", ({"gate": chosen}, {"gate": ours}), (None, None), [Said(told, told, told)] * 2)
 
     assert step(np.array([[[2, 0], [2, 3]]])).blame is None
     assert step(np.array([[[0, 3], [3, 2]]])).blame == "a"

@@ -21,6 +21,7 @@ def test_the_constants_are_the_calibrated_ones_and_each_has_a_reason():
     assert {
         *BF16.__slots__,
         "amplification",
+        "ANGLES",
         "TOKEN_LID",
         "MIN_REMAINING",
         "ROUTER_SHARE",

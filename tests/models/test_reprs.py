@@ -1,0 +1,34 @@
+"""What a notebook shows of a model or a checkpoint: a line, and never its weights."""
+
+from __future__ import annotations
+
+import pytest
+
+import jax_models
+import torch_models
+from loaders import CheckpointError, open_checkpoint
+from loaders.quantize import quantized
+from parity.zoo import block_sizes, make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("repr") / "a", dtype="BF16", **block_sizes("qwen3"))
+
+
+def test_a_checkpoint_says_where_it_is_and_what(directory):
+    checkpoint = open_checkpoint(directory)
+    said = f"Qwen3ForCausalLM, {len(checkpoint.tensors)} tensors, "
+    assert repr(checkpoint).startswith(f"Checkpoint({str(directory)!r}, {said}")
+    assert repr(quantized(checkpoint)).startswith(f"QuantizedCheckpoint({str(directory)!r}, Qwen3ForCausalLM, ")
+    with pytest.raises(CheckpointError, match="it is a Checkpoint, expected a path or an address") as caught:
+        torch_models.load(checkpoint)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_jax_model_says_its_version_also_when_its_weights_were_given_away(directory):
+    model = jax_models.load(directory)
+    after = model.update_weights_from_disk(directory, donate=True)
+    assert "Qwen3ForCausalLM, version 2, 47 weights of " in repr(after)
+    assert "version 1" in repr(model)
+    assert len(repr(after)) < 120
