@@ -38,7 +38,12 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
         CheckpointError: the adapter does not fit, or has numbers that the model's dtype does not hold; lists all.
         ValueError: an adapter is merged into the weights, or the name is no name.
     """
-    _check(model, f"attach {name!r}", lambda: check_name(name), "another adapter")
+
+    def check() -> None:
+        check_name(name)
+        model.roster.check_unmerged("another adapter")
+
+    _check(model, f"attach {name!r}", check)
     adapter = _opened(model, uri)
     if problems := whole_overflows(adapter, model.config, _stored(model)):
         raise CheckpointError(uri, problems)
@@ -52,7 +57,12 @@ def detach_lora(model: Model, name: str) -> Model:
     Raises:
         ValueError: no adapter is called so, or one is merged into the weights.
     """
-    _check(model, f"detach {name!r}", lambda: model.roster.lacking(name), "taking one away")
+
+    def check() -> None:
+        model.roster.check_unmerged("taking one away")
+        model.roster.lacking(name)
+
+    _check(model, f"detach {name!r}", check)
     return _with(model, model.roster.lacking(name), "detach", name)
 
 
@@ -68,10 +78,11 @@ def merge_lora(model: Model, name: str) -> Model:
     """
 
     def check() -> None:
+        model.roster.check_unmerged("another one")
         if problems := merge_problems(model.roster[name].adapter, model.config):
             raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
 
-    _check(model, f"merge {name!r}", check, "another one")
+    _check(model, f"merge {name!r}", check)
     adapter = model.roster[name].adapter
     flat = flatten(model.weights)
     if problems := merge_overflows(adapter, _stored(model), lambda param: to_host(flat[param])):
@@ -90,6 +101,7 @@ def unmerge_lora(model: Model) -> Model:
     Raises:
         ValueError: nothing is merged.
     """
+    model.check_runnable()
     if (name := model.roster.merged) is None:
         raise ValueError("no adapter is merged: there is nothing to undo")
     weights = unflatten(flatten(model.weights) | model.unmerged)
@@ -114,11 +126,11 @@ def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
     return open_on_all(uri, model.config, read_base, **asking)
 
 
-def _check(model: Model, asked: str, check: Callable[[], object], what: str) -> None:
-    """See that all processes ask for the same, and that it can be done: ``what`` is not, with an adapter merged."""
+def _check(model: Model, asked: str, check: Callable[[], None]) -> None:
+    """See that all processes ask for the same, and that it can be done."""
 
     def checked() -> str:
-        model.roster.check_unmerged(what)
+        model.check_runnable()
         check()
         return asked
 

@@ -85,6 +85,7 @@ class Decoding:
         model = self._model
 
         def checked() -> ModelInputs:
+            model.check_runnable()
             model.check_whole()
             prompt, given = (model.config, input_ids, attention_mask), multimodal
             return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
@@ -118,6 +119,7 @@ class Decoding:
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
+        model.check_runnable()
         if cache.weights_id is not model.weights_id:
             raise ValueError(
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"

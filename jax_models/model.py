@@ -104,6 +104,15 @@ class Model(Decoding, Adapted, Seeing):
         schemes = self.specs.schemes
         return {path: nvfp4 if scheme.weights == "nvfp4" else "fp8" for path, scheme in schemes.items()}
 
+    def check_runnable(self) -> None:
+        """Raises RuntimeError where weights were given up to an update (``donate=True``)."""
+        arrays = jax.tree.leaves(self.weights)
+        if given_up := sum(not isinstance(array, Tracer) and array.is_deleted() for array in arrays):
+            raise RuntimeError(
+                f"{given_up} of {len(arrays)} weights of version {self.version} were given up to an update"
+                " (donate=True). Use the model that it returned, or update this one again."
+            )
+
     @on_own_mesh
     def __call__(
         self,
@@ -329,6 +338,7 @@ class Model(Decoding, Adapted, Seeing):
         hidden_states: Any,
         multimodal: Mapping[str, Any] | None,
     ) -> tuple[Any, ModelInputs]:
+        self.check_runnable()
         if self.stage.is_first:
             if input_ids is None or hidden_states is not None:
                 raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")

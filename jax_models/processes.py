@@ -18,6 +18,7 @@ from loaders.digest import short_digest
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 4096
+DONE = "="  # before what was made; an error has none
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
@@ -56,21 +57,7 @@ def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
         Exception: as ``work`` does here.
         RuntimeError: it failed on another process only; with what was raised there.
     """
-    if len(processes := processes_of(mesh)) == 1:
-        return work()
-    assert mesh is not None
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
-        error = raised
-    told = told_by_all(mesh, "" if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if failed := {index: text for index, text in told.items() if text}:
-        where = "; ".join(f"process {index}: {text}" for index, text in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(processes)} processes failed, so none goes on. {where}")
-    return result  # pyright: ignore[reportReturnType]
+    return agreed(mesh, "", work, lambda _: "")
 
 
 def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
@@ -84,13 +71,24 @@ def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callab
     Raises:
         ValueError: the processes say different things; so do all of them. Or as ``together``.
     """
-    result = together(mesh, work)
-    if len(processes_of(mesh)) > 1:
-        told = told_by_all(mesh, say(result))
-        if len(set(told.values())) > 1:
-            said = "; ".join(f"{text} on process {index}" for index, text in told.items())
-            raise ValueError(f"{what} is not the same on all processes: {said}. Nothing was changed.")
-    return result
+    if len(processes_of(mesh)) == 1:
+        return work()
+    result, said, error = None, "", None
+    try:
+        result = work()
+        said = f"{DONE}{say(result)}"
+    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+        error, said = raised, f"{type(raised).__name__}: {raised}"
+    told = told_by_all(mesh, said)
+    if error is not None:
+        raise error
+    if failed := {index: text for index, text in told.items() if not text.startswith(DONE)}:
+        where = "; ".join(f"process {index}: {text}" for index, text in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(told)} processes failed, so none goes on. {where}")
+    if len(set(told.values())) > 1:
+        where = "; ".join(f"{text.removeprefix(DONE)} on process {index}" for index, text in told.items())
+        raise ValueError(f"{what} is not the same on all processes: {where}. Nothing was changed.")
+    return result  # pyright: ignore[reportReturnType]
 
 
 def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:

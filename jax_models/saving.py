@@ -49,6 +49,7 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
     from jax_models.orbax_files import write  # a second, which only those pay who save
 
     def checked() -> str:
+        model.check_runnable()
         if model.roster.attached:
             names = ", ".join(repr(one.name) for one in model.roster.attached)
             lost = f"adapters are not saved, and {names} would be lost"

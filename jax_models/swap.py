@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def get_embed_and_head(model: Model) -> tuple[jax.Array | None, jax.Array | None]:
-    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one."""
+    """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one.
+
+    Raises:
+        RuntimeError: the model's weights were given up.
+    """
+    model.check_runnable()
     specs = model.specs
     flat = flatten(model.weights)
     return flat[specs.embedding] if specs.embedding else None, flat[specs.head] if specs.head else None
@@ -68,6 +73,7 @@ Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what i
 
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
     """Those that are asked for and fit, and those that this stage lacks."""
+    model.check_runnable()
     model.roster.check_unmerged("a swap")
     specs = model.specs
     flat = flatten(model.weights)

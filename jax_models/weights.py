@@ -149,6 +149,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 
     Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
     """
+    model.check_runnable()
     flat = flatten(model.weights)
     left_out = model.report.left_out if model.stage.count == 1 else ()
     processes = processes_of(model.mesh)
@@ -169,6 +170,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 
 def tensor_reader(model: Model) -> TensorReader:
     """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
+    model.check_runnable()
     flat = flatten(model.weights)
     return TensorReader(model.checkpoint, model.specs, lambda name: to_host(flat[name]))
 

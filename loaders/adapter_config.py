@@ -104,7 +104,7 @@ class AdapterConfig:
             return True
         named = [re.compile(rf"(?:^|.*?\.){name}\.(?P<{_LAYER}>\d+)\.") for name in self.layers_pattern]
         found = next((match for pattern in named or [_FIRST_LAYER] if (match := pattern.match(module))), None)
-        return found is not None and int(found[_LAYER]) in self.layers_to_transform
+        return found is not None and found[_LAYER] is not None and int(found[_LAYER]) in self.layers_to_transform
 
 
 def read_adapter_config(document: dict[str, Any]) -> tuple[AdapterConfig | None, list[str]]:

@@ -231,11 +231,12 @@ class Reading:
         found = []
         for name, key in self.keys.items():
             site = self.sites.low_rank.get(key.place.path.removesuffix(".weight"))
-            if name in self.taken or key.half or site is None or site.kind == "experts":
+            rows = self.sites.whole.get(key.place.path)
+            if name in self.taken or key.half or site is None or site.kind == "experts" or rows is None:
                 continue
             self.taken.add(name)
             found.append(name)
-            info, rows = self.files.tensors[name], self.sites.whole[key.place.path]
+            info = self.files.tensors[name]
             if info.shape != rows or info.dtype not in FLOATS:
                 self.problems.append(f"tensor {name!r} is {info.dtype} {info.shape}, expected the base's own {rows}")
             elif (base := self._base(site)) is not None and not _equal(self.files.read(name), base):

@@ -120,7 +120,11 @@ class Roster:
             return [self.attached[-1].name if self.attached else None] * count
         if isinstance(adapter, str):
             return [self[adapter].name] * count
-        is_by_row = isinstance(adapter, Sequence | np.ndarray) and not isinstance(adapter, bytes)
+        is_by_row = (
+            isinstance(adapter, Sequence | np.ndarray)
+            and not isinstance(adapter, bytes)
+            and getattr(adapter, "ndim", 1) > 0
+        )
         names: list[Any] = list(adapter) if is_by_row else [adapter]
         if wrong := [name for name in names if not isinstance(name, str | None)]:
             raise ValueError(f"adapter has {brief(wrong[0])}, expected a name, or for each row a name or None")

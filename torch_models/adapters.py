@@ -92,7 +92,8 @@ def merge_lora(model: Model, name: str) -> Model:
     Raises:
         ValueError: no adapter is called so, one is merged, or its weights cannot hold it: quantised ones, a table
             that embedding and head share, and those that would be infinite in their dtype. Nothing was changed.
-        RuntimeError: the model must not run, or writing failed half-way.
+        RuntimeError: the model must not run; or writing failed half-way, and so did bringing back what was there:
+            ``unmerge_lora`` tries that again. Where only the first failed, its error, and the weights are as before.
     """
     model.check_runnable()
     _check_alike(model, f"merge {name!r}")
@@ -111,10 +112,25 @@ def merge_lora(model: Model, name: str) -> Model:
     if (parallel := model.parallel) is not None:  # all before any is written, for it takes all ranks
         with model.in_company():  # parts of the whole's: a product of parts may round otherwise
             values = [(param, parallel.part(param, value)) for param, value in values]
-    life.write(model, values, list(changes))
+    try:
+        life.write(model, values, list(changes))
+    except BaseException as error:
+        _unmerge(model, name, originals, error)
+        raise
     model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
     model.publish(Event("merge", model.version + 1, name))
     return model
+
+
+def _unmerge(model: Model, name: str, originals: dict[str, torch.Tensor], error: BaseException) -> None:
+    """After a merge that failed half-way: what it wrote over is brought back, or kept for ``unmerge_lora``."""
+    if model.refusal is None:  # before anything was written
+        return
+    model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
+    if model.mesh is not None and not isinstance(error, Exception):
+        return  # of an interrupt the other ranks know nothing
+    life.write(model, originals.items(), list(originals))
+    model.room.unmerged, model.roster, model.refusal = {}, replace(model.roster, merged=None), None
 
 
 def unmerge_lora(model: Model) -> Model:

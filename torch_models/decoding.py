@@ -124,7 +124,8 @@ class Decoding:
         """
         model = self._model
         model.check_runnable()
-        ids_B1 = model.next_ids(token_ids, cache, rows=len(cache.position))
+        next_ids = partial(model.next_ids, token_ids, cache, rows=len(cache.position))
+        ids_B1 = model.agreed("what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
         with torch.inference_mode(), cache.written():  # on a CPU half of an operation's overhead is what autograd asks
             logits_BV = model.decode_step(ids_B1, cache.with_room(1))
         return logits_BV.clone(), cache  # which the caller may write to, outside of that mode too

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import Checkpoint
-from loaders.digest import tensor_digest
+from loaders.digest import short_digest, tensor_digest
 from loaders.events import Event
 from loaders.inputs import ModelInputs, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
@@ -201,9 +201,17 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             ValueError: as the model does; or values to inject that have no such place or another shape, all at once;
                 or rows that cannot be decoded so.
         """
-        values = check_values(inject)
-        if level == "operations":  # what is inside of modules is there in parts
-            self.check_alone(f"taps of {level}")
+
+        def looked() -> dict[str, Any]:
+            if level == "operations":  # what is inside of modules is there in parts
+                self.check_alone(f"taps of {level}")
+            return check_values(inject)
+
+        def said(values: dict[str, Any]) -> str:
+            handed = [f"{path} {short_digest(np.asarray(on_host(value)))}" for path, value in values.items()]
+            return f"level={level}, within={within}, decode={decode}, inject={sorted(handed)}"
+
+        values = self.agreed("what is looked at", looked, said)
         if decode:
             self.check_whole()
             given = {name: on_host(value) for name, value in multimodal.items()}
@@ -252,6 +260,11 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         self.version = event.version
         self.events = (*self.events, event)
         self.refusal = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles. Raises RuntimeError while the model sleeps."""
+        sleep.check_awake(self)
+        return super().__reduce_ex__(protocol)
 
     def weights_stamp(self) -> tuple[tuple[int, int], ...]:
         """Which tensors the parameters are and how often each was written: changes with every write, by whomever.

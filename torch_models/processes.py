@@ -20,6 +20,7 @@ WAIT_S = 600.0  # for ranks that do not come; torch.distributed itself waits for
 LOOK_S = 1.0  # between two looks at whether one of those that are waited for has failed
 GRACE_S = 5.0  # for all ranks to fail alike, as with the same bad input
 MESSAGE_LETTERS = 4096
+DONE = "="  # before what was made; an error has none
 
 
 def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
@@ -32,20 +33,7 @@ def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
         Exception: as ``work`` does here.
         RuntimeError: it failed on another rank only, with what was raised there; or one did not come within ``WAIT_S``.
     """
-    if mesh is None:
-        return work()
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
-        error = raised
-    told = told_by_all(mesh, "" if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if failed := {rank: text for rank, text in enumerate(told) if text}:
-        where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
-    return result  # pyright: ignore[reportReturnType]
+    return agreed(mesh, "", work, lambda _: "")
 
 
 def agreed(
@@ -61,11 +49,24 @@ def agreed(
     Raises:
         ValueError: the ranks say different things; so do all of them. Or as ``together``.
     """
-    result = together(mesh, work)
-    if mesh is not None and len(set(told := told_by_all(mesh, say(result)))) > 1:
-        said = "; ".join(f"{text} on rank {rank}" for rank, text in enumerate(told))
-        raise ValueError(f"{what} is not the same on all ranks: {said}. Nothing was changed.")
-    return result
+    if mesh is None:
+        return work()
+    result, said, error = None, "", None
+    try:
+        result = work()
+        said = f"{DONE}{say(result)}"
+    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+        error, said = raised, f"{type(raised).__name__}: {raised}"
+    told = told_by_all(mesh, said)
+    if error is not None:
+        raise error
+    if failed := {rank: text for rank, text in enumerate(told) if not text.startswith(DONE)}:
+        where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
+    if len(set(told)) > 1:
+        where = "; ".join(f"{text.removeprefix(DONE)} on rank {rank}" for rank, text in enumerate(told))
+        raise ValueError(f"{what} is not the same on all ranks: {where}. Nothing was changed.")
+    return result  # pyright: ignore[reportReturnType]
 
 
 def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:

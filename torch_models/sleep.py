@@ -16,7 +16,7 @@ import torch
 from loaders.memory import ALIGNMENT, aligned_empty
 from torch_models.census import tensors_of
 from torch_models.staging import page_locked, pieces
-from torch_models.storage import parameters_of
+from torch_models.storage import is_freed, parameters_of
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -95,12 +95,8 @@ def wake(model: Model) -> Model:
 def check_awake(model: Model) -> None:
     """Raises RuntimeError while the model, or one that shares parameters with it, sleeps."""
     # an empty storage is read without a check, by address: on a CPU that ends the process
-    if model.asleep is not None or any(_is_freed(param) for param in parameters_of(model)):
+    if model.asleep is not None or any(is_freed(param) for param in parameters_of(model)):
         raise RuntimeError("the model sleeps, or one that it shares parameters with: call wake() first.")
-
-
-def _is_freed(tensor: torch.Tensor) -> bool:
-    return not tensor.data_ptr() and bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
 
 
 def _storages(model: Model) -> list[torch.UntypedStorage]:

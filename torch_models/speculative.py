@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,8 @@ def generate_with_draft(
         best=lambda logits: logits.argmax(-1).cpu().numpy(),
         on_host=lambda logits: logits.detach().cpu().numpy(),
     )
+    slots = partial(model.roster.rows, adapter, B)
+    model.agreed("what is asked for", slots, lambda slot_B: f"adapters of rows {slot_B.tolist()}")
     with model.running(adapter, checked.input_ids):
         room = bucket(length + params.max_new_tokens + 3 * T)
         cache = draft.empty_cache(B, room)

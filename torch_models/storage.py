@@ -42,6 +42,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether its storage was given back, as that of a model that sleeps; reading it may end the process."""
+    return not tensor.data_ptr() and bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
+
+
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """Every parameter once. ``Module.parameters`` in a fifth of the time, for what is asked at every step."""
     found: dict[int, nn.Parameter] = {}

@@ -11,7 +11,8 @@ import torch
 from loaders.digest import tensor_digest
 from loaders.events import Event
 from torch_models.processes import check_alike, together
-from torch_models.storage import host_view, of_host, same_bits
+from torch_models.sleep import check_awake
+from torch_models.storage import host_view, is_freed, of_host, same_bits
 from torch_models.weights import write
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def get_embed_and_head(model: Model) -> tuple[torch.Tensor | None, torch.Tensor 
     """Embedding and head, [V, D] as stored, codes of a quantised head; None for a half this stage lacks; tied: one.
 
     On a mesh each is a DTensor of the parameters' own memory.
+
+    Raises:
+        RuntimeError: the model sleeps.
     """
+    check_awake(model)
     specs = model.specs
     embed = _live(model, specs.embedding) if specs.embedding else None
     return embed, _live(model, specs.head) if specs.head else None
@@ -163,6 +168,8 @@ def _misfits(half: str, value: Any, live: torch.Tensor) -> list[str]:
     expected = str(live.dtype).removeprefix("torch.")
     if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
         return [f"{half} has no plain storage ({value.device}, {value.layout}), expected a dense tensor with values"]
+    if isinstance(value, torch.Tensor) and is_freed(value):
+        return [f"{half} has no values: the model it is of sleeps. Wake that first"]
     if (tuple(value.shape), found) == (tuple(live.shape), expected):
         return []
     shapes = f"{found} {tuple(value.shape)}, expected {expected} {tuple(live.shape)}"

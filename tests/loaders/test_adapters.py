@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError, open_checkpoint
@@ -278,6 +280,16 @@ def test_layers_to_transform_choose_layers(layers, expected):
     assert [layer for layer in (0, 1) if config.targets(f"model.layers.{layer}.self_attn.q_proj")] == expected
 
 
+@pytest.mark.parametrize("pattern", ["layers|h", ["layers|h"], "h|layers"])
+def test_a_pattern_of_layers_that_finds_no_number_targets_nothing_as_in_peft(pattern):
+    document = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    chosen = {"layers_to_transform": [0, 1], "layers_pattern": pattern}
+    config, _ = read_adapter_config(document | chosen)
+    theirs = LoraConfig(target_modules=["q_proj"], **chosen)
+    for name in ("model.layers.0.self_attn.q_proj", "model.h.1.self_attn.q_proj"):
+        assert config.targets(name) == bool(check_target_module_exists(theirs, name)), name
+
+
 def test_every_linear_layer_embedding_and_head_is_a_site(base):
     found = sites_of(open_checkpoint(base).config)
     assert {site.path for site in found.low_rank.values() if not site.is_plain} == {"model.embed_tokens", "lm_head"}
@@ -311,6 +323,14 @@ def test_names_that_mean_nothing_are_told_of_also_where_they_are_there_twice(bas
     ones = np.ones((2, 2), np.float32)
     edit(adapter, lambda tensors: tensors.update({"junk.modules_to_save.weight": ones, "junk.weight": ones}))
     assert any("'junk.weight' is unexpected" in problem for problem in problems(base, adapter))
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"])
+def test_a_tensor_called_as_a_module_is_unexpected(base, adapter, module):
+    edit(adapter, lambda tensors: tensors.update({PREFIX + module: np.ones((2, 2), np.float32)}))
+    assert problems(base, adapter) == (
+        f"tensor {PREFIX + module!r} is unexpected: adapter_config.json does not target it",
+    )
 
 
 def test_a_server_that_is_asked_in_vain_is_not_a_file_that_is_gone(base, adapter, monkeypatch):

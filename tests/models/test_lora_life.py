@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import jax_models
 import torch_models
-from loaders import CheckpointError, open_checkpoint
+from loaders import CheckpointError, merging, open_checkpoint
 from loaders.adapters import open_adapter
 from parity import cli
 from parity.backends import open_backend
@@ -283,19 +284,82 @@ def test_where_a_failed_attach_cannot_be_undone_either_no_adapter_is_left(made, 
 
 
 @pytest.mark.parametrize("side", BACKENDS)
+def test_a_merge_that_fails_half_way_leaves_the_weights_as_they_were_wherever_they_came_from(made, side, monkeypatch):
+    path, adapter, _ = made("qwen3")
+    model = load(side, path).attach_lora(adapter)
+    given, before, version = batch(path), model.digests(), model.version
+    logits = np.asarray(model(**given)).copy()
+    whole, count = merging.merged, iter(range(1000))
+
+    def fails(*args):
+        if next(count) == 2:
+            raise MemoryError("no room")
+        return whole(*args)
+
+    monkeypatch.setattr(merging, "merged", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        model.merge_lora()
+    monkeypatch.undo()
+    assert (model.version, model.digests()) == (version, before)
+    np.testing.assert_array_equal(np.asarray(model(**given)), logits)
+    merged = model.merge_lora()
+    assert merged.digests() != before
+    assert merged.unmerge_lora().digests() == before
+
+
+def test_a_merge_that_can_neither_be_finished_nor_undone_can_be_undone_later(made, monkeypatch):
+    path, adapter, _ = made("qwen3")
+    model = load("torch", path).attach_lora(adapter)
+    before = model.digests()
+    staging = importlib.import_module("torch_models.staging").DeviceStaging
+    send, count = staging.send, iter(range(1000))
+
+    def fails(self, *args):
+        if next(count) >= 2:
+            raise RuntimeError("the device is gone")
+        send(self, *args)
+
+    monkeypatch.setattr(staging, "send", fails)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        model.merge_lora()
+    with pytest.raises(RuntimeError, match="refuses to run: .* Call unmerge_lora again"):
+        model(**batch(path))
+    monkeypatch.undo()
+    assert model.unmerge_lora().digests() == before
+
+
+@pytest.mark.parametrize("side", BACKENDS)
+def test_a_bad_name_is_told_before_what_is_merged(made, side):
+    path, adapter, _ = made("qwen3")
+    with pytest.raises(ValueError, match="name is '', expected the adapter's name"):
+        load(side, path).attach_lora(adapter).merge_lora().attach_lora(adapter, "")
+
+
+def test_a_torch_model_under_adapters_is_pickled_with_them(made):
+    path, adapter, other = made("qwen3")
+    model = load("torch", path).attach_lora(adapter, "a")
+    given = batch(path)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**given), model(**given))
+    assert again.attach_lora(other, "b").detach_lora("a").detach_lora("b").digests() == model.digests()
+    assert list(model.adapters) == ["a"]
+
+
+@pytest.mark.parametrize("side", BACKENDS)
 @pytest.mark.parametrize(
     ("act", "told"),
     [
         (lambda model, given: model(**given, adapter="a"), "no adapter is called 'a'. Attached: none"),
         (lambda model, given: model(**given, adapter=5), "adapter has 5, expected a name, or for each row a name or"),
         (lambda model, given: model(**given, adapter=[None, b"a", None]), "adapter has b'a', expected a name"),
+        (lambda model, given: model(**given, adapter=np.asarray("a")), r"adapter has array\('a'.*, expected a name"),
         (lambda model, given: model.attach_lora("nowhere", ""), "name is '', expected the adapter's name"),
         (lambda model, given: model.attach_lora("nowhere", None), "name is None, expected the adapter's name"),
         (lambda model, given: model.detach_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.merge_lora(), "no adapter is called 'default'"),
         (lambda model, given: model.unmerge_lora(), "no adapter is merged"),
     ],
-    ids=["run", "number", "bytes", "empty", "nameless", "detach", "merge", "unmerge"],
+    ids=["run", "number", "bytes", "no rows", "empty", "nameless", "detach", "merge", "unmerge"],
 )
 def test_what_cannot_be_meant_is_refused(made, side, act, told):
     path, _, _ = made("qwen3")

@@ -10,6 +10,7 @@ from several import error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
+from parity.zoo_adapters import make_adapter
 from parity.zoo_pictures import pictures
 
 
@@ -28,10 +29,13 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     shared = model.get_embed_and_head()[0]
     embed = shared.full_tensor().clone()
     turned = embed.flip(0)
+    embeds = np.ones((*inputs["input_ids"].shape, model.config.hidden_size), np.float32)
     seeing = torch_models.load(job["seeing"], mesh=mesh)
     shown = pictures(seeing.config)
     pixels, grid = shown["pixel_values"], shown["image_grid_thw"]
     drafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True)
+    drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {rank}"), "a")
+    last = torch_models.load(first, mesh=mesh, stage=(1, 2))
     ids = inputs["input_ids"] % drafting.config.vocab_size
     calls = {
         "other pixels": lambda: seeing.get_image_features(pixels + rank, grid),
@@ -49,6 +53,12 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "rows of a call": lambda: model(**inputs, adapter=["a", (None, "a")[rank]]),
         "other room": lambda: model.prefill(**inputs, max_new_tokens=4 + 400 * rank),
         "other rows": lambda: model.prefill(**inputs, adapter=["a", (None, "a")[rank]]),
+        "a level": lambda: model.with_taps(**inputs, level=("layers", "modules")[rank]),
+        "what goes in": lambda: model.with_taps(**inputs, inject={f"model.layers.{rank}": embeds}),
+        "other hidden states": lambda: last(hidden_states=embeds + rank),
+        "rows of a draft": lambda: drafting.generate(ids, adapter=["a", (None, "a")[rank]], draft=drafting.draft),
+        "other values": lambda: model.with_taps(**inputs, inject={"model.norm": embeds * (1 + rank)}),
+        "another token": lambda: model.decode(np.array([3 + rank, 5]), model.prefill(**inputs, max_new_tokens=4)[1]),
         "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=rank),
         "an end": lambda: model.generate(**inputs, ignore_eos=bool(rank)),
         "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),

@@ -358,6 +358,9 @@ def test_a_sleeping_model_refuses_everything(model: torch_models.Model, pair: li
         "reload": lambda: model.update_weights_from_disk(pair[1]),
         "export": lambda: model.export(tmp_path / "out"),
         "digests": model.digests,
+        "halves": model.get_embed_and_head,
+        "a copy": lambda: copy.deepcopy(model),
+        "a pickle": lambda: pickle.dumps(model),
     }
     for what, call in refused.items():
         with pytest.raises(RuntimeError, match=r"the model sleeps, .*: call wake\(\) first"):
@@ -365,6 +368,13 @@ def test_a_sleeping_model_refuses_everything(model: torch_models.Model, pair: li
     model.wake()
     with pytest.raises(ValueError, match="Run prefill again"):
         model.decode([1, 2, 3], cache)
+    embed, head = model.get_embed_and_head()
+    model.sleep()
+    other = torch_models.load(pair[1])
+    before = other.digests()
+    with pytest.raises(ValueError, match="embed has no values: the model it is of sleeps.*head has no values"):
+        other.set_embed_and_head(embed, head)
+    assert other.digests() == before
 
 
 def test_sleep_invalidates_every_graph_that_saw_the_storage(model: torch_models.Model) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -159,6 +159,9 @@ class Wrapper(nn.Module):
             object.__setattr__(other, name, copy.deepcopy(getattr(self, name), memo))
         return other
 
+    def __reduce__(self) -> Any:
+        return _wrapped, (type(self), self.base_layer, {name: getattr(self, name) for name in type(self).__slots__})
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.base_layer)})
 
@@ -167,6 +170,15 @@ class Wrapper(nn.Module):
             if name in self.__dict__[holder]:
                 return self.__dict__[holder][name]
         return getattr(self._held.module, name)
+
+
+def _wrapped(kind: type[Wrapper], base_layer: nn.Module, slots: Mapping[str, Any]) -> Wrapper:
+    """A wrapper that was pickled."""
+    found = kind.__new__(kind)
+    Wrapper.__init__(found, base_layer)
+    for name, value in slots.items():
+        object.__setattr__(found, name, value)
+    return found
 
 
 @dataclass(frozen=True)
