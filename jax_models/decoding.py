@@ -120,12 +120,14 @@ class Decoding:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
         model.check_runnable()
+        if not isinstance(cache, VersionedCache):
+            raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
         if cache.weights_id is not model.weights_id:
             raise ValueError(
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
                 f" at {model.version}). Run prefill again."
             )
-        ids_B1 = check_next(token_ids, rows=cache.arrays.position.shape[0], vocab_size=model.config.vocab_size)
+        ids_B1 = check_next(model.config, token_ids, rows=cache.arrays.position.shape[0])
         if int(cache.arrays.length) >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return ids_B1

@@ -354,8 +354,7 @@ class Model(Decoding, Adapted, Seeing):
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(multimodal or {}, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        limits = {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
-        return x_BTD, check_text(tokens, attention_mask, position_ids, **limits)
+        return x_BTD, check_text(self.config, tokens, attention_mask, position_ids)
 
     def _here(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states from a stage on other devices, on those of this one."""

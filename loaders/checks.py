@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from loaders.errors import brief
@@ -17,12 +17,20 @@ def size_problems(config: Any, may_be_less: Collection[str] = ()) -> list[str]:
         for name, value in vars(config).items()
         if type(value) is int and value < 1 and name not in ("pad_token_id", *may_be_less)
     ]
-    pad = config.pad_token_id
-    if pad is not None and not -(2**31) <= pad < 2**31:
-        found.append(f"config.json: pad_token_id is {pad}, expected an integer of 32 bits")
+    found += token_problems("config.json", "pad_token_id", [] if config.pad_token_id is None else [config.pad_token_id])
+    found += token_problems("config.json", "eos_token_id", config.eos_token_id)
     if config.num_hidden_layers > MOST_LAYERS:
         found.append(f"config.json: num_hidden_layers is {config.num_hidden_layers}, expected at most {MOST_LAYERS}")
     return found
+
+
+def token_problems(file: str, name: str, ids: Iterable[object]) -> list[str]:
+    """Ids that are no integers, or so large that no token is called so."""
+    return [
+        f"{file}: {name} is {brief(one)}, expected an integer of 32 bits"
+        for one in ids
+        if type(one) is not int or not -(2**31) <= one < 2**31
+    ]
 
 
 def multiple_problems(**sizes: int) -> list[str]:

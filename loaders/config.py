@@ -229,6 +229,11 @@ def read_rope(
             for key, bound in least.items()
             if (value := getattr(found, key)) is not None and not value > bound
         ]
+        more += [
+            f"config.json: rope option {key} is {value}, expected 0 (its default) or more"
+            for key in ("beta_fast", "beta_slow")
+            if (value := getattr(found, key)) is not None and value < 0
+        ]
     return (None if problems or more else found), problems + more
 
 

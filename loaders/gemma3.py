@@ -63,6 +63,11 @@ class Gemma3Config:
     is_recurrent = False
 
     @property
+    def needs_whole_rows(self) -> bool:
+        """A window counts masked tokens."""
+        return SLIDING in self.layer_types
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that turn: all."""
         return self.head_dim
@@ -123,13 +128,16 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Gemma
         problems.append(f"config.json: {found} is not implemented, expected False")
     if (kept := spelled.pop("cache_implementation", None)) not in (None, "hybrid"):
         problems.append(f"config.json: cache_implementation {brief(kept)} is not known, expected 'hybrid'")
-    private = spelled.pop("_sliding_window_pattern", None)
+    private = spelled.pop("_sliding_window_pattern", None)  # which transformers writes, and does not read
     pattern = spelled.pop("sliding_window_pattern", None)
-    pattern = private if pattern is None else pattern
     pattern = DEFAULT_PATTERN if pattern is None else pattern
-    if type(pattern) is not int or pattern < 1:
-        problems.append(f"config.json: sliding_window_pattern is {brief(pattern)}, expected an integer of at least 1")
-        pattern = DEFAULT_PATTERN
+    if type(private) is int and private != pattern and spelled.get("layer_types") is None:
+        read = f"transformers reads {brief(pattern)} then. Give layer_types"
+        problems.append(f"config.json: _sliding_window_pattern is {brief(private)} without layer_types: {read}")
+    for key, given in (("sliding_window_pattern", pattern), ("_sliding_window_pattern", private)):
+        if given is not None and (type(given) is not int or given < 1):
+            problems.append(f"config.json: {key} is {brief(given)}, expected an integer of at least 1")
+            pattern = DEFAULT_PATTERN
     if spelled.get("layer_types") is None:
         layers = spelled.get("num_hidden_layers")
         few = layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0
@@ -161,7 +169,7 @@ def _ropes(document: dict[str, Any]) -> tuple[dict[str, RopeParameters], list[st
             problems.append(f"config.json: rope_parameters[{kind!r}] is {brief(given)}, expected an object")
             continue
         given = dict(given)
-        for key, value in (factor or {}).items():
+        for key, value in (factor or {}).items():  # with `type` too, beside which transformers keeps its default
             if given.setdefault(key, value) != value:
                 problems.append(f"config.json: rope_scaling and rope_parameters[{kind!r}] disagree about {brief(key)}")
         if base is not None and given.setdefault("rope_theta", base) != base:

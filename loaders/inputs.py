@@ -13,6 +13,7 @@ from loaders.digest import short_digest
 
 if TYPE_CHECKING:
     from loaders.multimodal import VisionInputs
+    from loaders.spec import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,33 +73,33 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 
 
 def check_text(
-    input_ids: object, attention_mask: object, position_ids: object, *, vocab_size: int, is_multi_axis: bool = False
+    config: ModelConfig, input_ids: object, attention_mask: object = None, position_ids: object = None
 ) -> ModelInputs:
     """Check and complete what a caller gave.
 
     Args:
+        config: of the model.
         input_ids: integers [B, T], each in [0, vocab_size).
         attention_mask: [B, T] of 0 and 1 (1 = real, padding on either side); None: all real.
-        position_ids: integers [B, T], not negative; None: counted over the real tokens of each row.
-        vocab_size: of the model.
-        is_multi_axis: [3, B, T] is allowed too, and [4, B, T], whose first row, of text alone, is left out.
+        position_ids: integers [B, T], not negative; None: counted over the real tokens of each row. Where the rotary
+            embedding has several axes also [3, B, T], or [4, B, T], whose first row, of text alone, is left out.
     Raises:
         ValueError: listing everything that is wrong.
     """
-    ids = np.asarray(input_ids)
+    ids, vocab_size = as_array("input_ids", input_ids), config.vocab_size
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(f"input_ids is {ids.dtype} {ids.shape}, expected integers [B, T] with B, T >= 1")
     problems = []
     bad = ids[(ids < 0) | (ids >= vocab_size)]
     if bad.size:
         problems.append(f"input_ids holds {bad.size} ids outside 0..{vocab_size - 1}, the first {bad[0]}")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else as_array("attention_mask", attention_mask)
     if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
         problems.append(f"attention_mask {mask.shape} must be 0 or 1 and have the shape of input_ids {ids.shape}")
         mask = np.ones(ids.shape, bool)
     mask = mask.astype(bool)
-    positions = positions_of(mask) if position_ids is None else np.asarray(position_ids)
-    shapes = [ids.shape, (3, *ids.shape), (4, *ids.shape)] if is_multi_axis else [ids.shape]
+    positions = positions_of(mask) if position_ids is None else as_array("position_ids", position_ids)
+    shapes = [ids.shape, (3, *ids.shape), (4, *ids.shape)] if config.is_multi_axis else [ids.shape]
     if positions.shape not in shapes or positions.dtype.kind not in "iu" or not _fit(positions):
         problems.append(
             f"position_ids is {positions.dtype} {positions.shape}, expected int32 values >= 0 of the shape of input_ids"
@@ -110,18 +111,48 @@ def check_text(
     return ModelInputs(ids.astype(np.int32), mask, axes.astype(np.int32))
 
 
-def check_next(token_ids: object, *, rows: int, vocab_size: int) -> np.ndarray:
+def check_next(config: ModelConfig, token_ids: object, *, rows: int) -> np.ndarray:
     """What a row each is continued by, int32 [B, 1].
 
     Raises:
         ValueError: they are no integers, not as many as there are rows, or outside [0, vocab_size).
     """
-    ids = np.asarray(token_ids)
+    ids = as_array("token_ids", token_ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"token_ids is {ids.dtype} {ids.shape}, expected integers [B]")
     if ids.shape not in ((rows,), (rows, 1)):
         raise ValueError(f"{ids.size} tokens for a cache of {rows} rows, as {ids.shape}: expected [B] or [B, 1]")
-    return check_text(ids.reshape(-1, 1), None, None, vocab_size=vocab_size).input_ids
+    return check_text(config, ids.reshape(-1, 1)).input_ids
+
+
+def as_array(name: str, value: object) -> np.ndarray:
+    """What a caller gave as NumPy has it.
+
+    Raises:
+        ValueError: its rows have different lengths, or NumPy cannot read it.
+    """
+    try:
+        return np.asarray(value)
+    except ValueError:
+        how = "Pad them to one length, and say in attention_mask, as 0, where that is"
+        raise ValueError(f"{name} has rows of different lengths, expected an array. {how}.") from None
+    except TypeError as error:  # another framework's bfloat16, or its device's
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, which NumPy cannot read: {error}. Give an array of NumPy."
+        ) from error
+
+
+def hole_problems(config: ModelConfig, mask_BT: np.ndarray) -> list[str]:
+    """Why a cache, which leaves masked tokens out, would not say what all tokens at once do."""
+    if not config.needs_whole_rows:
+        return []
+    started, ended = np.cumsum(mask_BT, axis=1) > 0, np.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1] > 0
+    holes = np.argwhere(~mask_BT & started & ended)
+    if not len(holes):
+        return []
+    row, step = holes[0]
+    where = f"attention_mask masks {len(holes)} tokens among real ones, the first in row {row} at {step}"
+    return [f"{where}: windows and states see them pass, and a cache leaves them out. Give rows without them"]
 
 
 def _fit(positions: np.ndarray) -> bool:

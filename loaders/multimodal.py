@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.inputs import ModelInputs, check_text, left_aligned, left_padded
+from loaders.inputs import ModelInputs, as_array, check_text, hole_problems, left_aligned, left_padded
 from loaders.spec import ModelConfig
 from loaders.vision import VisionConfig
 from loaders.vision_grid import Grid, Patches, patches_of
@@ -58,7 +58,7 @@ def shown_of(given: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]
         raise TypeError(f"unexpected inputs {unknown}, expected some of {', '.join(NAMES)}")
     shown = {name: value for name, value in given.items() if value is not None}
     if set(shown) == {TYPES}:
-        types = np.asarray(shown[TYPES])
+        types = as_array(TYPES, shown[TYPES])
         if types.shape == shape and types.dtype.kind in "iu" and not types.any():
             return {}
     return shown
@@ -74,7 +74,7 @@ def placeholders(config: VisionConfig, ids_BT: np.ndarray, types: Any) -> tuple[
     by_token_BT = np.where(ids_BT == config.video_token_id, VIDEO, by_token_BT)
     if types is None:
         return by_token_BT, []
-    types_BT = np.asarray(types)
+    types_BT = as_array(TYPES, types)
     if types_BT.shape != ids_BT.shape or types_BT.dtype.kind not in "iu" or not np.isin(types_BT, (0, 1, 2)).all():
         found = f"mm_token_type_ids is {types_BT.dtype} {types_BT.shape}"
         return by_token_BT, [f"{found}, expected 0 (text), 1 (image) or 2 (video) of shape {ids_BT.shape}"]
@@ -114,12 +114,11 @@ def check_inputs(
         TypeError: an input by a name that is none of ``NAMES``.
         ValueError: listing everything that is wrong.
     """
-    limits = {"vocab_size": config.vocab_size, "is_multi_axis": config.is_multi_axis}
-    ids = np.asarray(input_ids)
+    ids = as_array("input_ids", input_ids)
     shown = shown_of(given, ids.shape)
     if not shown or ids.ndim != 2 or ids.dtype.kind not in "iu":
-        checked = check_text(input_ids, attention_mask, position_ids, **limits)
-        return checked.left_aligned() if is_prompt else checked
+        checked = check_text(config, ids, attention_mask, position_ids)
+        return _prompt(config, checked) if is_prompt else checked
     if config.vision is None or not has_tower:
         why = (
             "was loaded without its vision tower" if config.vision is not None else f"({config.architecture}) has none"
@@ -128,15 +127,22 @@ def check_inputs(
     types_BT, problems = placeholders(config.vision, ids, shown.get(TYPES))
     # a placeholder's own embedding is never used: any number will do, the lookup must only be legal
     legal = np.where(types_BT != TEXT, np.clip(ids, 0, config.vocab_size - 1), ids)
-    checked = check_text(legal, attention_mask, position_ids, **limits)
+    checked = check_text(config, legal, attention_mask, position_ids)
     if is_prompt:
-        types_BT, checked = left_aligned(types_BT, checked.attention_mask), checked.left_aligned()
+        types_BT, checked = left_aligned(types_BT, checked.attention_mask), _prompt(config, checked)
     vision, more = _seen(config.vision, types_BT, checked.attention_mask, shown)
     if problems + more:
         raise ValueError("; ".join(problems + more))
     if vision is not None and position_ids is None:
         return dataclasses.replace(checked, position_ids=vision.position_ids, vision=vision)
     return dataclasses.replace(checked, vision=vision)
+
+
+def _prompt(config: ModelConfig, checked: ModelInputs) -> ModelInputs:
+    """Rows as a cache takes them, every row's real tokens at its end."""
+    if problems := hole_problems(config, checked.attention_mask):
+        raise ValueError("; ".join(problems))
+    return checked.left_aligned()
 
 
 def rope_index(
@@ -204,9 +210,9 @@ def _checked(
         both = (pixel_name, grid_name) if values is None else (grid_name, pixel_name)
         return None, [f"{both[0]} is missing beside {both[1]}. The processor gives both."]
     try:
-        pixels_AX, grid_thw = np.asarray(values), np.asarray(grid)
-    except TypeError as error:  # another framework's bfloat16
-        return None, [f"{pixel_name} is {type(values).__name__}, which NumPy cannot read: {error}. Give float32."]
+        pixels_AX, grid_thw = as_array(pixel_name, values), as_array(grid_name, grid)
+    except ValueError as error:
+        return None, [str(error)]
     problems = []
     if grid_thw.ndim != 2 or grid_thw.shape[1:] != (3,) or grid_thw.dtype.kind not in "iu" or (grid_thw < 1).any():
         return None, [f"{grid_name} is {grid_thw.dtype} {grid_thw.shape}, expected integers of 1 and more, [images, 3]"]

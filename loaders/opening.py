@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
+from loaders.checks import token_problems
 from loaders.config import config_from_json
-from loaders.errors import CheckpointError, brief
+from loaders.errors import CheckpointError
 from loaders.files import read_files
 from loaders.index import INDEX, merged, read_headers, safetensors_files, weight_map
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
@@ -84,10 +85,6 @@ def _read_documents(
 def _generation_problems(generation: dict[str, Any]) -> list[str]:
     found = generation.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    problems = []
-    if not all(type(token) is int for token in ids):
-        problems.append(f"{GENERATION}: eos_token_id is {brief(found)}, expected an integer or a list of integers")
     pad = generation.get("pad_token_id")
-    if pad is not None and not (type(pad) is int and -(2**31) <= pad < 2**31):
-        problems.append(f"{GENERATION}: pad_token_id is {brief(pad)}, expected an integer of 32 bits")
-    return problems
+    problems = token_problems(GENERATION, "eos_token_id", ids)
+    return problems + token_problems(GENERATION, "pad_token_id", [] if pad is None else [pad])

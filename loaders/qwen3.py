@@ -24,6 +24,7 @@ from loaders.quantization import Quantization
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+ABSENT_WINDOW = 4096  # transformers' where layers slide and no window is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Qwen3Config:
     pad_token_id: int | None = field(default=None, compare=False)
     quantization: Quantization | None = None  # of the whole checkpoint, not a key of this document
 
+    absent_kv_heads = 32  # what transformers takes a file for that does not name them; null: as many as of queries
     text_paths = ("model",)
     num_mtp_layers = 0
     is_multi_axis = False
@@ -66,6 +68,11 @@ class Qwen3Config:
     def is_sparse(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` routes to experts."""
         return False
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """A window counts masked tokens."""
+        return SLIDING in self.layer_types
 
     def rope(self, layer: int) -> RopeParameters:
         """Rotary embedding of ``layer``: one for all."""
@@ -117,6 +124,8 @@ class Qwen3MoeConfig(Qwen3Config):
     decoder_sparse_step: int
     mlp_only_layers: tuple[int, ...] = ()
 
+    absent_kv_heads = 4
+
     def is_sparse(self, layer: int) -> bool:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
@@ -151,12 +160,14 @@ def read_text(
     if isinstance(document.get("eos_token_id"), int):
         spelled["eos_token_id"] = [document["eos_token_id"]]
     if document.get("num_key_value_heads") is None:
-        spelled["num_key_value_heads"] = _or_one(document.get("num_attention_heads"))
+        heads = _or_one(document.get("num_attention_heads"))
+        spelled["num_key_value_heads"] = heads if "num_key_value_heads" in document else kind.absent_kv_heads
     if document.get("head_dim") is None:
         # what absence means differs: Qwen3Config has a field with 128, Qwen3MoeConfig has none and its model divides
         spelled["head_dim"] = _or_one(_divided(document, "hidden_size", "num_attention_heads")) if is_moe else 128
     if not document.get("use_sliding_window"):
         spelled["sliding_window"] = None
+    spelled.setdefault("sliding_window", ABSENT_WINDOW)
     if is_moe and "num_local_experts" in document:  # how transformers 5 spells it
         local = spelled.pop("num_local_experts")
         if spelled.setdefault("num_experts", local) != local:

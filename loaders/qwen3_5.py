@@ -99,6 +99,11 @@ class Qwen3_5Config:
         return LINEAR in self.layer_types
 
     @property
+    def needs_whole_rows(self) -> bool:
+        """A state goes by masked tokens, as its convolution does."""
+        return self.is_recurrent
+
+    @property
     def num_mtp_layers(self) -> int:
         return self.mtp_num_hidden_layers
 

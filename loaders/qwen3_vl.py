@@ -27,6 +27,7 @@ class Qwen3VLConfig(Qwen3Config):
 
     vision: VisionConfig | None
 
+    absent_kv_heads = 32
     text_paths = ("model.language_model",)
     is_multi_axis = True
 
@@ -43,6 +44,7 @@ class Qwen3VLMoeConfig(Qwen3MoeConfig):
 
     vision: VisionConfig | None
 
+    absent_kv_heads = 16
     text_paths = ("model.language_model",)
     is_multi_axis = True
 

@@ -47,6 +47,8 @@ class SamplingParams:
         if self.top_p is not None and (share is None or not 0 < share <= 1):
             problems.append(f"top_p={self.top_p!r}, expected in (0, 1]")
         problems += _whole("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool | np.bool_):
+            problems.append(f"ignore_eos={self.ignore_eos!r}, expected True or False")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -62,6 +62,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def needs_whole_rows(self) -> bool:
+        """Whether a masked token among a row's others is not the same as none: a window counts it, a state goes by."""
+        ...
+
+    @property
     def num_mtp_layers(self) -> int:
         """Layers of the multi-token-prediction draft; 0: the family has none."""
         ...

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.inputs import ModelInputs
+from loaders.inputs import ModelInputs, hole_problems
 from loaders.multimodal import TEXT, TYPES, placeholders, shown_of
 from loaders.spec import ModelConfig
 
@@ -99,6 +99,7 @@ def stepwise(
     if not 1 <= steps < least:
         where = f"row {int(tokens_B.argmin())} has {least} real tokens, and one must be left as its prompt"
         problems.append(f"decode={steps}, expected 1 to {least - 1}: {where}")
+    problems += hole_problems(config, mask_BT)
     if shown and config.vision is not None:
         types_BT, _ = placeholders(config.vision, np.asarray(input_ids), shown.get(TYPES))
         types_BT = np.take_along_axis(types_BT, order_BT, axis=1)

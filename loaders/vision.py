@@ -110,6 +110,8 @@ class VisionConfig:
             found.append(f"{own}hidden_act {brief(self.hidden_act)} is not implemented. Known: {known}")
         if self.head_dim % 4:
             found.append(f"{own}a head has {self.head_dim} dimensions; two axes of rotary pairs need a multiple of 4")
+        if not self.rope_theta > 1:
+            found.append(f"{own}rope_theta is {self.rope_theta}, expected more than 1")
         if self.out_hidden_size != text_size:
             sizes = f"out_hidden_size is {self.out_hidden_size}, expected {text_size}"
             found.append(f"{own}{sizes} as the text model's hidden_size")
@@ -133,8 +135,10 @@ def read_vision(
         levels: the family's ``deepstack_visual_indexes``; None: it has none, whatever the file says.
         tokens: the family's ``image_token_id`` and ``video_token_id``.
     """
-    given = document.get("vision_config")
-    if given is None or document.get("language_model_only"):
+    given, is_text_alone = document.get("vision_config"), document.get("language_model_only")
+    if not isinstance(is_text_alone, bool | None):
+        return None, [f"config.json: language_model_only is {brief(is_text_alone)}, expected true or false"]
+    if given is None or is_text_alone:
         return None, []
     if not isinstance(given, dict):
         return None, [f"config.json: vision_config is {brief(given)}, expected an object"]
@@ -146,15 +150,18 @@ def read_vision(
     problems = []
     if rope is not None:
         theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-        if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or set(rope) > _AXIAL:
+        if not isinstance(rope, dict) or rope.get("rope_type", "axial") not in _AXIAL_TYPES or set(rope) - _AXIAL:
             problems.append(f"rope_parameters {brief(rope)} is not implemented, expected rope_type 'axial'")
-        plain |= {} if theta is None else {"rope_theta": theta}
+        if theta is not None and plain.setdefault("rope_theta", theta) != theta:
+            two = f"{brief(plain['rope_theta'])} beside {brief(theta)} in rope_parameters"
+            problems.append(f"rope_theta is {two}. Remove one.")
     config, more = read_fields(VisionConfig, plain | tokens)
     problems += [problem.removeprefix("config.json: ") for problem in more]
     return (None if problems else config), [f"config.json: vision_config: {problem}" for problem in problems]
 
 
 _AXIAL = {"rope_type", "rope_theta"}
+_AXIAL_TYPES = ("axial", "default")  # the latter in older files, for the same
 
 
 def vision_rules() -> tuple[Rule, ...]:

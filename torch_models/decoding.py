@@ -124,6 +124,8 @@ class Decoding:
         """
         model = self._model
         model.check_runnable()
+        if not isinstance(cache, Cache):
+            raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
         next_ids = partial(model.next_ids, token_ids, cache, rows=len(cache.position))
         ids_B1 = model.agreed("what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
         with torch.inference_mode(), cache.written():  # on a CPU half of an operation's overhead is what autograd asks
@@ -138,7 +140,7 @@ class Decoding:
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
                 f" at {model.version}). Run prefill again."
             )
-        ids_B1 = check_next(on_host(token_ids), rows=rows, vocab_size=model.config.vocab_size)
+        ids_B1 = check_next(model.config, on_host(token_ids), rows=rows)
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return model.long(ids_B1)

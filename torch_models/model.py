@@ -370,5 +370,4 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(given, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        limits = {"vocab_size": self.config.vocab_size, "is_multi_axis": self.config.is_multi_axis}
-        return x_BTD, check_text(tokens, mask, positions, **limits)
+        return x_BTD, check_text(self.config, tokens, mask, positions)

@@ -145,8 +145,8 @@ def _yarn(name: str, change: Callable[..., Any]) -> Callable[[], list[Patch]]:
     return lambda: [anew, *wrapped(f"layers.rotary:{name}", change)()]
 
 
-def _unshifted(original: Any, ids: Any, mask: Any, positions: Any, **kwargs: Any) -> Any:
-    checked = original(ids, mask, positions, **kwargs)
+def _unshifted(original: Any, *given: Any, **options: Any) -> Any:
+    checked = original(*given, **options)
     counted = np.broadcast_to(np.arange(checked.input_ids.shape[1], dtype=np.int32), checked.input_ids.shape)
     return dataclasses.replace(checked, position_ids=counted)
 
@@ -254,17 +254,17 @@ ATTENTION: list[Mutant] = [
     _attention(
         "left_pads_counted",
         "parity 12",
-        wrapped("model:check_text", _unshifted),
+        wrapped("model:check_inputs", _unshifted),
         "positions counted over padding too",
         equivalent=_RELATIVE,
     ),
     _attention(
         "left_pads_counted_in_prefill",
         "parity 12",
-        wrapped("model:check_text", _unshifted),
+        wrapped("model:check_inputs", _unshifted),
         "positions counted over padding in the whole prompt, over real tokens when decoding",
         detector=decode,
-        equivalent="prefill moves rows to the end and counts positions itself, whatever check_text said",
+        equivalent="prefill moves rows to the end and counts positions itself, whatever was said of the whole prompt",
     ),
     _attention(
         "yarn_factor_dropped",

@@ -212,7 +212,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "stop token is text": (
         {"model.safetensors": ONE_TENSOR, "generation_config.json": {"eos_token_id": ["</s>"]}},
-        ["generation_config.json: eos_token_id is ['</s>'], expected an integer or a list of integers"],
+        ["generation_config.json: eos_token_id is '</s>', expected an integer of 32 bits"],
     ),
     "generation config is not JSON": (
         {"model.safetensors": ONE_TENSOR, "generation_config.json": b"{"},
@@ -275,7 +275,7 @@ def test_all_problems_of_a_checkpoint_are_in_one_error(tmp_path: Path) -> None:
         "config.json: hidden_size is 'eight', expected an integer",
         "config.json: layer_types is 3, expected a list, each a string",
         "config.json: option 'new_option' = 1 is not implemented",
-        "generation_config.json: eos_token_id is 'two', expected an integer or a list of integers",
+        "generation_config.json: eos_token_id is 'two', expected an integer of 32 bits",
         f"extra.safetensors is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
         f"{B}: tensor 'c' has unknown dtype 'F31'. Known: {', '.join(sorted(dtypes.NAMES))}",
         f"{B}: tensor 'd' has shape [-1]; expected at most 8 integers, none negative, of product 2^48 or less",

@@ -67,6 +67,7 @@ def test_a_sparse_config_is_read_whole() -> None:
     assert (config.norm_topk_prob, config.decoder_sparse_step, config.mlp_only_layers) == (True, 1, (1,))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 REQUIRED = sorted(set(CONFIG) - {"architectures", "model_type", "num_key_value_heads", "head_dim", "rope_parameters"})
 REQUIRED_MOE = ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"]
 
@@ -118,6 +119,11 @@ def test_unknown_keys_are_all_named() -> None:
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected a list, each an integer"),
         ({"eos_token_id": [2, None]}, "eos_token_id is [2, None], expected a list, each an integer"),
         ({"pad_token_id": "0"}, "pad_token_id is '0', expected an integer or null"),
+        ({"eos_token_id": 2**63}, "eos_token_id is 9223372036854775808, expected an integer of 32 bits"),
+        ({"eos_token_id": [2, 2**31]}, "eos_token_id is 2147483648, expected an integer of 32 bits"),
+        ({"pad_token_id": 2**31}, "pad_token_id is 2147483648, expected an integer of 32 bits"),
+        ({"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": -1}}, "rope option beta_fast is -1.0, expected 0"),
+        ({"rope_parameters": YARN | {"rope_theta": 1e4, "beta_slow": -2}}, "rope option beta_slow is -2.0, expected 0"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected at most 10000"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries, expected num_hidden_layers=2"),
         ({"layer_types": [FULL, "linear_attention"]}, "layer_types ['linear_attention'] are not implemented"),
@@ -228,8 +234,6 @@ def test_a_giant_value_does_not_flood_its_error() -> None:
 
 # Both spellings
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-
 
 @pytest.mark.parametrize(
     ("new", "old"),
@@ -295,6 +299,19 @@ def test_an_absent_head_dim_means_what_each_architecture_means_by_it() -> None:
     assert read(changed(CONFIG, head_dim=GONE)).head_dim == 128
     assert read(changed(MOE_CONFIG, head_dim=GONE)).head_dim == 4
     assert read(changed(CONFIG, num_key_value_heads=None)).num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(CONFIG, TheirDense), (MOE_CONFIG, TheirMoe)], ids=["dense", "sparse"])
+def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(ours: dict[str, Any], theirs: type) -> None:
+    heads = {"num_attention_heads": 64, "num_key_value_heads": GONE}
+    document = changed(ours, **heads, use_sliding_window=True, max_window_layers=1, sliding_window=GONE)
+    given = {key: value for key, value in document.items() if key not in ("architectures", "model_type")}
+    config, expected = read(document), theirs(**given)
+    assert config.num_key_value_heads == expected.num_key_value_heads
+    assert config.sliding_window == expected.sliding_window == 4096
+    assert read(changed(document, sliding_window=None)).sliding_window is None
+    named = changed(document, layer_types=[FULL, SLIDING] if theirs is TheirDense else [SLIDING, SLIDING])
+    assert read(named).window(1) == 4096
 
 
 @pytest.mark.parametrize(

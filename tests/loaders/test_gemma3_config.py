@@ -270,6 +270,13 @@ def test_the_window_of_a_model_that_never_slides_may_be_null() -> None:
     assert read(CONFIG | {"sliding_window": None, "layer_types": [FULL] * 4}).window(0) is None
 
 
+def test_a_private_pattern_that_transformers_does_not_read_is_refused_where_it_would_matter() -> None:
+    without = {"layer_types": None, "sliding_window_pattern": None}
+    (problem,) = problems_of(CONFIG | without | {"_sliding_window_pattern": 2})
+    assert "_sliding_window_pattern is 2 without layer_types: transformers reads 6 then. Give layer_types" in problem
+    assert read(CONFIG | without | {"_sliding_window_pattern": 6}).layer_types == (SLIDING,) * 4
+
+
 def test_how_generation_ends() -> None:
     assert read(CONFIG).eos_token_id == (1,)
     assert read(CONFIG | {"eos_token_id": None}).eos_token_id == ()

@@ -235,7 +235,7 @@ def test_no_images_at_all_show_nothing():
 def test_pixels_that_numpy_cannot_read_are_named():
     given, ids = one_image([5, IMAGE, IMAGE, 6])
     given["pixel_values"] = torch.from_numpy(given["pixel_values"]).bfloat16()
-    with pytest.raises(ValueError, match="pixel_values is Tensor, which NumPy cannot read.*Give float32"):
+    with pytest.raises(ValueError, match="pixel_values is a Tensor, which NumPy cannot read"):
         check_inputs(CONFIG, ids, None, given=given)
 
 

@@ -149,6 +149,40 @@ def test_the_learned_grid_is_the_largest_square_there_is() -> None:
     assert read(seeing(vision=TOWER | {"num_position_embeddings": 50})).vision.grid_side == 7
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 50}, {"rope_theta": 50}])
+def test_a_towers_rotary_parameters_have_two_words_for_one_type(rope: dict[str, Any]) -> None:
+    axial = {"rope_type": "axial", "rope_theta": 50.0}
+    found = read(seeing(vision=TOWER | {"rope_parameters": rope}))
+    assert (
+        found
+        == read(seeing(vision=TOWER | {"rope_parameters": axial}))
+        == read(seeing(vision=TOWER | {"rope_theta": 50}))
+    )
+    assert found.vision.rope_theta == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope_parameters": {"rope_theta": 50, "factor": 4}}, "{'factor': 4, 'rope_theta': 50} is not implemented"),
+        ({"rope_parameters": {"foo": 1}}, "rope_parameters {'foo': 1} is not implemented, expected rope_type 'axial'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters {'rope_type': 'yarn'} is not implemented"),
+        ({"rope_parameters": {"rope_theta": 50}, "rope_theta": 60}, "rope_theta is 60 beside 50 in rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0.0, expected more than 1"),
+        ({"rope_theta": -1}, "rope_theta is -1.0, expected more than 1"),
+    ],
+)
+def test_rotary_parameters_a_tower_cannot_have_are_one_problem(changes: dict[str, Any], told: str) -> None:
+    (problem,) = problems_of(seeing(vision=TOWER | changes))
+    assert told in problem
+
+
+@pytest.mark.parametrize("said", ["false", [0], 1])
+def test_whether_a_checkpoint_is_text_alone_is_true_or_false(said: Any) -> None:
+    (problem, *_) = problems_of(seeing(language_model_only=said))
+    assert f"language_model_only is {said!r}, expected true or false" in problem
+
+
 def test_a_towers_activation_is_one_of_a_few() -> None:
     for name in ("gelu", "gelu_pytorch_tanh", "relu", "silu"):
         assert read(seeing(vision=TOWER | {"hidden_act": name})).vision.hidden_act == name

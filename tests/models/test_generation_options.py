@@ -80,6 +80,8 @@ def test_room_for_no_number_of_tokens_is_refused(model, max_new_tokens):
         {"seed": 1.5},
         {"seed": 2**70},
         {"seed": -1},
+        {"ignore_eos": "no"},
+        {"ignore_eos": None},
     ],
     ids=str,
 )
@@ -87,6 +89,45 @@ def test_an_option_of_another_kind_is_refused_by_name(model, option):
     ((name, _),) = option.items()
     with pytest.raises(ValueError, match=f"^{name}=[^;]*, expected [^;]*$"):
         model.generate(IDS, **{"temperature": 1.0} | option)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"input_ids": [[1, 2], [3]]}, "input_ids has rows of different lengths, .* Pad them to one length"),
+        ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1]]}, "attention_mask has rows of different"),
+    ],
+    ids=["tokens", "mask"],
+)
+def test_rows_of_different_lengths_are_told_to_be_padded(model, given, told):
+    for call in (model, model.prefill, model.generate):
+        with pytest.raises(ValueError, match=told):
+            call(**given)
+
+
+def test_a_cache_that_is_none_is_refused(model):
+    with pytest.raises(ValueError, match="cache is a NoneType, expected what prefill or the last step returned"):
+        model.decode(FURTHER, None)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-sliding", "qwen3_5"])
+def test_a_cache_says_what_all_tokens_at_once_do_or_the_mask_is_refused(package, name, tmp_path):
+    """A masked token among a row's others: windows count it, and a delta net's convolution; a cache leaves it out."""
+    model = package.load(make_checkpoint(name, tmp_path / "it"))
+    mask = np.ones(IDS.shape, np.int64)
+    mask[0, 2:4] = 0
+    whole = np.asarray(model(IDS, mask))[:, -1]
+    if name == "qwen3":
+        np.testing.assert_allclose(np.asarray(model.prefill(IDS, mask)[0]), whole, rtol=1e-4, atol=1e-4)
+        return
+    told = "attention_mask masks 2 tokens among real ones, the first in row 0 at 2"
+    for call in (model.prefill, model.generate, lambda ids, mask: model.with_taps(ids, mask, decode=1)):
+        with pytest.raises(ValueError, match=told):
+            call(IDS, mask)
+    mask[0] = (0, 0, 1, 1, 1, 0)  # padding on both sides is none
+    np.testing.assert_allclose(
+        np.asarray(model.prefill(IDS, mask)[0])[0], np.asarray(model(IDS, mask))[0, 4], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_numbers_of_numpy_are_those_numbers(model):
