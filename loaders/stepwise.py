@@ -98,7 +98,8 @@ def stepwise(
     least = int(tokens_B.min())
     if not 1 <= steps < least:
         where = f"row {int(tokens_B.argmin())} has {least} real tokens, and one must be left as its prompt"
-        problems.append(f"decode={steps}, expected 1 to {least - 1}: {where}")
+        bounds = f"expected 1 to {least - 1}: {where}" if least > 1 else f"but {where}"
+        problems.append(f"decode={steps}, {bounds}")
     problems += hole_problems(config, mask_BT)
     if shown and config.vision is not None:
         types_BT, _ = placeholders(config.vision, np.asarray(input_ids), shown.get(TYPES))

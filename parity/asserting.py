@@ -6,6 +6,7 @@ Needs no pytest. The plugin watches (``parity.watching``), so that every compari
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ def hold(
     if isinstance(oracle, Checkpoint):
         oracle = Oracle(oracle)
     is_run = [not isinstance(side, Trace | str | os.PathLike) for side in (a, b)]
+    is_default = inputs is None and all(is_run)
     if inputs is None and (any(is_run) or isinstance(oracle, Oracle)):
         inputs = _default_inputs(a, b, oracle)
     runs = [_trace(side, inputs) for side in (a, b)]
@@ -120,7 +122,7 @@ def hold(
         traces["oracle"] = oracle
     comparison = compare(runs[0], runs[1], traces.get("oracle"), oracle_b=traces.get("oracle_b"))
     held = Held(title or f"{runs[0].backend} against {runs[1].backend}", comparison, traces, is_asserted)
-    return held, tell(held) or _command(held)
+    return held, tell(held) or _command(held, is_default=is_default)
 
 
 def _trace(side: Any, inputs: Inputs | None) -> Trace:
@@ -150,10 +152,11 @@ def _default_inputs(a: Any, b: Any, oracle: Any) -> Mapping[str, np.ndarray]:
     return default_inputs(open_checkpoint(checkpoint))
 
 
-def _command(held: Held) -> str:
-    """What finds the same again outside of pytest."""
+def _command(held: Held, *, is_default: bool) -> str:
+    """What finds the same again outside of pytest. ``is_default``: the inputs are those of ``tandem run``."""
     a, b = held.traces["a"], held.traces["b"]
     uri, ours = a.meta.get("checkpoint"), {"jax", "torch"}
-    if uri and {a.backend, b.backend} <= ours and a.meta["dtype"] == b.meta["dtype"]:
-        return f"tandem run {uri} --a {a.backend} --b {b.backend} --dtype {a.meta['dtype']}"
+    is_plain = not any((trace.meta.get("precision") or {}).get("adapter") for trace in (a, b))
+    if is_default and is_plain and uri and {a.backend, b.backend} <= ours and a.meta["dtype"] == b.meta["dtype"]:
+        return f"tandem run {shlex.quote(uri)} --a {a.backend} --b {b.backend} --dtype {a.meta['dtype']}"
     return "Trace.save both, then: tandem compare a.trace b.trace --oracle oracle.trace"

@@ -138,7 +138,13 @@ def _digested(backend: Backend) -> dict[str, Any] | None:
 def given(inputs: Inputs) -> dict[str, np.ndarray]:
     """What of the inputs a trace keeps: ``input_ids`` and ``attention_mask`` [B, T]; no mask means all real."""
     ids, mask = np.asarray(inputs["input_ids"]), inputs.get("attention_mask")
-    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64) if mask is None else np.asarray(mask)}
+    return {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64) if mask is None else counted(mask)}
+
+
+def counted(mask: Any) -> np.ndarray:
+    """A mask of 0 and 1 as integers, where it is of floats or bools; another as it is."""
+    array = np.asarray(mask)
+    return array.astype(np.int64) if array.dtype.kind in "fb" and np.isin(array, (0, 1)).all() else array
 
 
 def _host(array: Any) -> np.ndarray:

@@ -128,8 +128,10 @@ def _open_jax(device: str | None) -> Framework:
 
     import jax_models
 
-    kind, _, index = (device or "").partition(":")
+    kind, separator, index = (device or "").partition(":")
     try:
+        if not (index.isdecimal() and kind if separator else True):
+            raise IndexError("expected a platform, or one and a number: cpu, tpu:1")
         found = jax.devices(kind or None)
         place = found[int(index or 0)]
     except (RuntimeError, IndexError) as error:

@@ -85,7 +85,12 @@ def rows_of(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Iterator[di
     """
     if Path(path).suffix != ".safetensors":
         longest = min(ROW_TOKENS, checkpoint.config.max_position_embeddings)
-        ids = token_ids(checkpoint, Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            told = f"{path} is not text in UTF-8 ({error}), and its name does not end in .safetensors"
+            raise ValueError(f"{told}. Give text, or an inputs file by that name.") from error
+        ids = token_ids(checkpoint, text)
         for start in range(0, len(ids), longest):
             yield {"input_ids": np.array([ids[start : start + longest]], np.int64)}
         return

@@ -25,7 +25,10 @@ def find_reasons(a: Trace, b: Trace, oracles: Mapping[str, Trace]) -> tuple[list
         reasons += _same_input(a, other, label)
         reasons += _same_weights(a, other, label)
         reasons += _same_shapes(a, other, label)
+    for label, oracle in oracles.items():
+        reasons += _same_adapter(a, oracle, label)
     notes = [note for label, trace in {"first": a, "second": b}.items() for note in _weights_notes(label, trace)]
+    notes += [note for label, oracle in oracles.items() for note in _oracle_notes(label, oracle)]
     if not a.tensors.keys() & b.tensors.keys() & set(trace_layout.activations(a.tensors)):
         reasons.append("the traces have no logits and no hidden states in common.")
     if not reasons:
@@ -145,6 +148,22 @@ def _generation_notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if counts[0] != counts[1]:
         return [f"{counts[0]} against {counts[1]} tokens were to be generated: the first {min(counts)} are compared."]
     return []
+
+
+def _oracle_notes(label: str, oracle: Trace) -> list[str]:
+    dtype = oracle.meta["dtype"]
+    if dtype == "float64":
+        return []
+    return [f"{label} ({oracle.backend}) computed in {dtype}, not float64: its own roundings are taken for the truth."]
+
+
+def _same_adapter(a: Trace, oracle: Trace, label: str) -> list[str]:
+    """An oracle that ran with another adapter than what it is to judge, where both say which."""
+    ours, its = precision(a), precision(oracle)
+    if "adapter" not in ours or "adapter" not in its or ours["adapter"] == its["adapter"]:
+        return []
+    said = " and ".join((one or "none")[:12] for one in (ours["adapter"], its["adapter"]))
+    return [f"adapter differs from {label}: {said}. Record all of them with one."]
 
 
 def _oracle_is_finite(oracle: Trace, label: str, mask: np.ndarray) -> list[str]:

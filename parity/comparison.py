@@ -129,7 +129,7 @@ class Comparison:
         for name in ("rows", "top1", "probes"):
             document[name] = [asdict(item) for item in document[name]]
         alike = [asdict(likeness) for likeness in self.nearest_mutant()]
-        return {"schema": 1, **_jsonable(document), "nearest_mutants": alike, "exit_code": self.exit_code}
+        return {"schema": 1, **jsonable(document), "nearest_mutants": alike, "exit_code": self.exit_code}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
@@ -205,11 +205,12 @@ class Comparison:
         return render_fragment(self)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A document as JSON can hold it: NaN and infinities as text, keys too."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

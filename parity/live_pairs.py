@@ -16,7 +16,7 @@ from parity.backends import open_backend
 from parity.compare import compare
 from parity.comparison import Comparison
 from parity.model_backend import ModelBackend, trace_names
-from parity.record import default_inputs
+from parity.record import default_inputs, load_model
 from parity.record_oracle import record_oracle
 from parity.reproduce import live_command
 from parity.ruler import Side
@@ -131,15 +131,13 @@ def live_pair(
     Raises:
         CheckpointError: the checkpoint cannot be loaded; lists everything.
         DeviceNotFound: a backend is not installed, or has no such device.
+        ValueError: ``weight_only`` for a checkpoint that is not quantised.
     """
     sides = []
     labels = (a, b) if a != b else (f"{a} (a)", f"{b} (b)")
     for name, label in zip((a, b), labels, strict=True):
         backend = open_backend(name, device)
-        model = backend.load(uri, dtype=dtype, weight_only=weight_only)
-        if adapter is not None:
-            with backend.scope():
-                model = model.attach_lora(adapter)
+        model = load_model(uri, backend, dtype=dtype, weight_only=weight_only, adapter=adapter)
         sides.append(ModelBackend(model, backend, label))
     given = default_inputs(sides[0].model.checkpoint) if inputs is None else inputs
     return LivePair(sides[0], sides[1], given, None if adapter is None else os.fspath(adapter))

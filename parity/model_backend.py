@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
+from loaders.adapter_updates import Adapter
 from loaders.inputs import left_aligned
 from loaders.multimodal import NAMES as MULTIMODAL
 from loaders.multimodal import TYPES, check_inputs, placeholders, shown_of
@@ -82,6 +83,8 @@ class ModelBackend:
             facts["decode"] = self.decode
         if self.max_new_tokens:
             facts |= {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
+        if (running := _running(model)) is not None and len(model.adapters) == 1 and model.roster.merged is None:
+            facts["adapter"] = running.source
         return BackendInfo(
             name=self.framework.name,
             dtype=dtype,
@@ -137,9 +140,14 @@ class ModelBackend:
 def _computed(model: Any) -> dict[str, Any]:
     """What of a model besides its weights decides on what it computes."""
     is_quantized = model.config.quantization is not None
-    adapters = {name: one.adapter.digest for name, one in model.adapters.items()}
+    running = _running(model)
     rounded = {"quantized_inputs": model.quantizes_inputs, "rounded_cache": model.rounds_cache}
-    return (rounded if is_quantized else {}) | ({"adapters": adapters} if adapters else {})
+    return (rounded if is_quantized else {}) | {"adapter": None if running is None else running.digest}
+
+
+def _running(model: Any) -> Adapter | None:
+    """What rows run with where nobody says: the adapter that came last."""
+    return next((one.adapter for one in reversed(model.adapters.values())), None)
 
 
 def _generated(

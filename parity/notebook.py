@@ -145,6 +145,8 @@ def _tensor(given: str, known: Mapping[str, np.ndarray], comparison: Comparison)
     path = given if given in modules else f"{comparison.text_path}.{given}"
     if given in known or path in modules:
         return modules.get(path, given)
+    if not modules:
+        raise ValueError(f"{given!r} was not judged, and nothing else was. {comparison.summary}")
     layers = [path for path in modules if ".layers." in path]
     span = [f"{layers[0]} to {layers[-1]}"] if len(layers) > 1 else layers
     listed = [*(path for path in modules if path not in layers)]

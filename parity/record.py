@@ -96,13 +96,20 @@ def load_model(
     Raises:
         ValueError: ``weight_only`` for a checkpoint that is not quantised.
     """
-    if weight_only and open_checkpoint(uri).config.quantization is None:
-        raise ValueError(f"--weight-only: {uri} is not quantised, so there is nothing to switch off. Leave it out.")
+    if weight_only:
+        check_quantized(open_checkpoint(uri))
     model = backend.load(uri, dtype=dtype, mtp=mtp, weight_only=weight_only)
     if adapter is None:
         return model
     with backend.scope():
         return model.attach_lora(adapter)
+
+
+def check_quantized(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a checkpoint that rounds nothing, of which ``weight_only`` was asked for."""
+    if checkpoint.config.quantization is None:
+        where = checkpoint.source
+        raise ValueError(f"--weight-only: {where} is not quantised, so there is nothing to switch off. Leave it out.")
 
 
 def record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,17 +49,22 @@ class OracleBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo(name="oracle64", dtype="float64", checkpoint=str(self.checkpoint.source))
+        computed = {"adapter": None if self.opened is None else self.opened.digest}
+        return BackendInfo(name="oracle64", dtype="float64", precision=computed, checkpoint=str(self.checkpoint.source))
+
+    @functools.cached_property
+    def opened(self) -> Adapter | None:
+        """The adapter; None: there is none."""
+        return None if self.adapter is None else open_adapter(self.adapter, self.checkpoint.config)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The reference, and how much it amplifies rounding."""
-        opened = None if self.adapter is None else open_adapter(self.adapter, self.checkpoint.config)
         replayed = ("routing.", "mtp.routing.") if self.mtp else ("routing.",)
         chosen = {} if self.like is None else self.like.tensors
         routing = {name: array for name, array in chosen.items() if name.startswith(replayed)}
         if routing and self.like is not None:
             routing = replayable(self.checkpoint.config, routing, self.like.mask, mtp=self.mtp)
-        common = {"mtp": self.mtp, "adapter": opened}
+        common = {"mtp": self.mtp, "adapter": self.opened}
         tensors = oracle_forward(self.checkpoint, **inputs, routing=routing or None, **common)
         return tensors | amplification(self.checkpoint, inputs, tensors, **common)
 
@@ -80,11 +86,12 @@ def record_oracle(
 
     ``probes``: at how many places to try faults of one percent, two passes each; see ``parity.probes.places``.
     """
-    trace = record_backend(OracleBackend(checkpoint, like, mtp, adapter), inputs)
+    backend = OracleBackend(checkpoint, like, mtp, adapter)
+    trace = record_backend(backend, inputs)
     # with the oracle's own experts replayed: a flip is no measure of an error
     routing = {name: array for name, array in trace.tensors.items() if name.startswith("routing.")}
-    opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
 
+    common: dict[str, Any] = {"routing": routing or None, "adapter": backend.opened}
     path = f"{checkpoint.config.text_paths[0]}.layers."
     after = {
         f"{path}{layer - 1}": trace.tensors[f"hidden_states.{layer}"] for layer in hidden_layers(trace.tensors) if layer
@@ -96,7 +103,7 @@ def record_oracle(
         is_first = fault.module.endswith(".embed_tokens")
         layer = int(inside.partition(".")[0]) if inside else 0 if is_first else len(after)
         taps = Taps({f"{path}{i}": after[f"{path}{i}"] for i in range(layer)}, f"{path}{layer}")
-        faulty = oracle_forward(checkpoint, **inputs, routing=routing or None, adapter=opened, taps=taps, fault=fault)
+        faulty = oracle_forward(checkpoint, **inputs, **common, taps=taps, fault=fault)
         return trace.tensors | faulty
 
     responses, documents = probe(places(checkpoint, probes), forward, trace.tensors, trace.mask)

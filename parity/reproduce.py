@@ -6,6 +6,7 @@ import shlex
 
 from parity.case import Case
 from parity.findings import Divergence
+from parity.trace_layout import MTP
 
 RECORDABLE = ("jax", "torch")
 
@@ -21,11 +22,18 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
     is_one = checkpoints[0] == checkpoints[1] or (roots[0] is not None and roots[0] == roots[1])
     if not is_one or "" in checkpoints or any(meta["backend"] not in RECORDABLE for meta in metas):
         return None
+    adapters = {meta.get("adapter") for meta in metas}
+    is_adapted = any((meta.get("precision") or {}).get("adapter") for meta in metas)
+    if len(adapters) > 1 or (is_adapted and adapters == {None}):  # several, or merged
+        return None
+    if divergence is not None and divergence.tensor in MTP:  # nothing looks into a draft
+        return None
     words = ["tandem", "bisect", checkpoints[0], "--a", metas[0]["backend"], "--b", metas[1]["backend"]]
     words += ["--dtype", metas[0]["dtype"]]
     inputs = {meta.get("inputs") for meta in metas}
     if len(inputs) == 1 and (given := inputs.pop()):
         words += ["--inputs", given]
+    words += ["--adapter", adapter] if (adapter := adapters.pop()) else []
     steps = {meta.get("decode", 0) for meta in metas}
     words += ["--decode", str(steps.pop())] if steps != {0} and len(steps) == 1 else []
     rows = {meta.get("row") for meta in metas}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -167,6 +168,8 @@ def _where(comparison: Comparison, case: Case, place: tuple[int, ...]) -> tuple[
     default = (0, 0) if worst is None else (worst.row, worst.position)
     if len(place) > 2:
         raise ValueError(f"token{place} has {len(place)} numbers, expected a position, or a row and a position.")
+    if not all(isinstance(index, numbers.Integral) for index in place):
+        raise ValueError(f"token{place}: expected whole numbers, a position, or a row and a position.")
     given = default if not place else (default[0], place[0]) if len(place) == 1 else place
     shape = case.a.shape
     if not all(-size <= index < size for index, size in zip(given, shape, strict=True)):

@@ -198,7 +198,7 @@ def _parse(document: str | None) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"the header has no {DOCUMENT!r} document: this safetensors file is not a trace."]
     try:
         meta = json.loads(document)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # nested deeper than Python goes
         return {}, [f"the header's {DOCUMENT!r} document is not JSON: {error}."]
     return (meta, []) if isinstance(meta, dict) else ({}, [f"the header's {DOCUMENT!r} document is not an object."])
 

@@ -89,6 +89,10 @@ def find_problems(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
     return [*meta_problems(meta), *_tensor_problems(tensors)]
 
 
+# what a reader is told how to run it again with
+_FACTS = (("input_hash", str), ("checkpoint", str), ("inputs", str), ("adapter", str), ("row", int), ("decode", int))
+
+
 def meta_problems(meta: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with the metadata alone."""
     problems = []
@@ -97,7 +101,7 @@ def meta_problems(meta: Mapping[str, Any]) -> list[str]:
     for key in ("backend", "dtype"):
         if not (isinstance(meta.get(key), str) and meta[key]):
             problems.append(f"{key} is {meta.get(key)!r}, expected a non-empty string.")
-    for key, kind in (("versions", dict), ("precision", dict), ("events", list), ("device", str), ("input_hash", str)):
+    for key, kind in (("versions", dict), ("precision", dict), ("events", list), ("device", str), *_FACTS):
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             problems.append(f"{key} is {meta[key]!r}, expected a {kind.__name__} or nothing.")
     problems += _probe_problems(meta.get("probes") or [])

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="attach this PEFT adapter (LoRA), for every row")
     add_decode(parser)
     parser.add_argument("--row", metavar="N", type=int, help="run row N of the inputs alone, without its padding")
-    parser.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
-    parser.add_argument(
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--layer", metavar="N", type=int, help="look into this decoder layer, whatever the layers say")
+    depth.add_argument(
         "--everywhere",
         action="store_true",
         help="when no layer stands out, look into every one: for bugs too small for a layer to show",
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from loaders.adapters import open_adapter
     from parity.backends import open_backend
     from parity.bisect import bisect
+    from parity.comparison import jsonable
     from parity.model_backend import ModelBackend
     from parity.record import default_inputs, read_inputs, row_alone
 
@@ -70,5 +72,6 @@ def run(args: argparse.Namespace) -> int:
     found = found.noted(notes)
     print(found.summary if args.quiet else found.to_text())
     if args.json:
-        args.json.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(jsonable(found.to_json()), indent=2, allow_nan=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
     return found.exit_code

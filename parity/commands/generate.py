@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     backend = open_backend(args.backend, args.device)
     model = backend.load(args.checkpoint, dtype=args.dtype, mtp=args.draft)
     for given in args.adapter:
-        name, _, directory = given.rpartition("=")
+        name, separator, directory = given.partition("=")
+        if not separator or "/" in name:  # a directory, whose path may have one
+            name, directory = "", given
         if name == BASE:
             raise ValueError(f"--adapter {given}: {BASE!r} is the base alone in --row-adapter. Name it otherwise.")
         with backend.scope():

@@ -26,16 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
+    from loaders.plan import plan_load, plan_reload
+    from loaders.stage import Stage
     from parity.backends import open_backend
-    from parity.record import default_inputs, read_inputs, record
+    from parity.record import check_quantized, default_inputs, read_inputs, record
     from parity.record_oracle import record_oracle
     from parity.trace import Trace
+    from parity.trace_layout import routing_layers
 
     inputs = read_inputs(args.inputs) if args.inputs else None
     if args.backend == "oracle":
         _refuse_backend_options(args)
-        checkpoint = open_checkpoint(args.reload or args.checkpoint)
+        checkpoint = open_checkpoint(args.checkpoint)
+        if args.weight_only:
+            check_quantized(checkpoint)
+        if args.reload:
+            first, checkpoint = plan_load(checkpoint, Stage()), open_checkpoint(args.reload)
+            plan_reload(checkpoint, first.checkpoint.config, Stage(), first.dtypes)  # what a model would refuse
         like = Trace.load(args.like) if args.like else None
+        if like is not None and not (routing_layers(like.tensors) and "E" in checkpoint.config.dims()):
+            who = f"{args.checkpoint} has" if "E" not in checkpoint.config.dims() else f"{args.like} names"
+            raise ValueError(f"--like: {who} no experts, so there is no choice to replay. Leave it out.")
         options = {"mtp": args.mtp, "adapter": args.adapter, "probes": args.probes}
         trace = record_oracle(checkpoint, inputs or default_inputs(checkpoint), like=like, **options)
     else:

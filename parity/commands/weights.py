@@ -26,13 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
+    from parity.comparison import jsonable
+
     found = _compared(args)
     print("\n\n".join(one.to_text(everything=args.all) for one in found))
     # the worst first: what differs, then what could not be compared
     code = next((code for code in (1, 3) if any(one.exit_code == code for one in found)), 0)
     if args.json:
         document: dict[str, Any] = {"schema": 1, "exit_code": code, "comparisons": [one.to_dict() for one in found]}
-        args.json.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(jsonable(document), indent=2, default=str, allow_nan=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
     return code
 
 
@@ -41,6 +44,9 @@ def _compared(args: argparse.Namespace) -> list[WeightComparison]:
     from parity.errors import DeviceNotFound
     from parity.weights import compare_weights, open_weights
 
+    loads = args.y is None or any(text.startswith(("jax:", "torch:")) for text in (args.x, args.y))
+    if args.device and not loads:
+        raise ValueError("--device: neither is loaded. Write jax:DIR or torch:DIR, or leave it out")
     first = open_weights(args.x, device=args.device)
     if args.y is not None:
         return [compare_weights(first, open_weights(args.y, device=args.device))]

@@ -45,8 +45,10 @@ class JaxFunction:
 
     @property
     def info(self) -> BackendInfo:
-        leaves = [leaf for leaf in jax.tree.leaves(self.params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        dtype = self.dtype or str(leaves[0].dtype)
+        dtypes = map(jnp.result_type, jax.tree.leaves(self.params))
+        dtype = self.dtype or next((str(one) for one in dtypes if jnp.issubdtype(one, jnp.floating)), None)
+        if dtype is None:
+            raise ValueError(f"{self.name}: no leaf of params is a float, so say what it computes in: dtype='float32'")
         framework = open_backend("jax")
         flags = framework.precision(dtype)
         if dtype == "float32" and flags["jax_default_matmul_precision"] != "highest" and jax.default_backend() != "cpu":

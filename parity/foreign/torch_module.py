@@ -59,13 +59,14 @@ class TorchModule:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating point parameter: what the module computes in."""
-        return next(param.dtype for param in self.module.parameters() if param.is_floating_point())
+        """Of the first floating point parameter: what the module computes in. Without any, torch's default."""
+        found = next((param.dtype for param in self.module.parameters() if param.is_floating_point()), None)
+        return torch.get_default_dtype() if found is None else found
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
-        return next(self.module.parameters()).device
+        """Of the first parameter. Without any, the CPU."""
+        return next((param.device for param in self.module.parameters()), torch.device("cpu"))
 
     @property
     def info(self) -> BackendInfo:

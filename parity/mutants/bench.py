@@ -163,7 +163,8 @@ def record(backend: str, model: Any, batch: dict[str, np.ndarray]) -> Trace:
 def as_trace(backend: str, batch: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> Trace:
     kept = {name: array for name, array in tensors.items() if not name.startswith(("router_logits", "mtp.router"))}
     kept |= {name: array for name, array in batch.items() if name != "position_ids"}
-    return Trace(kept, make_meta(backend=backend, dtype="float32", input_hash=input_hash(**batch)))
+    dtype = "float64" if backend == "oracle64" else "float32"
+    return Trace(kept, make_meta(backend=backend, dtype=dtype, input_hash=input_hash(**batch)))
 
 
 Detector = Callable[[Bench, Subject, str], "list[str]"]

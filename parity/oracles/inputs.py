@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from loaders.spec import ModelConfig
+from parity.backend import counted
 
 
 def checked_inputs(
@@ -34,7 +35,7 @@ def checked_inputs(
         raise ValueError(f"input_ids spans {text.min()} to {text.max()}, expected 0 to {config.vocab_size - 1}")
     mask_BT = np.ones(ids_BT.shape, np.int64)
     if attention_mask is not None:
-        mask_BT = _integers("attention_mask", attention_mask, ids_BT.shape)
+        mask_BT = _integers("attention_mask", counted(attention_mask), ids_BT.shape)
     if not np.isin(mask_BT, (0, 1)).all():
         raise ValueError("attention_mask holds other values than 0 and 1; the oracle takes no additive masks")
     if position_ids is None:

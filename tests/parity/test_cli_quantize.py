@@ -148,6 +148,13 @@ def test_padding_is_not_calibrated_on(tmp_path):
     assert found[0].tokens == given["attention_mask"].sum()
 
 
+def test_a_file_that_is_neither_text_nor_inputs_is_named(tmp_path, capsys):
+    source = plain("qwen3", tmp_path / "plain")
+    (tmp_path / "i.bin").write_bytes(b"\xff\xfe" * 9)
+    assert main(["quantize", str(source), "-o", str(tmp_path / "q"), "--calibrate", str(tmp_path / "i.bin")]) == 2
+    assert f"{tmp_path / 'i.bin'} is not text in UTF-8" in capsys.readouterr().err
+
+
 def test_positions_that_were_given_are_used(tmp_path):
     checkpoint = open_checkpoint(plain("qwen3_5", tmp_path / "plain"))
     ids = prompts(checkpoint.config, rows=1, tokens=12)["input_ids"]

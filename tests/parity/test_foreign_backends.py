@@ -158,6 +158,16 @@ def test_any_torch_module_against_any_jax_function():
     assert JaxFunction(function=toy_in_jax, params=params, checkpoint_name=None).weights() is None
 
 
+def test_params_are_any_pytree_and_a_module_may_have_none():
+    params = {name: param.detach().numpy() for name, param in Toy().named_parameters()}
+    assert JaxFunction(function=toy_in_jax, params=params | {"scale": 3.0}).info.dtype == "float32"
+    assert JaxFunction(function=toy_in_jax, params=params | {"count": 3}).info.dtype == "float32"
+    whole = JaxFunction(function=toy_in_jax, params={"e": np.ones((9, 4), np.int32)}, name="whole numbers")
+    with pytest.raises(ValueError, match="whole numbers: no leaf of params is a float, so say what it computes in"):
+        _ = whole.info
+    assert TorchModule(module=nn.Identity()).info.dtype == "float32"
+
+
 def test_a_jax_function_may_return_logits_alone():
     params = {name: param.detach().numpy() for name, param in Toy().named_parameters()}
     bare = JaxFunction(function=lambda weights, **inputs: toy_in_jax(weights, **inputs)["logits"], params=params)

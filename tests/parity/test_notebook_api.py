@@ -104,7 +104,7 @@ def test_what_was_not_compared_is_shown_and_cannot_be_looked_into(skipped):
         assert repr(one)
     assert found.plot_layers()._repr_svg_() is None
     for ask in (found.token, lambda: found.heat("logits"), lambda: found.inject("layers.0")):
-        with pytest.raises(ValueError, match=r"no two tokens|was not judged|live models"):
+        with pytest.raises(ValueError, match=r"no two tokens|was not judged, and nothing else|live models"):
             ask()
 
 
@@ -213,6 +213,9 @@ def test_places_are_those_of_python_and_one_that_is_not_there_is_refused(failing
             failing.token(*place)
     with pytest.raises(ValueError, match="at least 1"):
         failing.token(0, 0, top=0)
+    for place in ((1.5,), ("a",), (0, "b")):
+        with pytest.raises(ValueError, match="expected whole numbers, a position, or a row and a position"):
+            failing.token(*place)
 
 
 def test_without_an_oracle_a_token_compares_the_two_with_each_other():

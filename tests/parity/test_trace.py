@@ -70,11 +70,20 @@ def test_loading_a_file_without_the_document_says_that_it_is_no_trace(tmp_path):
         Trace.load(tmp_path / "x")
 
 
-@pytest.mark.parametrize("document", ["{", "[1]"])
+@pytest.mark.parametrize("document", ["{", "[1]", "[" * 100_000], ids=["cut", "list", "deep"])
 def test_loading_a_document_that_is_no_json_object_says_so(document, tmp_path):
     save_file({"logits": np.zeros((1, 1, 2), np.float32)}, tmp_path / "x", metadata={"tandem": document})
     with pytest.raises(ValueError, match=r"is not (JSON|an object)"):
         Trace.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("inputs", [5]), ("row", [1]), ("decode", "x"), ("adapter", 3), ("checkpoint", {})]
+)
+def test_what_says_how_to_run_it_again_has_one_kind(trace, tmp_path, key, value):
+    trace.meta[key] = value
+    with pytest.raises(ValueError, match=rf"{key} is .*, expected a (str|int) or nothing"):
+        trace.save(tmp_path / "x")
 
 
 def test_loading_what_is_not_safetensors_says_so_and_a_missing_file_is_an_os_error(tmp_path):

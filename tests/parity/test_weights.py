@@ -67,6 +67,19 @@ def test_disk_jax_and_torch_have_one_root(name, options, tmp_path, capsys):
     assert capsys.readouterr().out.count("SAME") == 2
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_what_no_number_says_is_written_as_json_all_the_same(value, checkpoint, tmp_path):
+    odd = open_checkpoint(checkpoint).read(Q)
+    odd[:] = value
+    other = edited(checkpoint, tmp_path / "b", {Q: odd})
+    assert main(["weights", str(checkpoint), str(other), "--json", f"{tmp_path}/j"]) == 1
+
+    def refused(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads((tmp_path / "j").read_text(), parse_constant=refused)["exit_code"] == 1
+
+
 def test_two_live_models_are_compared_and_a_changed_one_is_told(checkpoint, tmp_path, capsys):
     assert main(["weights", f"jax:{checkpoint}", f"torch:{checkpoint}"]) == 0
     wrong = edited(checkpoint, tmp_path / "b", {Q: -open_checkpoint(checkpoint).read(Q)})
