@@ -7,18 +7,19 @@ another one, and no two serve different weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from loaders import agreement
+from loaders.agreement import Result
 from loaders.digest import short_digest
 
-Result = TypeVar("Result")
 MESSAGE_BYTES = 4096
-DONE = "="  # before what was made; an error has none
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
@@ -73,22 +74,7 @@ def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callab
     """
     if len(processes_of(mesh)) == 1:
         return work()
-    result, said, error = None, "", None
-    try:
-        result = work()
-        said = f"{DONE}{say(result)}"
-    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
-        error, said = raised, f"{type(raised).__name__}: {raised}"
-    told = told_by_all(mesh, said)
-    if error is not None:
-        raise error
-    if failed := {index: text for index, text in told.items() if not text.startswith(DONE)}:
-        where = "; ".join(f"process {index}: {text}" for index, text in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(told)} processes failed, so none goes on. {where}")
-    if len(set(told.values())) > 1:
-        where = "; ".join(f"{text.removeprefix(DONE)} on process {index}" for index, text in told.items())
-        raise ValueError(f"{what} is not the same on all processes: {where}. Nothing was changed.")
-    return result  # pyright: ignore[reportReturnType]
+    return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("process", "processes"))
 
 
 def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax_models.processes import check_alike, content_of, to_host, together
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
+from loaders.halves import Halves, asked_halves
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -68,33 +69,13 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     return model.published(unflatten(flat), "swap", " and ".join(asked), ignored)
 
 
-Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be
-
-
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
     """Those that are asked for and fit, and those that this stage lacks."""
     model.check_runnable()
     model.roster.check_unmerged("a swap")
-    specs = model.specs
     flat = flatten(model.weights)
-    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
-    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
-    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
-    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
-    problems = [
-        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
-        for half in quantized
-        if asked[half][1] is not flat[asked[half][0]]
-    ]
-    problems += [
-        problem
-        for half, (name, value) in asked.items()
-        if half not in quantized
-        for problem in _misfits(half, value, flat[name])
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + ". Nothing was changed.")
-    return asked, ignored
+    known = {"live": flat.__getitem__, "misfits": lambda half, name, value: _misfits(half, value, flat[name])}
+    return asked_halves(model.specs, embed, head, **known)
 
 
 def _said(asked: Halves, flat: Mapping[str, jax.Array]) -> str:

@@ -62,6 +62,32 @@ class SamplingParams:
         return 1.0 if self.top_p is None else self.top_p
 
 
+def asked_params(draft: object, draft_tokens: int | None, *, model: Any, kind: type, **options: Any) -> SamplingParams:
+    """What ``generate`` of a model is asked for.
+
+    Args:
+        draft: that which is to guess; None: nothing is.
+        draft_tokens: guesses in each round; None: ``DRAFT_TOKENS`` where there is a draft.
+        model: the target.
+        kind: the class of its drafts.
+        options: the others of ``SamplingParams``.
+    Raises:
+        ValueError: an option that is wrong, or a draft that is none, or another model's.
+    """
+    if draft is None:
+        if draft_tokens is not None:
+            raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
+        return SamplingParams(**options)
+    if not isinstance(draft, kind):
+        raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
+    if getattr(draft, "target", None) is not model:
+        raise ValueError(
+            f"the draft is bound to another model or version, this model is at version {model.version}."
+            " Use model.draft, or draft.bind(model)."
+        )
+    return SamplingParams(draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens, **options)
+
+
 def seed_bits(seed: int) -> int:
     """A seed in the 32 bits that generators on a CPU look at, in torch and JAX; of a longer one a hash."""
     seed = operator.index(seed)

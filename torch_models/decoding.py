@@ -11,7 +11,7 @@ import torch
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
-from loaders.sampling import DRAFT_TOKENS, SamplingParams, check_room
+from loaders.sampling import asked_params, check_room
 from loaders.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -197,7 +197,9 @@ class Decoding:
         model = self._model
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
-        params = model.agreed("what is asked for", partial(self._asked, draft, draft_tokens, **options))
+        params = model.agreed(
+            "what is asked for", partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
+        )
         if draft is not None and graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         prompt = (input_ids, attention_mask, params)
@@ -207,21 +209,6 @@ class Decoding:
         with model.in_company(), draft.source.in_company():
             tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, adapter=adapter, **multimodal)
         return tokens
-
-    def _asked(self, draft: object, draft_tokens: int | None, **options: Any) -> SamplingParams:
-        """What ``generate`` is asked for. Raises ValueError, also for a draft that is none, or another model's."""
-        if draft is None:
-            if draft_tokens is not None:
-                raise ValueError(f"draft_tokens={draft_tokens} without a draft. Give draft=model.draft too.")
-            return SamplingParams(**options)
-        if not isinstance(draft, Draft):
-            raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
-        if draft.target is not self._model:
-            raise ValueError(
-                f"the draft is bound to another model or version, this model is at version {self._model.version}."
-                " Use model.draft, or draft.bind(model)."
-            )
-        return SamplingParams(draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens, **options)
 
     @property
     def draft(self) -> Draft:

@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-Result = TypeVar("Result")
+from loaders import agreement
+from loaders.agreement import Result
+
 WAIT_S = 600.0  # for ranks that do not come; torch.distributed itself waits for half an hour
 LOOK_S = 1.0  # between two looks at whether one of those that are waited for has failed
 GRACE_S = 5.0  # for all ranks to fail alike, as with the same bad input
 MESSAGE_LETTERS = 4096
-DONE = "="  # before what was made; an error has none
 
 
 def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
@@ -51,22 +52,7 @@ def agreed(
     """
     if mesh is None:
         return work()
-    result, said, error = None, "", None
-    try:
-        result = work()
-        said = f"{DONE}{say(result)}"
-    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
-        error, said = raised, f"{type(raised).__name__}: {raised}"
-    told = told_by_all(mesh, said)
-    if error is not None:
-        raise error
-    if failed := {rank: text for rank, text in enumerate(told) if not text.startswith(DONE)}:
-        where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(told)} ranks failed, so none goes on. {where}")
-    if len(set(told)) > 1:
-        where = "; ".join(f"{text.removeprefix(DONE)} on rank {rank}" for rank, text in enumerate(told))
-        raise ValueError(f"{what} is not the same on all ranks: {where}. Nothing was changed.")
-    return result  # pyright: ignore[reportReturnType]
+    return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("rank", "ranks"))
 
 
 def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:
@@ -79,8 +65,8 @@ def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> N
         agreed(mesh, what, say)
 
 
-def told_by_all(mesh: DeviceMesh, text: str) -> list[str]:
-    """Every rank's text, its first ``MESSAGE_LETTERS``.
+def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
+    """Every rank's text, its first ``MESSAGE_LETTERS``, by its number.
 
     Raises:
         RuntimeError: a rank did not come within ``WAIT_S``; says which.
@@ -92,7 +78,7 @@ def told_by_all(mesh: DeviceMesh, text: str) -> list[str]:
             raise RuntimeError(f"not all ranks came within {WAIT_S:g} s. Did one fail elsewhere? {error}") from error
     told: list[str] = [""] * mesh.size()
     dist.all_gather_object(told, text[:MESSAGE_LETTERS])
-    return told
+    return dict(enumerate(told))
 
 
 class Company:

@@ -10,6 +10,7 @@ import torch
 
 from loaders.digest import tensor_digest
 from loaders.events import Event
+from loaders.halves import Halves, asked_halves
 from torch_models.processes import check_alike, together
 from torch_models.sleep import check_awake
 from torch_models.storage import host_view, is_freed, of_host, same_bits
@@ -88,31 +89,15 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     return model
 
 
-Halves = dict[str, tuple[str, Any]]  # half -> name of its parameter, and what it is to be
-
-
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:
     """Those that are asked for and fit, as tensors, and those that this stage lacks."""
     model.check_runnable()
     model.roster.check_unmerged("a swap")
-    specs = model.specs
-    given = {"embed": (specs.embedding, embed), "head": (specs.head, head)}
-    ignored = tuple(half for half, (name, value) in given.items() if value is not None and name is None)
-    asked = {half: (name, value) for half, (name, value) in given.items() if value is not None and name is not None}
-    quantized = [half for half, (name, _) in asked.items() if name.rpartition(".")[0] in specs.schemes]
-    problems = [
-        f"{half} is quantised: its codes mean nothing without their scales. Reload a checkpoint instead"
-        for half in quantized
-        if asked[half][1] is not model.get_parameter(asked[half][0])
-    ]
-    problems += [
-        problem
-        for half, (name, value) in asked.items()
-        if half not in quantized and value is not model.get_parameter(name)
-        for problem in _misfits(half, value, _live(model, name))
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+
+    def misfits(half: str, name: str, value: Any) -> list[str]:
+        return [] if value is model.get_parameter(name) else _misfits(half, value, _live(model, name))
+
+    asked, ignored = asked_halves(model.specs, embed, head, live=model.get_parameter, misfits=misfits)
     tensors = {half: value if isinstance(value, torch.Tensor) else of_host(value) for half, (_, value) in asked.items()}
     return {half: (name, tensors[half]) for half, (name, _) in asked.items()}, ignored
 

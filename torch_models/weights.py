@@ -122,7 +122,8 @@ def _together(model: Model, work: Callable[[], None]) -> None:
     try:
         together(mesh, work)
     except Exception:
-        if mesh is not None and (refusals := [text for text in told_by_all(mesh, model.refusal or "") if text]):
+        told = {} if mesh is None else told_by_all(mesh, model.refusal or "")
+        if refusals := [text for text in told.values() if text]:
             model.refusal = model.refusal or f"{refusals[0]} on another rank"
         raise
 

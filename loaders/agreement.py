@@ -1,0 +1,49 @@
+"""What several processes do alike, or none of them does. How they tell each other is their framework's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Result = TypeVar("Result")
+DONE = "="  # before what was made; an error has none
+
+
+def agreed(
+    tell: Callable[[str], Mapping[int, str]],
+    what: str,
+    work: Callable[[], Result],
+    say: Callable[[Result], str],
+    *,
+    words: tuple[str, str],
+) -> Result:
+    """What ``work`` returns, if it succeeds on every process and they all make the same of it.
+
+    Args:
+        tell: gives every process's text, by its number, for this one's; all of them have to call this.
+        what: has to be the same.
+        work: asks the others for nothing, or for the same as they ask, whether it fails or not.
+        say: what it has come to here, in few words.
+        words: what one of them is called, and what several are.
+    Raises:
+        Exception: as ``work`` does here.
+        RuntimeError: it failed on another one only; with what was raised there.
+        ValueError: they say different things; so do all of them.
+    """
+    one, several = words
+    result, said, error = None, "", None
+    try:
+        result = work()
+        said = f"{DONE}{say(result)}"
+    except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
+        error, said = raised, f"{type(raised).__name__}: {raised}"
+    told = tell(said)
+    if error is not None:
+        raise error
+    if failed := {index: text for index, text in told.items() if not text.startswith(DONE)}:
+        where = "; ".join(f"{one} {index}: {text}" for index, text in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(told)} {several} failed, so none goes on. {where}")
+    if len(set(told.values())) > 1:
+        where = "; ".join(f"{text.removeprefix(DONE)} on {one} {index}" for index, text in told.items())
+        raise ValueError(f"{what} is not the same on all {several}: {where}. Nothing was changed.")
+    return result  # pyright: ignore[reportReturnType]
