@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import brief
+from loaders.regexes import regex_problem
 
 ALL_LINEAR = "all-linear"
 _DEFAULT = 8  # PEFT's, of r and of lora_alpha
@@ -213,10 +214,8 @@ class _Reader:
         return found
 
     def _compiles(self, name: str, pattern: str) -> None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            self._expected(name, pattern, f"a regular expression ({error})")
+        if why := regex_problem(pattern):
+            self._expected(name, pattern, f"a regular expression ({why})")
 
     def _expected(self, name: str, found: Any, what: str) -> None:
         self.problems.append(f"adapter_config.json: {name} is {brief(found)}, expected {what}")

@@ -345,6 +345,9 @@ class Checkpoint:
             if budget is not None:
                 self._check_budget([part], budget)
             return aligned_empty(*expected)
+        if not isinstance(out, np.ndarray):
+            found = f"destination of {part.name!r} is a {type(out).__name__}"
+            raise ValueError(f"{found}, expected a writeable NumPy array, {dtype} {expected[0]}")
         if (out.shape, out.dtype) != expected or not out.flags.writeable:
             raise ValueError(
                 f"destination of {part.name!r} is {out.dtype} {out.shape}{' (read-only)' * (not out.flags.writeable)},"

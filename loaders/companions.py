@@ -26,6 +26,8 @@ def companions(source: Source) -> dict[str, bytes]:
         if any(fnmatchcase(name, pattern) for pattern in NAMES):
             try:
                 found[name] = source.read_file(name)
+            except IsADirectoryError:  # somebody's own, that happens to be called so
+                continue
             except OSError as error:
                 problems.append(f"{name} cannot be read: {error.strerror or error}")
     if problems:

@@ -35,7 +35,9 @@ def safetensors_files(
         if weight_map is None:
             return []  # which files are meant is not known, and why is a problem already
         named = set(weight_map.values())
-        problems += [f"{name} is named in {INDEX} but missing. Download it." for name in sorted(named - set(found))]
+        for name in sorted(named - set(found)):
+            why = "is no .safetensors file. Is the index whole?" if name in present else "missing. Download it."
+            problems.append(f"{name} is named in {INDEX} but {why}")
         problems += [
             f"{name} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."
             for name in sorted(set(found) - named)

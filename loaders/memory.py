@@ -19,14 +19,21 @@ STAGING_BYTES = 8 << 20  # read at once of what cannot be read straight into pla
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised C-contiguous array whose first byte lies on a multiple of ``ALIGNMENT``."""
+    """Uninitialised C-contiguous array whose first byte lies on a multiple of ``ALIGNMENT``.
+
+    Raises:
+        MemoryError: there is none for so many bytes.
+    """
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if num_bytes >= LARGE_BYTES:
         # pages of its own go back to the system when it is freed; the heap keeps what it once had, and a reload that
         # stages one parameter after the other would grow it by many
         is_huge = num_bytes >= 2 * HUGE_PAGE_BYTES
         reserved = num_bytes + (HUGE_PAGE_BYTES if is_huge else 0)  # what is not touched is no memory
-        pages = np.frombuffer(mmap.mmap(-1, reserved, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+        try:
+            pages = np.frombuffer(mmap.mmap(-1, reserved, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"no memory for {num_bytes:,} bytes of {dtype} {shape}: read it in slices") from error
         start = -pages.ctypes.data % HUGE_PAGE_BYTES if is_huge else 0
         found = pages[start : start + num_bytes]
         prefer_huge_pages(found)

@@ -7,7 +7,6 @@ Sources: nvidia-modelopt 0.47 (``hf_quant_config.json`` and what it writes into 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from loaders.errors import brief
 from loaders.quantization import BLOCK, Scheme, Spelling
 from loaders.quantization_patterns import Matches, everything, is_exact, numbers_experts, patterns
+from loaders.regexes import regex_problem
 
 DOCUMENT = "hf_quant_config.json"
 KEY = "quantization_config"
@@ -282,9 +282,6 @@ def _names(where: str, document: dict[str, Any], *keys: str) -> tuple[list[str],
 def _pattern_problems(where: str, names: Iterable[str]) -> list[str]:
     problems = []
     for name in names:
-        if name.startswith("re:"):
-            try:
-                re.compile(name.removeprefix("re:"))
-            except (re.error, RecursionError, OverflowError) as error:
-                problems.append(f"{where} has {brief(name)}, which is no regular expression: {error}")
+        if name.startswith("re:") and (why := regex_problem(name.removeprefix("re:"))):
+            problems.append(f"{where} has {brief(name)}: {why}")
     return problems

@@ -283,6 +283,7 @@ class QuantizedCheckpoint(Checkpoint):
         for name, content in stream:
             if name not in self._users:
                 yield name, content, None
+                del content  # before the next one is read
                 continue
             array = content if isinstance(content, np.ndarray) else next(iter(content), None)
             for matrix in self._users[name]:
@@ -317,7 +318,7 @@ class QuantizedCheckpoint(Checkpoint):
             matrix = self.matrices[module]
             names = [f"{module}.{leaf}" for leaf in weight_scheme(bool(self.amax_of_inputs)).leaves.values()]
             places = {name: self._given(name, into) for name in names if name in chosen}
-            given = places.get(f"{module}.weight"), places.get(f"{module}.weight_scale")
+            given = _straight(places.get(f"{module}.weight")), _straight(places.get(f"{module}.weight_scale"))
             for leaf, array in self._parts(matrix, read.pop(module), given).items():
                 if (name := f"{module}.{leaf}") in chosen:
                     yield name, _put(array, places.get(name))
@@ -383,6 +384,11 @@ def _largest(weight: np.ndarray) -> float:
     parts = (weight[start : start + rows].view(unsigned) & unsigned.type(sign) for start in range(0, len(weight), rows))
     largest = max((int(part.max(initial=0)) for part in parts), default=0)
     return float(unsigned.type(largest).view(weight.dtype))
+
+
+def _straight(place: np.ndarray | None) -> np.ndarray | None:
+    """A place that codes can be written to as they come; another one, a transposed one, gets a copy."""
+    return place if place is not None and place.flags.c_contiguous else None
 
 
 def _put(array: np.ndarray, out: np.ndarray | None) -> np.ndarray:

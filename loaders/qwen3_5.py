@@ -189,8 +189,9 @@ class Qwen3_5Config:
         if self.rope_parameters.is_dynamic:
             found.append("config.json: rope_type 'dynamic' is not implemented for Qwen3.5")
         found += only_problems("hidden_act", self.hidden_act, "silu")
-        if self.mtp_num_hidden_layers < 0:
-            found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, expected 0 or more")
+        if not 0 <= self.mtp_num_hidden_layers <= MOST_LAYERS:
+            bounds = f"expected 0 or more, at most {MOST_LAYERS}"
+            found.append(f"config.json: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}, {bounds}")
         if self.vision is not None:
             found += self.vision.problems(self.hidden_size)
         return found + positive_problems(rms_norm_eps=self.rms_norm_eps) + layer_type_problems(self, FULL, LINEAR)

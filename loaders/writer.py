@@ -31,6 +31,7 @@ from loaders.sources import is_plain
 
 DEFAULT_FILE_BYTES = 5 << 30
 FORMAT = {"format": "pt"}
+NAME_LETTERS = 40  # of a directory's name in that of what is written beside it, which must not be too long
 
 
 class PlannedTensor(Protocol):
@@ -113,10 +114,12 @@ def write_checkpoint(
     planned = _headers(plan, layout, metadata or {})
     missing = [parent for parent in target.parents if not parent.exists()]
     # a sibling, so that the rename stays on one file system; mkdir and not mkdtemp, whose 0700 would outlive the rename
-    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+    partial = target.parent / f".{target.name[:NAME_LETTERS]}.{secrets.token_hex(8)}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
+        if target.exists():
+            shutil.copymode(target, partial)  # of the empty directory whose place it takes
         beside = {GENERATION: generation, QUANTIZATION: quantization}
         _write_documents(partial, {CONFIG: config} | {name: one for name, one in beside.items() if one}, planned, plan)
         for name, content in (copied or {}).items():
@@ -125,7 +128,9 @@ def write_checkpoint(
             _write_tensors(partial / file.name, file, plan, read)
         _sync(partial)
         _publish(partial, target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(target)  # a disk that is full does not say which
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):
             for parent in missing:
@@ -162,7 +167,7 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is to be written, links resolved.
 
     Raises:
-        FileExistsError: it is not new and not empty.
+        FileExistsError: it is not new and not empty, or the working directory.
         ValueError: it is an address.
     """
     target = Path(os.path.realpath(local_path(directory)))
@@ -170,6 +175,8 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"{target} is not empty. Write to a new directory, or remove it first.")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
+    if target.is_dir() and target.samefile(os.curdir):
+        raise FileExistsError(f"{target} is the working directory, and would be another one. Name a directory in it.")
     return target
 
 
@@ -239,7 +246,7 @@ def _headers(
             shape = [int(size) for size in tensor.shape]
             entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [position, end]}
             position = end
-        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        raw = _json(entries, separators=(",", ":"))
         raw += b" " * (-len(raw) % 8)
         if len(raw) > MAX_HEADER_BYTES:
             limit = f"at most {MAX_HEADER_BYTES}. Use more files"
@@ -267,8 +274,15 @@ def _write_documents(
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         documents = documents | {INDEX: index}
     for name, document in documents.items():
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write_file(directory, name, text.encode())
+        _write_file(directory, name, _json(document, indent=2, allow_nan=False) + b"\n")
+
+
+def _json(document: Any, **how: Any) -> bytes:
+    """A document in UTF-8; with escapes where it holds half of a pair, which a file may and UTF-8 may not."""
+    try:
+        return json.dumps(document, ensure_ascii=False, **how).encode()
+    except UnicodeEncodeError:
+        return json.dumps(document, ensure_ascii=True, **how).encode()
 
 
 def _write_file(directory: Path, name: str, content: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders import Checkpoint
+from loaders import Checkpoint, CheckpointError
 from parity.oracle import oracle_forward
 from parity.record import read_inputs
 
@@ -53,7 +53,11 @@ def calibrate(
     tokens = 0
 
     def saw(module: str, x: np.ndarray) -> None:
-        seen[module] = max(seen.get(module, 0.0), float(np.max(np.abs(x), initial=0.0)))
+        largest = float(np.max(np.abs(x), initial=0.0))
+        if not np.isfinite(largest):
+            problem = f"the inputs of {module} hold NaN or infinity on these rows, and NVFP4 has neither"
+            raise CheckpointError(checkpoint.source, [f"{problem}. Do its weights?"])
+        seen[module] = max(seen.get(module, 0.0), largest)
 
     for row in rows:
         tokens += row["input_ids"].size
@@ -95,10 +99,14 @@ def rows_of(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Iterator[di
             yield {"input_ids": np.array([ids[start : start + longest]], np.int64)}
         return
     inputs = read_inputs(path)
+    if shown := sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids"}):
+        raise ValueError(f"{path} holds {', '.join(shown)}, and layers are calibrated on text alone. Leave them out.")
     ids_BT = inputs["input_ids"]
     mask_BT = np.asarray(inputs.get("attention_mask", np.ones(ids_BT.shape, np.int64))).astype(bool)
     if ids_BT.ndim != 2 or mask_BT.shape != ids_BT.shape:
         raise ValueError(f"{path}: input_ids {ids_BT.shape} and attention_mask {mask_BT.shape}, expected both [B, T]")
+    if (given := inputs.get("position_ids")) is not None and given.shape[-2:] != ids_BT.shape:
+        raise ValueError(f"{path}: position_ids {given.shape}, expected those of input_ids {ids_BT.shape}")
     for row, is_real in enumerate(mask_BT):
         found = {name: array[..., row, :][..., is_real] for name, array in inputs.items() if name != "attention_mask"}
         if is_real.any():

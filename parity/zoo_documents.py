@@ -30,7 +30,7 @@ def exporter_documents(
     if len(set(schemes.values())) > 1:
         algorithm, inside, said = _mixed(schemes)
     else:
-        scheme = Scheme("nvfp4", activations)
+        scheme = next(iter(schemes.values()), Scheme("nvfp4", activations))
         algorithm, said = _algorithm(scheme), {"group_size": BLOCK, "exclude_modules": excluded}
         inside = {"config_groups": {"group_0": _group(scheme) | {"targets": ["Linear"]}}, "ignore": excluded}
     inside["quant_algo"] = algorithm

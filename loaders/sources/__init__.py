@@ -49,7 +49,8 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
     if not separator:
         lost, _, rest = scheme.partition(":/")
         if lost in (*STORES, *READERS):
-            raise OSError(f"a path has one slash where an address has two. Give it as text: '{lost}://{rest}'")
+            address = f"'{lost}:///{rest}' or '{lost}://{rest}'" if lost in READERS else f"'{lost}://{rest}'"
+            raise OSError(f"a path has one slash where an address has two. Give it as text: {address}")
         return LocalDirectory(address)
     if scheme in READERS:
         return LocalDirectory(rest, scheme)

@@ -68,9 +68,10 @@ class LocalFile:
         # O_NONBLOCK: opening a FIFO somebody named *.safetensors must fail, not hang
         self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.name = path.name
-        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+        mode = os.fstat(self.descriptor).st_mode
+        if not stat.S_ISREG(mode):
             self.close()
-            raise OSError("it is not a regular file")
+            raise (IsADirectoryError if stat.S_ISDIR(mode) else OSError)("it is not a regular file")
         self.opened = self.identity()
 
     @property

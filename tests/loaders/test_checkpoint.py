@@ -127,6 +127,10 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
         indexed({A: tensor("a")}, RIGHT_MAP),
         [f"{B} is named in {INDEX} but missing. Download it."],
     ),
+    "a file of the index that is none": (
+        indexed({A: tensor("a")}, {"a": A, "b": "config.json"}),
+        [f"config.json is named in {INDEX} but is no .safetensors file. Is the index whole?"],
+    ),
     "file not in the index": (
         indexed(TWO_FILES, {"a": A}),
         [f"{B} is in the directory but not in {INDEX}. Remove it, or write an index that covers it."],

@@ -1,10 +1,13 @@
 """A plain checkpoint seen through quantisation: ModelOpt's names, bits and documents, however it is read."""
 
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from loaders import CheckpointError, open_checkpoint
+from loaders import checkpoint as checkpoint_module
 from loaders.nvfp4 import global_scale, quantize
 from loaders.plan import plan_load
 from loaders.quantization import Scheme
@@ -47,6 +50,35 @@ def test_a_stream_gives_the_bits_of_single_reads(name, options, activations, tmp
     assert set(streamed) == set(checkpoint.tensors)
     for tensor in sorted(checkpoint.tensors):  # not the order in which they lie there
         assert same_bits(checkpoint.read(tensor), streamed[tensor]), tensor
+
+
+def test_places_that_lie_otherwise_in_memory_are_filled_too(tmp_path):
+    """A transposed one of codes stayed as it was, and was given out as filled."""
+    checkpoint = quantized(plain("qwen3-moe", tmp_path / "p"))
+    names = [name for name in checkpoint.tensors if name.endswith(("_proj.weight", "_proj.weight_scale"))]
+    types = {name: checkpoint.read(name) for name in names}
+    places = {name: np.zeros(array.shape[::-1], array.dtype).T for name, array in types.items()}
+    assert any(not place.flags.c_contiguous for place in places.values())
+    for name, array in quantized(checkpoint.plain).stream(names=list(places), into=places.get):
+        assert array is places[name]
+        assert same_bits(np.ascontiguousarray(array), checkpoint.read(name)), name
+
+
+def test_one_plain_tensor_at_a_time_is_held(tmp_path, monkeypatch):
+    checkpoint, alive = quantized(plain("qwen3", tmp_path / "p")), []
+    made = checkpoint_module.aligned_empty
+
+    def counted(shape, dtype):
+        assert not any(one() is not None for one in alive)
+        array = made(shape, dtype)
+        alive.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(checkpoint_module, "aligned_empty", counted)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]  # of one size, and both stay plain
+    for _, array in checkpoint.stream(checkpoint.tensors[names[0]].num_bytes, names=names):
+        del array
+    assert len(alive) == 2
 
 
 def test_a_part_of_a_stream_is_the_same_and_lies_where_it_was_to_go(tmp_path):

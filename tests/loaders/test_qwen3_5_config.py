@@ -240,6 +240,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no size": (changed(CONFIG, vocab_size=GONE), "vocab_size is missing"),
     "size as text": (changed(CONFIG, hidden_size="8"), "hidden_size is '8', expected an integer"),
     "no taps": (CONFIG | {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0, expected at least 1"),
+    "more drafts than layers of any model": (
+        CONFIG | {"mtp_num_hidden_layers": 10**9},
+        "mtp_num_hidden_layers is 1000000000, expected 0 or more, at most 10000",
+    ),
     "fewer than no drafts": (CONFIG | {"mtp_num_hidden_layers": -1}, "mtp_num_hidden_layers is -1, expected 0 or more"),
     "too deep": (changed(CONFIG, num_hidden_layers=10_001), "num_hidden_layers is 10001, expected at most 10000"),
     "heads": (

@@ -77,19 +77,24 @@ def test_arrays_are_aligned_memory_of_their_own_and_never_reused(checkpoint: Che
 @pytest.mark.parametrize("budget", [64 * KIB, 72 * KIB, 130 * KIB])
 def test_held_bytes_stay_within_the_budget(checkpoint: Checkpoint, budget: int) -> None:
     list(checkpoint.stream(budget))  # so that what is allocated once for good is not counted
-    gc.collect()
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
-    stream = checkpoint.stream(budget)
-    for _ in SIZES:
-        name, array = next(stream)
-        assert array.nbytes == SIZES[name] * KIB
-        del array
-    assert next(stream, None) is None
-    peak = tracemalloc.get_traced_memory()[1] - before
-    tracemalloc.stop()
-    assert budget // 2 < peak < budget + 40 * KIB  # the machinery: executor, threads, futures
+
+    def peak() -> int:
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        stream = checkpoint.stream(budget)
+        for _ in SIZES:
+            name, array = next(stream)
+            assert array.nbytes == SIZES[name] * KIB
+            del array
+        assert next(stream, None) is None
+        found = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        return found
+
+    least = min(peak() for _ in range(3))  # threads of other tests are counted too, when they happen to run
+    assert budget // 2 < least < budget + 40 * KIB  # the machinery: executor, threads, futures
 
 
 class AtOnce(ThreadPoolExecutor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -319,6 +320,43 @@ def test_the_directory_has_the_mode_of_any_new_directory(tmp_path: Path) -> None
     (tmp_path / "ordinary").mkdir()
     directory = written(tmp_path / "checkpoint")
     assert stat.S_IMODE(directory.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+
+
+def test_an_empty_directory_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w").chmod(0o2770)
+    assert stat.S_IMODE(written(tmp_path / "w").stat().st_mode) == 0o2770
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="is the working directory, and would be another one"):
+        written(Path())
+    assert list(Path().iterdir()) == []
+    assert open_checkpoint(written(Path("w"))).tensors
+
+
+def test_a_long_name_is_a_name(tmp_path: Path) -> None:
+    assert open_checkpoint(written(tmp_path / ("w" * 250))).tensors
+
+
+def test_half_of_a_pair_is_written_as_it_was_read(tmp_path: Path) -> None:
+    odd = {"_name_or_path": "\ud800"}
+    first = written(tmp_path / "a", config=CONFIG | odd, metadata={"model.safetensors": odd})
+    checkpoint = open_checkpoint(first)
+    assert checkpoint.config_document["_name_or_path"] == "\ud800"
+    said = {"config": checkpoint.config_document, "metadata": checkpoint.metadata}
+    again = write_checkpoint(tmp_path / "b", checkpoint.tensors, checkpoint.read, **said)
+    assert contents(again) == contents(first)
+
+
+def test_a_disk_that_is_full_is_said_to_be_whose(tmp_path: Path) -> None:
+    def full(name: str) -> np.ndarray:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=str(tmp_path / "w")):
+        write_checkpoint(tmp_path / "w", plan_of(ARRAYS), full, config=CONFIG)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_to_an_empty_directory_is_followed(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from exporters import quiet
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from loaders import open_checkpoint
+from loaders import CheckpointError, open_checkpoint
 from loaders.nvfp4 import dequantize, global_scale
+from loaders.writer import write_checkpoint
 from parity.calibrate import calibrate, rows_of
 from parity.cli import main
 from parity.oracle import oracle_forward
@@ -153,6 +154,47 @@ def test_a_file_that_is_neither_text_nor_inputs_is_named(tmp_path, capsys):
     (tmp_path / "i.bin").write_bytes(b"\xff\xfe" * 9)
     assert main(["quantize", str(source), "-o", str(tmp_path / "q"), "--calibrate", str(tmp_path / "i.bin")]) == 2
     assert f"{tmp_path / 'i.bin'} is not text in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_no_numbers_are_refused_by_module(value, tmp_path):
+    source = plain("qwen3", tmp_path / "plain")
+    broken = open_checkpoint(source)
+    norm = "model.layers.0.post_attention_layernorm.weight"
+
+    def read(name):
+        array = broken.read(name)
+        array[...] = value if name == norm else array
+        return array
+
+    write_checkpoint(tmp_path / "b", broken.tensors, read, config=broken.config_document)
+    checkpoint = open_checkpoint(tmp_path / "b")
+    rows = [{"input_ids": np.array([[3, 14, 15]])}]
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(CheckpointError, match=r"inputs of model\.layers\.0\.mlp\.\w+ hold NaN"),
+    ):
+        calibrate(checkpoint, rows, ["model.layers.0.mlp.gate_proj"])
+
+
+def test_inputs_that_are_not_used_or_do_not_fit_are_refused(tmp_path):
+    checkpoint = open_checkpoint(plain("qwen3", tmp_path / "plain"))
+    ids = {"input_ids": np.array([[3, 14, 15]])}
+    for more, told in (
+        ({"pixel_values": np.zeros((1, 3), np.float32)}, "holds pixel_values, and layers are calibrated on text alone"),
+        ({"position_ids": np.array([[0, 1]])}, r"position_ids \(1, 2\), expected those of input_ids \(1, 3\)"),
+    ):
+        save_file(ids | more, tmp_path / "i.safetensors")
+        with pytest.raises(ValueError, match=told):
+            list(rows_of(checkpoint, tmp_path / "i.safetensors"))
+
+
+def test_somebodys_directory_beside_a_checkpoint_is_left_where_it_is(tmp_path):
+    source = plain("qwen3", tmp_path / "plain")
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    assert main(["quantize", str(source), "-o", str(tmp_path / "q")]) == 0
+    assert (tmp_path / "q" / "tokenizer.json").read_text() == "{}"
 
 
 def test_positions_that_were_given_are_used(tmp_path):

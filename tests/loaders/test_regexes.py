@@ -1,0 +1,49 @@
+"""Regular expressions of files: what is tried ends in time, and what is usual is allowed."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from loaders.regexes import regex_problem
+
+NAME = "model.language_model.layers.17.mlp.experts.103.down_proj"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*layers\.(0|1|[2-9]\d*)\..*",
+        r"model\.layers\.\d+\.mlp\..*",
+        r"^(?!.*lm_head).*$",
+        r".*(q|k|v)_proj$",
+        r"([^.]+\.)*mlp\..*",
+        r"(?:\w+[.])+down_proj",
+        r"([a-z0-9]+_)*proj",
+        r"(?:a{0,5}b){0,3}",
+        r".*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?",
+        r"(?i)MODEL\..*",
+    ],
+)
+def test_what_exporters_write_is_fine_and_quick(pattern):
+    assert regex_problem(pattern) is None
+    started = time.perf_counter()
+    re.match(pattern, NAME + "!")
+    assert time.perf_counter() - started < 5  # the others would take years
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["([a-z_.0-9]+)+!", "(a|aa)*b", "(?=(a+)+)b", "(a*)*?c", r"(?:[\w.]+\.)*z", r"(\w+\.?)*mlp", "((ab)+c?)*"],
+)
+def test_what_might_never_end_is_refused(pattern):
+    assert (
+        regex_problem(pattern) == "it repeats without end what itself repeats, or is a choice, and might never be done"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["(", "*", "a{5,2}", "(?P<1>a)", "(" * 5000])
+def test_what_is_no_expression_is_said_to_be_none(pattern):
+    assert regex_problem(pattern).startswith("it is no regular expression: ")
