@@ -261,10 +261,26 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         self.events = (*self.events, event)
         self.refusal = None
 
+    # torch's own ways to a module's weights, which end the process, or copy nothing, where their storage is freed
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copies and pickles. Raises RuntimeError while the model sleeps."""
+        """For copies and pickles. Raises RuntimeError while the model sleeps, as the three below do."""
         sleep.check_awake(self)
         return super().__reduce_ex__(protocol)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See ``torch.nn.Module``."""
+        sleep.check_awake(self)
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``torch.nn.Module``."""
+        sleep.check_awake(self)
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # of ``to``, ``half`` and the like
+        sleep.check_awake(self)
+        return super()._apply(fn, recurse)
 
     def weights_stamp(self) -> tuple[tuple[int, int], ...]:
         """Which tensors the parameters are and how often each was written: changes with every write, by whomever.

@@ -361,6 +361,9 @@ def test_a_sleeping_model_refuses_everything(model: torch_models.Model, pair: li
         "halves": model.get_embed_and_head,
         "a copy": lambda: copy.deepcopy(model),
         "a pickle": lambda: pickle.dumps(model),
+        "a dict of its state": model.state_dict,
+        "another state": lambda: model.load_state_dict({}),
+        "another dtype": model.half,
     }
     for what, call in refused.items():
         with pytest.raises(RuntimeError, match=r"the model sleeps, .*: call wake\(\) first"):
