@@ -48,10 +48,12 @@ class Draft:
         """The target's weights with this draft's ``mtp``; every buffer is shared with its owner.
 
         Raises:
-            RuntimeError: it is bound to no model.
+            RuntimeError: it is bound to no model, or weights of one of the two were given up.
         """
         if self.target is None:
             raise RuntimeError("the draft is bound to no model and has no embedding or head of its own. Call bind.")
+        for model in (self.source, self.target):
+            model.check_runnable()
         return {**self.target.weights, "mtp": self.source.weights["mtp"]}
 
     @property

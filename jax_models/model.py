@@ -30,7 +30,7 @@ from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event
-from loaders.inputs import ModelInputs, check_text, check_values
+from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows, Roster
@@ -198,7 +198,7 @@ class Model(Decoding, Adapted, Seeing):
 
         prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
         entry, checked = self.checked(*prompt, adapter=adapter, said=said)
-        values = check_values(inject)
+        values = {path: self._handed(path, value) for path, value in check_values(inject).items()}
         if decode:
             self.check_whole()
             rows = stepwise(self.config, checked, input_ids, position_ids=position_ids, given=multimodal, steps=decode)
@@ -356,9 +356,28 @@ class Model(Decoding, Adapted, Seeing):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
         return x_BTD, check_text(self.config, tokens, attention_mask, position_ids)
 
+    @property
+    def _devices(self) -> list[Any]:
+        """Where its programs run, in their order."""
+        return _devices_of(jax.tree.leaves(self.weights)[0]) if self.mesh is None else list(self.mesh.devices.flat)
+
+    def _handed(self, path: str, value: Any) -> Any:
+        """A value to inject, which may be any library's, or lie where another model is."""
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
+            check_experts(self.config, path, as_array(path, value))
+        if not isinstance(value, jax.Array):
+            return as_array(path, value)
+        is_ours = not value.committed or not value.is_fully_addressable or _devices_of(value) == self._devices
+        return value if is_ours else np.asarray(value)
+
     def _here(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states from a stage on other devices, on those of this one."""
         if self.mesh is None:
             return jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
-        is_elsewhere = x_BTD.committed and x_BTD.sharding.device_set != set(self.mesh.devices.flat)
+        is_elsewhere = x_BTD.committed and _devices_of(x_BTD) != self._devices
         return jax.device_put(x_BTD, row_sharding(self.mesh, len(x_BTD))) if is_elsewhere else x_BTD
+
+
+def _devices_of(array: jax.Array) -> list[Any]:
+    """In the order of its sharding: to a program the same devices in another one are others."""
+    return list(array.sharding.devices_indices_map(array.shape))

@@ -29,6 +29,10 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
         raise ValueError(f"mesh={mesh!r} is a {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, or None")
     if not mesh.size:
         raise ValueError("the mesh has no device")
+    if len(set(mesh.devices.flat)) < mesh.size:
+        raise ValueError(
+            f"the mesh has {mesh.size} places for {len(set(mesh.devices.flat))} devices, expected each once"
+        )
 
     def checked() -> Mesh:
         unknown = sorted(set(mesh.axis_names) - {*MESH_AXES, FSDP})

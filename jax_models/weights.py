@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jax_models import reading
 from jax_models.processes import check_alike, processes_of, to_host, together, told_by_all
@@ -79,12 +81,16 @@ def update_weights_from_disk(
             if donate:
                 live[name].delete()
                 given_up.append(name)
-        return placed, filling.finish(is_again=donate)
+        report = filling.finish(is_again=donate)
+        check_same_structure(model.weights, unflatten(placed))
+        return placed, report
 
-    plan = together(model.mesh, planned)
+    with _where(live, model.mesh):
+        plan = together(model.mesh, planned)
     check_alike(model.mesh, "the checkpoint", lambda: f"{plan.checkpoint.fingerprint()}, donate={donate}")
     try:
-        placed, report = together(model.mesh, read)
+        with _where(live, model.mesh):
+            placed, report = together(model.mesh, read)
     except Exception as error:
         counts = told_by_all(model.mesh, str(len(given_up))) if donate else {}
         if not any(map(int, counts.values())):
@@ -95,13 +101,17 @@ def update_weights_from_disk(
         where = "" if len(counts) == 1 else f" on one of {len(counts)} processes"
         given = f"{max(map(int, counts.values()))} of {len(live)} parameters were given up already{where}"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
-    weights = unflatten(placed)
-    check_same_structure(model.weights, weights)
     checkpoint = plan.checkpoint
-    updated = model.published(weights, "reload", str(checkpoint.source))
+    updated = model.published(unflatten(placed), "reload", str(checkpoint.source))
     return dataclasses.replace(
         updated, checkpoint=checkpoint, config=checkpoint.config, specs=plan.specs, report=report
     )
+
+
+def _where(live: Mapping[str, jax.Array], mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Inside, what is placed without a mesh goes where the live weights are, whatever the default device is by now."""
+    (device, *_) = next(iter(live.values())).sharding.device_set
+    return nullcontext() if mesh is not None else jax.default_device(device)
 
 
 def committed_like(live: Weights, new: Weights) -> Weights:

@@ -173,11 +173,27 @@ def check_values(inject: Mapping[str, Any] | None) -> dict[str, Any]:
     problems = [
         f"{path} holds {value.dtype}"
         for path, value in found.items()
-        if isinstance(value, np.ndarray) and value.dtype.kind in "OUSMm"
+        if isinstance(value, np.ndarray) and (value.dtype.kind in "OUSMmc" or value.dtype.itemsize > 8)
     ]
     if problems:
-        raise ValueError(f"cannot inject: {'; '.join(problems)}, expected numbers")
-    return found
+        raise ValueError(f"cannot inject: {'; '.join(problems)}, expected numbers, real ones of 64 bits at most")
+    return {path: _native(value) for path, value in found.items()}
+
+
+def check_experts(config: ModelConfig, path: str, chosen: np.ndarray) -> None:
+    """Raises ValueError where what is to be injected as a router's choice names experts that there are not."""
+    experts = config.dims().get("E")
+    if experts is None or not path.endswith(".gate") or chosen.dtype.kind not in "iu" or not chosen.size:
+        return
+    if chosen.min() < 0 or chosen.max() >= experts.size:
+        span = f"{chosen.min()} to {chosen.max()}"
+        raise ValueError(f"cannot inject: {path} names experts {span}, expected 0 to {experts.size - 1}")
+
+
+def _native(value: Any) -> Any:
+    """An array of NumPy in this machine's order of bytes; another one as it is."""
+    is_foreign = isinstance(value, np.ndarray) and not value.dtype.isnative
+    return value.astype(value.dtype.newbyteorder("=")) if is_foreign else value
 
 
 def check_pairs(inputs: ModelInputs) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 MOST_TOKENS = 2**31 - 1  # positions are int32
+MOST_WARMTH = float(np.finfo(np.float32).max)
 DRAFT_TOKENS = 3  # in a round, where nobody says
 
 
@@ -41,8 +42,8 @@ class SamplingParams:
         problems = _whole("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
         problems += [] if self.draft_tokens is None else _whole("draft_tokens", self.draft_tokens, 1)
         warmth, share = _number(self.temperature), None if self.top_p is None else _number(self.top_p)
-        if warmth is None or (warmth != 0 and not 1e-5 <= warmth < float("inf")):
-            problems.append(f"temperature={self.temperature!r}, expected 0, or 1e-5 and more")
+        if warmth is None or (warmth != 0 and not 1e-5 <= warmth <= MOST_WARMTH):
+            problems.append(f"temperature={self.temperature!r}, expected 0, or 1e-5 and more, as float32 holds it")
         problems += [] if self.top_k is None else _whole("top_k", self.top_k, 1)
         if self.top_p is not None and (share is None or not 0 < share <= 1):
             problems.append(f"top_p={self.top_p!r}, expected in (0, 1]")
@@ -51,6 +52,8 @@ class SamplingParams:
             problems.append(f"ignore_eos={self.ignore_eos!r}, expected True or False")
         if problems:
             raise ValueError("; ".join(problems))
+        object.__setattr__(self, "temperature", warmth)  # floats of whichever library they were
+        object.__setattr__(self, "top_p", share)
 
     @property
     def is_greedy(self) -> bool:
@@ -111,5 +114,5 @@ def _number(value: Any) -> float | None:
     """A number of whichever library; None: it is none."""
     try:
         return None if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

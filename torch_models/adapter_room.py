@@ -178,7 +178,7 @@ def _stacks(model: Model, site: Site, sites: Sites, slots: int, rank: int) -> St
         *lead, out, inner = _shape(model, sites.parameter(site.parameter))
         a = (rank, inner)
     shapes = ((slots, *lead, *a), (slots, *lead, out, rank), (slots,))
-    return Stacks(*(torch.zeros(shape, device=model.device) for shape in shapes))
+    return Stacks(*(torch.zeros(shape, dtype=torch.float32, device=model.device) for shape in shapes))
 
 
 def _update(adapter: Adapter | None, path: str) -> LowRank | None:

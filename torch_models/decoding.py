@@ -19,6 +19,7 @@ from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen
+from torch_models.precision import in_own_precision
 from torch_models.speculative import generate_with_draft
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Continuing prompts: base of ``torch_models.model.Model``."""
 
+    @in_own_precision
     def prefill(
         self,
         input_ids: Any,
@@ -113,6 +115,7 @@ class Decoding:
         cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
         return x_BTD, seen
 
+    @in_own_precision
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
 
@@ -153,6 +156,7 @@ class Decoding:
             x_B1D = model.decoder(model.embed(ids_B1), cache.position[:, None].clone(), cache.key_mask, cache)
             return self.last_logits(x_B1D)
 
+    @in_own_precision
     def generate(
         self,
         input_ids: Any,

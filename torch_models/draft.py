@@ -17,6 +17,7 @@ from torch_models.cache import Cache
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
 from torch_models.layers.vision import Seen
+from torch_models.precision import in_own_precision
 from torch_models.taps import collect
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Draft:
         logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
+    @in_own_precision
     def with_taps(
         self,
         input_ids: Any,

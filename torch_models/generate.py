@@ -21,10 +21,14 @@ def sample(
     ``top_p``: the smallest set of best tokens whose probability reaches it; the best token always stays.
     """
     size = logits_BV.shape[-1] if top_k is None else min(top_k, logits_BV.shape[-1])
-    best_BC, token_BC = (logits_BV / temperature).topk(size, dim=-1)
+    best_BV, token_BV = (logits_BV / temperature).sort(
+        dim=-1, descending=True, stable=True
+    )  # the lowest of equals first
+    best_BC, token_BC = best_BV[:, :size], token_BV[:, :size]
     probability_BC = best_BC.softmax(-1)
-    before_BC = probability_BC.cumsum(-1) - probability_BC
-    kept_BC = probability_BC.masked_fill(before_BC >= top_p, 0.0)
+    is_cut_BC = probability_BC.cumsum(-1) - probability_BC >= top_p
+    is_cut_BC[:, 0] = False  # a share that float32 has no number for is 0, too
+    kept_BC = probability_BC.masked_fill(is_cut_BC, 0.0)
     chosen_B1 = torch.multinomial(kept_BC, 1, generator=generator)
     return token_BC.gather(-1, chosen_B1)[:, 0]
 

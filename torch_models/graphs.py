@@ -21,6 +21,7 @@ from loaders.sampling import check_room
 from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.census import Watch
+from torch_models.precision import in_own_precision
 from torch_models.recording import Recording
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class DecodeGraph:
         with torch.inference_mode(False):
             self.cache = model.empty_cache(rows, capacity)
             self.token_ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
-            self.logits = torch.zeros(rows, model.config.vocab_size, device=model.device)
+            self.logits = torch.zeros(rows, model.config.vocab_size, dtype=torch.float32, device=model.device)
         self.program, self._outside = self._capture(model, pool)
         own = {"cache": self.cache, "token_ids": self.token_ids, "logits": self.logits}
         self.watches = (Watch(model), Watch(own, f"graph {rows}x{capacity}"))
@@ -128,6 +129,7 @@ class Batch:
         self._model, self._graph, self._take = model, graph, graph.takes
         self.rows = rows
 
+    @in_own_precision
     def decode(self, token_ids: Any) -> torch.Tensor:
         """Append one token a row: logits, float32 [B, V], of the real rows.
 
@@ -205,6 +207,7 @@ class DecodeGraphs:
         wanted = sorted({row_bucket(size) for size in sizes}, reverse=True)
         return [self._ready(size, bucket(capacity)) for size in wanted]
 
+    @in_own_precision
     def prefill(
         self,
         input_ids: Any,

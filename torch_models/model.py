@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from loaders.checkpoint import Checkpoint
 from loaders.digest import short_digest, tensor_digest
 from loaders.events import Event
-from loaders.inputs import ModelInputs, check_text, check_values
+from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
@@ -33,6 +33,7 @@ from torch_models.host import as_tensor, on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
 from torch_models.parallel import Parallel
+from torch_models.precision import in_own_precision
 from torch_models.processes import Result, agreed
 from torch_models.seeing import Seeing
 from torch_models.stepwise import read_stepwise
@@ -127,6 +128,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
+    @in_own_precision
     def forward(
         self,
         input_ids: Any = None,
@@ -161,6 +163,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         with self.running(adapter, entry):
             return self._run(entry, checked)
 
+    @in_own_precision
     def with_taps(
         self,
         input_ids: Any = None,
@@ -205,7 +208,10 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         def looked() -> dict[str, Any]:
             if level == "operations":  # what is inside of modules is there in parts
                 self.check_alone(f"taps of {level}")
-            return check_values(inject)
+            values = check_values(inject)
+            for path, value in values.items():
+                check_experts(self.config, path, as_array(path, on_host(value)))
+            return values
 
         def said(values: dict[str, Any]) -> str:
             handed = [f"{path} {short_digest(np.asarray(on_host(value)))}" for path, value in values.items()]

@@ -1,6 +1,8 @@
 """What is given to generation: numbers of any library are taken, what is none is refused by name, on both backends."""
 
 import json
+from decimal import Decimal
+from fractions import Fraction
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +14,7 @@ from planted import PACKAGES, TWO_LAYERS
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
 from parity.zoo_draft import make_drafting_checkpoint
+from torch_models.generate import sample
 
 IDS = np.array([[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]])
 FURTHER = np.array([7, 3])
@@ -77,6 +80,8 @@ def test_room_for_no_number_of_tokens_is_refused(model, max_new_tokens):
         {"temperature": "1"},
         {"temperature": None},
         {"temperature": float("nan")},
+        {"temperature": 10**400},
+        {"temperature": 1e39},
         {"seed": 1.5},
         {"seed": 2**70},
         {"seed": -1},
@@ -135,6 +140,37 @@ def test_numbers_of_numpy_are_those_numbers(model):
     of_numpy = {"top_k": np.int32(5), "top_p": np.float64(0.9), "seed": np.int64(4)}
     found = model.generate(IDS, None, np.int64(3), np.float64(0.8), **of_numpy, ignore_eos=True)
     assert np.array_equal(np.asarray(found), np.asarray(plain))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [float, np.float32, Decimal, Fraction, jnp.float32, torch.tensor],
+    ids=["float", "numpy", "decimal", "fraction", "jax", "torch"],
+)
+def test_numbers_of_any_library_are_those_numbers_with_a_draft_too(package, kind, tmp_path):
+    model = package.load(make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS), mtp=True)
+    for draft in (None, model.draft):
+        plain = model.generate(IDS, max_new_tokens=3, temperature=0.5, top_p=0.75, seed=4, draft=draft)
+        found = model.generate(IDS, max_new_tokens=3, temperature=kind(0.5), top_p=kind(0.75), seed=4, draft=draft)
+        assert np.array_equal(np.asarray(found), np.asarray(plain))
+
+
+def test_the_best_token_always_stays(model):
+    greedy = np.asarray(model.generate(IDS, max_new_tokens=3, ignore_eos=True))
+    for top_p in (1e-3, 1e-46, 5e-324):
+        found = model.generate(IDS, max_new_tokens=3, temperature=0.01, top_p=top_p, ignore_eos=True)
+        assert np.array_equal(np.asarray(found), greedy)
+
+
+def test_of_equal_tokens_the_lowest_are_the_best(model, package):
+    """What a draft's verification has, and the router; ``topk`` promises nothing of the kind."""
+    if package.__name__ != "torch_models":
+        pytest.skip("JAX's top_k has this order by its contract")
+    for size in (8, 40, 211, 2000):
+        logits = torch.zeros(1, size)
+        logits[0, 5] = 1.0
+        drawn = {int(sample(logits, torch.Generator().manual_seed(seed), 1.0, 1.0, 3)) for seed in range(60)}
+        assert drawn == {0, 1, 5}
 
 
 def test_a_draft_that_is_none_is_refused(package, tmp_path):

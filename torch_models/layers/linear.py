@@ -17,7 +17,7 @@ Join = Callable[[torch.Tensor], torch.Tensor]  # of what the ranks of a mesh hav
 
 def empty_param(*shape: int) -> nn.Parameter:
     """A parameter without storage: what it will hold, and in which dtype, the checkpoint says."""
-    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -44,7 +44,7 @@ class GemmaRMSNorm(nn.Module):
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
         self.weight = empty_param(size)
-        self.register_buffer("gemma_weight", torch.empty(size, device="meta"), persistent=False)
+        self.register_buffer("gemma_weight", torch.empty(size, dtype=torch.float32, device="meta"), persistent=False)
         self.eps = eps
 
     @torch.no_grad()

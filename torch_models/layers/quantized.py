@@ -83,7 +83,7 @@ class NVFP4Linear(QuantizedLinear):
         self.scheme, self.kernel = scheme, kernel
         self.quantizes_inputs = scheme.activations and quantizes_inputs
         for name in ("alpha", "input_scale_inv") if self.quantizes_inputs else ("alpha",):
-            self.register_buffer(name, torch.empty((), device="meta"), persistent=False)
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, device="meta"), persistent=False)
 
     def source(self, role: str) -> torch.Tensor:
         """A tensor of the checkpoint as it was loaded: ``codes``, ``block``, ``global`` or ``input``."""

@@ -46,8 +46,8 @@ class NVFP4Experts(nn.Module):
                 setattr(self, f"{stack}_{leaf}", empty_param(*lead, *shapes[role]))
         self.scheme, self.kernel = scheme, kernel
         self.quantizes_inputs = scheme.activations and quantizes_inputs
-        self.register_buffer("g1_alphas", torch.empty(E, 2, device="meta"), persistent=False)
-        self.register_buffer("g2_alphas", torch.empty(E, device="meta"), persistent=False)
+        self.register_buffer("g1_alphas", torch.empty(E, 2, dtype=torch.float32, device="meta"), persistent=False)
+        self.register_buffer("g2_alphas", torch.empty(E, dtype=torch.float32, device="meta"), persistent=False)
 
     def hold(self, experts: range | None) -> None:
         """Tell which experts are here, before anything is derived of them; None: all."""
