@@ -119,7 +119,7 @@ class Decoding:
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
-        model.check_runnable()
+        model.check_runnable(is_step=True)
         if not isinstance(cache, VersionedCache):
             raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
         if cache.weights_id is not model.weights_id:

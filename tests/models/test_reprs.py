@@ -30,6 +30,7 @@ def test_a_checkpoint_says_where_it_is_and_what(directory):
 
 def test_a_jax_model_says_its_version_also_when_its_weights_were_given_up(directory, tmp_path):
     model = jax_models.load(directory)
+    _, cache = model.prefill([[1, 2]], max_new_tokens=2)
     after = model.update_weights_from_disk(directory, donate=True)
     assert "Qwen3ForCausalLM, version 2, 47 weights of " in repr(after)
     assert "version 1" in repr(model)
@@ -37,6 +38,7 @@ def test_a_jax_model_says_its_version_also_when_its_weights_were_given_up(direct
     for asked in (
         lambda: model([[1, 2]]),
         lambda: model.generate([[1, 2]]),
+        lambda: model.decode([3], cache),
         lambda: model.attach_lora(adapter),
         lambda: model.set_embed_and_head(np.zeros((2, 2), np.float32)),
         model.get_embed_and_head,
