@@ -6,12 +6,14 @@ middle of a call or elsewhere, leaves others waiting for it: those are told why,
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -76,9 +78,21 @@ def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
             dist.monitored_barrier(timeout=timedelta(seconds=WAIT_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"not all ranks came within {WAIT_S:g} s. Did one fail elsewhere? {error}") from error
+    text = text[:MESSAGE_LETTERS]
+    if _is_alike(mesh, text):  # nearly always, and a tenth of the bytes, unpickled, are enough to know
+        return dict.fromkeys(range(mesh.size()), text)
     told: list[str] = [""] * mesh.size()
-    dist.all_gather_object(told, text[:MESSAGE_LETTERS])
+    dist.all_gather_object(told, text)
     return dict(enumerate(told))
+
+
+def _is_alike(mesh: DeviceMesh, text: str) -> bool:
+    """Whether all ranks have this text, by its digest."""
+    device = "cpu" if dist.get_backend() == "gloo" else mesh.device_type
+    mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
+    theirs = [torch.empty_like(mine) for _ in range(mesh.size())]
+    dist.all_gather(theirs, mine)
+    return bool((torch.stack(theirs) == mine).all())
 
 
 class Company:
