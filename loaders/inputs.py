@@ -169,7 +169,7 @@ def check_values(inject: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(inject, Mapping):
         raise ValueError(f"inject is a {type(inject).__name__}, expected values by path")
-    found = {path: value if hasattr(value, "dtype") else np.array(value) for path, value in inject.items()}
+    found = {path: value if hasattr(value, "dtype") else as_array(path, value) for path, value in inject.items()}
     problems = [
         f"{path} holds {value.dtype}"
         for path, value in found.items()

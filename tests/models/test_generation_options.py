@@ -210,7 +210,7 @@ def test_a_dtype_may_be_of_any_library(package, dtype, tmp_path):
     assert str(model.dtype).removeprefix("torch.") == "bfloat16"
 
 
-@pytest.mark.parametrize("value", [None, "x", ["a"]])
+@pytest.mark.parametrize("value", [None, "x", ["a"]], ids=str)
 def test_what_cannot_be_handed_in_is_refused_by_name(model, value):
     with pytest.raises(ValueError, match=r"cannot inject: model\.layers\.0"):
         model.with_taps(IDS, inject={"model.layers.0": value})
