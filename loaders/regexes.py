@@ -35,7 +35,7 @@ def _may_take_for_ever(parts: Sequence[Any], *, is_repeated: bool) -> bool:
             return True
         if is_repeated and is_endless and not _is_ended(argument[2], list(parts)[index + 1 :]):
             return True
-        inner = [one for one in _flat(argument) if hasattr(one, "data")]
+        inner = [one for one in _flat(argument) if isinstance(one, type(parts))]
         if any(_may_take_for_ever(one, is_repeated=is_repeated or is_endless) for one in inner):
             return True
     return False

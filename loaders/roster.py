@@ -120,11 +120,8 @@ class Roster:
             return [self.attached[-1].name if self.attached else None] * count
         if isinstance(adapter, str):
             return [self[adapter].name] * count
-        is_by_row = (
-            isinstance(adapter, Sequence | np.ndarray)
-            and not isinstance(adapter, bytes)
-            and getattr(adapter, "ndim", 1) > 0
-        )
+        is_array = isinstance(adapter, np.ndarray) and adapter.ndim > 0
+        is_by_row = is_array or (isinstance(adapter, Sequence) and not isinstance(adapter, bytes))
         names: list[Any] = list(adapter) if is_by_row else [adapter]
         if wrong := [name for name in names if not isinstance(name, str | None)]:
             raise ValueError(f"adapter has {brief(wrong[0])}, expected a name, or for each row a name or None")

@@ -65,7 +65,7 @@ class SamplingParams:
         return 1.0 if self.top_p is None else self.top_p
 
 
-def asked_params(draft: object, draft_tokens: int | None, *, model: Any, kind: type, **options: Any) -> SamplingParams:
+def asked_params(draft: Any, draft_tokens: int | None, *, model: Any, kind: type, **options: Any) -> SamplingParams:
     """What ``generate`` of a model is asked for.
 
     Args:
@@ -83,7 +83,7 @@ def asked_params(draft: object, draft_tokens: int | None, *, model: Any, kind: t
         return SamplingParams(**options)
     if not isinstance(draft, kind):
         raise ValueError(f"draft={draft!r} is no draft, expected model.draft")
-    if getattr(draft, "target", None) is not model:
+    if draft.target is not model:
         raise ValueError(
             f"the draft is bound to another model or version, this model is at version {model.version}."
             " Use model.draft, or draft.bind(model)."

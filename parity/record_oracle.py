@@ -137,6 +137,8 @@ def amplification(
     found: dict[str, np.ndarray] = {}
     for name in names:
         size = np.maximum(np.linalg.norm(tensors[name], axis=-1), 1e-30)
-        found[ANGLE_ERROR + name] = (np.linalg.norm(turned[name] - tensors[name], axis=-1) / size).astype(np.float32)
-        found[AMPLIFICATION + name] = (np.sqrt(moved_sq[name]) / size).clip(max=1e6).astype(np.float32)
+        turned_by = np.linalg.norm(turned[name] - tensors[name], axis=-1)
+        # beside a token of nearly nothing both are beyond float32
+        for kind, moved in ((ANGLE_ERROR, turned_by), (AMPLIFICATION, np.sqrt(moved_sq[name]))):
+            found[kind + name] = (moved / size).clip(max=1e6).astype(np.float32)
     return found

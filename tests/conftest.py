@@ -77,3 +77,12 @@ def young_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> None:
+    """Of JAX; skips where there are fewer."""
+    import jax
+
+    if len(jax.devices()) < 8:
+        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")

@@ -39,6 +39,10 @@ class Draft:
     report: SpeculationReport | None = None
 
     @property
+    def _model(self) -> Model:
+        return self.source
+
+    @property
     def bound(self) -> Model:
         """The target.
 

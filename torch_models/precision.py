@@ -12,14 +12,17 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def in_own_precision(method: Method) -> Method:
-    """A method of a model, a draft or a graph, without autocast, which rounds where weights and caches are not."""
+    """A method of a model, a draft or a graph, without autocast, which rounds where weights and caches are not.
+
+    Its class has the model as ``_model``.
+    """
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = getattr(self, "source", None) or self._model
-        if not torch.is_autocast_enabled(model.device.type):
+        device = self._model.device.type
+        if not torch.is_autocast_enabled(device):
             return method(self, *args, **kwargs)
-        with torch.autocast(model.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return method(self, *args, **kwargs)
 
     return run  # pyright: ignore[reportReturnType]

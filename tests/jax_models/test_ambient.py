@@ -10,6 +10,8 @@ from parity.zoo import make_checkpoint, prompts
 from parity.zoo_draft import make_drafting_checkpoint
 from parity.zoo_pictures import pictures
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 
 def mesh_of(kind):
     """None: of other devices, and another number of them."""
@@ -21,12 +23,6 @@ def mesh_of(kind):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint("qwen3", tmp_path_factory.mktemp("ambient") / "c", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
 
 
 @pytest.mark.parametrize("is_sharded", [True, False], ids=["on a mesh", "on one device"])

@@ -11,13 +11,9 @@ import jax_models
 from parity.zoo import make_checkpoint, prompts
 from parity.zoo_draft import make_drafting_checkpoint
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 TWO = {"num_hidden_layers": 2, "vocab_size": 208, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
 
 
 @pytest.fixture(scope="module")

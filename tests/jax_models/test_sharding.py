@@ -26,6 +26,8 @@ from loaders.plan import specs_of
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint, prompts
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 # every cut axis of every parameter has 4 whole units or a multiple of them
 EVEN = {
     "vocab_size": 208,
@@ -51,12 +53,6 @@ def mesh_of(name: str) -> Mesh:
     if isinstance(sizes, int):
         return Mesh(np.array(jax.devices()[:sizes]), ("tensor",))
     return Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), MESH_AXES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
 
 
 @pytest.fixture(scope="module")

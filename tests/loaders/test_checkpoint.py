@@ -411,6 +411,19 @@ def test_a_fingerprint_is_of_what_a_checkpoint_says_and_holds_wherever_it_lies(t
     assert len(others | {first}) == 5
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("direct:///there/it", "'direct:///there/it' or 'direct://there/it'"),
+        ("s3://bucket/it", "Give it as text: 's3://bucket/it'"),
+    ],
+)
+def test_an_address_that_became_a_path_is_asked_for_as_text(address: str, told: str) -> None:
+    with pytest.raises(CheckpointError, match="a path has one slash where an address has two") as caught:
+        open_checkpoint(Path(address))
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("address", ["", "direct://", "runai://"])
 def test_no_address_is_not_the_current_directory(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path / "it", {"model.safetensors": ONE_TENSOR}))

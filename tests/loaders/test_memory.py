@@ -38,6 +38,11 @@ def test_memory_is_aligned_writeable_and_of_the_size_asked_for(num_bytes: int) -
     assert found.flags.c_contiguous
 
 
+def test_memory_that_there_is_not_is_said_to_be_how_much() -> None:
+    with pytest.raises(MemoryError, match=r"no memory for 1,125,899,906,842,624 bytes of uint8 .*: read it in slices"):
+        aligned_empty((1 << 50,), np.dtype(np.uint8))
+
+
 @needs_huge_pages
 def test_large_memory_begins_at_a_huge_page_and_lies_in_such() -> None:
     large = aligned_empty((5 * HUGE_PAGE_BYTES,), np.dtype(np.uint8))

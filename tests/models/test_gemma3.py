@@ -489,11 +489,10 @@ EVEN = {"vocab_size": 208, "hidden_size": 40, "num_attention_heads": 8, "num_key
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=["data2-expert2-tensor2", "expert4-tensor2"])
 @pytest.mark.parametrize("name", ["tied", "capped"])
+@pytest.mark.usefixtures("eight_devices")
 def test_a_model_on_a_mesh_is_the_same_model(
     name: str, sizes: tuple[int, ...], checkpoint_of: Build, tmp_path: Path
 ) -> None:
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
     directory = checkpoint_of(name, **EVEN | TWO)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(sizes), MESH_AXES)
     model, alone, inputs = jax_models.load(directory, mesh=mesh), loaded("jax", directory), inputs_of("padded")

@@ -238,9 +238,8 @@ def compilations() -> Iterator[list[str]]:
     [("even moe", (2, 1, 4)), ("even moe", (1, 4, 2)), ("dense", (1, 2, 2))],
 )
 @pytest.mark.slow_unless("even moe-sizes1")
+@pytest.mark.usefixtures("eight_devices")
 def test_a_mesh_is_the_same_model(name: str, sizes: tuple[int, ...], checkpoint_of: Build) -> None:
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, has {len(jax.devices())}; JAX_NUM_CPU_DEVICES=8 gives as many")
     directory, inputs = checkpoint_of(name), inputs_of("left", rows=2, tokens=70)
     inputs["input_ids"] %= 208
     mesh = Mesh(np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes), MESH_AXES)

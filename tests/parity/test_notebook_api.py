@@ -340,6 +340,12 @@ def test_a_bug_spreads_to_the_side_that_takes_its_value(pair, broken):
     assert spread.cause == "both wrong"
 
 
+def test_a_pair_rounds_less_only_where_anything_is_rounded(tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "it", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="is not quantised, so there is nothing to switch off"):
+        parity.live_pair(path, weight_only=True)
+
+
 def test_a_pair_says_what_it_is_and_refuses_what_it_has_not(pair, broken):
     assert "torch (a) against torch (b)" in repr(pair)
     with pytest.raises(ValueError, match="expected 'a' or 'b'"):

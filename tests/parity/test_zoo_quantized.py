@@ -89,6 +89,12 @@ def test_experts_have_scales_of_their_own(tmp_path):
         assert len({float(checkpoint.read(name)) for name in names}) == 15
 
 
+def test_a_recipe_of_fp8_alone_says_so(tmp_path):
+    checkpoint = made("qwen3", tmp_path / "q", fp8=("*",))
+    assert checkpoint.quantization_document["quantization"]["quant_algo"] == "FP8"
+    assert {scheme.weights for scheme in linears(checkpoint).values()} == {"fp8"}
+
+
 def test_a_mixed_recipe_is_fp8_in_attention_and_nvfp4_in_the_rest(tmp_path):
     checkpoint = made("qwen3_5", tmp_path / "q", fp8=("*self_attn*", "*linear_attn*"), kv_cache=True)
     assert checkpoint.quantization_document["quantization"]["quant_algo"] == "MIXED_PRECISION"
