@@ -1,13 +1,16 @@
-"""Models run on the devices of their weights, whatever ``jax.set_mesh`` says around the call.
+"""Models run as they were loaded to, whatever JAX is set to around the call: where their weights are, and by the rules
+of promotion that their layers were written for.
 
 Programs are compiled for the mesh that a model was loaded for, whose axes are of type Auto, or for one device. Where
-another mesh is set, or the same with axes of type Explicit, as ``jax.make_mesh`` gives them, JAX refuses to run them.
+another mesh is set, or the same with axes of type Explicit, as ``jax.make_mesh`` gives them, JAX refuses to run them;
+and where promotion is forbidden, it refuses to compile them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import jax
@@ -18,14 +21,16 @@ _NONE = Mesh(np.empty((), object), ())
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def on_own_mesh(method: Method) -> Method:
+def in_own_settings(method: Method) -> Method:
     """Of what has a ``mesh``, or None for one device; where no mesh is set, nothing is."""
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if jax.sharding.get_mesh().empty:
-            return method(self, *args, **kwargs)
-        with jax.set_mesh(_NONE if self.mesh is None else self.mesh):
+        with ExitStack() as settings:
+            settings.enter_context(jax.numpy_dtype_promotion("standard"))
+            settings.enter_context(jax.numpy_rank_promotion("allow"))
+            if not jax.sharding.get_mesh().empty:
+                settings.enter_context(jax.set_mesh(_NONE if self.mesh is None else self.mesh))
             return method(self, *args, **kwargs)
 
     return cast("Method", called)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import numpy as np
 
-from jax_models.ambient import on_own_mesh
+from jax_models.ambient import in_own_settings
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Continuing prompts: base of ``jax_models.model.Model``."""
 
-    @on_own_mesh
+    @in_own_settings
     def prefill(
         self,
         input_ids: Any,
@@ -93,7 +93,7 @@ class Decoding:
         prompt = agreed(model.mesh, "the prompt", checked, lambda found: found.digest)
         return prompt.padded_to(bucket(prompt.input_ids.shape[1]))
 
-    @on_own_mesh
+    @in_own_settings
     def decode(self, token_ids: Any, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """Append one token a row: logits, float32 [B, V], and the cache that replaces the one given (it is donated).
 
@@ -132,7 +132,7 @@ class Decoding:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
         return ids_B1
 
-    @on_own_mesh
+    @in_own_settings
     def generate(
         self,
         input_ids: Any,
@@ -170,6 +170,7 @@ class Decoding:
             (or its end token when the config names none).
         Raises:
             ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+            FloatingPointError: logits are NaN or infinite.
         """
         model = self._model
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}

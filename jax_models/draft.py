@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters
-from jax_models.ambient import on_own_mesh
+from jax_models.ambient import in_own_settings
 from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
@@ -84,7 +84,7 @@ class Draft:
         logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
-    @on_own_mesh
+    @in_own_settings
     def with_taps(
         self,
         input_ids: Any,

@@ -20,7 +20,7 @@ from jax_models import swap
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
-from jax_models.ambient import on_own_mesh
+from jax_models.ambient import in_own_settings
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
 from jax_models.processes import agreed, content_of, processes_of, together
@@ -124,7 +124,7 @@ class Model(Decoding, Adapted, Seeing):
             " (donate=True). Use the model that it returned, or update this one again."
         )
 
-    @on_own_mesh
+    @in_own_settings
     def __call__(
         self,
         input_ids: Any = None,
@@ -158,7 +158,7 @@ class Model(Decoding, Adapted, Seeing):
         given = (self.weights, entry, *self.arrays(checked))
         return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
 
-    @on_own_mesh
+    @in_own_settings
     def with_taps(
         self,
         input_ids: Any = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import numpy as np
 
-from jax_models.ambient import on_own_mesh
+from jax_models.ambient import in_own_settings
 from jax_models.frames import VisionArrays, framed, vision_arrays
 from jax_models.processes import agreed, content_of
 from loaders.inputs import ModelInputs
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Seeing:
     """The eyes of a model: base of ``jax_models.model.Model``."""
 
-    @on_own_mesh
+    @in_own_settings
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[jax.Array, ...]:
         """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.
 

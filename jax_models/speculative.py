@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_models.generate import best
 from jax_models.processes import agreed, to_host
 from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
@@ -54,7 +55,7 @@ def generate_with_draft(
         checked,
         rows,
         params,
-        best=lambda logits: to_host(jnp.argmax(logits, axis=-1)),
+        best=lambda logits: to_host(best(logits)),
         on_host=to_host,
     )
     room, filled = bucket(length + params.max_new_tokens + 3 * T), length

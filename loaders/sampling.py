@@ -12,6 +12,7 @@ import numpy as np
 MOST_TOKENS = 2**31 - 1  # positions are int32
 MOST_WARMTH = float(np.finfo(np.float32).max)
 DRAFT_TOKENS = 3  # in a round, where nobody says
+NO_TOKEN = -1  # of logits that none can be chosen from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,24 @@ def asked_params(draft: Any, draft_tokens: int | None, *, model: Any, kind: type
             " Use model.draft, or draft.bind(model)."
         )
     return SamplingParams(draft_tokens=DRAFT_TOKENS if draft_tokens is None else draft_tokens, **options)
+
+
+def check_chosen(token_ids: np.ndarray, whose: str = "the model") -> None:
+    """Refuse to go on after logits that are NaN: any token would do, and whoever reads it would not know.
+
+    Args:
+        token_ids: integers [B] or [B, T], ``NO_TOKEN`` where none can be chosen.
+        whose: logits they were chosen from.
+    Raises:
+        FloatingPointError: there is one.
+    """
+    is_none = token_ids == NO_TOKEN
+    if is_none.any():
+        rows = np.flatnonzero(is_none.reshape(len(is_none), -1).any(axis=1)).tolist()
+        raise FloatingPointError(
+            f"{whose} gives rows {rows} logits that are NaN or infinite, expected numbers to choose a token by."
+            " Is one of its weights infinite or NaN?"
+        )
 
 
 def seed_bits(seed: int) -> int:

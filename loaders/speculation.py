@@ -10,7 +10,7 @@ import numpy as np
 
 from loaders.acceptance import accept_greedy, accept_sampled, distribution, draw
 from loaders.inputs import ModelInputs
-from loaders.sampling import SamplingParams
+from loaders.sampling import NO_TOKEN, SamplingParams, check_chosen
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Speculation:
         prompt: every row's real tokens at its end.
         rows: what becomes of it.
         params: how tokens are chosen, and K, guesses in each round.
-        best: the best token of logits [..., V] wherever they lie, integers [...].
+        best: the best token of logits [..., V] wherever they lie, integers [...]; ``NO_TOKEN`` where it is NaN.
         on_host: logits as NumPy's, floats [..., V].
 
     Attributes:
@@ -67,13 +67,13 @@ class Speculation:
 
     def begin(self, logits_BV: Any) -> None:
         """Choose the token after the prompt."""
-        self._token_B, _ = self._chosen(logits_BV)
+        self._token_B, _ = self._chosen(logits_BV, "the model")
         self.rows.add(self._token_B[:, None])
         self.next_ids_BT = np.concatenate([self._prompt.input_ids[:, 1:], self._token_B[:, None]], axis=1)
 
     def guess(self, logits_BV: Any) -> np.ndarray:
         """Choose the next guess, of the draft's logits; int32 [B]."""
-        guess_B, found_BV = self._chosen(logits_BV)
+        guess_B, found_BV = self._chosen(logits_BV, "the draft")
         self._guesses.append(guess_B)
         if found_BV is not None:
             self._drawn_from.append(found_BV)
@@ -108,25 +108,31 @@ class Speculation:
     def accepted(self, logits_BTV: Any) -> tuple[np.ndarray, np.ndarray]:
         """How many guesses stay, integers [B], and the target's token after them, [B]."""
         if self._params.is_greedy:
-            return accept_greedy(self.drafted, self.best(logits_BTV))
+            return accept_greedy(self.drafted, self._best(logits_BTV, "the model"))
         drawn_from_BKV = np.stack(self._drawn_from, axis=1)
-        return accept_sampled(self.drafted, drawn_from_BKV, self._probabilities(logits_BTV), self._rng)
+        return accept_sampled(self.drafted, drawn_from_BKV, self._probabilities(logits_BTV, "the model"), self._rng)
 
     @property
     def report(self) -> SpeculationReport:
         """What the draft was worth so far."""
         return SpeculationReport(self._rounds, self._drafted, self._accepted)
 
-    def _chosen(self, logits_BV: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def _chosen(self, logits_BV: Any, whose: str) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row, int32 [B], and the distribution it was drawn from; None: it is the best."""
         if self._params.is_greedy:
-            return self.best(logits_BV).astype(np.int32), None
-        found_BV = self._probabilities(logits_BV)
+            return self._best(logits_BV, whose).astype(np.int32), None
+        found_BV = self._probabilities(logits_BV, whose)
         return draw(found_BV, self._rng).astype(np.int32), found_BV
 
-    def _probabilities(self, logits: Any) -> np.ndarray:
-        params = self._params
-        return distribution(self._on_host(logits), params.temperature, params.nucleus, params.top_k)
+    def _best(self, logits: Any, whose: str) -> np.ndarray:
+        found = self.best(logits)
+        check_chosen(found, whose)
+        return found
+
+    def _probabilities(self, logits: Any, whose: str) -> np.ndarray:
+        params, host = self._params, self._on_host(logits)
+        check_chosen(np.where(np.isfinite(host.max(axis=-1)), 0, NO_TOKEN), whose)
+        return distribution(host, params.temperature, params.nucleus, params.top_k)
 
 
 class Rows:

@@ -196,6 +196,7 @@ class Decoding:
             (or its end token when the config names none).
         Raises:
             ValueError: options out of range, bad inputs, a pipeline stage, or a draft of another model or version.
+            FloatingPointError: logits are NaN or infinite.
             RuntimeError: a graph's tensors were moved since it was captured.
         """
         model = self._model

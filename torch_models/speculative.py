@@ -11,6 +11,7 @@ from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
 from loaders.sampling import SamplingParams
 from loaders.speculation import Rows, Speculation, SpeculationReport
+from torch_models.generate import best
 
 if TYPE_CHECKING:
     from torch_models.draft import Draft
@@ -50,7 +51,7 @@ def generate_with_draft(
         checked,
         rows,
         params,
-        best=lambda logits: logits.argmax(-1).cpu().numpy(),
+        best=lambda logits: best(logits).cpu().numpy(),
         on_host=lambda logits: logits.detach().cpu().numpy(),
     )
     slots = partial(model.roster.rows, adapter, B)

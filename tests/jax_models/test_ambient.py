@@ -1,4 +1,4 @@
-"""A mesh that is set around a call changes nothing: a model runs where its weights are."""
+"""What JAX is set to around a call changes nothing: a model runs where its weights are, by the rules of its layers."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 import jax_models
-from parity.zoo import make_checkpoint, prompts
+from parity.zoo import block_sizes, make_checkpoint, prompts
 from parity.zoo_draft import make_drafting_checkpoint
 from parity.zoo_pictures import pictures
 
@@ -68,4 +68,30 @@ def test_so_do_its_draft_its_eyes_and_steps_taken_one_by_one(name, is_sharded, t
     expected = [np.asarray(each) for each in said()]
     with jax.set_mesh(mesh_of(None)):
         found = [np.asarray(each) for each in said()]
+    assert all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5-moe", "gemma3", "qwen3_vl", "nvfp4", "draft"])
+def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
+    """Promotion of dtypes and of ranks, which layers rely on; and other bits for a seed."""
+    if name == "draft":
+        path = make_drafting_checkpoint("qwen3_5", tmp_path / "c")
+    elif name == "nvfp4":
+        path = make_checkpoint("qwen3", tmp_path / "c", dtype="BF16", num_hidden_layers=2, **block_sizes("qwen3"))
+    else:
+        path = make_checkpoint(name, tmp_path / "c")
+    options = {"quantize": "nvfp4" if name == "nvfp4" else None, "mtp": name == "draft"}
+
+    def said():
+        model = jax_models.load(path, **options)
+        inputs = pictures(model.config, tokens=48) if name == "qwen3_vl" else prompts(model.config, rows=2, tokens=16)
+        logits, taps = model.with_taps(**inputs)
+        drafted = {"draft": model.draft} if name == "draft" else {}
+        found = [model.generate(**inputs, max_new_tokens=3, ignore_eos=True, temperature=2.0, **drafted)]
+        model.update_weights_from_disk(path)
+        return [np.asarray(each) for each in (model(**inputs), logits, *taps.values(), *found)]
+
+    expected = said()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.default_prng_impl("rbg"):
+        found = said()
     assert all(map(np.array_equal, found, expected))

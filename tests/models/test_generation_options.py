@@ -179,6 +179,20 @@ def test_a_draft_that_is_none_is_refused(package, tmp_path):
         model.generate(IDS, draft=model.draft, draft_tokens=1.5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}], ids=str)
+def test_nothing_is_said_of_logits_that_are_no_numbers(package, how, value, tmp_path):
+    """Any token would do, and nobody who reads it would know."""
+    model = package.load(make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS), mtp=True)
+    embed = np.array(np.asarray(model.get_embed_and_head()[0]))
+    embed[IDS[1, -1], 3] = value
+    model = model.set_embed_and_head(embed=embed)
+    for draft in (None, model.draft):
+        with pytest.raises(FloatingPointError, match=r"the model gives rows \[1\] logits that are NaN or infinite"):
+            model.generate(IDS, draft=draft, **how)
+    assert model.generate(IDS[:1], max_new_tokens=1, **how).shape == (1, 1)
+
+
 def test_every_bit_of_a_seed_counts(model):
     """Generators on a CPU look at 32 of them."""
     seeds = [7, 7, 7 + 2**32, 7 + 5 * 2**32, 2**63 - 1]

@@ -92,3 +92,16 @@ def test_the_gated_norm_has_a_plain_weight_and_norms_before_the_gate(backend):
     silu = gate / (1 + np.exp(-gate.astype(np.float64)))
     expected = weight.astype(np.float64) * rms(x) * silu
     np.testing.assert_allclose(Norm(backend, "RMSNormGated", weight)(x, gate), expected, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["norm", "sum and norm"])
+def test_a_gradient_goes_to_the_weight_itself_run_after_run(is_fused):
+    """What is derived from the weight is written anew by every run, and takes part in none that is differentiated."""
+    x, residual, weight = (torch.from_numpy(array) for array in drawn(np.float32))
+    norm = Norm("torch", "GemmaRMSNorm", weight.numpy()).norm
+    norm.weight.requires_grad_(True)
+    given = (x + residual).requires_grad_(True)
+    runs = [norm.add_norm(x, residual)[0] if is_fused else norm(given) for _ in range(2)]
+    torch.stack(runs).sum().backward()
+    expected = 2 * rms((x + residual).numpy()).sum(axis=(0, 1))
+    np.testing.assert_allclose(norm.weight.grad.numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -54,9 +54,12 @@ class GemmaRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.derive()
+        # gradients go to the weight itself, and need a factor that the next run does not write over
+        needs_grad = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
+        factor = 1.0 + self.weight.float() if needs_grad else self.gemma_weight
         x32 = x.float()
         mean_square = x32.pow(2).mean(-1, keepdim=True)
-        return (x32 * torch.rsqrt(mean_square + self.eps) * self.gemma_weight).to(x.dtype)
+        return (x32 * torch.rsqrt(mean_square + self.eps) * factor).to(x.dtype)
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum. The sum is rounded to the dtype of x, then normed as rounded."""
