@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
 
+from jax_models.kernels.grouped_on_cpu import derived_from, grouped_on_cpu, one_of
+
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
@@ -26,12 +28,13 @@ def grouped_matmul(
 
     Args:
         rows: [A, k], group after group.
-        weights: [E, n, k].
+        weights: [E, n, k], of the dtype of the rows.
         sizes: int32 [E], rows of each group.
         dtype: of what is returned.
     """
-    on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_grouped, dtype=dtype)
-    return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, default=elsewhere)
+    on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_ragged, dtype=dtype)
+    on_cpu = derived_from(elsewhere, partial(_tiled, dtype=dtype))
+    return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, cpu=on_cpu, default=elsewhere)
 
 
 def ragged_matmul(
@@ -43,8 +46,12 @@ def ragged_matmul(
     )
 
 
-def _grouped(rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _ragged(rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return ragged_matmul(rows, weights, sizes).astype(dtype)
+
+
+def _tiled(rows: jax.Array, weights: jax.Array, sizes: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return grouped_on_cpu(rows, sizes, partial(one_of, weights)).astype(dtype)
 
 
 def grouped_on_tpu(
