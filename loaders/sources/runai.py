@@ -13,7 +13,8 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
@@ -24,6 +25,7 @@ from loaders.memory import STAGING_BYTES, aligned_empty
 from loaders.regions import Piece
 from loaders.sources.library import Device, install, library_of
 from loaders.sources.source import OpenFile, PieceError
+from loaders.sources.streamers import streamers_of
 
 DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
 CLOSE_S = 1.0  # that closing waits for what is on its way
@@ -32,44 +34,24 @@ MARK_BYTES = 8  # where bytes are to come that did not, these are still there; b
 _MARKED_BYTES = 1 << 20  # of a file between two marks: the library asks a server for so many, or a multiple
 _NO_PLUGIN = (4, 12, 13)
 _SLICE_MS = 200  # of waiting, so that an interrupt is heard
+_NO_TICKET = 2**64 - 1
 
 
-class _Endings:
-    """Streamers of one store that have read what they were asked for: ended together, when no other reads.
+@dataclass(eq=False)
+class _Flight:
+    """A stretch that is asked for: the library writes to its memory until it has answered."""
 
-    The end of one cancels what all others of its store are reading, and while it waits for a server none can begin.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_reading = 0
-        self._waiting: list[Callable[[], None]] = []
-
-    def begin(self, start: Callable[[], None]) -> None:
-        with self._lock:
-            start()
-            self._num_reading += 1
-
-    def arrive(self, end: Callable[[], None]) -> None:
-        """``end`` is called when all that have begun have arrived, which takes none of them long."""
-        with self._lock:
-            self._waiting.append(end)
-            self._num_reading -= 1
-            if not self._num_reading:
-                for each in self._waiting:
-                    each()
-                self._waiting.clear()
-
-
-@cache
-def _endings_of(scheme: str) -> _Endings:
-    return _Endings()
+    buffer: np.ndarray
+    num_bytes: int
+    marks: list[np.ndarray]
+    # written to by the library as it takes the request, so that an interrupt cannot come between
+    ticket: ctypes.c_uint64 = field(default_factory=lambda: ctypes.c_uint64(_NO_TICKET))
 
 
 def _after_fork() -> None:
     """Streamers, and the threads that libraries wait for at exit, are the parent's."""
-    if _endings_of.cache_info().currsize:
-        _endings_of.cache_clear()
+    if streamers_of.cache_info().currsize:
+        streamers_of.cache_clear()
         _exit_as_we_are()
 
 
@@ -96,9 +78,8 @@ class RunaiSession:
         self.where = where
         self._scheme = where.partition("://")[0]
         self._library = library_of(self._scheme)
-        self._streamer = ctypes.c_void_p()
-        self._flying: dict[int, tuple[np.ndarray, int]] = {}  # memory, and how much of it
-        self._marks: dict[int, list[np.ndarray]] = {}
+        self._flights: list[_Flight] = []
+        self._answered = ctypes.c_uint64(_NO_TICKET)  # the last ticket that came
         self._mark = np.frombuffer(os.urandom(MARK_BYTES), np.uint8)
         self._empty: list[int] = []  # tickets below zero, which the library has none of
         self._free: list[np.ndarray] = []
@@ -106,23 +87,20 @@ class RunaiSession:
         self._lent: np.ndarray | None = None
         self.stretch_bytes = memory.STAGING_BYTES  # all of it is lent memory
         self.num_stretches = 8  # a window, as for files
-        self._endings = _endings_of(self._scheme)
-        self._endings.begin(self._start)
-        try:
-            self._hand_over(credentials)
-        except BaseException:
-            self.close()
-            raise
+        self._streamers, self._kind = streamers_of(self._scheme), tuple(sorted(credentials.items()))
+        self._streamer = self._streamers.begin(self._kind, self._start)
 
-    def _start(self) -> None:
-        self._check(self._library.runai_file_streamer_start(ctypes.byref(self._streamer)))
-
-    def _hand_over(self, credentials: Mapping[str, str]) -> None:
-        if credentials:
-            names = (ctypes.c_char_p * len(credentials))(*(name.encode() for name in credentials))
-            values = (ctypes.c_char_p * len(credentials))(*(value.encode() for value in credentials.values()))
-            given = (self._streamer, names, values, len(credentials))
-            self._check(self._library.runai_file_streamer_set_credentials(*given))
+    def _start(self) -> ctypes.c_void_p:
+        streamer = ctypes.c_void_p()
+        self._check(self._library.runai_file_streamer_start(ctypes.byref(streamer)))
+        if self._kind:
+            texts = ctypes.c_char_p * len(self._kind)
+            names, values = (texts(*map(str.encode, each)) for each in zip(*self._kind, strict=True))
+            code = self._library.runai_file_streamer_set_credentials(streamer, names, values, len(self._kind))
+            if code != _SUCCESS:
+                self._library.runai_file_streamer_end(streamer)
+            self._check(code)
+        return streamer
 
     def submit(self, file: OpenFile, position: int, pieces: Sequence[Piece]) -> int:
         num_bytes = sum(piece.num_bytes for piece in pieces)
@@ -130,57 +108,66 @@ class RunaiSession:
             self._empty.append(-1 - len(self._empty))
             return self._empty[-1]
         buffer = self._buffer(num_bytes)
-        marks = _marks(buffer[:num_bytes], position)
-        for place in marks:
+        flight = _Flight(buffer, num_bytes, _marks(buffer[:num_bytes], position))
+        for place in flight.marks:
             place[...] = self._mark
-        ticket = ctypes.c_uint64()
+        self._flights.append(flight)
         code = self._library.runai_file_streamer_request(
-            *(self._streamer, ctypes.byref(ticket), 1),
+            *(self._streamer, ctypes.byref(flight.ticket), 1),
             *((ctypes.c_char_p * 1)(file.address.encode()), (ctypes.c_uint32 * 1)(1)),
             *((ctypes.c_size_t * 1)(position), (ctypes.c_size_t * 1)(num_bytes)),
             *((ctypes.c_void_p * 1)(buffer.ctypes.data), Device(0, 0)),
         )
+        if code != _SUCCESS:
+            self._failed.append(buffer)
+            self._flights.remove(flight)
         self._check(code)
-        self._flying[ticket.value] = buffer, num_bytes
-        self._marks[ticket.value] = marks
-        return ticket.value
+        return flight.ticket.value
 
     def next(self) -> tuple[int, np.ndarray]:
-        assert self._flying or self._empty, "nothing was submitted"
+        assert self._flights or self._empty, "nothing was submitted"
         if self._empty:
             return self._empty.pop(), np.empty(0, np.uint8)
         if self._lent is not None and self._lent.size == STAGING_BYTES:
             self._free.append(self._lent)
         self._lent = None
         ticket, code = self._response()
-        if ticket not in self._flying:  # it has stopped altogether
+        flight = next((each for each in self._flights if each.ticket.value == ticket), None)
+        if flight is None:  # it has stopped altogether
             raise PieceError(self._message(code))
-        buffer, num_bytes = self._flying.pop(ticket)
         if code != _SUCCESS:
-            self._failed.append(buffer)
+            self._failed.append(flight.buffer)
+        self._flights.remove(flight)
+        if code != _SUCCESS:
             raise PieceError(self._message(code), ticket)
-        if any(np.array_equal(place, self._mark) for place in self._marks.pop(ticket)):
-            raise PieceError(f"fewer bytes came than the {num_bytes} asked for ({self.where}): truncated", ticket)
-        self._lent = buffer
-        return ticket, buffer[:num_bytes]
+        if any(np.array_equal(place, self._mark) for place in flight.marks):
+            self._failed.append(flight.buffer)
+            raise PieceError(
+                f"fewer bytes came than the {flight.num_bytes} asked for ({self.where}): truncated", ticket
+            )
+        self._lent = flight.buffer
+        return ticket, flight.buffer[: flight.num_bytes]
 
     def close(self) -> None:
         streamer, self._streamer = self._streamer, ctypes.c_void_p()
         if not streamer:
             return
-        flying, self._flying, self._free, self._lent = self._flying, {}, [], None
-        self._marks.clear()
-
-        def end() -> None:
-            self._library.runai_file_streamer_end(streamer)
-            flying.clear()
-            self._failed.clear()
+        flights, failed = self._flights, self._failed
+        self._flights, self._failed, self._free, self._lent = [], [], [], None
+        # one that was interrupted was not asked for, or is answered: nobody knows how, so its memory stays to the end
+        known = {_NO_TICKET, self._answered.value}
+        left = sum(flight.ticket.value not in known for flight in flights)
+        is_well = left == len(flights) and not failed
+        kept = [*(flight.buffer for flight in flights), *failed]
 
         def arrive() -> None:
-            self._drain(streamer, flying)
-            self._endings.arrive(end)
+            if self._bring(streamer, left) and is_well:
+                kept.clear()
+                self._streamers.rest(streamer, self._kind)
+            else:
+                self._streamers.end(streamer, kept.clear)
 
-        if not flying:
+        if not left:
             arrive()
             return
         arriving = threading.Thread(target=arrive, name="tandem-runai-end", daemon=True)
@@ -189,31 +176,28 @@ class RunaiSession:
         if arriving.is_alive():
             _exit_as_we_are()
 
-    def _drain(self, streamer: ctypes.c_void_p, flying: dict[int, tuple[np.ndarray, int]]) -> None:
-        """Wait for what is on its way, however long."""
-        code = _SUCCESS
-        for _ in range(len(flying)):
-            if code != _FINISHED:
-                ticket, code = self._await(streamer, 0)
-                if code == _SUCCESS:  # else its memory is kept to the end
-                    flying.pop(ticket, None)
+    def _bring(self, streamer: ctypes.c_void_p, count: int) -> bool:
+        """Wait for so many stretches, however long. Whether all of them came."""
+        codes: list[int] = []
+        while len(codes) < count and _FINISHED not in codes:
+            codes.append(self._await(streamer, ctypes.c_uint64(), 0))
+        return all(code == _SUCCESS for code in codes)
 
     def _response(self) -> tuple[int, int]:
         until = time.monotonic() + DEADLINE_S
         while True:
-            ticket, code = self._await(self._streamer, _SLICE_MS)
+            code = self._await(self._streamer, self._answered, _SLICE_MS)
             if code != _TIMED_OUT:
-                return ticket, code
+                return self._answered.value, code
+            self._answered.value = _NO_TICKET
             if time.monotonic() > until:
                 raise PieceError(f"nothing has come from {self.where} for {DEADLINE_S:g} s. Is it still there?")
 
-    def _await(self, streamer: ctypes.c_void_p, most_ms: int) -> tuple[int, int]:
-        """The ticket that came next and how it went; 0 milliseconds: however long it takes."""
-        ticket, done = ctypes.c_uint64(), ctypes.c_int()
-        file, index = ctypes.c_uint32(), ctypes.c_uint32()
+    def _await(self, streamer: ctypes.c_void_p, ticket: ctypes.c_uint64, most_ms: int) -> int:
+        """How what came next went, and which ``ticket`` it is of; 0 milliseconds: however long it takes."""
+        done, file, index = ctypes.c_int(), ctypes.c_uint32(), ctypes.c_uint32()
         out = (ctypes.byref(ticket), ctypes.byref(file), ctypes.byref(index), ctypes.byref(done))
-        code = self._library.runai_file_streamer_response(streamer, *out, most_ms)
-        return ticket.value, code
+        return self._library.runai_file_streamer_response(streamer, *out, most_ms)
 
     def _buffer(self, num_bytes: int) -> np.ndarray:
         """Memory for a piece; small ones are not worth keeping."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -131,6 +132,73 @@ def test_an_abandoned_iterator_is_done_at_once_and_leaves_nothing(checkpoint: Ch
         time.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert threading.active_count() <= threads
+
+
+class Interrupted:
+    """The library, and an interrupt that is heard as the ``number``th call of a function returns."""
+
+    def __init__(self, library: Any, function: str, number: int) -> None:
+        self._library, self._at = library, (function, number)
+        self.count = {"request": 0, "response": 0}
+
+    def __getattr__(self, name: str) -> Any:
+        found, kind = getattr(self._library, name), name.removeprefix("runai_file_streamer_")
+        if kind not in self.count:
+            return found
+
+        def call(*given: Any) -> int:
+            code = found(*given)
+            if code != 16:  # nothing came yet
+                self.count[kind] += 1
+                if self._at == (kind, self.count[kind]):
+                    signal.raise_signal(signal.SIGINT)
+            return code
+
+        return call
+
+
+@pytest.mark.parametrize(("function", "number"), [("request", 1), ("request", 3), ("response", 1), ("response", 2)])
+def test_an_interrupt_is_over_when_all_that_was_asked_for_is_answered(
+    checkpoint: Checkpoint, function: str, number: int, monkeypatch: Any
+) -> None:
+    """Before, the library writes to memory that may be anybody's; and for more than that nobody may wait."""
+    monkeypatch.setattr("loaders.memory.STAGING_BYTES", SIZE)
+    streamers = runai.streamers_of("runai")
+    library = Interrupted(runai.library_of("runai"), function, number)
+    monkeypatch.setattr(runai, "library_of", lambda _: library)
+    with pytest.raises(KeyboardInterrupt):
+        list(checkpoint.stream())
+    until = time.monotonic() + 10
+    while streamers._num_reading and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not streamers._num_reading
+    assert library.count["request"] == library.count["response"] > 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "tandem-runai-end"]
+
+
+def test_reading_beside_an_open_stream_takes_one_more_streamer_and_no_more(
+    directory: Path, checkpoint: Checkpoint
+) -> None:
+    stream = checkpoint.stream()
+    next(stream)
+    checkpoint.read("t00")
+    threads = threading.active_count()
+    files = len(os.listdir("/proc/self/fd"))
+    for name in NAMES:
+        assert checkpoint.read(name).tobytes() == content(name).tobytes()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+    # a streamer that is used again knows nothing of what it read before
+    path = directory / checkpoint.tensors["t00"].file
+    raw = path.read_bytes()
+    other = path.with_suffix(".new")
+    other.write_bytes(raw[:-8] + bytes(8))
+    other.replace(path)
+    replaced = open_checkpoint(f"runai://{directory}")
+    last = max((info.offsets, name) for name, info in replaced.tensors.items() if info.file == path.name)[1]
+    assert not replaced.read(last)[-8:].any()
+    stream.close()
+    assert not runai.streamers_of("runai")._idle
 
 
 def test_streams_in_several_threads_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:
