@@ -57,14 +57,24 @@ def watched(
 
 
 @contextmanager
-def _bar(num_bytes: int, what: str, stream: TextIO) -> Iterator[Callable[[int], None]]:
-    if not stream.isatty() or importlib.util.find_spec("rich") is None:
+def _bar(num_bytes: int, what: str, stream: TextIO | None) -> Iterator[Callable[[int], None]]:
+    if not _is_terminal(stream) or importlib.util.find_spec("rich") is None:
         yield lambda num: None
         return
     rich = importlib.import_module("rich.progress")
     columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
     columns += [rich.TransferSpeedColumn(), rich.TimeRemainingColumn()]
     console = importlib.import_module("rich.console").Console(file=stream)
-    with rich.Progress(*columns, console=console, transient=True) as progress:
+    # what a program prints meanwhile goes above the bar, but not where its output goes elsewhere
+    is_shared = _is_terminal(sys.stdout)
+    with rich.Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as progress:
         task = progress.add_task(what, total=num_bytes)
         yield lambda num: progress.advance(task, num)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """A process may have no stderr (None), or one that is closed, or something in its place."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):
+        return False

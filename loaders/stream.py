@@ -164,7 +164,12 @@ class Arrivals(Generic[Result]):
                     file.close()
 
     def _begin_lot(self) -> None:
-        if not self._checkpoint.source.is_current(self._session):
+        try:
+            is_current = self._checkpoint.source.is_current(self._session)
+        except OSError as error:
+            problem = f"it cannot be read further: {error.strerror or error}"
+            raise CheckpointError(self._checkpoint.source, [problem]) from error
+        if not is_current:
             self._session.close()
             self._session = self._checkpoint.session()
         self._waiting = self._lots.popleft()

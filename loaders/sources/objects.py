@@ -184,6 +184,9 @@ class ObjectPrefix(ABC):
                 self._at_once, self._made = 1, None
         yield from map(work, left)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}  # another process connects anew
+
     @property
     def client(self) -> Any:
         """What asks the server; a forked child has its own, for two may not share connections."""
@@ -250,6 +253,8 @@ class _AtOnce(Generic[Result]):
                 self._done.put((index, self._work(name), None))
                 self.has_answers = True
             except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+                if isinstance(error, Unreachable):
+                    self._todo.clear()  # each would take as long again
                 self._done.put((index, None, error))
 
 

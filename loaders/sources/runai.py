@@ -75,7 +75,7 @@ class RunaiSession:
     """
 
     def __init__(self, where: str, credentials: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.where = where
+        self.where, self.credentials = where, credentials
         self._scheme = where.partition("://")[0]
         self._library = library_of(self._scheme)
         self._flights: list[_Flight] = []

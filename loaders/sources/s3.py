@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
 
 from loaders.sources import objects
 from loaders.sources.library import find_library, install
@@ -25,6 +27,9 @@ from loaders.sources.source import Session, Unreachable
 
 _GONE = ("404", "NoSuchKey", "NotFound")
 _CHANGED = ("412", "PreconditionFailed")
+_STYLE = "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"  # which the streamer reads when it first asks a server
+_SIGNED_FOR = re.compile(r"/\d{8}/([^/]+)/s3/aws4_request")  # a region
+_styles_set: set[str] = set()  # by us, where the user set none
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,13 @@ class S3Prefix(ObjectPrefix):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._given: WeakKeyDictionary[Session, Any] = WeakKeyDictionary()  # credentials of sessions
+        self._region: str | None = None  # that the last request was signed for
         find_library(self.scheme)
         if importlib.util.find_spec("boto3") is None:
             raise OSError(f"boto3 is not installed. {install(self.scheme)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_session"}
 
     def connect(self) -> Any:
         config = importlib.import_module("botocore.config").Config(
@@ -81,9 +89,18 @@ class S3Prefix(ObjectPrefix):
             read_timeout=objects.READ_S,
             max_pool_connections=objects.REQUESTS,
             retries={"mode": "standard", "total_max_attempts": objects.ATTEMPTS},
+            signature_version="s3v4",  # the streamer's own, which names the region
         )
         with _as_os_errors():
-            return self._session.client("s3", config=config)
+            client = self._session.client("s3", config=config)
+        client.meta.events.register("before-send.s3", self._sent)
+        return client
+
+    def _sent(self, request: Any, **_: Any) -> None:
+        """Take note of the region, which a server may have named that is not the one that is configured."""
+        said = request.headers.get("Authorization", "")
+        if found := _SIGNED_FOR.search(said if isinstance(said, str) else said.decode()):
+            self._region = found[1]
 
     @cached_property
     def _session(self) -> Any:
@@ -99,26 +116,59 @@ class S3Prefix(ObjectPrefix):
         return S3File(self, name, known)
 
     def session(self, total_bytes: int) -> RunaiSession:
-        with _as_os_errors():
-            found = self._session.get_credentials()
-            frozen = None if found is None else found.get_frozen_credentials()
-        if frozen is None:
+        keys = self._keys()
+        if not keys:
             raise OSError("no credentials were found for S3. Set up those that boto3 reads.")
-        url = self.client.meta.endpoint_url
-        given = {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "session_token": frozen.token,
-            "region": self.client.meta.region_name,
-            "endpoint": None if ".amazonaws.com" in url else url,
-        }
-        session = RunaiSession(str(self), {name: value for name, value in given.items() if value})
-        self._given[session] = frozen
-        return session
+        server = self._server()
+        place = {"region": server.region} | ({} if server.endpoint is None else {"endpoint": server.endpoint})
+        _set_style(is_virtual=server.is_virtual)
+        return RunaiSession(str(self), keys | place)
 
     def is_current(self, session: Session) -> bool:
-        found = self._session.get_credentials()
-        return found is None or self._given.get(session) == found.get_frozen_credentials()  # which renews them in time
+        return self._keys().items() <= cast("RunaiSession", session).credentials.items()  # this source has no others
+
+    def _keys(self) -> dict[str, str]:
+        """Credentials as the streamer calls them, which are renewed in time; none: none were found."""
+        with _as_os_errors():
+            if (found := self._session.get_credentials()) is None:
+                return {}
+            frozen = found.get_frozen_credentials()
+        token = {"session_token": frozen.token} if frozen.token else {}
+        return {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key} | token
+
+    def _server(self) -> _Server:
+        """Whom boto3 asks for this bucket: as a request says that it signs, and nobody sends.
+
+        So all is in it that decides: endpoints of whatever kind, addressing styles, the region that a server named.
+        """
+        with _as_os_errors():
+            signed = self.client.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "k"})
+        url = urlsplit(signed)
+        found = _SIGNED_FOR.search(unquote(url.query))
+        region = self._region or (found[1] if found else self.client.meta.region_name)
+        is_virtual = url.netloc.startswith(f"{self.bucket}.")
+        host = url.netloc.removeprefix(f"{self.bucket}.") if is_virtual else url.netloc
+        if host in ("s3.amazonaws.com", f"s3.{region}.amazonaws.com"):
+            return _Server(None, region, is_virtual)
+        path = "" if is_virtual else url.path.removesuffix(f"/{self.bucket}/k")
+        return _Server(f"{url.scheme}://{host}{path}", region, is_virtual)
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """Where a bucket is: ``endpoint`` None at AWS's own, ``is_virtual``: as part of the host's name, not the path's."""
+
+    endpoint: str | None
+    region: str
+    is_virtual: bool
+
+
+def _set_style(*, is_virtual: bool) -> None:
+    """Have the streamer address buckets so, unless the user has said how: there is no way but the environment."""
+    if _STYLE in os.environ and _STYLE not in _styles_set:
+        return
+    _styles_set.add(_STYLE)
+    os.environ[_STYLE] = "1" if is_virtual else "0"
 
 
 @contextmanager

@@ -157,7 +157,11 @@ class Source(Protocol):
         ...
 
     def is_current(self, session: Session) -> bool:
-        """Whether another one would be no better: credentials may have been renewed since this was made."""
+        """Whether another one would be no better: credentials may have been renewed since this was made.
+
+        Raises:
+            OSError: they cannot be.
+        """
         ...
 
 

@@ -80,17 +80,27 @@ def _between(
     send: Callable[[BaseHTTPRequestHandler, bytes], None],
     refusal: Callable[[str], int | None] = lambda _: None,
     without: str = "",
+    region: str = "",
 ) -> Iterator[str]:
     """The address of a server that asks the one at ``url``; objects go through ``send``, after their other headers.
 
     What ``refusal`` has a status for is refused: it is asked by method and path. What it redirects, it does to itself.
-    A header ``without`` is not sent.
+    A header ``without`` is not sent. What is signed for another ``region`` is refused, and told which it is.
     """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if region and f"/{region}/s3/" not in self.headers.get("Authorization", ""):
+                self.send_response(400)
+                self.send_header("x-amz-bucket-region", region)
+                told = f"<Error><Code>AuthorizationHeaderMalformed</Code><Region>{region}</Region></Error>".encode()
+                says = told if self.command == "GET" else b""
+                self.send_header("Content-Length", str(len(says)))
+                self.end_headers()
+                self.wfile.write(says)
+                return
             if (status := refusal(f"{self.command} {self.path}")) is not None:
                 self.send_response(status)
                 if 300 <= status < 400:
@@ -143,16 +153,16 @@ def shortening_server(url: str, missing: int) -> AbstractContextManager[str]:
 
 
 def refusing_server(
-    url: str, refusal: Callable[[str], int | None] = lambda _: None, without: str = ""
+    url: str, refusal: Callable[[str], int | None] = lambda _: None, without: str = "", region: str = ""
 ) -> AbstractContextManager[str]:
-    """Likewise, but what ``refusal`` has a status for, and ``without`` a header."""
+    """Likewise, but what ``refusal`` has a status for, ``without`` a header, and what is for another ``region``."""
 
     def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
 
-    return _between(url, send, refusal, without)
+    return _between(url, send, refusal, without, region)
 
 
 def dripping_server(url: str) -> AbstractContextManager[str]:

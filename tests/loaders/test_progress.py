@@ -49,6 +49,29 @@ def test_a_terminal_shows_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPat
     list(passing)
 
 
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, object(), closed()], ids=["none", "a stand-in", "closed"])
+def test_a_process_without_a_usual_stderr_loads_as_any(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert len(list(watched(tensors(), 1 << 20, "c"))) == 4
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["a file", "the terminal"])
+def test_what_a_program_prints_meanwhile_stays_where_it_goes(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr = Terminal() if is_shared else io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    passing = watched(tensors(), 1 << 20, "c", stderr)
+    next(passing)
+    print("a result")
+    list(passing)
+    assert "a result" in (stderr if is_shared else stdout).getvalue()
+
+
 def test_nothing_is_shown_where_nobody_looks_or_rich_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     list(watched(tensors(), 1 << 20, "c", stream))

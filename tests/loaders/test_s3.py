@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -228,6 +231,113 @@ def test_a_session_is_current_as_long_as_its_credentials_are(uri: str, monkeypat
     monkeypatch.setattr(source, "_session", s3.S3Prefix(uri.removeprefix("s3://"))._session)
     assert not source.is_current(session)
     session.close()
+
+
+def test_credentials_that_cannot_be_renewed_are_an_error_of_the_checkpoint(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import CredentialRetrievalError
+
+    def fails(_: Any) -> Any:
+        raise CredentialRetrievalError(provider="sso", error_msg="token has expired")
+
+    checkpoint = open_checkpoint(uri)
+    first, *names = checkpoint.tensors
+    stream = checkpoint.stream(lots=[{first}, set(names)])
+    next(stream)
+    monkeypatch.setattr("boto3.Session.get_credentials", fails)
+    with pytest.raises(CheckpointError, match="cannot be read further: CredentialRetrievalError: .*token has expired"):
+        list(stream)
+
+
+def test_a_server_under_a_name_is_streamed_from_as_boto3_asks_it(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streamer by itself would ask bucket.localhost."""
+    expected = digests(open_checkpoint(uri).stream())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.replace("127.0.0.1", "localhost"))
+    assert digests(open_checkpoint(uri).stream()) == expected
+
+
+def test_a_bucket_of_another_region_is_streamed_from_there(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """boto3 goes where it is told that the bucket is, and the streamer has to be told."""
+    expected = digests(open_checkpoint(uri).stream())
+    with refusing_server(server.url, region="eu-west-1") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert digests(open_checkpoint(uri).stream()) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "bucket", "endpoint", "is_virtual"),
+    [
+        ({}, "ckpt", None, True),
+        ({}, "with.dots", None, False),
+        ({"AWS_DEFAULT_REGION": "eu-west-1"}, "ckpt", None, True),
+        ({"AWS_ENDPOINT_URL": "http://minio:9000"}, "ckpt", "http://minio:9000", False),
+        ({"AWS_ENDPOINT_URL_S3": "http://gate:9000/s3/"}, "ckpt", "http://gate:9000/s3", False),
+        (
+            {"AWS_ENDPOINT_URL_S3": "https://bucket.vpce-1a.s3.us-east-1.vpce.amazonaws.com"},
+            *("ckpt", "https://bucket.vpce-1a.s3.us-east-1.vpce.amazonaws.com", False),
+        ),
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "ckpt", "https://s3-fips.us-east-1.amazonaws.com", True),
+        ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "ckpt", "https://s3.dualstack.us-east-1.amazonaws.com", True),
+        (
+            {"AWS_ENDPOINT_URL": "http://minio.amazonaws.com.lab.internal"},
+            *("ckpt", "http://minio.amazonaws.com.lab.internal", False),
+        ),
+    ],
+    ids=lambda given: str(given) if isinstance(given, dict) else "",
+)
+def test_the_streamer_is_told_whom_boto3_asks(
+    setting: dict[str, str], bucket: str, endpoint: str | None, is_virtual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is of AWS, but not what everybody asks."""
+    given: list[dict[str, str]] = []
+
+    class Session:
+        def __init__(self, where: str, credentials: dict[str, str]) -> None:
+            given.append(credentials)
+
+    monkeypatch.setattr(s3, "RunaiSession", Session)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    s3.S3Prefix(f"{bucket}/a").session(1)
+    region = setting.get("AWS_DEFAULT_REGION", "us-east-1")
+    assert (given[0].get("endpoint"), given[0]["region"]) == (endpoint, region)
+    assert os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == ("1" if is_virtual else "0")
+
+
+def test_how_the_user_has_buckets_addressed_stays(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_styles_set", set())
+    monkeypatch.setenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1")
+    s3.S3Prefix(uri.removeprefix("s3://")).session(1).close()
+    assert os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == "1"
+
+
+def test_an_open_checkpoint_is_copied_and_goes_to_other_processes(uri: str) -> None:
+    checkpoint = open_checkpoint(uri)
+    expected = digests(checkpoint.stream())
+    for other in (copy.deepcopy(checkpoint), pickle.loads(pickle.dumps(checkpoint))):
+        assert digests(other.stream()) == expected
+
+
+def test_a_server_that_falls_silent_is_not_asked_for_the_rest(uri: str) -> None:
+    asked: list[str] = []
+
+    def work(name: str) -> str:
+        asked.append(name)
+        if name == "0":
+            return name
+        time.sleep(0.2)
+        raise Unreachable("nothing came")
+
+    source = s3.S3Prefix(uri.removeprefix("s3://"))
+    with pytest.raises(Unreachable):
+        list(source.in_parallel(work, [str(number) for number in range(64)]))
+    assert len(asked) <= objects.REQUESTS + 2  # then one, alone
 
 
 def test_asking_leaves_the_process_as_it_is(uri: str) -> None:
