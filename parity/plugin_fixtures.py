@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from parity.assertion_text import failure
 from parity.backend import Backend, record_backend
 from parity.comparison import Comparison
 from parity.events import EventResult
+from parity.plugin_names import file_name
 from parity.trace import Trace
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -146,8 +146,8 @@ class Golden:
         self._test, self._nodeid, self._updates = test, nodeid, updates
 
     def path(self, name: str | None = None) -> Path:
-        """The file of one golden; default: named as the test."""
-        return self.directory / (re.sub(r"[^\w.-]+", "-", name or self._test).strip("-") + ".trace")
+        """The file of one golden; default: named as the test, and the class that it is in."""
+        return self.directory / f"{file_name(name or self._test)}.trace"
 
     def __call__(
         self,
@@ -165,8 +165,8 @@ class Golden:
             oracle: as for ``assert_parity``.
             inputs: what a backend is run on.
         Raises:
-            AssertionError: there is no golden, it cannot be read, it is of other inputs or weights, or what was
-                computed differs from it; says which, and what to do.
+            AssertionError: there is no golden, it cannot be read, it is of other inputs or weights, what was computed
+                differs from it, or this test has already written it; says which, and what to do.
         """
         __tracebackhide__ = True
         path = self.path(name)
@@ -196,6 +196,8 @@ class Golden:
         return f"pytest {self._nodeid!r} --parity-update"
 
     def _write(self, path: Path, trace: Trace) -> None:
+        if path in self.written:
+            raise AssertionError(f"this test has already written {path}: give each of its goldens a name")
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.save(path)
         self.written.append(path)

@@ -10,7 +10,6 @@ Collecting tests imports neither JAX nor torch, nor NumPy: everything is importe
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity.plugin_names import file_name
 from parity.watching import watching
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    path = config.option.parity_html
+    if path is not None and path.is_dir():
+        raise pytest.UsageError(f"--parity-html {path}: it is a directory, expected a file to write")
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     if not hasattr(config, "workerinput"):  # a worker of xdist reports to nobody but its controller
@@ -86,24 +89,29 @@ class _Collector:
         self._config = config
         self._entries: list[dict[str, Any]] = []
         self._goldens: list[str] = []
+        self._told = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = getattr(report, "parity", None)  # pytest makes reports of crashed workers without us
-        if found:
+        if found and report.outcome != "rerun":  # of pytest-rerunfailures: another attempt says how the test went
             self._entries += found["entries"]
             self._goldens += found["goldens"]
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         path = self._config.option.parity_html
         if path is not None and not self._config.option.collectonly:
             from parity.plugin_report import write
 
-            write(path, self._entries, command=shlex.join(["pytest", *self._config.invocation_params.args]))
+            try:
+                write(path, self._entries, command=shlex.join(["pytest", *self._config.invocation_params.args]))
+                self._told = f"report in {path}"
+            except OSError as error:
+                self._told = f"no report could be written: {error}"
+                session.exitstatus = session.exitstatus or pytest.ExitCode.USAGE_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        path = self._config.option.parity_html
-        if path is not None and not self._config.option.collectonly:
-            terminalreporter.write_line(f"parity: report in {path}")
+        if self._told:
+            terminalreporter.write_line(f"parity: {self._told}")
         for golden in sorted(self._goldens):
             terminalreporter.write_line(f"parity: wrote golden {golden}")
 
@@ -143,7 +151,7 @@ def _keep(item: pytest.Item, held: Held) -> str | None:
     cache: pytest.Cache | None = getattr(item.config, "cache", None)
     if cache is None:
         return None
-    directory = cache.mkdir("parity") / re.sub(r"[^\w.-]+", "-", f"{item.nodeid}-{held.title}")
+    directory = cache.mkdir("parity") / file_name(f"{item.nodeid}-{held.title}")
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: trace.save(directory / f"{name}.trace") for name, trace in held.traces.items()}
     options = {"oracle": "--oracle", "oracle_b": "--oracle-b"}
@@ -205,7 +213,8 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
 
     item, config = request.node, request.config
     directory = item.path.parent / config.getini("parity_goldens") / item.path.stem
-    found = Golden(directory, item.name, item.nodeid, updates=config.option.parity_update)
+    inside = item.nodeid.partition("::")[2]  # of the file: two classes may have a test of one name
+    found = Golden(directory, inside, item.nodeid, updates=config.option.parity_update)
     yield found
     item.stash[GOLDENS] += map(str, found.written)
 

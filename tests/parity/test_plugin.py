@@ -146,6 +146,85 @@ def test_a_golden_of_other_inputs_or_weights_proves_nothing_and_says_so(suite, b
     done.stdout.fnmatch_lines([f"*parity INVALID*{why}*", "*is of other inputs, weights or arithmetic*"])
 
 
+GOLDENS_OF_ONE_NAME = """
+class TestA:
+    def test_same(self, golden): golden(Made("jax"), inputs=INPUTS)
+
+class TestB:
+    def test_same(self, golden): golden(Made("torch", seed=1), inputs=INPUTS)
+
+@pytest.mark.parametrize("case", ["x/y", "x-y", "x" * 220])
+def test_case(case, golden): golden(Made("jax", seed=len(case) + (case == "x/y")), inputs=INPUTS)
+"""
+
+
+def test_goldens_of_tests_with_like_names_are_several(suite, pytester):
+    suite(GOLDENS_OF_ONE_NAME, "--parity-update").assert_outcomes(passed=5)
+    assert len([*pytester.path.glob("goldens/test_it/*.trace")]) == 5
+    assert (pytester.path / "goldens/test_it/TestA-test_same.trace").exists()
+    suite(GOLDENS_OF_ONE_NAME).assert_outcomes(passed=5)
+
+
+def test_a_test_that_writes_one_golden_twice_is_told_to_name_them(suite):
+    twice = """
+def test_two(golden):
+    golden(Made("jax"), inputs=INPUTS)
+    golden(Made("torch", seed=1), inputs=INPUTS)
+"""
+    done = suite(twice, "--parity-update")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*this test has already written *test_two.trace: give each of its goldens a name"])
+
+
+def test_a_long_test_id_hides_no_failure(suite):
+    done = suite(DIFFERS.replace("def test_differs", f"def test_{'differs' * 40}"))
+    done.assert_outcomes(failed=1)
+    assert "File name too long" not in done.stdout.str()
+    done.stdout.fnmatch_lines(["*tandem compare *"])
+
+
+def test_a_report_that_cannot_be_written_is_told_and_no_internal_error(suite, pytester):
+    assert suite(DIFFERS, "--parity-html", str(pytester.path)).ret == pytest.ExitCode.USAGE_ERROR
+    (pytester.path / "file").write_text("")
+    done = suite("def test_it(): pass", "--parity-html", "file/report.html")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stdout.fnmatch_lines(["parity: no report could be written: *"])
+
+
+def test_an_attempt_that_was_run_again_is_not_in_the_report(suite, pytester):
+    """As pytest-rerunfailures does: the report of what failed goes out as a rerun, and the test begins anew."""
+    pytester.makeconftest("""
+import pytest
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    for attempt in range(2):
+        for report in runtestprotocol(item, nextitem=nextitem, log=False):
+            if report.failed and not attempt:
+                report.outcome = "rerun"
+            item.ihook.pytest_runtest_logreport(report=report)
+            if report.outcome == "rerun":
+                break
+        else:
+            break
+    return True
+
+def pytest_report_teststatus(report):
+    if report.outcome == "rerun":
+        return "rerun", "R", "RERUN"
+""")
+    flaky = """
+ATTEMPTS = []
+
+def test_it():
+    ATTEMPTS.append(1)
+    assert_parity(Made("jax"), Made("torch", off=len(ATTEMPTS) == 1), inputs=INPUTS)
+"""
+    suite(flaky, "--parity-html", "report.html")
+    page = (pytester.path / "report.html").read_text()
+    assert page.count("<details") and not re.search(r"\bFAIL\b|<del>|tandem compare", page)
+
+
 def test_a_golden_that_is_no_trace_says_what_to_do(suite, pytester):
     path = pytester.mkdir("goldens") / "test_it"
     path.mkdir()
