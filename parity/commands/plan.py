@@ -9,6 +9,8 @@ from parity.commands.options import output_file
 
 DOES_NOT_FIT = 1
 
+MOST_ROWS = 2**20
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, or a config.json")
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         for name in ("batch", "context", "prompt")
         if (value := getattr(args, name)) is not None and value < 1
     ]
+    if args.batch > MOST_ROWS:
+        problems.append(f"--batch is {args.batch}, expected at most {MOST_ROWS}")
     if args.prompt is not None and args.prompt > args.context:
         problems.append(f"--prompt is {args.prompt}, expected at most the {args.context} slots of --context")
     if problems:

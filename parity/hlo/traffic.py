@@ -118,7 +118,7 @@ class Walk:
             return self.loop(one, inside)
         if opcode == "conditional":
             return max((self.run(name) for name in _branches(one)), key=lambda found: found.hbm_bytes)
-        if opcode in ("call", "async-start"):
+        if opcode in ("call", "call-start", "async-start"):  # the second: for a SparseCore, as collectives of tpu7x
             return self.run(one.attribute("to_apply") or one.attribute("calls") or "")
         if opcode == "custom-call" and one.target in _FREE_CALLS:
             return Traffic()

@@ -23,7 +23,18 @@ from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.depths import Depths, depths_of
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.extrapolating import joined
-from parity.planning.meshes import AXES, PROGRAMS, Workload, default_mesh, held, specs_for, stored_bytes
+from parity.planning.meshes import (
+    AXES,
+    PROGRAMS,
+    Workload,
+    abstract_mesh,
+    default_mesh,
+    held,
+    rows_on_device,
+    specs_for,
+    stored_bytes,
+    weight_size,
+)
 from parity.planning.minimum import Minimum, minimum_of
 
 BF16_PASSES = 6  # of a product in float32, as JAX's precision "highest" has it, which models of that dtype run at
@@ -85,17 +96,29 @@ def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, An
 
     None: none does.
 
-    Temporaries are no smaller on a smaller slice: rows are as many, and devices have more of the heads.
+    Temporaries are no smaller on a smaller slice whose devices hold no less of anything; more devices may hold more,
+    where they divide less.
     """
     above = 0
     while (topology := smallest(request, above=above)) is not None:
         above = request.chip.num_devices(topology)
-        more = max((_temporaries(one) for one in plans.values() if one["devices"] > above), default=0)
+        larger = (one for one in plans.values() if one["devices"] > above)
+        more = max((_temporaries(one) for one in larger if _is_cut_as_far(request, one["mesh"], above)), default=0)
         if topology not in plans and _weight(request, above) + more <= request.chip.usable_bytes:
             plans[topology] = _planned(request, topology, None)
         if topology in plans and plans[topology]["fits"]:
             return plans[topology]
     return None
+
+
+def _is_cut_as_far(request: Request, sizes: dict[str, int], devices: int) -> bool:
+    """Whether a device of a mesh has no more of any parameter, or of the rows, than one of so many devices."""
+    config, load = request.config, request.load
+    fewer, dims = default_mesh(config, devices, load), config.dims()
+    meshes: list[Any] = [abstract_mesh(sizes), abstract_mesh(fewer)]
+    weights = ([weight_size(spec, dims, mesh, load)[0] for mesh in meshes] for spec in specs_for(config, Stage()))
+    rows = rows_on_device(load.rows, sizes) <= rows_on_device(load.rows, fewer)
+    return rows and all(here <= there for here, there in weights)
 
 
 def _temporaries(found: dict[str, Any]) -> int:
@@ -200,9 +223,10 @@ def _compiled(request: Request, topology: str, sizes: dict[str, int], depths: De
     with tempfile.TemporaryDirectory() as directory, deep_stack():
         result = Path(directory) / "found.json"
         done = subprocess.run(
-            [sys.executable, "-m", "parity.planning.worker", str(result), str(os.getpid())],
+            # what is imported here is imported there, whatever lies in the current directory
+            [sys.executable, "-P", "-m", "parity.planning.worker", str(result), str(os.getpid())],
             input=json.dumps(asked),
-            env=compiler_environment(os.environ),
+            env=compiler_environment(os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}),
             capture_output=True,
             text=True,
             check=False,

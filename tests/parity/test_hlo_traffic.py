@@ -40,6 +40,15 @@ def test_bytes_are_those_counted_by_hand(name, read, written):
     assert found.collectives == (sent if name == "allreduce" else {})
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "all-reduce", "reduce-scatter"])
+def test_what_a_sparse_core_sends_is_sent(kind):
+    """As libtpu writes it for tpu7x: the collective is in a computation that is called, and not waited for."""
+    found = traffic(f"sparsecore-{kind}")
+    assert {name: one["count"] for name, one in found.collectives.items()} == {kind: 1}
+    assert found.collectives[kind]["bytes"] == 8 * 1024 * 4096 * BF16
+    assert found.unknown_loops == []
+
+
 def test_a_loop_is_counted_as_often_as_its_condition_says():
     text = (TEXTS / "while.hlo").read_text(encoding="utf-8")
     once, often = traffic_of(text.replace("constant(7)", "constant(1)")), traffic_of(text)

@@ -19,6 +19,7 @@ import pytest
 
 from jax_models.abstract import abstract_weights
 from loaders import CheckpointError, Stage, open_checkpoint
+from loaders.config import config_from_json
 from parity.cli import main
 from parity.planning.chips import CHIPS, chip_of
 from parity.planning.depths import Depths, depths_of, pattern
@@ -151,19 +152,20 @@ GB = 10**9
 def compiling(dense, monkeypatch):
     """Plans of Qwen3-8B on v5e without a compiler, and the slices that were compiled: four devices hold 4.7 GB each."""
 
-    def planning(named: str | None, temporaries: dict[str, int]):
+    def planning(named: str | None, temporaries: dict[str, int], config=dense, load=LOAD):
         asked = []
 
         def planned_on(request: Request, topology: str, sizes: dict[str, int] | None):
             asked.append(topology)
             devices, temp = request.chip.num_devices(topology), temporaries.get(topology, 0)
-            peak = sum(held(request.config, request.load, default_mesh(request.config, devices, LOAD))) + temp
+            mesh = default_mesh(request.config, devices, request.load)
+            peak = sum(held(request.config, request.load, mesh)) + temp
             program = {"temp_bytes": temp, "peak_bytes": peak}
             fits = peak <= request.chip.usable_bytes
-            return {"topology": topology, "devices": devices, "mesh": {}, "fits": fits, "programs": {"it": program}}
+            return {"topology": topology, "devices": devices, "mesh": mesh, "fits": fits, "programs": {"it": program}}
 
         monkeypatch.setattr("parity.planning.plan._planned", planned_on)
-        return plan(Request("qwen3-8b", dense, None, chip_of("v5e"), LOAD), named, None), asked
+        return plan(Request("qwen3-8b", config, None, chip_of("v5e"), load), named, None), asked
 
     return planning
 
@@ -180,6 +182,15 @@ def test_a_smaller_slice_than_the_one_named_is_compiled_if_its_temporaries_might
     assert asked == ["4x4", "2x2"]
     found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": 13 * GB})
     assert (asked, found["suggestion"]["topology"]) == (["4x4", "2x4"], "2x4")
+
+
+def test_temporaries_of_more_devices_say_nothing_of_fewer_that_divide_more(compiling):
+    """Of 40 heads 16 devices cut none, and eight cut all."""
+    document = json.loads((CONFIGS / "qwen3-8b.json").read_text()) | {"num_attention_heads": 40}
+    config, _ = config_from_json(document)
+    assert default_mesh(config, 16, one_row := dataclasses.replace(LOAD, rows=1)) == {"tensor": 16}
+    found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": GB, "2x2": 20 * GB}, config, one_row)
+    assert (asked, found["suggestion"]["topology"]) == (["4x4", "2x2", "2x4"], "2x4")
 
 
 def test_where_none_fits_none_is_suggested(compiling):
@@ -358,6 +369,7 @@ def test_a_mesh_that_is_not_understood_is_refused(text):
         (["--chip", "v9"], "expected one of v5e"),
         (["--topology", "3x3"], "no topology '3x3'"),
         (["--batch", "0", "--context", "0"], "--batch is 0, expected at least 1; --context is 0"),
+        (["--batch", str(10**20)], f"--batch is {10**20}, expected at most"),
         (["--context", "64", "--prompt", "65"], "at most the 64 slots"),
     ],
 )

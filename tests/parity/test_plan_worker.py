@@ -11,6 +11,12 @@ from collections.abc import Callable
 
 import pytest
 
+import loaders
+from parity.planning.chips import chip_of
+from parity.planning.depths import Depths
+from parity.planning.meshes import Workload
+from parity.planning.plan import Request, _compiled
+
 # the worker reads a config.json that is a pipe, which takes as long as we like, as a compile would
 ASKS = """
 import sys
@@ -23,6 +29,7 @@ load = Workload(rows=1, context=8, prompt=8, dtype="bfloat16")
 request = Request(sys.argv[1], None, None, chip_of("v5e"), load)
 _compiled(request, "2x2", {"tensor": 4}, Depths(1, 1, count=1, period=1, typical=range(1)))
 """
+PRINTS = "import loaders; print(loaders.__file__)"
 STARTS_WITHIN_S, ENDS_WITHIN_S = 120, 10
 
 
@@ -73,3 +80,20 @@ def test_a_worker_whose_plan_has_ended_already_does_not_begin(tmp_path):
     command = [sys.executable, "-m", "parity.planning.worker", str(tmp_path / "found.json"), "0"]
     done = subprocess.run(command, input="{}", text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+
+
+def test_it_imports_what_the_one_that_asks_does_whatever_lies_in_the_current_directory(tmp_path, monkeypatch):
+    """A folder called as a package of ours would be taken for it; another checkout's model would be compiled."""
+    (tmp_path / "loaders").mkdir()
+    (tmp_path / "loaders" / "__init__.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    run, seen = subprocess.run, []
+
+    def imports(command, *, env, **_):
+        seen.append(run([*command[: command.index("-m")], "-c", PRINTS], env=env, capture_output=True, text=True))
+        return seen[-1]
+
+    monkeypatch.setattr("parity.planning.plan.subprocess.run", imports)
+    request = Request("it", None, None, chip_of("v5e"), Workload(rows=1, context=8, prompt=8, dtype="bfloat16"))
+    _compiled(request, "2x2", {"tensor": 4}, Depths(1, 1, count=1, period=1, typical=range(1)))
+    assert seen[0].stdout.strip() == loaders.__file__, seen[0].stderr
