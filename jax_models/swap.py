@@ -65,6 +65,8 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
         # a weakly typed array is another type to jit: naming the dtype makes it a strong one
         source = jnp.asarray(value, value.dtype) if isinstance(value, jax.Array) else np.array(value)
+        if isinstance(source, jax.Array) and source.is_fully_addressable and not flat[name].is_fully_addressable:
+            source = np.asarray(source)  # JAX moves no array of one process to devices of others
         flat[name] = jax.device_put(source, flat[name].sharding)
     return model.published(unflatten(flat), "swap", " and ".join(asked), ignored)
 

@@ -161,7 +161,8 @@ def _grown(layout: Layout, attached: tuple[Attached, ...]) -> Layout:
     for one in attached:
         for path, update in one.adapter.low_rank.items():
             ranks[path] = max(ranks.get(path, 0), _bucket(update.rank, SMALLEST_RANK))
-    for module in {module for one in attached for module in modules_replaced(one.adapter)}:
+    # in an order that all processes of a mesh have: they place the copies one by one, together
+    for module in sorted({module for one in attached for module in modules_replaced(one.adapter)}):
         count = sum(module in modules_replaced(one.adapter) for one in attached)
         places[module] = max(places.get(module, 0), _bucket(count, 1))
     slots = max(layout.slots, _bucket(1 + max(one.slot for one in attached), FEWEST_SLOTS))

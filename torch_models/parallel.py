@@ -8,6 +8,7 @@ the same. Transport is torch.distributed's, over the mesh's own groups: gloo on 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Parallel:
         mesh: with named axes among ``expert`` and ``tensor``, of all processes.
         plan: what is loaded; says how every parameter is cut.
     Raises:
-        ValueError: axes without meaning, or a mesh that is not of all processes.
+        ValueError: as ``check_mesh``.
     """
 
     company: Company
@@ -143,11 +144,18 @@ class Parallel:
     def as_dtensor(self, name: str, part: torch.Tensor) -> DTensor:
         """A parameter as all ranks hold it together; its memory is the parameter's."""
         from torch.distributed.tensor import DTensor, Replicate, Shard  # a second, which only meshes pay
+        from torch.distributed.tensor.placement_types import _StridedShard
 
-        placements: list[Any] = [Replicate()] * len(self.sizes)
+        order = list(self.sizes)
+        placements: list[Any] = [Replicate()] * len(order)
         for axis, cut in enumerate(self.cuts[name]):
+            outer: list[str] = []
             for mesh_axis in axes_of(cut):
-                placements[list(self.sizes).index(mesh_axis)] = Shard(axis)
+                place = order.index(mesh_axis)
+                # of two axes that cut one, torch takes the mesh's first for the outermost, unless it is told
+                later = math.prod(self.sizes[each] for each in outer if order.index(each) > place)
+                placements[place] = Shard(axis) if later == 1 else _StridedShard(axis, split_factor=later)
+                outer.append(mesh_axis)
         return DTensor.from_local(part, self.mesh, placements, run_check=False)
 
     def gathers(self, value: Any) -> bool:
@@ -194,7 +202,11 @@ class Parallel:
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
-    """Names of its axes. Raises ValueError for what is no mesh, has names without meaning, or not all processes."""
+    """Names of its axes.
+
+    Raises:
+        ValueError: it is no mesh, has names without meaning, not all processes, or these in an order torch mixes up.
+    """
     if not isinstance(mesh, DeviceMesh):
         kind = type(mesh).__name__
         raise ValueError(f"mesh={mesh!r} is a {kind}, expected a torch.distributed.device_mesh.DeviceMesh, or None")
@@ -203,6 +215,12 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
         raise ValueError(f"mesh has axes {list(names)}, expected names among {', '.join(MESH_AXES)}")
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"mesh has {mesh.size()} ranks, expected all {dist.get_world_size()} processes")
+    for axis, name in enumerate(names):
+        if (mesh.mesh.diff(dim=axis) < 0).any():
+            raise ValueError(
+                f"the ranks of mesh {mesh.mesh.tolist()} do not rise along {name!r}, and torch gathers parts, also of a"
+                " DTensor, in the order of ranks. Put them in order, as init_device_mesh does."
+            )
     return names
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,9 +74,11 @@ def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
     Raises:
         RuntimeError: a rank did not come within ``WAIT_S``; says which.
     """
-    if dist.get_backend() == "gloo":  # nccl has a watchdog of its own
+    if backend_of("cpu") == "gloo":  # nccl has a watchdog of its own
         try:
-            dist.monitored_barrier(timeout=timedelta(seconds=WAIT_S), wait_all_ranks=True)
+            world: Any = dist.group.WORLD
+            # not torch.distributed's own function, which wants gloo to be the only one
+            world.monitored_barrier(timedelta(seconds=WAIT_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"not all ranks came within {WAIT_S:g} s. Did one fail elsewhere? {error}") from error
     text = text[:MESSAGE_LETTERS]
@@ -88,11 +91,16 @@ def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
 
 def _is_alike(mesh: DeviceMesh, text: str) -> bool:
     """Whether all ranks have this text, by its digest."""
-    device = "cpu" if dist.get_backend() == "gloo" else mesh.device_type
+    device = "cpu" if backend_of("cpu") == "gloo" else mesh.device_type
     mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
     theirs = [torch.empty_like(mine) for _ in range(mesh.size())]
     dist.all_gather(theirs, mine)
     return bool((torch.stack(theirs) == mine).all())
+
+
+def backend_of(device_type: str) -> str:
+    """What carries tensors of such devices between ranks; "": nothing does."""
+    return dict(pair.split(":") for pair in dist.get_backend_config().split(",")).get(device_type, "")
 
 
 class Company:
@@ -104,6 +112,7 @@ class Company:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._rank, self._size = mesh.get_rank(), mesh.size()
+        self._is_gloo = backend_of(mesh.device_type) == "gloo"
         store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
         # models on one mesh count calls of their own; ranks make these in the same order, once all have the weights
         self._store = dist.PrefixStore(str(store.add(f"companies of {self._rank}", 1)), store)
@@ -145,7 +154,7 @@ class Company:
         """
         if work is None:  # this rank has no part in it
             return
-        if dist.get_backend() != "gloo":
+        if not self._is_gloo:
             work.wait()
             return
         until = time.monotonic() + WAIT_S

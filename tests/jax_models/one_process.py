@@ -68,6 +68,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     embed = to_host(model.get_embed_and_head()[0])
     swapped = changed.set_embed_and_head(embed[::-1].copy())
     found["swapped"] = to_host(swapped.get_embed_and_head()[0]).tobytes() == embed[::-1].tobytes()
+    local = jax.device_put(embed[::-1].copy(), jax.local_devices()[0])  # as a model of one device has it
+    found["swapped by an array"] = changed.set_embed_and_head(local).digests() == swapped.digests()
     if job["adapter"]:
         adapted = model.attach_lora(job["adapter"], "a")
         adapted_logits = to_host(adapted(**inputs))

@@ -75,6 +75,7 @@ def test_two_processes_are_one_model(case, tmp_path):
         assert [found["digests"], found["changed digests"]] == digests
         assert found["tokens"] == tokens
         assert found["swapped"]
+        assert found["swapped by an array"]
         assert found["restored"]
         assert found["restored from one"]
         assert found["still serving"]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_as_rank
 from several import error_of
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import torch_models
 from loaders import CheckpointError
@@ -25,7 +25,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     first, second = job["checkpoints"]
     ids = np.asarray(job["input_ids"])
-    found: dict[str, Any] = {}
+    falling = DeviceMesh("cpu", [1, 0], mesh_dim_names=("tensor",))
+    found: dict[str, Any] = {"falling ranks": error_of(lambda: torch_models.load(first, mesh=falling))}
     found["bad checkpoint"] = error_of(lambda: torch_models.load("/nowhere" if rank else first, mesh=mesh))
     model = torch_models.load(first, mesh=mesh)
     logits = model(ids).numpy().copy()

@@ -21,7 +21,7 @@ def run_as_rank(main: Callable[[dict[str, Any], int], dict[str, Any]]) -> None:
     """
     job, rank = asked()
     store = dist.FileStore(str(Path(job["directory"]) / "store"), job["count"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=job["count"])
+    dist.init_process_group(job.get("backend", "gloo"), store=store, rank=rank, world_size=job["count"])
     with torch.no_grad():
         answer(job, rank, main(job, rank))
     sys.stdout.flush()

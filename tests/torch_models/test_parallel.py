@@ -38,6 +38,7 @@ CASES: dict[str, tuple] = {
     "tied": ("qwen3-tied", EVEN, {"tensor": 2}, 0.52),
     "experts apart": ("qwen3-moe", EVEN | {"num_experts": 4}, {"expert": 2}, 0.55),
     "experts and width apart": ("qwen3-moe", EVEN | {"num_experts": 4}, {"expert": 2, "tensor": 2}, 0.3),
+    "axes the other way round": ("qwen3-moe", EVEN | {"num_experts": 4}, {"tensor": 2, "expert": 2}, 0.3),
     "gemma3": ("gemma3", {"vocab_size": 208, "num_attention_heads": 4, "num_key_value_heads": 2}, {"tensor": 2}, 0.55),
     "a tower that is whole": ("qwen3_vl-moe", EVEN_VL, {"expert": 2}, 0.9),
     "hybrid": ("qwen3_5", HYBRID, {"tensor": 2}, 0.52),
@@ -354,11 +355,14 @@ def test_ranks_draft_as_one_model(name, heads, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", None])
+def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(backend, tmp_path):
+    """``None``: that which torch takes for each kind of device, and calls by no name."""
     paths = [make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, **EVEN) for seed in range(2)]
-    job = {"checkpoints": [str(path) for path in paths], "input_ids": [[3, 14, 15, 92]] * 2}
+    job = {"checkpoints": [str(path) for path in paths], "input_ids": [[3, 14, 15, 92]] * 2, "backend": backend}
     found = run_several(PROGRAM.with_name("one_failing_rank.py"), job, tmp_path, 2)
     for each in found:
+        assert "the ranks of mesh [1, 0] do not rise along 'tensor'" in each["falling ranks"]
         assert "/nowhere" in each["bad checkpoint"]
         assert [text.partition(":")[0] for text in each["bad input"]] == ["ValueError"] * 2
         assert each["still in step"]
