@@ -6,6 +6,7 @@ every piece is copied to its place before the next is asked for, so what is yiel
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Arrivals(Generic[Result]):
         self._gap_bytes, self._stretch_bytes = checkpoint.source.gap_bytes, session.stretch_bytes
         self._is_dear_to_ask = checkpoint.source.is_dear_to_ask
         self._window = min(max(WINDOW_BYTES, session.num_stretches * self._stretch_bytes), budget)
+        self._process = os.getpid()
         self._lots = deque(map(deque, lots))
         self._waiting: deque[Request[Result]] = deque()
         self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
@@ -142,6 +144,7 @@ class Arrivals(Generic[Result]):
     def __iter__(self) -> Iterator[Result]:
         try:
             while self._is_busy() or self._lots:
+                self._check_process()
                 if not self._is_busy():
                     self._begin_lot()
                 self._submit()
@@ -158,10 +161,17 @@ class Arrivals(Generic[Result]):
                 self._held -= cost
         finally:
             try:
-                self._session.close()
+                if os.getpid() == self._process:
+                    self._session.close()
             finally:
                 for file in self._files.values():
                     file.close()
+
+    def _check_process(self) -> None:
+        """A child that was forked meanwhile has none of the threads that read: it would wait for ever."""
+        if os.getpid() != self._process:
+            problem = "this stream was begun in the process that forked this one. Begin another one here"
+            raise CheckpointError(self._checkpoint.source, [problem])
 
     def _begin_lot(self) -> None:
         try:

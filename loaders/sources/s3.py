@@ -61,7 +61,10 @@ class S3File(ObjectFile[ObjectIdentity]):
         span = f"bytes={position}-{position + count - 1}"
         with _as_os_errors():
             body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.opened.etag)["Body"]
-            yield from body.iter_chunks(1 << 20)
+            try:
+                yield from body.iter_chunks(1 << 20)
+            except ValueError as error:  # of a chunk's length
+                raise OSError(f"the server's answer makes no sense: {error}") from error
 
 
 class S3Prefix(ObjectPrefix):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -476,3 +478,32 @@ def test_closing_waits_for_the_pieces_that_are_being_read_and_no_others(
     assert time.monotonic() - before < 1
     assert len(started) <= begun + thread_count()
     assert reader_threads() == []
+
+
+CONTINUES = """
+import os, signal, sys, warnings
+from loaders import CheckpointError, open_checkpoint
+
+warnings.simplefilter("ignore")  # Python's own, of threads and forks
+stream = open_checkpoint(sys.argv[1]).stream(64 << 10)
+next(stream)
+if not (child := os.fork()):
+    signal.alarm(20)
+    try:
+        list(stream)
+    except CheckpointError as error:
+        print(error, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "it waited for ever"
+assert len(list(stream)) == 6
+"""
+
+
+@pytest.mark.parametrize("scheme", ["", "direct://"])
+def test_a_stream_that_a_forked_child_goes_on_with_is_an_error_there_and_goes_on_here(
+    scheme: str, checkpoint: Checkpoint
+) -> None:
+    command = [sys.executable, "-c", CONTINUES, f"{scheme}{checkpoint.source}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "begun in the process that forked this one" in done.stdout
