@@ -1,8 +1,9 @@
 """Decode steps on a CPU in float32, each backend beside a peer of its framework, in turns in the same run.
 
-python -m benchmarks.bench_decode [--rounds 8] [--steps 4] [--layers 8] [--readme]
+python -m benchmarks.bench_decode [--rounds 8] [--steps 4] [--layers 8] [--models dense experts] [--readme]
 
-The model is a dense Qwen3 of 159 M parameters at the default depth. Peers: transformers (sdpa) for torch, tunix for
+The models are a dense Qwen3 of 159 M parameters at the default depth, and one with 64 experts, of which a token chooses
+8, of half as many layers: 388 M. Peers: transformers (sdpa) for torch, tunix for
 JAX (its compiled step, as its sampler makes it: cache donated); where tunix is not installed its column is left out
 (``pip install --no-deps google-tunix``, and what its import asks for: it wants safetensors below 0.8, ours is newer).
 Every one continues the same prompts greedily and its tokens are compared: a fast wrong answer is not counted.
@@ -34,16 +35,23 @@ from benchmarks.decode_table import FIGURES, PEER, README, SECTION, Seconds, sec
 from parity.zoo import make_checkpoint
 
 CASES = {"one row after 512 tokens": (1, 512), "eight rows after 128 tokens": (8, 128)}
+VOCABULARY = 32768
 SIZES = {
     "hidden_size": 1024,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
     "intermediate_size": 3072,
-    "vocab_size": 32768,
+    "vocab_size": VOCABULARY,
     "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},  # tunix knows no other
+}
+EXPERTS = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "mlp_only_layers": []}
+# what stands before a case's name -> the zoo's, sizes, and how many of the layers
+MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "dense": ("qwen3", SIZES, 1.0),
+    "experts": ("qwen3-moe", SIZES | EXPERTS, 0.5),
 }
 PACKAGES = ("jax", "google-tunix", "torch", "transformers")
 
@@ -102,11 +110,14 @@ def of_tunix(path: Path) -> Start:
         from tunix.models.qwen3 import params
     config: Any = transformers.AutoConfig.from_pretrained(path)
     layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    count = getattr(config, "num_experts", None)
+    experts = {} if count is None else {"num_experts": count, "num_experts_per_tok": config.num_experts_per_tok}
     shape = qwen3.ModelConfig(
+        **experts,
         num_layers=layers,
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
-        hidden_dim=config.intermediate_size,
+        hidden_dim=config.intermediate_size if count is None else config.moe_intermediate_size,
         num_heads=config.num_attention_heads,
         head_dim=width,
         num_kv_heads=heads,
@@ -157,8 +168,7 @@ MAKERS: dict[str, Callable[[Path], Start]] = {
 
 def measure(starts: dict[str, Start], rows: int, length: int, rounds: int, steps: int) -> Seconds:
     """Seconds a step of each, one per round; in turns."""
-    vocab = SIZES["vocab_size"]
-    prompt_BT = np.random.default_rng(0).integers(100, vocab, (rows, length)).astype(np.int32)
+    prompt_BT = np.random.default_rng(0).integers(100, VOCABULARY, (rows, length)).astype(np.int32)
     total = (rounds + 1) * steps + 1
     lives = {name: start(prompt_BT, total) for name, start in starts.items()}
     tokens = {name: first_B for name, (first_B, _) in lives.items()}
@@ -186,20 +196,24 @@ def main() -> None:
     for name, value in {"layers": 8, "rounds": 8, "steps": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", nargs="+", choices=list(MAKERS), default=list(MAKERS), help="leave out the others")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = make_checkpoint("qwen3", Path(scratch) / "model", num_hidden_layers=options.layers, **SIZES)
-        if "tunix" in options.only and not importlib.util.find_spec("tunix"):
-            print("tunix is not installed (pip install google-tunix): not measured")
-            options.only.remove("tunix")
-        if options.readme and not {*PEER, *PEER.values()} <= {*options.only}:
-            parser.error(f"--readme needs all four, and these alone are measured: {', '.join(options.only)}")
-        starts = {name: make(path) for name, make in MAKERS.items() if name in options.only}
-    cases = {
-        case: summed_up(measure(starts, rows, length, options.rounds, options.steps))
-        for case, (rows, length) in CASES.items()
-    }
+    if "tunix" in options.only and not importlib.util.find_spec("tunix"):
+        print("tunix is not installed (pip install google-tunix): not measured")
+        options.only.remove("tunix")
+    if options.readme and not ({*PEER, *PEER.values()} <= {*options.only} and {*MODELS} <= {*options.models}):
+        parser.error("--readme needs tunix, and everything measured: leave out --only and --models")
+    cases = {}
+    for model in options.models:
+        name, sizes, share = MODELS[model]
+        with tempfile.TemporaryDirectory() as scratch:
+            layers = max(1, round(share * options.layers))
+            path = make_checkpoint(name, Path(scratch) / "model", num_hidden_layers=layers, **sizes)
+            starts = {name: make(path) for name, make in MAKERS.items() if name in options.only}
+        for case, (rows, length) in CASES.items():
+            seconds = measure(starts, rows, length, options.rounds, options.steps)
+            cases[f"{model}, {case}"] = summed_up(seconds)
     print(table(cases))
     if options.readme:
         figures = {

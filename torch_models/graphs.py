@@ -20,6 +20,7 @@ from loaders.roster import AdapterOfRows
 from loaders.sampling import check_room
 from torch_models import adapters as lora
 from torch_models.cache import Cache
+from torch_models.capturing import capturing
 from torch_models.census import Watch
 from torch_models.precision import in_own_precision
 from torch_models.recording import Recording
@@ -96,7 +97,7 @@ class DecodeGraph:
         def step() -> None:
             self.logits.copy_(model.decode_step(self.token_ids, self.cache))
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), capturing():
             step()  # constants are made at their first use, outside of any graph
             self.cache.reset()
             recording = Recording(step)

@@ -155,10 +155,10 @@ def alone_wrong(original, self, x, *rest):
 
 @pytest.mark.slow
 def test_kernels_of_a_single_row_are_seen_too_and_shown_again_alone(path, capsys):
-    """Experts of few tokens are multiplied from copies of their weights: three rows of two are too many for that."""
+    """A batch has other shapes than a row by itself, and products of other shapes are other code."""
     mutant = replace(
         all_mutants()["cache_slot_before"],
-        plant=wrapped("layers.moe:Experts._of_copies", alone_wrong),
+        plant=wrapped("layers.moe:Experts._of_hit", alone_wrong),
         backends=("torch",),
     )
     torch = open_backend("torch")

@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from loaders.quantization import BLOCK, Scheme
+from torch_models import capturing
+from torch_models.capturing import STEP_TOKENS
 from torch_models.derived import allocate_derived
 from torch_models.kernels import nvfp4_reference
 from torch_models.kernels.choice import Kernel
-from torch_models.layers.moe import STEP_TOKENS, Experts
+from torch_models.layers.moe import Experts
 from torch_models.layers.quantized_experts import NVFP4Experts
 
 D, M, X = 20, 12, 3
@@ -24,6 +26,13 @@ SHAPES = {
     "hit": (4, 2, STEP_TOKENS + 1),
     "hit, few of many": (64, 3, 30),
 }
+
+
+@pytest.fixture(params=["cpu", "as on a device"], autouse=True)
+def waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU all shapes go one way; those of a device are tried here too."""
+    if request.param != "cpu":
+        monkeypatch.setattr(capturing, "asks_host", lambda x_BTD: x_BTD.shape[1] > STEP_TOKENS)
 
 
 def experts_of(num_experts: int, dtype: torch.dtype = torch.float32) -> Experts:
@@ -122,6 +131,6 @@ def test_ranks_with_some_of_the_experts_have_parts_of_the_sum(tokens: int, chose
     parts = [coded_experts(held, seen)(x_BTD, weights_BTX, experts_BTX) for held in (range(2), range(2, 4))]
     assert (sum(parts) - want).norm() <= 1e-6 * want.norm()
     assert min(seen) > 0  # kernels want a row
-    if tokens > STEP_TOKENS:  # a prompt's are run where their experts are
+    if capturing.asks_host(x_BTD):  # they are run where their experts are
         here = [int((experts_BTX < 2).sum()), int((experts_BTX >= 2).sum())]
         assert seen == [max(count, 1) for count in here for _ in range(2)]

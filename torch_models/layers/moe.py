@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_models import capturing
 from torch_models.layers.linear import Join, empty_param
 from torch_models.layers.lora import ExpertUpdates
 from torch_models.taps import tap, tap_picked, tap_rows
-
-STEP_TOKENS = 8  # runs of so many tokens a row are steps of decoding, one token or a draft's few, not prompts
 
 
 class TopKRouter(nn.Module):
@@ -97,19 +97,19 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts, in float32, returned in the dtype of x.
 
-        Shapes alone decide how, so that a decode step can be captured: few assignments take copies of their experts'
-        weights, other short runs go through every expert, and a prompt asks the host which experts were hit.
+        A prompt, and on a CPU everything but a captured step, asks the host which experts were hit. Else shapes alone
+        decide how: few assignments take copies of their experts' weights, others go through every expert.
         ``updates``: what adapters add to both products.
         """
         x_UD, lead = x_BTD.flatten(0, 1), tuple(experts_BTX.shape)
         if self.held is not None:
             experts_BTX = places_of(experts_BTX, self.held)
-        if experts_BTX.numel() <= len(self.down_proj):
-            out_UXD = self._of_copies(x_UD, experts_BTX.flatten(0, 1), updates, lead)
-        elif x_BTD.shape[1] <= STEP_TOKENS:
-            out_UXD = self._of_all(x_UD, experts_BTX.flatten(0, 1), updates, lead)
-        else:
+        if capturing.asks_host(x_BTD):
             out_UXD = self._of_hit(x_UD, experts_BTX.flatten(0, 1), updates, lead)
+        elif experts_BTX.numel() <= len(self.down_proj):
+            out_UXD = self._of_copies(x_UD, experts_BTX.flatten(0, 1), updates, lead)
+        else:
+            out_UXD = self._of_all(x_UD, experts_BTX.flatten(0, 1), updates, lead)
         if self.held is not None:
             out_UXD = torch.where(experts_BTX.flatten(0, 1)[..., None] >= 0, out_UXD, 0)
         # summed in a fixed order: an atomic add would not repeat on a GPU
@@ -160,22 +160,37 @@ class Experts(nn.Module):
     def _of_hit(
         self, x_UD: torch.Tensor, experts_UX: torch.Tensor, updates: ExpertUpdates | None, lead: tuple[int, ...]
     ) -> torch.Tensor:
-        out_UXD = x_UD.new_empty(*experts_UX.shape, x_UD.shape[1])  # every place is written once
-        for expert in experts_UX.unique().tolist():
-            if expert < 0:  # another rank's
-                continue
-            (place_A,) = (experts_UX.flatten() == expert).nonzero(as_tuple=True)
-            token_A = place_A // experts_UX.shape[1]
-            rows_AD = x_UD[token_A]
-            gate_AM, up_AM = (F.linear(rows_AD, part_MD.to(x_UD.dtype)) for part_MD in self.gate_up_proj[expert])
-            if updates is not None:
-                gate_AM, up_AM = updates.parts((gate_AM, up_AM), rows_AD, expert, token_A)
-            gate_AM = tap_rows(self.path, "gate_proj", gate_AM, place_A, lead)
-            up_AM = tap_rows(self.path, "up_proj", up_AM, place_A, lead)
-            hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, place_A, lead)
-            out_AD = F.linear(hidden_AM, self.down_proj[expert].to(x_UD.dtype))
-            out_AD = out_AD if updates is None else updates.second(out_AD, hidden_AM, expert, token_A)
-            out_UXD.flatten(0, 1)[place_A] = tap_rows(self.path, "down_proj", out_AD, place_A, lead)
+        experts_A, X = experts_UX.flatten(), experts_UX.shape[1]
+        hit, counts = (found.tolist() for found in experts_A.unique(return_counts=True))
+        order_A = experts_A.argsort(stable=True)
+        if hit[0] < 0:  # another rank's come first
+            order_A, hit, counts = order_A[counts[0] :], hit[1:], counts[1:]
+        out_UXD = x_UD.new_zeros(*experts_UX.shape, x_UD.shape[1])
+        if not hit:
+            return out_UXD
+        token_A = order_A // X
+        rows_AD = x_UD[token_A]
+
+        def by_expert(product: Callable[..., torch.Tensor], rows_AK: torch.Tensor) -> torch.Tensor:
+            given = zip(hit, rows_AK.split(counts), token_A.split(counts), strict=True)
+            return torch.cat([product(*one) for one in given])
+
+        def first(expert: int, rows_HD: torch.Tensor, token_H: torch.Tensor) -> torch.Tensor:
+            gate_up_HF = F.linear(rows_HD, self.gate_up_proj[expert].flatten(0, 1).to(x_UD.dtype))
+            if updates is None:
+                return gate_up_HF
+            return torch.cat([*updates.parts(gate_up_HF.chunk(2, dim=1), rows_HD, expert, token_H)], dim=1)
+
+        def second(expert: int, hidden_HM: torch.Tensor, token_H: torch.Tensor) -> torch.Tensor:
+            out_HD = F.linear(hidden_HM, self.down_proj[expert].to(x_UD.dtype))
+            return out_HD if updates is None else updates.second(out_HD, hidden_HM, expert, token_H)
+
+        gate_AM, up_AM = by_expert(first, rows_AD).chunk(2, dim=1)
+        gate_AM = tap_rows(self.path, "gate_proj", gate_AM, order_A, lead)
+        up_AM = tap_rows(self.path, "up_proj", up_AM, order_A, lead)
+        hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, order_A, lead)
+        out_AD = by_expert(second, hidden_AM)
+        out_UXD.flatten(0, 1)[order_A] = tap_rows(self.path, "down_proj", out_AD, order_A, lead)
         return out_UXD
 
 

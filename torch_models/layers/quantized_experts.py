@@ -7,13 +7,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from loaders.quantization import BLOCK, Scheme
+from torch_models import capturing
 from torch_models.derived import alias_or_bind_derived_param, is_derived
 from torch_models.kernels import nvfp4_blackwell
 from torch_models.kernels.choice import Kernel
 from torch_models.kernels.nvfp4_reference import quantized_activations
 from torch_models.layers.linear import Join, empty_param
 from torch_models.layers.lora import ExpertUpdates
-from torch_models.layers.moe import STEP_TOKENS, Experts, places_of
+from torch_models.layers.moe import Experts, places_of
 from torch_models.layers.quantized import as_loaded, exact_weight, multiplier
 from torch_models.taps import tap_rows
 
@@ -86,7 +87,7 @@ class NVFP4Experts(nn.Module):
         ``updates``: what adapters add to both products, before they are rounded.
         """
         self._derive_scalars()
-        ask_host = x_BTD.shape[1] > STEP_TOKENS  # a step of decoding can be captured
+        ask_host = capturing.asks_host(x_BTD)
         place_A, experts_A, is_here_A1 = self._assigned(experts_BTX, ask_host=ask_host)
         token_A = torch.arange(experts_BTX.numel(), device=x_BTD.device)[place_A] // experts_BTX.shape[2]
         x_AD = x_BTD.flatten(0, 1)[token_A]
