@@ -23,7 +23,6 @@ from jax_models.kernels.nvfp4_reference import (
     check_rows,
     check_weight,
     dequantized,
-    grouped_matmul_on_cpu,
     reference_grouped_matmul,
     reference_matmul,
 )
@@ -64,10 +63,10 @@ def nvfp4_grouped_matmul(
 
     Arguments as of ``grouped_matmul``.
     """
-    products = grouped_matmul, reference_grouped_matmul, grouped_matmul_on_cpu
-    on_tpu, elsewhere, fast = (partial(product, dtype=dtype) for product in products)
+    on_tpu, elsewhere = (partial(product, dtype=dtype) for product in (grouped_matmul, reference_grouped_matmul))
+    on_cpu = derived_from(elsewhere, partial(elsewhere, by_tiles=True))
     given = (x_UK, packed_ENJ, scale_ENQ, alphas_EH, sizes_E, *(() if row_A is None else (row_A,)))
-    return jax.lax.platform_dependent(*given, tpu=on_tpu, cpu=derived_from(elsewhere, fast), default=elsewhere)
+    return jax.lax.platform_dependent(*given, tpu=on_tpu, cpu=on_cpu, default=elsewhere)
 
 
 def matmul(x_TK: jax.Array, packed_NJ: jax.Array, scale_NQ: jax.Array, *, interpret: bool = False) -> jax.Array:

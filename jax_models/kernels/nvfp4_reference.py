@@ -53,42 +53,28 @@ def reference_grouped_matmul(
     row_A: jax.Array | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    by_tiles: bool = False,
 ) -> jax.Array:
-    """Rows in ``sizes_E`` groups, each times its weight [N, K] and alpha -> [A, N]; the rest come out as anything."""
+    """Rows in ``sizes_E`` groups, each times its weight [N, K] and alpha -> [A, N]; the rest come out as anything.
+
+    ``by_tiles``: expand weights that have rows, one after the other, as is best on a CPU; it has no derivative.
+    """
     check_rows(x_UK, packed_ENJ)
+    check_alphas(alphas_EH, packed_ENJ)
     rows_AK = x_UK if row_A is None else x_UK[row_A]
-    weight_ENK = dequantized(packed_ENJ, scale_ENQ, x_UK.dtype)
-    found_AN = ragged_matmul(rows_AK, weight_ENK, sizes_E, _precision(x_UK))
-    return _weighed(found_AN, alphas_EH, packed_ENJ, sizes_E).astype(dtype)
-
-
-def grouped_matmul_on_cpu(
-    x_UK: jax.Array,
-    packed_ENJ: jax.Array,
-    scale_ENQ: jax.Array,
-    alphas_EH: jax.Array,
-    sizes_E: jax.Array,
-    row_A: jax.Array | None = None,
-    *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-    """The same; only weights that have rows are expanded, one after the other."""
-    check_weight(packed_ENJ, scale_ENQ)
-    check_rows(x_UK, packed_ENJ)
 
     def weight_of(group: jax.Array) -> jax.Array:
         return dequantized(one_of(packed_ENJ, group), one_of(scale_ENQ, group), jnp.float32)
 
-    found_AN = grouped_on_cpu(x_UK if row_A is None else x_UK[row_A], sizes_E, weight_of)
-    return _weighed(found_AN, alphas_EH, packed_ENJ, sizes_E).astype(dtype)
-
-
-def _weighed(found_AN: jax.Array, alphas_EH: jax.Array, packed_ENJ: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Products of rows in groups, each times the alpha of its group and part of the outputs."""
-    check_alphas(alphas_EH, packed_ENJ)
+    if by_tiles:
+        found_AN = grouped_on_cpu(rows_AK, sizes_E, weight_of)
+    else:
+        weight_ENK = dequantized(packed_ENJ, scale_ENQ, x_UK.dtype)
+        found_AN = ragged_matmul(rows_AK, weight_ENK, sizes_E, _precision(x_UK))
     A, N = found_AN.shape
     owner_A = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=A)
-    return found_AN * jnp.repeat(alphas_EH[owner_A], N // alphas_EH.shape[1], axis=1)
+    alpha_AN = jnp.repeat(alphas_EH[owner_A], N // alphas_EH.shape[1], axis=1)
+    return (found_AN * alpha_AN).astype(dtype)
 
 
 def check_weight(packed: jax.Array, scale: jax.Array) -> None:
