@@ -149,7 +149,7 @@ class S3Prefix(ObjectPrefix):
         url = urlsplit(signed)
         found = _SIGNED_FOR.search(unquote(url.query))
         region = self._region or (found[1] if found else self.client.meta.region_name)
-        is_virtual = url.netloc.startswith(f"{self.bucket}.")
+        is_virtual = not url.path.endswith(f"/{self.bucket}/k")
         host = url.netloc.removeprefix(f"{self.bucket}.") if is_virtual else url.netloc
         if host in ("s3.amazonaws.com", f"s3.{region}.amazonaws.com"):
             return _Server(None, region, is_virtual)
@@ -167,11 +167,18 @@ class _Server:
 
 
 def _set_style(*, is_virtual: bool) -> None:
-    """Have the streamer address buckets so, unless the user has said how: there is no way but the environment."""
+    """Have the streamer address buckets so, unless the user has said how: there is no way but the environment.
+
+    Virtual is what it does unasked: nothing is left in the environment then, which a child would take for the user's.
+    """
     if _STYLE in os.environ and _STYLE not in _styles_set:
         return
-    _styles_set.add(_STYLE)
-    os.environ[_STYLE] = "1" if is_virtual else "0"
+    if is_virtual:
+        os.environ.pop(_STYLE, None)
+        _styles_set.discard(_STYLE)
+    elif _STYLE not in _styles_set:
+        _styles_set.add(_STYLE)
+        os.environ[_STYLE] = "0"
 
 
 @contextmanager

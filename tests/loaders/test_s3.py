@@ -278,6 +278,12 @@ def test_a_bucket_of_another_region_is_streamed_from_there(
         ({"AWS_ENDPOINT_URL": "http://minio:9000"}, "ckpt", "http://minio:9000", False),
         ({"AWS_ENDPOINT_URL_S3": "http://gate:9000/s3/"}, "ckpt", "http://gate:9000/s3", False),
         (
+            {"AWS_ENDPOINT_URL": "http://ckpt.lab:9000"},
+            "ckpt",
+            "http://ckpt.lab:9000",
+            False,
+        ),  # called as the bucket is
+        (
             {"AWS_ENDPOINT_URL_S3": "https://bucket.vpce-1a.s3.us-east-1.vpce.amazonaws.com"},
             *("ckpt", "https://bucket.vpce-1a.s3.us-east-1.vpce.amazonaws.com", False),
         ),
@@ -301,13 +307,15 @@ def test_the_streamer_is_told_whom_boto3_asks(
             given.append(credentials)
 
     monkeypatch.setattr(s3, "RunaiSession", Session)
+    monkeypatch.setattr(s3, "_styles_set", set())
+    monkeypatch.delenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", raising=False)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
     s3.S3Prefix(f"{bucket}/a").session(1)
     region = setting.get("AWS_DEFAULT_REGION", "us-east-1")
     assert (given[0].get("endpoint"), given[0]["region"]) == (endpoint, region)
-    assert os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == ("1" if is_virtual else "0")
+    assert os.environ.get("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING") == (None if is_virtual else "0")
 
 
 def test_how_the_user_has_buckets_addressed_stays(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
