@@ -185,7 +185,8 @@ class Experts(nn.Module):
             out_HD = F.linear(hidden_HM, self.down_proj[expert].to(x_UD.dtype))
             return out_HD if updates is None else updates.second(out_HD, hidden_HM, expert, token_H)
 
-        gate_AM, up_AM = by_expert(first, rows_AD).chunk(2, dim=1)
+        # each by itself, as values that are handed in: activations of what lies otherwise in memory may differ in a bit
+        gate_AM, up_AM = (half_AM.contiguous() for half_AM in by_expert(first, rows_AD).chunk(2, dim=1))
         gate_AM = tap_rows(self.path, "gate_proj", gate_AM, order_A, lead)
         up_AM = tap_rows(self.path, "up_proj", up_AM, order_A, lead)
         hidden_AM = tap_rows(self.path, "product", F.silu(gate_AM) * up_AM, order_A, lead)
