@@ -19,6 +19,7 @@ from parity.plugin_names import file_name
 from parity.trace import Trace
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+KINDS = ("cpu", "cuda", "gpu", "mps", "rocm", "tpu", "xpu")  # of devices, in words of JAX or torch
 
 
 class TinyModels:
@@ -74,6 +75,10 @@ class ParityMark:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"parity(dtype={self.dtype!r}): expected one of {', '.join(DTYPES)}")
+        for spelled in (self.a, self.b):
+            kind = spelled.partition(":")[2].partition(":")[0]
+            if kind and kind not in KINDS:  # a typo would be a device that is not here, and skip the test
+                raise ValueError(f"parity({spelled!r}): {kind!r} is no kind of device, expected {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)

@@ -320,11 +320,15 @@ def test_typo(backend_pair): pass
 @pytest.mark.parity(dtype="float23")
 def test_dtype(oracle): pass
 
+@pytest.mark.parity(b="torch:cude:1")
+def test_device(oracle): pass
+
 @pytest.mark.parity(model="qwen33")
 def test_model(oracle): pass
 """
     done = suite(source)
-    done.assert_outcomes(errors=3)
+    done.assert_outcomes(errors=4)
+    done.stdout.fnmatch_lines(["*'cude' is no kind of device, expected cpu, cuda, *"])
     done.stdout.fnmatch_lines(["*unexpected keyword argument 'models'*", "*float23*expected one of float32*"])
     done.stdout.fnmatch_lines(["*the zoo has no 'qwen33', expected one of qwen3, *"])
 
