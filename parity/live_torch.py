@@ -12,6 +12,7 @@ import torch
 from loaders.inputs import bucket
 from parity.backends import Framework
 from parity.live_model import STEPS
+from torch_models.capturing import capturing
 from torch_models.census import pointer_census
 from torch_models.graphs import row_bucket
 
@@ -48,7 +49,10 @@ class TorchLive:
         return model
 
     def stepped(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Logits of a prompt and of the steps after it, each from its best token, on the rows a graph would have."""
+        """Logits of a prompt and of the steps after it, each from its best token, on the rows a graph would have.
+
+        Steps go the way of what is captured: on a CPU those that need not be go another one through experts.
+        """
         checked = model.checked_prompt(**prompt)
         rows, length = checked.input_ids.shape
         all_rows = row_bucket(rows)
@@ -56,7 +60,8 @@ class TorchLive:
         found = [model.prefill_into(checked, cache.first_rows(rows)).cpu().numpy().copy()]
         for _ in range(STEPS):
             token_B = np.pad(found[-1].argmax(-1), (0, all_rows - rows))
-            found.append(model.decode(token_B, cache)[0][:rows].cpu().numpy().copy())
+            with capturing():
+                found.append(model.decode(token_B, cache)[0][:rows].cpu().numpy().copy())
         return found
 
     def replayed(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]:
