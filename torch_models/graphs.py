@@ -1,7 +1,8 @@
 """Decoding as captured graphs: static tensors, one program for each bucket of rows and capacity, replayed.
 
-On CUDA a real graph; elsewhere a recorded replay (``torch_models.recording``), which runs as fast as eager code, and is
-stale exactly where a graph would be.
+On CUDA a real graph; elsewhere a recorded replay (``torch_models.recording``), which is stale exactly where a graph
+would be. It runs as fast as eager code, but for experts: what is captured cannot ask which were hit, as eager code on a
+CPU does (``torch_models.capturing``).
 
     logits_BV, batch = model.graphs.prefill(input_ids, max_new_tokens=64)
     logits_BV = batch.decode(logits_BV.argmax(-1))
