@@ -182,12 +182,11 @@ def test_reading_beside_an_open_stream_takes_one_more_streamer_and_no_more(
     stream = checkpoint.stream()
     next(stream)
     checkpoint.read("t00")
-    threads = threading.active_count()
-    files = len(os.listdir("/proc/self/fd"))
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))  # others of this process may end
     for name in NAMES:
         assert checkpoint.read(name).tobytes() == content(name).tobytes()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= files
     # a streamer that is used again knows nothing of what it read before
     path = directory / checkpoint.tensors["t00"].file
     raw = path.read_bytes()
