@@ -22,7 +22,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def in_own_settings(method: Method) -> Method:
-    """Of what has a ``mesh``, or None for one device; where no mesh is set, nothing is."""
+    """A method of what has a ``mesh``, None for one device, run by its own settings; set meshes are taken out."""
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 
-MOST_LETTERS = 150  # with an ending a file system takes 255 bytes
+MOST_LETTERS = 150  # with a digest and an ending; a file system takes 255 bytes
+# a test inside of its file, or a name that somebody gave
+_PLAIN = re.compile(r"(?:\w+::)*\w+(?:\[[\w.-]*\])?|[\w.-]+", re.ASCII)
 
 
 def file_name(text: str) -> str:
-    """A name for files of a test, or of something in it; other texts have other names.
+    """A name for files of a test, or of something in it; no two tests of one file have the same.
 
-    ``TestA::test_same[float32]`` is ``TestA-test_same-float32``. What has other signs, or is long, gets a digest too.
+    ``TestA::test_same[float32]`` is ``TestA.test_same-float32``: names of Python have neither sign. What has others, or
+    is long, gets a digest.
     """
-    plain = re.sub(r"::|\[|\]", "-", text)
-    name = re.sub(r"[^a-zA-Z0-9_.-]+", "-", plain).strip("-")
-    if name == plain.strip("-") and len(name) <= MOST_LETTERS:
-        return name
-    return f"{name[:MOST_LETTERS]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if _PLAIN.fullmatch(text) and len(text) <= MOST_LETTERS:
+        return text.replace("::", ".").replace("[", "-").removesuffix("]")
+    kept = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII).strip("-")
+    return f"{kept[:MOST_LETTERS]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -119,11 +119,11 @@ def test_a_number_in_the_readme_is_one_that_the_project_states_elsewhere():
 def test_the_table_of_decoding_is_what_was_measured_and_each_backend_is_no_slower_than_its_peer():
     figures = json.loads(decode_table.FIGURES.read_text(encoding="utf-8"))
     assert decode_table.SECTION.findall(README) == [decode_table.section(figures)]
-    assert len(figures["cases"]) == 4
+    assert len(figures["cases"]) == 2
     for case, found in figures["cases"].items():
         assert {*decode_table.PEER, *decode_table.PEER.values()} == found["ms"].keys(), case
         assert found["speed"]["jax"] >= 1.0, case
-        assert found["speed"]["torch"] >= 1.0, case  # where one thread reads at the speed of memory nobody is faster
+        assert found["speed"]["torch"] >= 1.1, case
 
 
 def test_speeds_are_medians_of_the_rounds_and_what_was_not_measured_is_said():

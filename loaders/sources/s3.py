@@ -29,7 +29,7 @@ _GONE = ("404", "NoSuchKey", "NotFound")
 _CHANGED = ("412", "PreconditionFailed")
 _STYLE = "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"  # which the streamer reads when it first asks a server
 _SIGNED_FOR = re.compile(r"/\d{8}/([^/]+)/s3/aws4_request")  # a region
-_styles_set: set[str] = set()  # by us, where the user set none
+_is_style_ours = False  # and not the user's
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +171,13 @@ def _set_style(*, is_virtual: bool) -> None:
 
     Virtual is what it does unasked: nothing is left in the environment then, which a child would take for the user's.
     """
-    if _STYLE in os.environ and _STYLE not in _styles_set:
+    global _is_style_ours
+    if _STYLE in os.environ and not _is_style_ours:
         return
+    _is_style_ours = not is_virtual
     if is_virtual:
         os.environ.pop(_STYLE, None)
-        _styles_set.discard(_STYLE)
-    elif _STYLE not in _styles_set:
-        _styles_set.add(_STYLE)
+    else:
         os.environ[_STYLE] = "0"
 
 

@@ -9,7 +9,7 @@ from parity.commands.options import output_file
 
 DOES_NOT_FIT = 1
 
-MOST_ROWS = 2**20
+MOST_ROWS = 2**20  # a million sequences at a time: more is a typo, and no int64 after all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

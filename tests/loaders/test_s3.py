@@ -307,7 +307,7 @@ def test_the_streamer_is_told_whom_boto3_asks(
             given.append(credentials)
 
     monkeypatch.setattr(s3, "RunaiSession", Session)
-    monkeypatch.setattr(s3, "_styles_set", set())
+    monkeypatch.setattr(s3, "_is_style_ours", False)
     monkeypatch.delenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", raising=False)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     for name, value in setting.items():
@@ -319,10 +319,17 @@ def test_the_streamer_is_told_whom_boto3_asks(
 
 
 def test_how_the_user_has_buckets_addressed_stays(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_styles_set", set())
+    monkeypatch.setattr(s3, "_is_style_ours", False)
     monkeypatch.setenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1")
     s3.S3Prefix(uri.removeprefix("s3://")).session(1).close()
     assert os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == "1"
+
+
+def test_a_style_that_was_set_is_set_again_where_somebody_removed_it(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = digests(open_checkpoint(uri).stream())
+    monkeypatch.delenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING")
+    assert digests(open_checkpoint(uri).stream()) == expected
+    assert os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == "0"
 
 
 def test_an_open_checkpoint_is_copied_and_goes_to_other_processes(uri: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from planted import PACKAGES, TWO_LAYERS
+from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
@@ -191,6 +192,18 @@ def test_nothing_is_said_of_logits_that_are_no_numbers(package, how, value, tmp_
         with pytest.raises(FloatingPointError, match=r"the model gives rows \[1\] logits that are NaN or infinite"):
             model.generate(IDS, draft=draft, **how)
     assert model.generate(IDS[:1], max_new_tokens=1, **how).shape == (1, 1)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}], ids=["best", "sampled"])
+def test_a_draft_whose_logits_are_no_numbers_is_told_to_be_the_one(package, how, tmp_path):
+    path = make_drafting_checkpoint("qwen3_5", tmp_path / "it", **TWO_LAYERS)
+    tensors = load_file(path / "model.safetensors")
+    tensors["mtp.norm.weight"][0] = np.nan
+    save_file(tensors, path / "model.safetensors")
+    model = package.load(path, mtp=True)
+    with pytest.raises(FloatingPointError, match=r"the draft gives rows \[0, 1\] logits that are NaN"):
+        model.generate(IDS, draft=model.draft, **how)
+    assert model.generate(IDS, max_new_tokens=1, **how).shape == (2, 1)  # which does without
 
 
 def test_every_bit_of_a_seed_counts(model):

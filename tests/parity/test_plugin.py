@@ -16,6 +16,7 @@ import parity.compare
 import parity.plugin_fixtures
 import parity.plugin_report
 import parity.report  # noqa: F401
+from parity.plugin_names import file_name
 from parity.plugin_needs import lacking
 
 pytest_plugins = "pytester"
@@ -161,8 +162,17 @@ def test_case(case, golden): golden(Made("jax", seed=len(case) + (case == "x/y")
 def test_goldens_of_tests_with_like_names_are_several(suite, pytester):
     suite(GOLDENS_OF_ONE_NAME, "--parity-update").assert_outcomes(passed=5)
     assert len([*pytester.path.glob("goldens/test_it/*.trace")]) == 5
-    assert (pytester.path / "goldens/test_it/TestA-test_same.trace").exists()
+    assert (pytester.path / "goldens/test_it/TestA.test_same.trace").exists()
     suite(GOLDENS_OF_ONE_NAME).assert_outcomes(passed=5)
+
+
+def test_files_of_two_tests_have_two_names_that_a_file_system_takes():
+    tests = ["A::b", "A::b[c]", "A[b]", "a_b", "A[b-]", "A[b.c]", "A[b/c]", "A[b::c]", "A[b-c]", "A[b c]", "A[]"]
+    tests += ["A[ä]", "A[" + "ä" * 300 + "]", "A[" + "b" * 300 + "]", "A[" + "b" * 299 + "c]", "B::A::b"]
+    names = [file_name(test) for test in tests]
+    assert len({*names}) == len(tests)
+    assert all(len(f"{name}.trace".encode()) < 255 and "/" not in name for name in names)
+    assert file_name("qwen3-moe") == "qwen3-moe"  # somebody's own
 
 
 def test_a_test_that_writes_one_golden_twice_is_told_to_name_them(suite):
