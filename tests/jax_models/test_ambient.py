@@ -73,7 +73,7 @@ def test_so_do_its_draft_its_eyes_and_steps_taken_one_by_one(name, is_sharded, t
 
 @pytest.mark.parametrize("name", ["qwen3_5-moe", "gemma3", "qwen3_vl", "nvfp4", "draft"])
 def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
-    """Promotion of dtypes and of ranks, which layers rely on; and other bits for a seed."""
+    """Promotion of dtypes and of ranks, which layers rely on; host arrays as inputs; and other bits for a seed."""
     if name == "draft":
         path = make_drafting_checkpoint("qwen3_5", tmp_path / "c")
     elif name == "nvfp4":
@@ -92,6 +92,7 @@ def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
         return [np.asarray(each) for each in (model(**inputs), logits, *taps.values(), *found)]
 
     expected = said()
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.default_prng_impl("rbg"):
+    promotion = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    with promotion[0], promotion[1], jax.default_prng_impl("rbg"), jax.transfer_guard("disallow"):
         found = said()
     assert all(map(np.array_equal, found, expected))
