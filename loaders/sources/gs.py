@@ -53,9 +53,8 @@ class GsFile(ObjectFile[ObjectGeneration]):
         span = {"Range": f"bytes={position}-{position + count - 1}"}
         pinned = {"alt": "media", "ifGenerationMatch": str(self.opened.generation)}
         with self._prefix.get(self._path, span, **pinned) as found:
-            if found.status_code != 206:
-                raise OSError(f"the server has no ranges: it answers {found.status_code}, expected 206")
-            yield from found.iter_content(1 << 20)
+            objects.check_range(found.headers.get("Content-Range"), position)
+            yield from found.iter_content(objects.PART_BYTES)
 
 
 class GsPrefix(ObjectPrefix):
@@ -149,5 +148,8 @@ def _as_os_errors() -> Iterator[None]:
     try:
         yield
     except tuple(kinds) as error:
+        says = f"{type(error).__name__}: {error}"
+        if isinstance(error, requests.exceptions.ChunkedEncodingError):
+            raise objects.Broken(says) from error
         gone = (requests.ConnectionError, requests.Timeout)
-        raise (Unreachable if isinstance(error, gone) else OSError)(f"{type(error).__name__}: {error}") from error
+        raise (Unreachable if isinstance(error, gone) else OSError)(says) from error

@@ -19,10 +19,15 @@ from loaders.sources.source import Identity, Result, Session, Unreachable, small
 CONNECT_S, READ_S = 5, 15  # for each of the attempts at a request
 ATTEMPTS = 8  # with growing pauses where a server is busy or does not answer; after DEADLINE_S it is given up
 REQUESTS = 8  # at once
+PART_BYTES = 1 << 16  # of an answer, at a time: what came of one when a connection breaks is lost
 BUSY = (429, 500, 502, 503, 504)
 GONE, CHANGED = "there is no such object", "it changed since it was opened"
 
 Pinned = TypeVar("Pinned", bound=Identity)
+
+
+class Broken(Unreachable):
+    """A connection broke while an answer came. Clients make no other attempt then: to them it was answered."""
 
 
 class ObjectFile(ABC, Generic[Pinned]):
@@ -52,7 +57,12 @@ class ObjectFile(ABC, Generic[Pinned]):
 
     @abstractmethod
     def parts(self, position: int, count: int) -> Iterable[bytes]:
-        """Bytes ``position`` to ``position + count`` as they arrive. Raises OSError: it is another object by now."""
+        """Bytes ``position`` to ``position + count`` as they arrive.
+
+        Raises:
+            Broken: the connection broke on the way.
+            OSError: it is another object by now.
+        """
 
     def read_into(self, out: memoryview, position: int) -> None:
         if not len(out):
@@ -61,10 +71,17 @@ class ObjectFile(ABC, Generic[Pinned]):
         found = bytearray()
 
         def take() -> None:
-            for part in self.parts(position, len(out)):
-                found.extend(part)
-                if len(found) > len(out):
-                    raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")
+            for attempt in range(1, ATTEMPTS + 1):
+                before = len(found)
+                try:
+                    for part in self.parts(position + before, len(out) - before):
+                        found.extend(part)
+                        if len(found) > len(out):
+                            raise OSError(f"more came than the {len(out)} bytes asked for from byte {position} on")
+                    return
+                except Broken:
+                    if attempt == ATTEMPTS:
+                        raise
 
         in_time(take, allowed_s, f"{len(out)} bytes")
         done = len(found)
@@ -256,6 +273,14 @@ class _AtOnce(Generic[Result]):
                 if isinstance(error, Unreachable):
                     self._todo.clear()  # each would take as long again
                 self._done.put((index, None, error))
+
+
+def check_range(said: object, position: int) -> None:
+    """Raises OSError where an answer says by its Content-Range that it is not of bytes from ``position`` on."""
+    if not str(said).startswith(f"bytes {position}-"):
+        raise OSError(
+            f"the server has no ranges: asked from byte {position} on, it answers with Content-Range {said!r}"
+        )
 
 
 def in_time(work: Callable[[], Result], allowed_s: float, what: str) -> Result:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -60,11 +60,13 @@ class S3File(ObjectFile[ObjectIdentity]):
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
         with _as_os_errors():
-            body = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.opened.etag)["Body"]
-            try:
-                yield from body.iter_chunks(1 << 20)
-            except ValueError as error:  # of a chunk's length
-                raise OSError(f"the server's answer makes no sense: {error}") from error
+            found = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.opened.etag)
+            with closing(found["Body"]) as body:
+                objects.check_range(found.get("ContentRange"), position)
+                try:
+                    yield from body.iter_chunks(objects.PART_BYTES)
+                except ValueError as error:  # of a chunk's length
+                    raise OSError(f"the server's answer makes no sense: {error}") from error
 
 
 class S3Prefix(ObjectPrefix):
@@ -198,6 +200,8 @@ def _as_os_errors() -> Iterator[None]:
         raise (Unreachable if is_busy else OSError)(str(error)) from error
     except RecursionError as error:  # botocore follows each from within the last
         raise OSError("the server redirects without end") from error
+    except (exceptions.ResponseStreamingError, exceptions.IncompleteReadError) as error:
+        raise objects.Broken(f"{type(error).__name__}: {error}") from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
     except (exceptions.BotoCoreError, http.HTTPError) as error:

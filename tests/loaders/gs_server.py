@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ class Server:
         self.speaks.set()
         self.refusal: Callable[[str], int | None] = lambda path: None
         self.refusal_headers: dict[str, str] = {}
+        self.breaks = 0  # so many answers with bytes of objects are half of them, and the connection is gone
+        self.says_range = True  # and not of which bytes they are
         self._generation = 0
         server = self
 
@@ -97,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(416, "The requested range cannot be satisfied.")
         last = min(last, len(body) - 1)
         headers = {"x-goog-generation": str(generation), "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+        if not self.store.says_range:
+            del headers["Content-Range"]
         return self._answer(206 if span else 200, body[first : last + 1], "application/octet-stream", headers)
 
     def _document(self, document: dict[str, Any], status: int = 200) -> None:
@@ -112,7 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.store.breaks and status == 206:
+            self.store.breaks -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

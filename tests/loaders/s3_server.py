@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -132,6 +133,7 @@ def _between(
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # who asked may be gone
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -163,6 +165,22 @@ def refusing_server(
         handler.wfile.write(body)
 
     return _between(url, send, refusal, without, region)
+
+
+def breaking_server(url: str, times: int) -> AbstractContextManager[str]:
+    """Likewise, but of the first answers about each object only half comes, and then the connection is gone."""
+    asked: Counter[str] = Counter()
+
+    def send(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        asked[handler.path] += 1
+        is_broken = asked[handler.path] <= times
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[: len(body) // 2] if is_broken else body)
+        if is_broken:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+
+    return _between(url, send)
 
 
 def dripping_server(url: str) -> AbstractContextManager[str]:

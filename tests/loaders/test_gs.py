@@ -256,3 +256,29 @@ def test_an_answer_that_is_cut_or_too_long_is_an_error(server: Server, monkeypat
         monkeypatch.setattr(gs.GsFile, "parts", lambda *_, given=given: iter(given))
         with pytest.raises(OSError, match=says):
             file.read(5, 20)
+
+
+def test_the_rest_is_asked_for_where_a_connection_breaks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = bytes(range(256)) * 4000
+    server.put_object("odd/y", body)
+    file = gs.GsPrefix(f"{BUCKET}/odd").open("y")
+    monkeypatch.setattr(server, "breaks", 3)
+    assert file.read(5, 10**6) == body[5 : 10**6 + 5]
+    spans = [span for path, span, _ in server.asked if "odd%2Fy" in path and span]
+    starts = [int(span.removeprefix("bytes=").removesuffix("-1000004")) for span in spans]
+    assert (starts[0], len(set(starts))) == (5, 4)
+    assert starts == sorted(starts)  # what came is not asked for again
+    monkeypatch.setattr(server, "breaks", 100)
+    with pytest.raises(objects.Broken, match="Connection broken"):
+        file.read(5, 10**6)
+    assert server.breaks == 100 - objects.ATTEMPTS
+
+
+def test_an_answer_of_other_bytes_than_were_asked_for_is_an_error(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put_object("odd/z", bytes(1000))
+    file = gs.GsPrefix(f"{BUCKET}/odd").open("z")
+    monkeypatch.setattr(server, "says_range", False)
+    with pytest.raises(OSError, match="asked from byte 5 on, it answers with Content-Range None"):
+        file.read(5, 20)

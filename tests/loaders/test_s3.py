@@ -23,6 +23,7 @@ from s3_server import (
     BUCKET,
     ENVIRONMENT,
     Server,
+    breaking_server,
     client,
     dripping_server,
     refusing_server,
@@ -160,16 +161,19 @@ def test_objects_are_asked_about_at_once(uri: str, monkeypatch: pytest.MonkeyPat
 
 
 class Busy:
-    """Gives up whoever asks while so many others do; the last it was asked is in ``asked``."""
+    """Gives up whoever asks while so many others do, for whom it waits; ``asked`` counts all."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, waits_s: float = 0.01) -> None:
         self.most, self.now, self.asked, self.lock = most, 0, 0, threading.Lock()
+        self.waits_s, self.is_met = waits_s, threading.Event()
 
     def __call__(self, name: str) -> str:
         with self.lock:
             self.now, self.asked = self.now + 1, self.asked + 1
             refused = self.now > self.most
-        time.sleep(0.01)
+        if refused:
+            self.is_met.set()
+        self.is_met.wait(self.waits_s)
         with self.lock:
             self.now -= 1
         if refused:
@@ -183,8 +187,9 @@ def test_a_server_that_gives_up_some_is_asked_one_by_one(uri: str, most: int, mo
     source, names = s3.S3Prefix(uri.removeprefix("s3://")), [f"n{number}" for number in range(40)]
     before, closed = source.client, []
     monkeypatch.setattr(before, "close", lambda: closed.append(before))
-    assert list(source.in_parallel(Busy(most), names)) == [name.upper() for name in names]
     is_given_up = most < objects.REQUESTS
+    busy = Busy(most, waits_s=10 if is_given_up else 0.01)
+    assert list(source.in_parallel(busy, names)) == [name.upper() for name in names]
     assert (len(closed), source.client is before) == (int(is_given_up), not is_given_up)
     patient = Busy(1 if is_given_up else 100)
     assert list(source.in_parallel(patient, names)) == [name.upper() for name in names]
@@ -720,6 +725,25 @@ def test_no_request_takes_longer_than_the_deadline_whatever_the_client_would(
         assert "an answer did not come in 1 s. Is the server in trouble?" in ends_within(
             5, lambda: open_checkpoint(uri)
         )
+
+
+def test_the_rest_is_asked_for_where_a_connection_breaks(
+    uri: str, server: Server, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By boto3, to which an answered request is over; that it breaks each time is one to tell of."""
+    with breaking_server(server.url, times=3) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert open_checkpoint(uri).tensors == open_checkpoint(directory).tensors
+    with breaking_server(server.url, times=100) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert "IncompleteRead" in ends_within(20, lambda: open_checkpoint(uri))
+
+
+def test_an_answer_without_its_range_is_an_error(uri: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusing_server(server.url, without="content-range") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(CheckpointError, match="it answers with Content-Range None"):
+            open_checkpoint(uri)
 
 
 @pytest.mark.usefixtures("impatient")
