@@ -43,7 +43,7 @@ class Cache:
     slot: torch.Tensor
     filled: Filled
     version: int
-    stamp: tuple[tuple[int, int], ...]
+    stamp: tuple[tuple[int, ...], ...]
 
     @property
     def length(self) -> int:
@@ -134,7 +134,7 @@ def empty_cache(
     dtype: torch.dtype,
     device: torch.device,
     version: int,
-    stamp: tuple[tuple[int, int], ...],
+    stamp: tuple[tuple[int, ...], ...],
 ) -> Cache:
     """A cache with no token in it: every entry zero, allocated once."""
     layers = {

@@ -126,7 +126,7 @@ class Decoding:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         model = self._model
-        model.check_runnable()
+        model.check_refusal()
         if not isinstance(cache, Cache):
             raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
         next_ids = partial(model.next_ids, token_ids, cache, rows=len(cache.position))
@@ -139,6 +139,7 @@ class Decoding:
         """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
         model = self._model
         if cache.stamp != model.weights_stamp():
+            model.check_runnable()  # that it sleeps is what comes first; awake it is, where the stamp is the same
             raise ValueError(
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"
                 f" at {model.version}). Run prefill again."

@@ -288,12 +288,13 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         sleep.check_awake(self)
         return super()._apply(fn, recurse)
 
-    def weights_stamp(self) -> tuple[tuple[int, int], ...]:
+    def weights_stamp(self) -> tuple[tuple[int, ...], ...]:
         """Which tensors the parameters are and how often each was written: changes with every write, by whomever.
 
-        So a parameter that two models share makes the caches of both stale when either is updated. Adapters count too.
+        So a parameter that two models share makes the caches of both stale when either is updated. Adapters count too;
+        and whether there is storage, of which a model that sleeps has none.
         """
-        written = tuple((id(param), param._version) for param in parameters_of(self))
+        written = tuple((id(param), param._version, not param.data_ptr()) for param in parameters_of(self))
         return (*written, (id(self), self.adapter_changes))
 
     @property

@@ -382,6 +382,16 @@ def test_a_sleeping_model_refuses_everything(model: torch_models.Model, pair: li
     assert other.digests() == before
 
 
+def test_a_step_sees_storage_that_somebody_else_gave_back(model: torch_models.Model) -> None:
+    """No write tells of it, and whoever reads it is ended by the system."""
+    param = model.get_parameter("model.norm.weight")
+    param.data = param.data.clone()  # memory of torch's own, which it resizes
+    _, cache = model.prefill(IDS, MASK)
+    param.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the model sleeps, or one that it shares parameters with"):
+        model.decode([1, 2, 3], cache)
+
+
 def test_sleep_invalidates_every_graph_that_saw_the_storage(model: torch_models.Model) -> None:
     _, batch = model.graphs.prefill(IDS, MASK, max_new_tokens=STEPS)
     model.sleep()
