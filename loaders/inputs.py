@@ -86,13 +86,10 @@ def check_text(
     Raises:
         ValueError: listing everything that is wrong.
     """
-    ids, vocab_size = as_array("input_ids", input_ids), config.vocab_size
+    ids = as_array("input_ids", input_ids)
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(f"input_ids is {ids.dtype} {ids.shape}, expected integers [B, T] with B, T >= 1")
-    problems = []
-    bad = ids[(ids < 0) | (ids >= vocab_size)]
-    if bad.size:
-        problems.append(f"input_ids holds {bad.size} ids outside 0..{vocab_size - 1}, the first {bad[0]}")
+    problems = _unknown_ids("input_ids", ids, config)
     mask = np.ones(ids.shape, bool) if attention_mask is None else as_array("attention_mask", attention_mask)
     if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
         problems.append(f"attention_mask {mask.shape} must be 0 or 1 and have the shape of input_ids {ids.shape}")
@@ -122,7 +119,15 @@ def check_next(config: ModelConfig, token_ids: object, *, rows: int) -> np.ndarr
         raise ValueError(f"token_ids is {ids.dtype} {ids.shape}, expected integers [B]")
     if ids.shape not in ((rows,), (rows, 1)):
         raise ValueError(f"{ids.size} tokens for a cache of {rows} rows, as {ids.shape}: expected [B] or [B, 1]")
-    return check_text(config, ids.reshape(-1, 1)).input_ids
+    if problems := _unknown_ids("token_ids", ids, config):
+        raise ValueError(problems[0])
+    return ids.reshape(-1, 1).astype(np.int32)
+
+
+def _unknown_ids(name: str, ids: np.ndarray, config: ModelConfig) -> list[str]:
+    """What is wrong with token ids: some are none of this vocabulary."""
+    bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+    return [f"{name} holds {bad.size} ids outside 0..{config.vocab_size - 1}, the first {bad[0]}"] if bad.size else []
 
 
 def as_array(name: str, value: object) -> np.ndarray:

@@ -34,14 +34,14 @@ def model(package, tmp_path_factory):
 @pytest.mark.parametrize(
     ("token_ids", "words"),
     [
-        (FURTHER + 2**32, "input_ids holds 2 ids outside"),  # of 32 bits they would be others
+        (FURTHER + 2**32, "token_ids holds 2 ids outside"),  # of 32 bits they would be others
         (FURTHER + 0.9, "token_ids is float64"),
         ([True, False], "token_ids is bool"),
         (["7", "3"], "token_ids is <U1"),
         (None, "token_ids is object"),
         ([7, 3, 1], "3 tokens for a cache of 2 rows"),
         ([[7, 3]], r"2 tokens for a cache of 2 rows, as \(1, 2\)"),
-        ([-1, 7], "input_ids holds 1 ids outside"),
+        ([-1, 7], "token_ids holds 1 ids outside"),
     ],
     ids=["wide", "fractions", "bools", "words", "none", "others", "a row", "negative"],
 )
