@@ -23,20 +23,24 @@ def empty_param(*shape: int) -> nn.Parameter:
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x Wᵀ + b in the dtype of x; W is ``[out, in]`` and cast to it.
 
-    On a CPU in float32 MKL does badly with few rows, and is asked otherwise. One row it multiplies in one thread: W is
-    given as a batch of parts, which threads share out (2 threads: 1.4 times as fast as ``F.linear``). For more rows it
-    is (W xᵀ)ᵀ that is computed: W is then read at the speed of memory, twice that of ``F.linear`` (2 to 128 rows; at
-    512 they are equal). In bfloat16 neither is faster.
+    On a CPU in float32 MKL does badly with few rows, and is asked otherwise. One row it multiplies in one thread: where
+    there are several, W is given as a batch of parts, which they share out (2 threads: 1.4 times as fast as
+    ``F.linear``). For more rows it is (W xᵀ)ᵀ that is computed: W is then read at the speed of memory, twice that of
+    ``F.linear`` (2 to 128 rows; at 512 they are equal). In bfloat16 neither is faster.
     """
     weight = weight.to(x.dtype)
-    rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < rows <= _FEW_ROWS:
+    if not x.is_cpu or x.dtype is not torch.float32:
         return F.linear(x, weight, bias)
-    if rows == 1:
-        parts = math.gcd(len(weight), _PARTS)
-        y = (x.reshape(1, 1, -1) @ weight.view(parts, -1, weight.shape[1]).mT).view(*x.shape[:-1], -1)
+    size_out, size_in = weight.shape
+    rows = x.numel() // size_in
+    if rows == 1 and torch.get_num_threads() > 1:
+        parts = math.gcd(size_out, _PARTS)
+        y = torch.bmm(x.reshape(1, 1, size_in).expand(parts, 1, size_in), weight.view(parts, -1, size_in).mT)
+        y = y.view(*x.shape[:-1], size_out)
+    elif 1 < rows <= _FEW_ROWS:
+        y = torch.mm(weight, x.reshape(rows, size_in).T).T.reshape(*x.shape[:-1], size_out).contiguous()
     else:
-        y = torch.mm(weight, x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1).contiguous()
+        return F.linear(x, weight, bias)
     return y if bias is None else y + bias
 
 

@@ -11,6 +11,11 @@ from torch_models.layers.linear import empty_param
 LAYER_NORM_EPS = 1e-6
 
 
+def normed(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / √(mean(x²) + eps) over the last axis, all in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+
+
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x), with rms taken over the last axis.
 
@@ -24,10 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        mean_square = x32.pow(2).mean(-1, keepdim=True)
-        normed = x32 * torch.rsqrt(mean_square + self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return self.weight.to(x.dtype) * normed(x, self.eps).to(x.dtype)
 
 
 class GemmaRMSNorm(nn.Module):
@@ -57,9 +59,7 @@ class GemmaRMSNorm(nn.Module):
         # gradients go to the weight itself, and need a factor that the next run does not write over
         needs_grad = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
         factor = 1.0 + self.weight.float() if needs_grad else self.gemma_weight
-        x32 = x.float()
-        mean_square = x32.pow(2).mean(-1, keepdim=True)
-        return (x32 * torch.rsqrt(mean_square + self.eps) * factor).to(x.dtype)
+        return (normed(x, self.eps) * factor).to(x.dtype)
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum. The sum is rounded to the dtype of x, then normed as rounded."""
@@ -79,10 +79,7 @@ class RMSNormGated(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        mean_square = x32.pow(2).mean(-1, keepdim=True)
-        normed = (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
-        return ((self.weight * normed).float() * F.silu(gate.float())).to(x.dtype)
+        return ((self.weight * normed(x, self.eps).to(x.dtype)).float() * F.silu(gate.float())).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
