@@ -31,6 +31,7 @@ from jax_models.layers.lora import (
 from jax_models.layers.moe import Experts, TopKRouter
 from jax_models.layers.quantized import QuantizedLinear
 from jax_models.layers.quantized_experts import NVFP4Experts
+from jax_models.processes import placed
 from jax_models.sharding import param_spec
 from loaders.adapter_sites import HEAD, Site, Sites, sites_of
 from loaders.roster import NONE, Roster, padded
@@ -96,15 +97,15 @@ def room_for(
     sites, dims = sites_of(config), config.dims()
     here = {name.rpartition(".")[0] for name in dtypes}
 
-    def placed(array: np.ndarray, cuts: PartitionSpec) -> jax.Array:
+    def put(array: np.ndarray, cuts: PartitionSpec) -> jax.Array:
         where = like.sharding if mesh is None else NamedSharding(mesh, cuts)
-        return jax.device_put(jax.device_put(array, where), where)  # committed, as the weights are
+        return jax.device_put(placed(array, where), where)  # committed, as the weights are
 
     def cuts(tensor: str) -> PartitionSpec:
         return PartitionSpec() if mesh is None else param_spec(sites.parameter(tensor), dims, mesh)
 
     stacks = {
-        path: _stacks(roster, site, rank, cuts(site.parameter), placed)
+        path: _stacks(roster, site, rank, cuts(site.parameter), put)
         for path, rank in roster.layout.ranks.items()
         if (site := sites.low_rank[path]).module in here
     }
@@ -116,12 +117,12 @@ def room_for(
             is_quantized = any(dtype.itemsize == 1 for dtype in stored.values())
             stored = dict.fromkeys(stored, computed) if is_quantized else stored
             arrays, table = _copied(roster, module, places, sites, stored)
-            tensors = {leaf: placed(x, PartitionSpec(None, *cuts(leaves[leaf]))) for leaf, x in arrays.items()}
-            copies[module] = Copies(tensors, placed(table, PartitionSpec()))
+            tensors = {leaf: put(x, PartitionSpec(None, *cuts(leaves[leaf]))) for leaf, x in arrays.items()}
+            copies[module] = Copies(tensors, put(table, PartitionSpec()))
     return Room(stacks, copies)
 
 
-def _stacks(roster: Roster, site: Site, rank: int, cuts: PartitionSpec, placed: Place) -> Stacks:
+def _stacks(roster: Roster, site: Site, rank: int, cuts: PartitionSpec, put: Place) -> Stacks:
     out, inner = site.shape
     slots, lead, is_table = roster.layout.slots, site.lead, site.kind == "embedding"
     a = np.zeros((slots, *lead, *((inner, rank) if is_table else (rank, inner))), np.float32)
@@ -132,10 +133,10 @@ def _stacks(roster: Roster, site: Site, rank: int, cuts: PartitionSpec, placed: 
             a[one.slot] = half.T if is_table else half
             b[one.slot], scaling[one.slot] = padded(update.b, -1, rank), update.scaling
     if is_table or not len(cuts):
-        return Stacks(*(placed(x, PartitionSpec()) for x in (a, b, scaling)))
+        return Stacks(*(put(x, PartitionSpec()) for x in (a, b, scaling)))
     *by_lead, by_out, by_inner = cuts
     a_cuts, b_cuts = PartitionSpec(None, *by_lead, None, by_inner), PartitionSpec(None, *by_lead, by_out, None)
-    return Stacks(placed(a, a_cuts), placed(b, b_cuts), placed(scaling, PartitionSpec()))
+    return Stacks(put(a, a_cuts), put(b, b_cuts), put(scaling, PartitionSpec()))
 
 
 def _copied(

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from jax_models.adapter_room import Room, room_for
-from jax_models.processes import agreed, check_alike, processes_of, to_host, together
+from jax_models.processes import check_alike, placed, processes_of, to_host, together
 from jax_models.weights import flatten, unflatten
 from loaders.adapter_updates import Adapter
 from loaders.adapters import open_adapter, open_on_all
@@ -48,7 +47,7 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     if problems := whole_overflows(adapter, model.config, _stored(model)):
         raise CheckpointError(uri, problems)
     roster = model.roster.having(adapter, name, model.version + 1)
-    return _with(model, roster, "attach", f"{name}: {adapter.source}")
+    return _with(model, roster, "attach", f"{name}: {adapter.source}", adapter.digest[:16])
 
 
 def detach_lora(model: Model, name: str) -> Model:
@@ -63,7 +62,7 @@ def detach_lora(model: Model, name: str) -> Model:
         model.roster.lacking(name)
 
     _check(model, f"detach {name!r}", check)
-    return _with(model, model.roster.lacking(name), "detach", name)
+    return _with(model, model.roster.lacking(name), "detach", name, name)
 
 
 def merge_lora(model: Model, name: str) -> Model:
@@ -90,8 +89,8 @@ def merge_lora(model: Model, name: str) -> Model:
     made = merged_weights(adapter, lambda param: to_host(flat[param]))
     changes = {param: make for param, make in made.items() if param in flat}
     originals = {param: flat[param] for param in changes}
-    flat |= {param: jax.device_put(make(), originals[param].sharding) for param, make in changes.items()}
-    merged = model.published(unflatten(flat), "merge", name)
+    flat |= {param: placed(make(), originals[param].sharding) for param, make in changes.items()}
+    merged = model.published(unflatten(flat), "merge", name, content=name)
     return dataclasses.replace(merged, roster=dataclasses.replace(model.roster, merged=name), unmerged=originals)
 
 
@@ -105,7 +104,7 @@ def unmerge_lora(model: Model) -> Model:
     if (name := model.roster.merged) is None:
         raise ValueError("no adapter is merged: there is nothing to undo")
     weights = unflatten(flatten(model.weights) | model.unmerged)
-    restored = model.published(weights, "unmerge", name)
+    restored = model.published(weights, "unmerge", name, content=name)
     return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})
 
 
@@ -134,14 +133,14 @@ def _check(model: Model, asked: str, check: Callable[[], None]) -> None:
         check()
         return asked
 
-    agreed(model.mesh, "what is asked for", checked)
+    model.agreed("what is asked for", checked)
 
 
-def _with(model: Model, roster: Roster, kind: str, detail: str) -> Model:
+def _with(model: Model, roster: Roster, kind: str, detail: str, content: str) -> Model:
     flat = flatten(model.weights)
     room = Room()
     if roster.attached:
         dtypes = {name: x.dtype for name, x in flat.items()}
         like = next(iter(flat.values()))
         room = room_for(roster, model.config, dtypes, np.dtype(model.dtype), model.mesh, like)
-    return dataclasses.replace(model.published(model.weights, kind, detail), roster=roster, room=room)
+    return dataclasses.replace(model.published(model.weights, kind, detail, content=content), roster=roster, room=room)

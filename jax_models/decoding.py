@@ -13,12 +13,12 @@ from jax_models.ambient import in_own_settings
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
-from jax_models.processes import agreed
 from jax_models.speculative import generate_with_draft
+from loaders.events import version_of
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
-from loaders.sampling import asked_params, check_room
+from loaders.sampling import SamplingParams, asked_params, check_room
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -72,7 +72,7 @@ class Decoding:
         def said(slot_B: np.ndarray) -> str:
             return f"room for {max_new_tokens} tokens, adapters of rows {slot_B.tolist()}"
 
-        slot_B = agreed(model.mesh, "what is asked for", slots, said)
+        slot_B = model.agreed("what is asked for", slots, said)
         arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
         return VersionedCache(arrays, model.version, model.weights_id, slot_B)
 
@@ -90,7 +90,7 @@ class Decoding:
             prompt, given = (model.config, input_ids, attention_mask), multimodal
             return check_inputs(*prompt, given=given, has_tower=model.stage.has_tower, is_prompt=True)
 
-        prompt = agreed(model.mesh, "the prompt", checked, lambda found: found.digest)
+        prompt = model.agreed("the prompt", checked, lambda found: found.digest)
         return prompt.padded_to(bucket(prompt.input_ids.shape[1]))
 
     @in_own_settings
@@ -105,7 +105,7 @@ class Decoding:
         """
         model = self._model
         next_ids = partial(model.next_ids, token_ids, cache)
-        ids_B1 = agreed(model.mesh, "what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
+        ids_B1 = model.agreed("what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
         return model.decode_step(ids_B1, cache)
 
     def decode_step(self, ids_B1: np.ndarray, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
@@ -176,7 +176,11 @@ class Decoding:
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
         checked = partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
-        params = agreed(model.mesh, "what is asked for", checked)
+
+        def said(found: SamplingParams) -> str:
+            return f"{found}, {'no draft' if draft is None else version_of(draft.source.events)}"
+
+        params = model.agreed("what is asked for", checked, said)
         prompt = (input_ids, attention_mask, params)
         if draft is None:
             return generate(model, *prompt, adapter=adapter, **multimodal)

@@ -17,7 +17,6 @@ from jax_models.cache import Cache
 from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
-from jax_models.processes import agreed
 from jax_models.taps import collect
 from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
@@ -108,7 +107,7 @@ class Draft:
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
             return f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
 
-        inputs, slot_B = agreed(self.mesh, "what the draft is called with", checked, summary)
+        inputs, slot_B = target.agreed("what the draft is called with", checked, summary)
         entry = inputs.input_ids
         if not target.stage.is_first:
             entry, _ = target.checked(None, attention_mask, position_ids, hidden_states, adapter=adapter)

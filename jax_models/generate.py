@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def best(logits: jax.Array) -> jax.Array:
     """The token of the highest logit along the last axis, int32; ``NO_TOKEN`` where that is NaN or infinite."""
     token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token_ids, NO_TOKEN)
+    # asked of each: where devices have parts of a row, the maximum of their maxima is no NaN that one of them found
+    is_bad = jnp.any(~(logits < jnp.inf), axis=-1) | (jnp.max(logits, axis=-1) == -jnp.inf)
+    return jnp.where(is_bad, NO_TOKEN, token_ids)
 
 
 @partial(jax.jit, static_argnames=("top_k",))

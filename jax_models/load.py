@@ -78,7 +78,7 @@ def load(
         asked = f"{programs.dtype.name} {plan.stage} {programs.activations} quantize={quantize}"
         return f"{checkpoint.fingerprint()} {asked}"
 
-    check_alike(mesh, "what is loaded", said)
+    content = check_alike(mesh, "what is loaded", said)
     table = {spec.name: spec.shape for spec in plan.specs}
     built = {name: leaf.shape for name, leaf in flatten(programs.abstract).items()}
     assert table == built, f"rule table and modules differ: {sorted(set(table.items()) ^ set(built.items()))[:5]}"
@@ -101,5 +101,5 @@ def load(
         checkpoint=checkpoint,
         specs=plan.specs,
         report=report,
-        events=(Event("load", 1, str(checkpoint.source)),),
+        events=(Event("load", 1, str(checkpoint.source), content=content),),
     )

@@ -23,14 +23,15 @@ from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import in_own_settings
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
-from jax_models.processes import agreed, content_of, processes_of, together
+from jax_models.processes import agreed, content_of, devices_of, handed_over, placed, processes_of, together
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
 from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
+from loaders.agreement import Result
 from loaders.checkpoint import Checkpoint
-from loaders.events import Event
+from loaders.events import Event, version_of
 from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
@@ -305,12 +306,18 @@ class Model(Decoding, Adapted, Seeing):
         """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
         return life.weight_digests(self)
 
-    def published(self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = ()) -> Model:
+    def published(
+        self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = (), content: str = ""
+    ) -> Model:
         """The next version, with its event. Weights must have been checked."""
-        event = Event(kind, self.version + 1, detail, ignored)
+        event = Event(kind, self.version + 1, detail, ignored, content)
         return dataclasses.replace(
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )
+
+    def agreed(self, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
+        """What all processes of its mesh make of ``work`` alike, with the same weights; see ``processes.agreed``."""
+        return agreed(self.mesh, what, work, lambda found: f"{say(found)}, {version_of(self.events)}")
 
     def checked(
         self,
@@ -338,8 +345,8 @@ class Model(Decoding, Adapted, Seeing):
             entry, inputs, slot_B, how = found
             return f"inputs {content_of(entry)} {inputs.digest}, adapters of rows {slot_B.tolist()} {how}"
 
-        entry, inputs, _, _ = agreed(self.mesh, "what the model is called with", checked, summary)
-        return entry, inputs
+        entry, inputs, _, _ = self.agreed("what the model is called with", checked, summary)
+        return entry if self.stage.is_first else self._here(entry), inputs
 
     def _checked(
         self,
@@ -361,7 +368,6 @@ class Model(Decoding, Adapted, Seeing):
         x_BTD = jnp.asarray(hidden_states, self.dtype)
         if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
             raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
-        x_BTD = self._here(x_BTD)
         tokens = np.zeros(x_BTD.shape[:2], np.int32)
         if shown := shown_of(multimodal or {}, tokens.shape):
             raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
@@ -370,7 +376,7 @@ class Model(Decoding, Adapted, Seeing):
     @property
     def _devices(self) -> list[Any]:
         """Where its programs run, in their order."""
-        return _devices_of(jax.tree.leaves(self.weights)[0]) if self.mesh is None else list(self.mesh.devices.flat)
+        return devices_of(jax.tree.leaves(self.weights)[0]) if self.mesh is None else list(self.mesh.devices.flat)
 
     def _handed(self, path: str, value: Any) -> Any:
         """A value to inject, which may be any library's, or lie where another model is."""
@@ -378,17 +384,17 @@ class Model(Decoding, Adapted, Seeing):
             check_experts(self.config, path, as_array(path, value))
         if not isinstance(value, jax.Array):
             return as_array(path, value)
-        is_ours = not value.committed or not value.is_fully_addressable or _devices_of(value) == self._devices
-        return value if is_ours else np.asarray(value)
+        is_ours = not value.committed or devices_of(value) == self._devices
+        return value if is_ours else handed_over(value, self.mesh, path)
 
     def _here(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states from a stage on other devices, on those of this one."""
         if self.mesh is None:
             return jax.device_put(x_BTD, jax.tree.leaves(self.weights)[0].sharding)
-        is_elsewhere = x_BTD.committed and _devices_of(x_BTD) != self._devices
-        return jax.device_put(x_BTD, row_sharding(self.mesh, len(x_BTD))) if is_elsewhere else x_BTD
-
-
-def _devices_of(array: jax.Array) -> list[Any]:
-    """In the order of its sharding: to a program the same devices in another one are others."""
-    return list(array.sharding.devices_indices_map(array.shape))
+        if not x_BTD.committed or devices_of(x_BTD) == self._devices:
+            return x_BTD
+        rows = row_sharding(self.mesh, len(x_BTD))
+        assert rows is not None
+        if x_BTD.is_fully_addressable and rows.is_fully_addressable:
+            return jax.device_put(x_BTD, rows)
+        return placed(handed_over(x_BTD, self.mesh, "hidden_states"), rows)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from loaders import agreement
 from loaders.agreement import Result
@@ -27,6 +27,11 @@ def processes_of(mesh: Mesh | None) -> list[int]:
     if mesh is None:
         return [jax.process_index()]
     return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def devices_of(array: jax.Array) -> list[Any]:
+    """In the order of its sharding: to a program the same devices in another one are others."""
+    return list(array.sharding.devices_indices_map(array.shape))
 
 
 def check_here(mesh: Mesh | None) -> None:
@@ -46,6 +51,33 @@ def to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def placed(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A host array, the same on all processes, as the parts of it that their devices hold.
+
+    Of several processes ``jax.device_put`` would gather all copies to compare them, and to it NaN is not NaN.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def handed_over(array: jax.Array, mesh: Mesh | None, what: str) -> np.ndarray:
+    """All of an array of other devices than a mesh's, or of the same in another order, on every host of the mesh.
+
+    JAX moves nothing between meshes of several processes. All of them have to call this.
+
+    Raises:
+        ValueError: it lies on devices of other processes than the mesh; ``what``: it is called.
+    """
+    theirs = sorted({device.process_index for device in array.sharding.device_set})
+    if not array.is_fully_addressable and theirs != processes_of(mesh):
+        raise ValueError(
+            f"{what} lies on devices of processes {theirs}, the model on those of {processes_of(mesh)}. Bring it to the"
+            " host there (jax.experimental.multihost_utils.process_allgather), and hand that over on all."
+        )
+    return to_host(array)
 
 
 def together(mesh: Mesh | None, work: Callable[[], Result]) -> Result:
@@ -77,14 +109,13 @@ def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callab
     return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("process", "processes"))
 
 
-def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> None:
-    """See that all processes of a mesh do the same. With one process nothing is asked, nor ``say`` called.
+def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:
+    """What all processes of a mesh say alike; with one process nothing: nobody is asked, nor ``say`` called.
 
     Raises:
         ValueError: as ``agreed``.
     """
-    if len(processes_of(mesh)) > 1:
-        agreed(mesh, what, say)
+    return agreed(mesh, what, say) if len(processes_of(mesh)) > 1 else ""
 
 
 def content_of(*arrays: Any) -> str:

@@ -58,7 +58,7 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
         _check_new(where)
         return where
 
-    where = together(model.mesh, checked)
+    where = model.agreed("what is saved", checked, lambda _: "the model")
     digests = weight_digests(model)
     document = {
         "format": FORMAT,

@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_models.ambient import in_own_settings
 from jax_models.frames import VisionArrays, framed, vision_arrays
-from jax_models.processes import agreed, content_of
+from jax_models.processes import content_of
 from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
 from loaders.vision_grid import Patches
@@ -39,9 +39,7 @@ class Seeing:
                 raise ValueError("this model holds no vision tower")
             return check_shown(config, pixel_values, image_grid_thw)
 
-        patches = agreed(
-            model.mesh, "what is shown", checked, lambda found: content_of(found.pixels_AX, image_grid_thw)
-        )
+        patches = model.agreed("what is shown", checked, lambda found: content_of(found.pixels_AX, image_grid_thw))
         assert config is not None
         shown, token_U = framed(config, patches)
         return tuple(tokens[token_U] for tokens in model.programs.see(model.weights, shown))

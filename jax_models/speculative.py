@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_models.generate import best
-from jax_models.processes import agreed, to_host
+from jax_models.processes import to_host
 from loaders.inputs import bucket
 from loaders.roster import AdapterOfRows
 from loaders.sampling import SamplingParams
@@ -62,7 +62,7 @@ def generate_with_draft(
     cache = programs.empty_cache(rows=B, capacity=room)
     prompt = (checked.input_ids, *model.arrays(checked))
     slots = partial(model.roster.rows, adapter, B)
-    slot_B = agreed(model.mesh, "what is asked for", slots, lambda found: f"adapters of rows {found.tolist()}")
+    slot_B = model.agreed("what is asked for", slots, lambda found: f"adapters of rows {found.tolist()}")
     given = model.of_slots(slot_B)
     logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
     said.begin(logits_BV)

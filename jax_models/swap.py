@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_models.processes import check_alike, content_of, to_host, together
+from jax_models.processes import check_alike, content_of, placed, to_host, together
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
 from loaders.halves import Halves, asked_halves
@@ -51,7 +51,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     """
     asked, ignored = together(model.mesh, lambda: _checked_halves(model, embed, head))
     flat = flatten(model.weights)
-    check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
+    content = check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
     if model.config.tie_word_embeddings and "head" in asked:
         _check_tied(head, asked["embed"][1] if "embed" in asked else flat[asked["head"][0]])
         asked = {"embed": asked["embed"]} if "embed" in asked else {}
@@ -62,13 +62,14 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         event = Event("swap", model.version, "nothing changed", ignored)
         return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
     for name, value in changed.items():
-        # a NumPy buffer is copied first: device_put on CPU would alias it, and its owner may write to it again
-        # a weakly typed array is another type to jit: naming the dtype makes it a strong one
-        source = jnp.asarray(value, value.dtype) if isinstance(value, jax.Array) else np.array(value)
-        if isinstance(source, jax.Array) and source.is_fully_addressable and not flat[name].is_fully_addressable:
-            source = np.asarray(source)  # JAX moves no array of one process to devices of others
-        flat[name] = jax.device_put(source, flat[name].sharding)
-    return model.published(unflatten(flat), "swap", " and ".join(asked), ignored)
+        sharding = flat[name].sharding
+        if isinstance(value, jax.Array) and (sharding.is_fully_addressable or not value.is_fully_addressable):
+            # a weakly typed array is another type to jit: naming the dtype makes it a strong one
+            flat[name] = jax.device_put(jnp.asarray(value, value.dtype), sharding)
+        else:
+            # NumPy's, copied, for its owner may write to it; or one of this process alone, which JAX moves nowhere
+            flat[name] = placed(np.array(value), sharding)
+    return model.published(unflatten(flat), "swap", " and ".join(asked), ignored, content)
 
 
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:

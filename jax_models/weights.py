@@ -87,7 +87,7 @@ def update_weights_from_disk(
 
     with _where(live, model.mesh):
         plan = together(model.mesh, planned)
-    check_alike(model.mesh, "the checkpoint", lambda: f"{plan.checkpoint.fingerprint()}, donate={donate}")
+    content = check_alike(model.mesh, "the checkpoint", lambda: f"{plan.checkpoint.fingerprint()}, donate={donate}")
     try:
         with _where(live, model.mesh):
             placed, report = together(model.mesh, read)
@@ -102,7 +102,7 @@ def update_weights_from_disk(
         given = f"{max(map(int, counts.values()))} of {len(live)} parameters were given up already{where}"
         raise RuntimeError(f"{given}. Update again with good weights: {error}") from error
     checkpoint = plan.checkpoint
-    updated = model.published(unflatten(placed), "reload", str(checkpoint.source))
+    updated = model.published(unflatten(placed), "reload", str(checkpoint.source), content=content)
     return dataclasses.replace(
         updated, checkpoint=checkpoint, config=checkpoint.config, specs=plan.specs, report=report
     )
@@ -159,7 +159,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 
     Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
     """
-    model.check_runnable()
+    model.agreed("what is exported", model.check_runnable, lambda _: "the model")
     flat = flatten(model.weights)
     left_out = model.report.left_out if model.stage.count == 1 else ()
     processes = processes_of(model.mesh)
@@ -179,8 +179,11 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
 
 
 def tensor_reader(model: Model) -> TensorReader:
-    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype."""
-    model.check_runnable()
+    """Any checkpoint tensor the model holds, by name, on the host in its stored dtype.
+
+    All processes of a mesh have to ask for one, and then for the same, in the same order.
+    """
+    model.agreed("what is read", model.check_runnable, lambda _: "the model")
     flat = flatten(model.weights)
     return TensorReader(model.checkpoint, model.specs, lambda name: to_host(flat[name]))
 

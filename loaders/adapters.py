@@ -25,7 +25,7 @@ def open_on_all(
     read_base: ReadBase,
     *,
     together: Callable[[Callable[[], Adapter]], Adapter],
-    check_alike: Callable[[str, Callable[[], str]], None],
+    check_alike: Callable[[str, Callable[[], str]], object],
 ) -> Adapter:
     """As ``open_adapter``, on each of several processes, which have to find the same adapter.
 

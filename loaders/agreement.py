@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 Result = TypeVar("Result")
 DONE = "="  # before what was made; an error has none
+MOST_LETTERS = 500  # of what was made, so that all of it, and words around it, is in a message
 
 
 def agreed(
@@ -23,7 +25,7 @@ def agreed(
         tell: gives every process's text, by its number, for this one's; all of them have to call this.
         what: has to be the same.
         work: asks the others for nothing, or for the same as they ask, whether it fails or not.
-        say: what it has come to here, in few words.
+        say: what it has come to here. Of many words some are told, and a digest of all.
         words: what one of them is called, and what several are.
     Raises:
         Exception: as ``work`` does here.
@@ -34,7 +36,7 @@ def agreed(
     result, said, error = None, "", None
     try:
         result = work()
-        said = f"{DONE}{say(result)}"
+        said = f"{DONE}{_told(say(result))}"
     except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
         error, said = raised, f"{type(raised).__name__}: {raised}"
     told = tell(said)
@@ -47,3 +49,9 @@ def agreed(
         where = "; ".join(f"{text.removeprefix(DONE)} on {one} {index}" for index, text in told.items())
         raise ValueError(f"{what} is not the same on all {several}: {where}. Nothing was changed.")
     return result  # pyright: ignore[reportReturnType]
+
+
+def _told(text: str) -> str:
+    if len(text) <= MOST_LETTERS:
+        return text
+    return f"{text[:MOST_LETTERS]}... ({len(text)} letters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"

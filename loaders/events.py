@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,9 +16,18 @@ class Event:
         version: the version it published.
         detail: what it was made from, for people.
         ignored: what was given but does not live here (a half this stage lacks), named, never silent.
+        content: what it was made from, wherever that lies, in few words; of weights only where processes of a mesh had
+            to agree on them.
     """
 
     kind: str
     version: int
     detail: str = ""
     ignored: tuple[str, ...] = ()
+    content: str = ""
+
+
+def version_of(events: Sequence[Event]) -> str:
+    """Which weights a model serves, in few words: equal on processes that made the same of it."""
+    made = "\n".join(f"{event.kind} {event.version} {event.content}" for event in events)
+    return f"version {events[-1].version} ({hashlib.sha256(made.encode()).hexdigest()[:8]})"

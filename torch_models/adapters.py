@@ -61,7 +61,7 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     if problems := whole_overflows(adapter, model.config, _stored(model)):
         raise CheckpointError(uri, problems)
     _become(model, model.roster.having(adapter, name, model.version + 1))
-    model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}"))
+    model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}", content=adapter.digest[:16]))
     return model
 
 
@@ -78,7 +78,7 @@ def detach_lora(model: Model, name: str) -> Model:
     _check_alike(model, f"detach {name!r}")
     model.roster.check_unmerged("taking one away")
     _become(model, model.roster.lacking(name))
-    model.publish(Event("detach", model.version + 1, name))
+    model.publish(Event("detach", model.version + 1, name, content=name))
     return model
 
 
@@ -118,7 +118,7 @@ def merge_lora(model: Model, name: str) -> Model:
         _unmerge(model, name, originals, error)
         raise
     model.room.unmerged, model.roster = originals, replace(model.roster, merged=name)
-    model.publish(Event("merge", model.version + 1, name))
+    model.publish(Event("merge", model.version + 1, name, content=name))
     return model
 
 
@@ -147,7 +147,7 @@ def unmerge_lora(model: Model) -> Model:
         raise ValueError("no adapter is merged: there is nothing to undo")
     life.write(model, model.room.unmerged.items(), list(model.room.unmerged))
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
-    model.publish(Event("unmerge", model.version + 1, name))
+    model.publish(Event("unmerge", model.version + 1, name, content=name))
     return model
 
 

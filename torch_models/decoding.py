@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from loaders.events import version_of
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
-from loaders.sampling import asked_params, check_room
+from loaders.sampling import SamplingParams, asked_params, check_room
 from loaders.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
@@ -203,9 +204,12 @@ class Decoding:
         model = self._model
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
-        params = model.agreed(
-            "what is asked for", partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
-        )
+        checked = partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
+
+        def said(found: SamplingParams) -> str:
+            return f"{found}, {'no draft' if draft is None else version_of(draft.source.events)}"
+
+        params = model.agreed("what is asked for", checked, said)
         if draft is not None and graphs:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         prompt = (input_ids, attention_mask, params)

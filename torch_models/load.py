@@ -89,7 +89,7 @@ def load(
         asked = f"{model.dtype} {plan.stage} {activations} quantize={quantize} {kernels}"
         return f"{checkpoint.fingerprint()} {asked}"
 
-    check_alike(mesh, "what is loaded", said)
+    content = check_alike(mesh, "what is loaded", said)
     filling = Filling(plan)
 
     def read() -> LoadReport:
@@ -108,7 +108,7 @@ def load(
         parallel.install(model)
     allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
-    model.publish(Event("load", 1, str(checkpoint.source)))
+    model.publish(Event("load", 1, str(checkpoint.source), content=content))
     return model
 
 

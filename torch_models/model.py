@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.checkpoint import Checkpoint
 from loaders.digest import short_digest, tensor_digest
-from loaders.events import Event
+from loaders.events import Event, version_of
 from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
 from loaders.multimodal import check_inputs, shown_of
 from loaders.plan import LoadReport
@@ -303,10 +303,10 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         return None if self.parallel is None else self.parallel.mesh
 
     def agreed(self, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
-        """What all ranks of a mesh make of ``work`` alike; see ``torch_models.processes.agreed``."""
+        """What all ranks of a mesh make of ``work`` alike, with the same weights; see ``processes.agreed``."""
         if self.parallel is not None:
             self.parallel.company.check()
-        return agreed(self.mesh, what, work, say)
+        return agreed(self.mesh, what, work, lambda found: f"{say(found)}, {version_of(self.events)}")
 
     def in_company(self) -> AbstractContextManager[None]:
         """Around what all ranks of a mesh run together; see ``torch_models.processes.Company``."""

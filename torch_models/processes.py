@@ -58,14 +58,13 @@ def agreed(
     return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("rank", "ranks"))
 
 
-def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> None:
-    """See that all ranks of a mesh do the same. Without a mesh nothing is asked, nor ``say`` called.
+def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> str:
+    """What all ranks of a mesh say alike; without a mesh nothing: nobody is asked, nor ``say`` called.
 
     Raises:
         ValueError: as ``agreed``.
     """
-    if mesh is not None:
-        agreed(mesh, what, say)
+    return "" if mesh is None else agreed(mesh, what, say)
 
 
 def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
@@ -81,11 +80,10 @@ def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
             world.monitored_barrier(timedelta(seconds=WAIT_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"not all ranks came within {WAIT_S:g} s. Did one fail elsewhere? {error}") from error
-    text = text[:MESSAGE_LETTERS]
     if _is_alike(mesh, text):  # nearly always, and a tenth of the bytes, unpickled, are enough to know
-        return dict.fromkeys(range(mesh.size()), text)
+        return dict.fromkeys(range(mesh.size()), text[:MESSAGE_LETTERS])
     told: list[str] = [""] * mesh.size()
-    dist.all_gather_object(told, text)
+    dist.all_gather_object(told, text[:MESSAGE_LETTERS])
     return dict(enumerate(told))
 
 

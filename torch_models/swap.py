@@ -65,7 +65,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         # the memory of live parameters is copied before any of it is written
         embed, head = (_handed(model, *half) for half in given)
     asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
-    check_alike(mesh, "what is handed over", lambda: _said(model, asked))
+    content = check_alike(mesh, "what is handed over", lambda: _said(model, asked))
     if model.config.tie_word_embeddings and "head" in asked:
         name, value = asked.pop("head")
         live = model.get_parameter(name)
@@ -85,7 +85,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         name: value.clone() if _is_live(model, value) else value.to(model.device) for name, value in changed.items()
     }
     write(model, staged.items(), list(staged))
-    model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored))
+    model.publish(Event("swap", model.version + 1, " and ".join(asked), ignored, content))
     return model
 
 

@@ -81,7 +81,7 @@ def _reloaded(
 
     plan, report = together(mesh, tried)
     checkpoint = plan.checkpoint
-    check_alike(mesh, "the checkpoint", checkpoint.fingerprint)
+    content = check_alike(mesh, "the checkpoint", checkpoint.fingerprint)
     filling = Filling(plan)
     # only under a refusal is one merged here: what was there before it goes, for from now on it would be a mixture
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
@@ -98,7 +98,7 @@ def _reloaded(
             raise
         raise RuntimeError(f"{model.refusal}: {error} Update again with good weights.") from error
     model.checkpoint, model.config, model.specs, model.report = checkpoint, checkpoint.config, plan.specs, report
-    model.publish(Event("reload", model.version + 1, str(checkpoint.source)))
+    model.publish(Event("reload", model.version + 1, str(checkpoint.source), content=content))
     return model
 
 
@@ -172,7 +172,7 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     Raises:
         RuntimeError: an update failed half-way; a mixture of two versions is not written.
     """
-    model.check_runnable()
+    model.agreed("what is exported", model.check_runnable, lambda _: "the model")
     left_out = model.report.left_out if model.stage.count == 1 else ()
     if (parallel := model.parallel) is not None:
         return export_together(
@@ -194,7 +194,7 @@ def tensor_reader(model: Model) -> TensorReader:
 
     On a mesh all ranks have to ask for the same, in the same order.
     """
-    check_awake(model)
+    model.agreed("what is read", lambda: check_awake(model), lambda _: "the model")
     return TensorReader(model.checkpoint, model.specs, lambda name: to_host(model.parallel, name, stored(model, name)))
 
 

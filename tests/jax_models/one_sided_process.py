@@ -53,6 +53,10 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     swapped = model.set_embed_and_head(turned)
     for name, one in (("a", model), ("b", swapped)):
         one.save(f"{work}/save {name}")
+    mine = swapped if process else model  # who forgot to go on with what an update gave
+    many = np.full((1000, 2), 101, np.int32)
+    _, wide = model.prefill(many, max_new_tokens=4)
+    last_row = np.where(np.arange(len(many)) == len(many) - 1, 101 + process, 101)
     calls = {
         "other weights": lambda: model.update_weights_from_disk(second if process else first),
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if process else turned),
@@ -77,6 +81,12 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other hidden states": lambda: last(hidden_states=hidden + process),
         "other pixels": lambda: seeing.get_image_features(pixels + process, grid),
         "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
+        "other models": lambda: mine(**inputs),
+        "other models in steps": lambda: mine.prefill(**inputs),
+        "other models saved": lambda: mine.save(f"{work}/save d"),
+        "other models exported": lambda: mine.export(f"{work}/export"),
+        "other models read": lambda: mine.digests(),
+        "the last of many tokens": lambda: model.decode(last_row, wide),
         "another token": lambda: model.decode(inputs["input_ids"][:, process], cache),
         "a draft": lambda: drafting.generate(ids, **given if process else {}),
         "another save": lambda: jax_models.restore(f"{work}/save {'ab'[process]}", mesh),
@@ -89,6 +99,11 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "what a draft says": lambda: drafting.mtp_forward(ids, adapter=rows),
     }
     found |= {what: error_of(call) for what, call in calls.items()}
+    odd = np.where(np.arange(len(embed))[:, None] == len(embed) - 1, np.float32(np.nan), embed)
+    found["not a number"] = error_of(lambda: model.set_embed_and_head(odd))
+    unsure = model.set_embed_and_head(head=odd)
+    found["no tokens"] = error_of(lambda: unsure.generate(**inputs, max_new_tokens=2))
+    found["handed on"] = handed_on(first, inputs, to_host(model.update_weights_from_disk(first)(**inputs)))
     found["serving"] = to_host(adapted(**inputs)).tobytes() == before
     tied = jax_models.load(job["tied"], mesh=mesh)
     table = to_host(tied.get_embed_and_head()[0])[::-1].copy()
@@ -98,6 +113,25 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["tied arrays"] = tied.set_embed_and_head(table, array).digests() == swapped.digests()
     found["untied"] = error_of(lambda: swapped.set_embed_and_head(None, table[::-1].copy()))
     return found
+
+
+def handed_on(path: str, inputs: dict[str, np.ndarray], expected: np.ndarray) -> list[float]:
+    """How far stages are off that lie on one device of each process; and values of one that go into the other."""
+    by_process = np.array(jax.devices()).reshape(2, -1)
+    meshes = [Mesh(by_process[:, index], ("tensor",)) for index in range(2)]
+    stages = [jax_models.load(path, mesh=mesh, stage=(index, 2)) for index, mesh in enumerate(meshes)]
+    hidden, mask = stages[0](**inputs), {"attention_mask": inputs["attention_mask"]}
+    plain = stages[1](**mask, hidden_states=np.zeros(hidden.shape, np.float32))
+    into, _ = stages[1].with_taps(
+        **mask, hidden_states=np.zeros(hidden.shape, np.float32), inject={"model.layers.1": hidden}
+    )
+    injected, _ = stages[1].with_taps(
+        **mask, hidden_states=np.zeros(hidden.shape, np.float32), inject={"model.layers.1": to_host(hidden)}
+    )
+    assert not np.array_equal(to_host(plain), to_host(into))
+    real = inputs["attention_mask"].astype(bool)
+    pairs = (to_host(stages[1](**mask, hidden_states=hidden)), expected), (to_host(into), to_host(injected))
+    return [float(np.abs(found - wanted)[real].max()) for found, wanted in pairs]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     drafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True)
     drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {rank}"), "a")
     last = torch_models.load(first, mesh=mesh, stage=(1, 2))
+    other = torch_models.load(second, mesh=mesh)
+    many = np.full((1000, 2), 101)
+    last_row = np.where(np.arange(len(many)) == len(many) - 1, 101 + rank, 101)
     ids = inputs["input_ids"] % drafting.config.vocab_size
     calls = {
         "other pixels": lambda: seeing.get_image_features(pixels + rank, grid),
@@ -59,6 +62,11 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "rows of a draft": lambda: drafting.generate(ids, adapter=["a", (None, "a")[rank]], draft=drafting.draft),
         "other values": lambda: model.with_taps(**inputs, inject={"model.norm": embeds * (1 + rank)}),
         "another token": lambda: model.decode(np.array([3 + rank, 5]), model.prefill(**inputs, max_new_tokens=4)[1]),
+        "other models": lambda: (other if rank else model)(**inputs),
+        "other models in steps": lambda: (other if rank else model).prefill(**inputs),
+        "other models exported": lambda: (other if rank else model).export(f"{job['directory']}/export"),
+        "other models read": lambda: (other if rank else model).digests(),
+        "the last of many tokens": lambda: model.decode(last_row, model.prefill(many, max_new_tokens=4)[1]),
         "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=rank),
         "an end": lambda: model.generate(**inputs, ignore_eos=bool(rank)),
         "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),
