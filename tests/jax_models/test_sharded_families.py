@@ -41,7 +41,7 @@ FAMILIES = {
     "qwen3 quantised while read": ("qwen3-moe", block_sizes("qwen3-moe") | SMALL),
 }
 MESHES = {"expert2 fsdp2 tensor2": {"expert": 2, "fsdp": 2, "tensor": 2}, "data2 fsdp4": {"data": 2, "fsdp": 4}}
-TOLERANCE = 4e-6  # relative L2: float32 sums in another order
+TOLERANCE = 8e-6  # relative L2: either is up to 3.3e-6 from float64, with sums in another order
 
 
 def mesh_of(name: str) -> Mesh:
