@@ -104,8 +104,8 @@ class Programs:
         self.decode = jax.jit(self.decode_step, **self.appending)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """float32 means float32: a TPU would otherwise multiply in bfloat16 passes."""
-        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext()
+        """float32 means float32: a TPU would otherwise multiply in bfloat16 passes. Others mean what they are."""
+        return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
 
     @functools.cached_property
     def draft(self) -> DraftPrograms:

@@ -25,7 +25,7 @@ def grouped_on_cpu(rows_AK: jax.Array, sizes_E: jax.Array, weight_of: Callable[[
         sizes_E: int32, rows of each group.
         weight_of: the matrix of a group, [N, K], given its index, int32 []; see ``one_of``.
     """
-    (A, K), E = rows_AK.shape, len(sizes_E)
+    A, E = len(rows_AK), len(sizes_E)
     size = max(1, min(_MOST_ROWS, 1 << (A // E).bit_length() - 1 if A >= E else 1))
     tiles_E = -(-sizes_E // size)
     first_E, end_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(tiles_E)
@@ -35,10 +35,10 @@ def grouped_on_cpu(rows_AK: jax.Array, sizes_E: jax.Array, weight_of: Callable[[
         group = jnp.minimum(jnp.searchsorted(end_E, tile, side="right"), E - 1)
         # a tile may reach into the next group, whose own come later and write over what it says there
         row = first_E[group] + size * (tile - end_E[group] + tiles_E[group])
-        rows = jax.lax.dynamic_slice(padded_UK, (row, 0), (size, K))
+        rows = jax.lax.dynamic_slice_in_dim(padded_UK, row, size)
         weight = weight_of(group).astype(jnp.float32)
         found = jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice(found_UN, found, (row, 0))
+        return jax.lax.dynamic_update_slice_in_dim(found_UN, found, row, axis=0)
 
     N = jax.eval_shape(weight_of, jax.ShapeDtypeStruct((), jnp.int32)).shape[0]
     return jax.lax.fori_loop(0, end_E[-1], add, jnp.zeros((A + size, N), jnp.float32))[:A]

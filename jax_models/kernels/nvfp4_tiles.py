@@ -33,6 +33,8 @@ _GROUP = 256  # outputs expanded at a time: 128 even ones and 128 odd ones, whol
 _RESIDENT_BYTES = 2**20  # of a tile of even columns: as many stay in VMEM for all blocks of weights
 _BLOCK_BYTES = BLOCK // 2
 _NT = (((1,), (1,)), ((), ()))  # both contract their second axis
+# whatever precision a program of float32 asks for: of bfloat16 that would be more passes, which Mosaic has not
+_PLAIN: dict[str, Any] = {"precision": jax.lax.Precision.DEFAULT, "preferred_element_type": jnp.float32}
 _UNIT = 2.0**-62  # what the code of 1.0 becomes, see _patterns
 
 
@@ -214,7 +216,7 @@ def _kernel(
         outputs = pl.ds(pl.multiple_of(group * _GROUP, _GROUP), _GROUP)
         for half, weight_NJ in zip((low, high), _expanded(packed, scales, spread, group), strict=True):
             x = half[:, pl.ds(first, blocks.bytes)]
-            sums[:, outputs] += jax.lax.dot_general(x, weight_NJ, _NT, preferred_element_type=jnp.float32)
+            sums[:, outputs] += jax.lax.dot_general(x, weight_NJ, _NT, **_PLAIN)
 
     jax.lax.fori_loop(0, blocks.outputs // _GROUP, add, None)
 
@@ -246,7 +248,7 @@ def _expanded(packed: Ref, scales: Ref, spread: Ref, group: Index) -> tuple[jax.
     first = pl.multiple_of(group * _GROUP, _GROUP)
     even_and_odd = [scales[pl.ds(first + odd, _GROUP // 2, 2), :] for odd in (0, 1)]
     scale_NQ = jnp.concatenate(even_and_odd, axis=0).astype(jnp.bfloat16)
-    factor_NJ = jnp.dot(scale_NQ, spread[...], preferred_element_type=jnp.float32).astype(jnp.bfloat16)  # exact
+    factor_NJ = jnp.dot(scale_NQ, spread[...], **_PLAIN).astype(jnp.bfloat16)  # exact
     low_NJ, high_NJ = _patterns(pltpu.bitcast(packed[pl.ds(first, _GROUP), :], jnp.int32))
     return low_NJ * factor_NJ, high_NJ * factor_NJ
 

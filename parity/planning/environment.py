@@ -10,14 +10,18 @@ from collections.abc import Iterator, Mapping
 
 from parity.errors import DeviceNotFound
 
-# no metadata server to ask, no TPU to look for, several compilers at once, no files of logs; and what was compiled
-# before is compiled again, for a report of its buffers comes of compiling alone
+# no metadata server to ask, no TPU to look for, several compilers at once, no files of logs; what was compiled before is
+# compiled again, for a report of its buffers comes of compiling alone; and programs are those of models, which run by
+# their own settings (jax_models.ambient)
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_ENABLE_X64": "false",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
 }
 # Its threads have 64 KiB of stack unless told, and use 70 over prefill of Qwen3.5-397B-A17B for tpu7x. A libtpu that
 # does not know the flag passes over it.

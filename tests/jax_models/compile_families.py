@@ -2,7 +2,8 @@
 
     python tests/jax_models/compile_families.py CHIP RESULT CONFIG...
 
-A configuration is a config.json; one whose name ends in ``-nvfp4`` is compiled with its weights quantised.
+A configuration is a config.json; one whose name ends in ``-nvfp4`` is compiled with its weights quantised, and in
+``-float32`` computes in that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,14 @@ def main() -> None:
     mesh = mesh_on(chip, chip.host, MESH)
     found: dict[str, Any] = {}
     for path in map(Path, sys.argv[3:]):
-        config = planned(str(path), "nvfp4" if path.stem.endswith("-nvfp4") else None).config
+        config = planned(str(path), "nvfp4" if "-nvfp4" in path.stem else None).config
+        load = replace(LOAD, dtype="float32") if path.stem.endswith("-float32") else LOAD
         for program in PROGRAMS:
             hlo = result.with_suffix(".hlo")
-            figures = measured(config, program, LOAD, mesh, hlo=str(hlo))
+            figures = measured(config, program, load, mesh, hlo=str(hlo))
             for kernel in ("splash", "attend_held"):
                 figures[kernel] = len(re.findall(rf"%{kernel}\S* = .* custom-call\(", hlo.read_text("utf-8")))
-            least = minimum_of(config, program, LOAD, MESH).bytes
+            least = minimum_of(config, program, load, MESH).bytes
             found[f"{path.stem} {program}"] = figures | {"least_bytes": least}
         if getattr(config, "vision", None) is not None:
             with jax.set_mesh(mesh):

@@ -96,3 +96,6 @@ def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
     with promotion[0], promotion[1], jax.default_prng_impl("rbg"), jax.transfer_guard("disallow"):
         found = said()
     assert all(map(np.array_equal, found, expected))
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        found = said()
+    assert all(map(np.array_equal, found, expected))
