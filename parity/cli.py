@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -56,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
         check_outputs(args)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
+        return code
+    except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before
+        with contextlib.suppress(OSError):  # stdout is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _told(args.verb, error)
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
         return _told(args.verb, error)
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loaders.sources import open_source
 from loaders.spec import ModelConfig
 from parity.errors import DeviceNotFound
+
+_READ = (".json", ".txt", ".jinja", ".model")  # of tokenizers and processors
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,12 @@ class Prompt:
 
 
 def read_prompt(
-    directory: str | os.PathLike[str], config: ModelConfig, text: str, images: Sequence[str | os.PathLike[str]] = ()
+    checkpoint: str | os.PathLike[str], config: ModelConfig, text: str, images: Sequence[str | os.PathLike[str]] = ()
 ) -> Prompt:
     """Tokens of a text after images, as the checkpoint's chat template puts them where it has one.
 
     Args:
-        directory: of the checkpoint, with its tokenizer and, for images, preprocessor_config.json.
+        checkpoint: a directory, or an address, with its tokenizer and, for images, preprocessor_config.json.
         config: of the checkpoint.
         text: what is asked.
         images: files that Pillow reads.
@@ -51,6 +56,28 @@ def read_prompt(
             number of placeholders in the prompt than images.
         OSError: a file is not there, or is no image.
     """
+    with _at_hand(checkpoint) as directory:
+        try:
+            return _read(directory, config, text, images)
+        except ValueError as error:
+            raise ValueError(str(error).replace(os.fspath(directory), os.fspath(checkpoint))) from error
+
+
+@contextmanager
+def _at_hand(checkpoint: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory with the files that transformers reads: the checkpoint's own, or copies of those at an address."""
+    if "://" not in os.fspath(checkpoint):
+        yield Path(checkpoint)
+        return
+    with tempfile.TemporaryDirectory(prefix="tandem-") as copies:
+        source = open_source(checkpoint)
+        for name in source.names():
+            if name.endswith(_READ):
+                Path(copies, name).write_bytes(source.read_file(name))
+        yield Path(copies)
+
+
+def _read(directory: Path, config: ModelConfig, text: str, images: Sequence[str | os.PathLike[str]]) -> Prompt:
     tokenizer, open_images = _libraries(directory)
     tower = config.vision
     if images and tower is None:

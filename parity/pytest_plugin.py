@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ MARKERS = (
     "needs(name, sm=None, count=1): skipped where there is no such device (cuda, tpu) or package",
 )
 FOUND = pytest.StashKey[list[dict[str, Any]]]()  # of a test: entries of the report that no test report has taken yet
+KEPT = pytest.StashKey[Counter[str]]()  # of a test: how many comparisons of a title failed, whose traces are kept
 GOLDENS = pytest.StashKey[list[str]]()  # of a test: goldens it wrote, likewise
 
 
@@ -68,7 +70,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Be told of every comparison that a test, or one of its fixtures, makes."""
-    item.stash[FOUND], item.stash[GOLDENS] = [], []
+    item.stash[FOUND], item.stash[GOLDENS], item.stash[KEPT] = [], [], Counter()
     with watching(lambda held: _on_comparison(item, held)):
         return (yield)
 
@@ -94,7 +96,12 @@ class _Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = getattr(report, "parity", None)  # pytest makes reports of crashed workers without us
         if found and report.outcome != "rerun":  # of pytest-rerunfailures: another attempt says how the test went
-            self._entries += found["entries"]
+            is_expected = report.outcome == "passed" or hasattr(report, "wasxfail")
+            # what failed of a test that did as it should was expected to: like what is measured, it is no verdict
+            self._entries += [
+                entry | {"verdict": None} if is_expected and entry.get("verdict") not in (None, "PASS") else entry
+                for entry in found["entries"]
+            ]
             self._goldens += found["goldens"]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -151,7 +158,10 @@ def _keep(item: pytest.Item, held: Held) -> str | None:
     cache: pytest.Cache | None = getattr(item.config, "cache", None)
     if cache is None:
         return None
-    directory = cache.mkdir("parity") / file_name(f"{item.nodeid}-{held.title}")
+    kept = item.stash[KEPT]
+    kept[held.title] += 1
+    number = f"-{kept[held.title]}" if kept[held.title] > 1 else ""  # of those that one test caught, or in its subtests
+    directory = cache.mkdir("parity") / file_name(f"{item.nodeid}-{held.title}{number}")
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: trace.save(directory / f"{name}.trace") for name, trace in held.traces.items()}
     options = {"oracle": "--oracle", "oracle_b": "--oracle-b"}

@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     where = {"layer": args.layer, "everywhere": args.everywhere}
     found = bisect(a, b, inputs, checkpoint=oracle, adapter=adapter, **where)
     found = found.noted(notes)
-    print(found.summary if args.quiet else found.to_text())
     if args.json:
         text = json.dumps(jsonable(found.to_json()), indent=2, allow_nan=False)
         args.json.write_text(text + "\n", encoding="utf-8")
+    print(found.summary if args.quiet else found.to_text())
     return found.exit_code

@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare(Trace.load(args.a), Trace.load(args.b), oracle, oracle_b=oracle_b)
     if comparison.verdict == "FAIL":
         comparison = replace(comparison, commands=(*comparison.commands, _again(args)))
-    print(f"{comparison.verdict}: {comparison.summary}" if args.quiet else comparison.to_text())
     results = [(f"{args.a.name} against {args.b.name}", comparison)]
     facts = {"a": str(args.a), "b": str(args.b), "oracle": str(args.oracle or "none")}
     write_reports(args, "tandem compare", results, [], facts)
+    print(f"{comparison.verdict}: {comparison.summary}" if args.quiet else comparison.to_text())
     return comparison.exit_code
 
 

@@ -30,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     backends = NAMES if args.backend == "both" else (args.backend,)
     with tempfile.TemporaryDirectory(prefix="tandem-", dir=args.scratch) as scratch:
         results = run_lifecycle(args.a, args.b, backends=backends, scratch=Path(scratch), device=args.device)
-    print(render_text(results))
     write_reports(args, "tandem lifecycle", [], results, {"A": args.a, "B": args.b})
+    print(render_text(results))
     return int(any(result.verdict == "fail" for result in results))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from parity.commands.options import output_file
 
 if TYPE_CHECKING:
     from parity.mutants import MutantResult
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profiles",
         metavar="FILE",
-        type=Path,
+        type=output_file,
         help="write what a comparison sees of each, to know them again; minutes",
     )
     parser.add_argument("--list", action="store_true", help="list the mutants and what they are; try none")

@@ -9,6 +9,7 @@ from parity.commands.options import output_file
 
 DOES_NOT_FIT = 1
 
+MOST_SLOTS = 2**27  # of a row: a thousand times what models are made for
 MOST_ROWS = 2**20  # a million sequences at a time: more is a typo, and no int64 after all
 
 
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         for name in ("batch", "context", "prompt")
         if (value := getattr(args, name)) is not None and value < 1
     ]
+    if args.context > MOST_SLOTS:
+        problems.append(f"--context is {args.context}, expected at most {MOST_SLOTS}")
     if args.batch > MOST_ROWS:
         problems.append(f"--batch is {args.batch}, expected at most {MOST_ROWS}")
     if args.prompt is not None and args.prompt > args.context:
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     load = Workload(args.batch, args.context, prompt, dtype, subject.plain, subject.stored)
     request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
     found = plan(request, args.topology, sizes)
-    print(plan_text(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(plan_text(found))
     return 0 if found["fits"] else DOES_NOT_FIT

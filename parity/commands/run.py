@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("dtype", "decode", "max_new_tokens", "ignore_eos", "mtp", "weight_only", "adapter", "probes")
     options = {name: getattr(args, name) for name in names}
     found = run_pair(args.checkpoint, sides, inputs, source=args.inputs, **options)
+    write_reports(args, "tandem run", list(found.comparisons), [], {"checkpoint": args.checkpoint})
     (_, whole), *others = found.comparisons
     print(f"{whole.verdict}: {whole.summary}" if args.quiet else whole.to_text())
     for title, decoded in others:
@@ -51,5 +52,4 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{title}:\n{decoded.to_text()}")
     for note in found.notes:
         print(f"note: {note}")
-    write_reports(args, "tandem run", list(found.comparisons), [], {"checkpoint": args.checkpoint})
     return EXIT_CODES[overall(found.comparisons, [])]

@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from parity.comparison import jsonable
 
     found = _compared(args)
-    print("\n\n".join(one.to_text(everything=args.all) for one in found))
     # the worst first: what differs, then what could not be compared
     code = next((code for code in (1, 3) if any(one.exit_code == code for one in found)), 0)
     if args.json:
         document: dict[str, Any] = {"schema": 1, "exit_code": code, "comparisons": [one.to_dict() for one in found]}
         text = json.dumps(jsonable(document), indent=2, default=str, allow_nan=False)
         args.json.write_text(text + "\n", encoding="utf-8")
+    print("\n\n".join(one.to_text(everything=args.all) for one in found))
     return code
 
 

@@ -9,7 +9,7 @@ depth as a whole: a line through it and a shallower program.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +73,13 @@ class Depths:
         return [range(start, start + self.period) for start in starts]
 
 
-def depths_of(config: ModelConfig, *, is_exact: bool = False) -> Depths:
-    """Depths whose layers are the model's, in its proportions."""
+def depths_of(config: ModelConfig, stored: Mapping[str, str] | None = None, *, is_exact: bool = False) -> Depths:
+    """Depths whose layers are the model's, in its proportions.
+
+    ``stored``: dtypes of weights that are not stored as most are, by parameter.
+    """
     count = config.num_hidden_layers
-    start, period = pattern(layer_kinds(config))
+    start, period = pattern(layer_kinds(config, stored or {}))
     rest = start + (count - start) % period
     first = rest + -(-max(LEAST_LAYERS - rest, 1) // period) * period
     second = first + -(-MORE_LAYERS // period) * period
@@ -86,14 +89,14 @@ def depths_of(config: ModelConfig, *, is_exact: bool = False) -> Depths:
     return Depths(first, second, count, period, range(stop - (stop - max(start, 1)) // period * period, stop))
 
 
-def layer_kinds(config: ModelConfig) -> list[Hashable]:
+def layer_kinds(config: ModelConfig, stored: Mapping[str, str]) -> list[Hashable]:
     """What each decoder layer is made of: equal where two compile alike."""
     path = f"{config.text_paths[0]}.layers."
     found: list[list[Hashable]] = [[] for _ in range(config.num_hidden_layers)]
     for spec in specs_for(config, Stage()):
         if spec.name.startswith(path):
             layer, _, leaf = spec.name.removeprefix(path).partition(".")
-            found[int(layer)].append((leaf, spec.shape, spec.dtype))
+            found[int(layer)].append((leaf, spec.shape, spec.dtype or stored.get(spec.name)))
     attention: Any = config
     return [(*parts, attention.window(layer), attention.rope(layer)) for layer, parts in enumerate(found)]
 

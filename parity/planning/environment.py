@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 from parity.errors import DeviceNotFound
 
-# no metadata server to ask, no TPU to look for, several compilers at once, no files of logs; what was compiled before is
-# compiled again, for a report of its buffers comes of compiling alone; and programs are those of models, which run by
-# their own settings (jax_models.ambient)
+# no metadata server to ask, no TPU to look for, several compilers at once, no files of logs; what was compiled before
+# is compiled again, for a report of its buffers comes of compiling alone; and programs are those of models, which run
+# by their own settings (jax_models.ambient)
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",

@@ -70,7 +70,8 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
         largest = request.chip.topologies[-1]
         if used > request.chip.num_devices(largest):
             raise ValueError(_too_few(request.chip, largest, used))
-        raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use another chip or --quant")
+        advice = "another chip" if request.quant else "another chip or --quant"
+        raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use {advice}")
     found, fitting = _planned(request, named, sizes), None
     if sizes is None or not found["fits"]:
         devices = request.chip.num_devices(named)
@@ -151,7 +152,7 @@ def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> d
     used = math.prod(sizes.values())
     if used > devices:
         raise ValueError(_too_few(chip, topology, used))
-    depths = depths_of(config, is_exact=request.is_exact)
+    depths = depths_of(config, load.stored, is_exact=request.is_exact)
     answers = _compiled(request, topology, sizes, depths)
     programs = {}
     for program in PROGRAMS:

@@ -80,7 +80,7 @@ def test_it_compiles_and_updates_its_cache_in_place(compiled):
 
 
 def test_prompts_and_steps_attend_by_a_kernel_each(compiled, request):
-    """In every layer that attends: of four of a hybrid one, of others both; Gemma's also in windows. float32 by none."""
+    """In every layer that attends: of four of a hybrid one, of others both; Gemma also in windows. No float32 does."""
     found = {program: (compiled[program]["splash"], compiled[program]["attend_held"]) for program in PROGRAMS}
     if "float32" in request.node.callspec.id:
         assert set(found.values()) == {(0, 0)}

@@ -78,6 +78,7 @@ def test_a_link_is_followed_and_nobodys_file_is_lost(here):
         (["weights", "it", "it", "--json", "x" * 300], "File name too long"),
         (["demo", "-o", "."], "is a directory, expected a file"),
         (["demo", "-o", "none/page.html"], "make it first"),
+        (["mutate", "--profiles", "none/profiles.json"], "make it first"),
         (["mutate", "--list", "--only", "zzz"], "no mutant is called zzz"),
         (["generate", "it", "--prompt-ids", ""], "expected token ids"),
         (["generate", "it", "--prompt-ids", "1", "--adapter", "none=x"], "is the base alone"),
@@ -176,3 +177,16 @@ def test_a_crash_is_told_whole_and_is_no_verdict(here, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert "tandem record: integer division or modulo by zero" in said
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_report_is_written_though_nobody_reads_what_is_printed(here, unbuffered):
+    assert main([*RECORD, "a"]) == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "parity.cli", "compare", "a", "a", "--json", "found.json"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (2, "tandem compare: [Errno 32] Broken pipe\n")
+    assert (here / "found.json").read_text().startswith("{")

@@ -215,6 +215,14 @@ def test_shallow_programs_have_the_layers_of_the_model_in_its_proportions(dense)
     assert depths_of(dense, is_exact=True).deeper == 36
 
 
+def test_layers_that_are_stored_otherwise_are_others(dense):
+    """Else four that are small would stand for all."""
+    stored = {spec.name: "F32" for spec in specs_for(dense, Stage()) if ".layers." in spec.name}
+    last = {name: dtype for name, dtype in stored.items() if int(name.split(".")[2]) >= 30}
+    assert depths_of(dense, stored) == depths_of(dense)
+    assert depths_of(dense, last).is_exact
+
+
 def program(size: int, count: int, temp: int, layers: tuple[int, ...] = ()) -> dict:
     """``layers``: bytes that each of them reads, in a program that reads ``size``."""
     figures = dict.fromkeys(("weight_bytes", "cache_bytes", "hbm_read_bytes"), size) | {"peak_bytes": size + temp}
@@ -369,6 +377,7 @@ def test_a_mesh_that_is_not_understood_is_refused(text):
         (["--chip", "v9"], "expected one of v5e"),
         (["--topology", "3x3"], "no topology '3x3'"),
         (["--batch", "0", "--context", "0"], "--batch is 0, expected at least 1; --context is 0"),
+        (["--context", str(10**20)], f"--context is {10**20}, expected at most"),
         (["--batch", str(10**20)], f"--batch is {10**20}, expected at most"),
         (["--context", "64", "--prompt", "65"], "at most the 64 slots"),
     ],

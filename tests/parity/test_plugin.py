@@ -236,6 +236,33 @@ def test_it():
     assert not re.search(r"\bFAIL\b|tandem compare", page)
 
 
+EXPECTED = """
+@pytest.mark.xfail(strict=True)
+def test_known():
+    assert_parity(Made("jax"), Made("torch", off=0.1), inputs=INPUTS)
+
+def test_caught():
+    for seed in range(2):
+        with pytest.raises(AssertionError) as caught:
+            assert_parity(Made("jax", seed=seed), Made("torch", seed=seed, off=0.1), inputs=INPUTS)
+        print(str(caught.value))
+"""
+
+
+def test_what_a_test_expects_to_fail_is_no_failure_of_the_report(suite, pytester):
+    suite(EXPECTED, "--parity-html", "report.html").assert_outcomes(passed=1, xfailed=1)
+    page = (pytester.path / "report.html").read_text()
+    banner = page[page.index('<div class="banner') :].partition("</div></div>")[0]
+    assert "fail" not in banner.lower()
+    assert "wrong" not in banner
+
+
+def test_traces_of_each_of_several_failures_of_a_test_are_kept(suite):
+    done = suite(EXPECTED, "-rP")
+    kept = re.findall(r"tandem compare (\S+)", done.stdout.str())
+    assert len(kept) == len(set(kept)) == 2
+
+
 def test_a_golden_that_is_no_trace_says_what_to_do(suite, pytester):
     path = pytester.mkdir("goldens") / "test_it"
     path.mkdir()

@@ -86,6 +86,21 @@ def test_text_alone_needs_no_image_processor(tmp_path):
     assert prompt.inputs.keys() == {"input_ids"}
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_prompt_is_read_at_an_address_as_in_a_directory(tmp_path, template):
+    plain = with_processor(make_checkpoint("qwen3", tmp_path / "a"), template=None)
+    if template:  # where processors used to keep it
+        (plain / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    config = open_checkpoint(plain).config
+    there, here = (read_prompt(one, config, "what w7") for one in (f"direct://{plain}", plain))
+    assert there.inputs["input_ids"].tolist() == here.inputs["input_ids"].tolist()
+    assert there.is_templated == here.is_templated == (template is not None)
+    (plain / "tokenizer.json").write_text("{")
+    with pytest.raises(Exception, match=".") as caught:
+        read_prompt(f"direct://{plain}", config, "what w7")
+    assert "tandem-" not in str(caught.value)
+
+
 def test_images_for_a_model_that_sees_nothing_are_refused(tmp_path, picture):
     plain = with_processor(make_checkpoint("qwen3", tmp_path / "a"))
     with pytest.raises(ValueError, match="sees nothing"):
