@@ -29,7 +29,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight.to(x.dtype) * normed(x, self.eps).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.dtype is torch.float32:  # nothing is rounded before the product
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return weight * normed(x, self.eps).to(x.dtype)
 
 
 class GemmaRMSNorm(nn.Module):
