@@ -135,7 +135,12 @@ def test_a_step_reads_no_slots_far_beyond_those_in_use_and_goes_on_into_them(den
 @pytest.mark.parametrize("rows", [1, 2, 7, 256, 257])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("size", [40, 41])
-def test_a_product_is_the_same_in_parts_and_whichever_operand_comes_first(rows: int, size: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_a_product_is_the_same_in_parts_and_whichever_operand_comes_first(
+    rows: int, size: int, has_bias: bool, is_intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch_models.layers.linear._is_intel", lambda: is_intel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, weight, bias = torch.randn(1, rows, 48), torch.randn(size, 48), torch.randn(size) if has_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     got = multiply(x, weight, bias)
