@@ -9,6 +9,13 @@ from flax import nnx
 LAYER_NORM_EPS = 1e-6
 
 
+def normed(x: jax.Array, eps: float) -> jax.Array:
+    """x / √(mean(x²) + eps) over the last axis, all in float32."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return x32 * jax.lax.rsqrt(mean_square + eps)
+
+
 class RMSNorm(nnx.Module):
     """y = weight * x / rms(x), with rms taken over the last axis.
 
@@ -21,10 +28,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
+        return self.weight[...].astype(x.dtype) * normed(x, self.eps).astype(x.dtype)
 
 
 class GemmaRMSNorm(nnx.Module):
@@ -39,10 +43,8 @@ class GemmaRMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         gamma = 1.0 + self.weight[...].astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * gamma).astype(x.dtype)
+        return (normed(x, self.eps) * gamma).astype(x.dtype)
 
     def add_norm(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The norm of x + residual, and that sum. The sum is rounded to the dtype of x, then normed as rounded."""
@@ -61,10 +63,8 @@ class RMSNormGated(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return ((self.weight[...] * normed).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+        scaled = self.weight[...] * normed(x, self.eps).astype(x.dtype)
+        return (scaled.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -80,5 +80,5 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
-        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        scaled = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
+        return (scaled * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -25,11 +25,11 @@ def empty_param(*shape: int) -> nn.Parameter:
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x Wᵀ + b in the dtype of x; W is ``[out, in]`` and cast to it.
 
-    On a CPU in float32 MKL does badly with few rows, and is asked otherwise. One row it multiplies in one thread, but on
-    Intel's CPUs: elsewhere W is given as a batch of parts, which threads share out (2 of an EPYC: 1.4 times as fast as
-    ``F.linear``; of a Xeon 0.95). For more rows it is (W xᵀ)ᵀ that is computed: W is then read at the speed of memory,
-    up to twice that of ``F.linear`` (2 to 128 rows; at 512 they are equal; on a Xeon 0.5 of it at 2 rows, 1.0 at 6, 1.3
-    at 8 to 32). In bfloat16 neither is faster.
+    On a CPU in float32 MKL does badly with few rows, and is asked otherwise. One row it multiplies in one thread, but
+    on Intel's CPUs: elsewhere W is given as a batch of parts, which threads share out (2 of an EPYC: 1.4 times as fast
+    as ``F.linear``; of a Xeon 0.95). For more rows it is (W xᵀ)ᵀ that is computed: W is then read at the speed of
+    memory, up to twice that of ``F.linear`` (2 to 128 rows; at 512 they are equal; on a Xeon 0.5 of it at 2 rows, 1.0
+    at 6, 1.3 at 8 to 32). In bfloat16 neither is faster.
     """
     weight = weight.to(x.dtype)
     if not x.is_cpu or x.dtype is not torch.float32:
