@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import re
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
         return code
     except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before
-        with contextlib.suppress(OSError):  # stdout is no file
+        if argv is None:  # Python would print once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _told(args.verb, error)
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here

@@ -11,7 +11,7 @@ DECODER = "layers.decoder.Decoder"
 GEMMA = "gemma3.Gemma3ForCausalLM"
 # fmt: off
 BUGS = (
-    *bugs("torch", "layers.norm.RMSNorm", ("eps all", "qwen3", None, "normed(x, self.eps)", "normed(x, 1e-5)")),
+    *bugs("torch", "layers.norm.RMSNorm", ("eps all", "qwen3", None, "weight, self.eps)", "weight, 1e-5)")),
     *bugs("torch", LAYER,
         ("eps in", "qwen3", 2, "self.input_layernorm(x_BTD)", "t_norm(self.input_layernorm, x_BTD, 1e-5)"),
         ("one plus", "qwen3", 1,

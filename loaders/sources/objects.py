@@ -276,8 +276,11 @@ class _AtOnce(Generic[Result]):
 
 
 def check_range(said: object, position: int) -> None:
-    """Raises OSError where an answer says by its Content-Range that it is not of bytes from ``position`` on."""
-    if not str(said).startswith(f"bytes {position}-"):
+    """Raises OSError where an answer is not of bytes from ``position`` on, by its Content-Range.
+
+    Without one it is of the whole object, which from its beginning on is as good: what is too much is seen.
+    """
+    if not (said is None and position == 0) and not str(said).startswith(f"bytes {position}-"):
         raise OSError(
             f"the server has no ranges: asked from byte {position} on, it answers with Content-Range {said!r}"
         )

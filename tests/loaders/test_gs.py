@@ -282,3 +282,4 @@ def test_an_answer_of_other_bytes_than_were_asked_for_is_an_error(
     monkeypatch.setattr(server, "says_range", False)
     with pytest.raises(OSError, match="asked from byte 5 on, it answers with Content-Range None"):
         file.read(5, 20)
+    assert file.read(0, 1000) == bytes(1000)  # to all of it an answer without a range is one
