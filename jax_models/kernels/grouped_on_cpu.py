@@ -26,7 +26,7 @@ def grouped_on_cpu(rows_AK: jax.Array, sizes_E: jax.Array, weight_of: Callable[[
         weight_of: the matrix of a group, [N, K], given its index, int32 []; see ``one_of``.
     """
     A, E = len(rows_AK), len(sizes_E)
-    size = max(1, min(_MOST_ROWS, 1 << (A // E).bit_length() - 1 if A >= E else 1))
+    size = min(_MOST_ROWS, 1 << (A // E).bit_length())  # up to twice the mean of a group, so that most take one tile
     tiles_E = -(-sizes_E // size)
     first_E, end_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(tiles_E)
     padded_UK = jnp.pad(rows_AK, ((0, size), (0, 0))).astype(jnp.float32)
