@@ -53,6 +53,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     swapped = model.set_embed_and_head(turned)
     for name, one in (("a", model), ("b", swapped)):
         one.save(f"{work}/save {name}")
+    loaded = [jax_models.load(path, mesh=mesh) for path in (first, second)]  # of one version
     mine = swapped if process else model  # who forgot to go on with what an update gave
     many = np.full((1000, 2), 101, np.int32)
     _, wide = model.prefill(many, max_new_tokens=4)
@@ -82,6 +83,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other pixels": lambda: seeing.get_image_features(pixels + process, grid),
         "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
         "other models": lambda: mine(**inputs),
+        "other checkpoints": lambda: loaded[process](**inputs),
         "other models in steps": lambda: mine.prefill(**inputs),
         "other models saved": lambda: mine.save(f"{work}/save d"),
         "other models exported": lambda: mine.export(f"{work}/export"),

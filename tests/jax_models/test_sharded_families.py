@@ -22,6 +22,7 @@ from loaders.memory import aligned_empty
 from loaders.plan import plan_load, specs_of
 from loaders.regions import Region
 from loaders.stage import Stage
+from parity.oracle import oracle_forward
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 
@@ -41,7 +42,7 @@ FAMILIES = {
     "qwen3 quantised while read": ("qwen3-moe", block_sizes("qwen3-moe") | SMALL),
 }
 MESHES = {"expert2 fsdp2 tensor2": {"expert": 2, "fsdp": 2, "tensor": 2}, "data2 fsdp4": {"data": 2, "fsdp": 4}}
-TOLERANCE = 8e-6  # relative L2: either is up to 3.3e-6 from float64, with sums in another order
+TOLERANCE = 4e-6  # relative L2: float32 sums in another order
 
 
 def mesh_of(name: str) -> Mesh:
@@ -134,12 +135,19 @@ def test_logits_tokens_swap_adapter_and_export_are_those_of_one_device(family, m
     inputs = prompts(model.config, rows=8, tokens=24)
     real = inputs["attention_mask"].astype(bool)
 
+    is_exact = model.dtype == np.float32 and not model.quantizes_inputs  # as the oracle is
+    # of two that are each so far from float64, one may be twice that from the other
+    within = 2 * TOLERANCE if is_exact else TOLERANCE
+
     def check(model, one) -> np.ndarray:
         logits, expected = np.asarray(model(**inputs)), np.asarray(one(**inputs))
-        assert error(logits[real], expected[real]) < TOLERANCE
+        assert error(logits[real], expected[real]) < within
         return logits
 
     logits = check(model, one)
+    if is_exact:
+        exact = oracle_forward(one.checkpoint, **inputs)["logits"][real]
+        assert max(error(np.asarray(each)[real], exact) for each in (logits, one(**inputs))) < TOLERANCE
     written = [one.generate(**inputs, max_new_tokens=4, ignore_eos=True) for one in (model, one)]
     assert np.array_equal(*written)
     embed = np.asarray(one.get_embed_and_head()[0])[::-1].copy()

@@ -59,6 +59,13 @@ def drawn(dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_plain_norm_multiplies_by_its_weight(backend):
+    x, _, weight = drawn(np.float32)
+    expected = rms(x) * weight.astype(np.float64)
+    np.testing.assert_allclose(Norm(backend, "RMSNorm", weight)(x), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_gemma_norm_multiplies_by_one_and_its_weight(backend):
     x, _, weight = drawn(np.float32)
     expected = rms(x) * (1 + weight.astype(np.float64))

@@ -57,6 +57,7 @@ SAID = {
     "a level": DIFFERENT,
     "what goes in": DIFFERENT,
     "other models": DIFFERENT,
+    "other checkpoints": DIFFERENT,
     "other models in steps": DIFFERENT,
     "other models saved": DIFFERENT,
     "other models exported": DIFFERENT,

@@ -36,7 +36,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     drafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True)
     drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {rank}"), "a")
     last = torch_models.load(first, mesh=mesh, stage=(1, 2))
-    other = torch_models.load(second, mesh=mesh)
+    other, like = (torch_models.load(path, mesh=mesh) for path in (second, first))
     many = np.full((1000, 2), 101)
     last_row = np.where(np.arange(len(many)) == len(many) - 1, 101 + rank, 101)
     ids = inputs["input_ids"] % drafting.config.vocab_size
@@ -62,6 +62,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "rows of a draft": lambda: drafting.generate(ids, adapter=["a", (None, "a")[rank]], draft=drafting.draft),
         "other values": lambda: model.with_taps(**inputs, inject={"model.norm": embeds * (1 + rank)}),
         "another token": lambda: model.decode(np.array([3 + rank, 5]), model.prefill(**inputs, max_new_tokens=4)[1]),
+        "other checkpoints": lambda: (other if rank else like)(**inputs),
         "other models": lambda: (other if rank else model)(**inputs),
         "other models in steps": lambda: (other if rank else model).prefill(**inputs),
         "other models exported": lambda: (other if rank else model).export(f"{job['directory']}/export"),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 _FEW_ROWS = 256
+_FEW_OF_INTEL = 6  # rows, of which MKL itself is no slower there
 _PARTS = 64  # of a matrix, for threads to share out
 
 Join = Callable[[torch.Tensor], torch.Tensor]  # of what the ranks of a mesh have
@@ -41,7 +42,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
         parts = math.gcd(size_out, _PARTS)
         y = torch.bmm(x.reshape(1, 1, size_in).expand(parts, 1, size_in), weight.view(parts, -1, size_in).mT)
         y = y.view(*x.shape[:-1], size_out)
-    elif (6 if is_intel else 1) < rows <= _FEW_ROWS:
+    elif (_FEW_OF_INTEL if is_intel else 1) < rows <= _FEW_ROWS:
         y = torch.mm(weight, x.reshape(rows, size_in).T).T.reshape(*x.shape[:-1], size_out).contiguous()
     else:
         return F.linear(x, weight, bias)
