@@ -70,12 +70,12 @@ def open_adapter(uri: str | os.PathLike[str], config: ModelConfig, *, read_base:
             shape or dtype, halves without the other, ranks that are not what the config says, values that are no
             numbers, and base tensors that differ; or saying which file changed while it was read.
     """
-    files, problems = open_adapter_files(uri)
-    adapter_config, found = read_adapter_config(files.document) if files.document is not None else (None, [])
+    opened, problems = open_adapter_files(uri)
+    adapter_config, found = read_adapter_config(opened.document) if opened.document is not None else (None, [])
     if adapter_config is None or problems:
         raise CheckpointError(uri, problems + found)
-    adapter, more = Reading(files, adapter_config, config, read_base, is_partial=bool(found)).adapter()
+    adapter, more = Reading(opened, adapter_config, config, read_base, is_partial=bool(found)).adapter()
     if found or more:
         raise CheckpointError(uri, found + more)
-    files.check()
+    opened.files.check()
     return adapter

@@ -13,19 +13,18 @@ from typing import Any
 import numpy as np
 
 from loaders import dtypes
-from loaders.errors import CheckpointError
-from loaders.files import change_of, check_files
+from loaders.errors import CheckpointError, reason
+from loaders.files import PinnedFiles
 from loaders.header import TensorInfo
 from loaders.memory import aligned_empty, check_budget
 from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
-from loaders.sources import Identity, OpenFile, Session, Source, Unreachable
+from loaders.sources import Source, Unreachable
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Request, Result
 
 DEFAULT_BUDGET_BYTES = 128 << 20
 NUM_SAMPLES, SAMPLE_BYTES = 16, 256  # of a fingerprint
-_WHOLE = "the checkpoint"  # that files are of
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,23 +38,27 @@ class Checkpoint:
         generation_document: generation_config.json as it was written; empty when there is none.
         quantization_document: hf_quant_config.json, likewise.
         metadata: file -> its safetensors metadata.
-        identities: file -> what it was when its header was read.
-        documents: JSON file -> what it was when it was read.
+        files: of the tensors, as they were when their headers were read.
+        documents: JSON, as it was when it was read: beside other tensors it may mean another model.
     """
 
-    source: Source
     config: ModelConfig
     tensors: dict[str, TensorInfo]
     config_document: dict[str, Any]
     generation_document: dict[str, Any]
     quantization_document: dict[str, Any]
     metadata: dict[str, dict[str, str]]
-    identities: dict[str, Identity]
-    documents: dict[str, Identity]
+    files: PinnedFiles
+    documents: PinnedFiles
 
     def __repr__(self) -> str:
         what = f"{self.config.architecture}, {len(self.tensors)} tensors, {self.num_bytes / 1e9:.3g} GB"
         return f"{type(self).__name__}({str(self.source)!r}, {what})"
+
+    @property
+    def source(self) -> Source:
+        """Where it lies."""
+        return self.files.source
 
     @property
     def num_bytes(self) -> int:
@@ -237,18 +240,18 @@ class Checkpoint:
         except Unreachable as error:
             raise CheckpointError(self.source, [str(error)]) from error
         except OSError as error:
-            raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
+            raise CheckpointError(self.source, [f"it cannot be opened: {reason(error)}"]) from error
         return found.hexdigest()[:16]
 
     def _sample(self, name: str) -> bytes:
         info = self.tensors[name]
-        with self.open_file(info.file) as file:
+        with self.files.open(info.file) as file:
             try:
                 return file.read(info.offsets[0], min(info.num_bytes, SAMPLE_BYTES))
             except Unreachable as error:
                 raise Unreachable(f"tensor {name!r} of {info.file} cannot be read: {error}") from error
             except OSError as error:
-                problem = f"tensor {name!r} of {info.file} cannot be read: {error.strerror or error}"
+                problem = f"tensor {name!r} of {info.file} cannot be read: {reason(error)}"
                 raise CheckpointError(self.source, [problem]) from error
 
     def slices(self, most_bytes: int, names: Iterable[str] | None = None) -> Iterator[Slice]:
@@ -323,14 +326,7 @@ class Checkpoint:
         return self._arrivals(requests, budget)
 
     def _arrivals(self, lots: list[list[Request[Result]]], budget: int) -> Iterator[Result]:
-        yield from Arrivals(self, self.session(), lots, budget)
-
-    def session(self) -> Session:
-        """What reads its files. Raises CheckpointError."""
-        try:
-            return self.source.session(sum(found.num_bytes for found in self.identities.values()))
-        except OSError as error:
-            raise CheckpointError(self.source, [f"it cannot be opened: {error.strerror or error}"]) from error
+        yield from Arrivals(self.files, self.tensors, lots, budget)
 
     def destination(self, wanted: str | Slice, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
         """Memory that a tensor, or a part of it, may be read into: ``out``, or new memory of at most ``budget`` bytes.
@@ -354,30 +350,6 @@ class Checkpoint:
                 f" expected writeable {dtype} {expected[0]}"
             )
         return out
-
-    def open_file(self, name: str) -> OpenFile:
-        """Open one of the files. Raises CheckpointError when it cannot be, or is known to be another than it was."""
-        try:
-            file = self.source.open(name, self.identities[name])
-        except OSError as error:
-            raise CheckpointError(self.source, [f"{name} cannot be opened: {error.strerror or error}"]) from error
-        if problem := change_of(name, lambda: file.opened, self.identities[name], _WHOLE):
-            file.close()
-            raise CheckpointError(self.source, [problem])
-        return file
-
-    def check_identity(self, file: OpenFile) -> None:
-        """See that an open file is as it was. Raises CheckpointError when it is not, or cannot be asked."""
-        if problem := change_of(file.name, file.identity, self.identities[file.name], _WHOLE):
-            raise CheckpointError(self.source, [problem])
-
-    def check_files(self, names: Iterable[str]) -> None:
-        """See that files are as they were, asking by name. Raises CheckpointError with all that are not."""
-        check_files(self.source, {name: self.identities[name] for name in names}, _WHOLE)
-
-    def check_documents(self) -> None:
-        """See that JSON is as it was read: beside other tensors it may mean another model. Raises CheckpointError."""
-        check_files(self.source, self.documents, _WHOLE)
 
 
 def _several(names: Iterable[str]) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, reason
 from loaders.sources import Source
 
 # as transformers' tokenizers and processors name them
@@ -29,7 +29,7 @@ def companions(source: Source) -> dict[str, bytes]:
             except IsADirectoryError:  # somebody's own, that happens to be called so
                 continue
             except OSError as error:
-                problems.append(f"{name} cannot be read: {error.strerror or error}")
+                problems.append(f"{name} cannot be read: {reason(error)}")
     if problems:
         raise CheckpointError(source, problems)
     return found

@@ -17,6 +17,11 @@ def brief(found: object) -> str:
     return _BRIEF.repr(found)
 
 
+def reason(error: OSError) -> str:
+    """Why a system call failed, in the system's words, without the number and the path that messages say themselves."""
+    return error.strerror or str(error)
+
+
 def _one_line(problem: str) -> str:
     """Escape what could forge lines of a log or not be printed, and cut what floods it: names are anybody's text."""
     if not problem.isprintable():

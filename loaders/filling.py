@@ -111,7 +111,7 @@ class Filling:
         if problems:
             raise CheckpointError(self._plan.checkpoint.source, problems)
         if not is_again:
-            self._plan.checkpoint.check_documents()
+            self._plan.checkpoint.documents.check()
         return self._plan.report()
 
 

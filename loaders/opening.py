@@ -8,8 +8,8 @@ from typing import Any
 from loaders.checkpoint import Checkpoint
 from loaders.checks import token_problems
 from loaders.config import config_from_json
-from loaders.errors import CheckpointError
-from loaders.files import read_files
+from loaders.errors import CheckpointError, reason
+from loaders.files import PinnedFiles, read_files
 from loaders.index import INDEX, merged, read_headers, safetensors_files, weight_map
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import Identity, OpenFile, Source, open_source, small_file
@@ -33,7 +33,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         source = open_source(uri)
         present = source.names()
     except OSError as error:
-        raise CheckpointError(uri, [f"cannot be opened: {error.strerror or error}"]) from error
+        raise CheckpointError(uri, [f"cannot be opened: {reason(error)}"]) from error
     found, documents, problems = _read_documents(source, present)
     config, document, index = None, found.get(CONFIG), found.get(INDEX)
     generation, quantization = found.get(GENERATION, {}), found.get(QUANTIZATION)
@@ -49,17 +49,16 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(source, problems)
     metadata = {name: header.metadata for name, header in headers.items()}
     checkpoint = Checkpoint(
-        source=source,
         config=config,
         tensors=tensors,
         config_document=document,
         generation_document=generation,
         quantization_document=quantization or {},
         metadata=metadata,
-        identities=identities,
-        documents=documents,
+        files=PinnedFiles(source, identities),
+        documents=PinnedFiles(source, documents),
     )
-    checkpoint.check_documents()
+    checkpoint.documents.check()
     return checkpoint
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
+from loaders.files import PinnedFiles
 from loaders.header import TensorInfo
 from loaders.quantize import quantized
 from loaders.quantized import QuantizedCheckpoint
@@ -94,7 +95,8 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": checkpoint.metadata,
         "tensors": {name: asdict(info) for name, info in checkpoint.tensors.items()},
         "identities": {
-            file: {"text": _text(found), "num_bytes": found.num_bytes} for file, found in checkpoint.identities.items()
+            file: {"text": _text(found), "num_bytes": found.num_bytes}
+            for file, found in checkpoint.files.identities.items()
         },
     }
 
@@ -115,16 +117,16 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
     config, problems = config_from_json(document["config"], beside=document["quantization"] or None, found=tensors)
     if config is None or problems:
         raise CheckpointError(source, problems)
+    identities = {file: RememberedIdentity(**found) for file, found in document["identities"].items()}
     return Checkpoint(
-        source=source,
         config=config,
         tensors=tensors,
         config_document=document["config"],
         generation_document=document["generation"],
         quantization_document=document["quantization"],
         metadata=document["metadata"],
-        identities={file: RememberedIdentity(**found) for file, found in document["identities"].items()},
-        documents={},
+        files=PinnedFiles(source, identities),
+        documents=PinnedFiles(source, {}),
     )
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from loaders import memory
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, reason
+from loaders.files import PinnedFiles
+from loaders.header import TensorInfo
 from loaders.memory import as_bools
 from loaders.regions import Piece, Region, pieces_of
-from loaders.sources import OpenFile, PieceError, Session
-
-if TYPE_CHECKING:
-    from loaders.checkpoint import Checkpoint
+from loaders.sources import OpenFile, PieceError
 
 WINDOW_BYTES = 64 << 20  # on its way at any moment, or as many stretches as keep the session busy
 MOST_STRETCHES = 64  # likewise
@@ -113,22 +112,27 @@ def _staged_bytes(piece: Piece) -> int:
 
 
 class Arrivals(Generic[Result]):
-    """One stream.
+    """One stream, with a session of its own; where another lot begins and that is no longer current, with another.
 
     Args:
-        checkpoint: what is read.
-        session: of its source; closed at the end, or where another lot begins and it is no longer current.
+        files: what is read.
+        tensors: name -> where in them it lies.
         lots: what is wanted, each in file order; nothing of one is begun before all of the last was yielded.
         budget: bytes of our own that may be held, unless one request alone takes more.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, session: Session, lots: Sequence[Sequence[Request[Result]]], budget: int
+        self,
+        files: PinnedFiles,
+        tensors: Mapping[str, TensorInfo],
+        lots: Sequence[Sequence[Request[Result]]],
+        budget: int,
     ) -> None:
-        self._checkpoint, self._session, self._budget = checkpoint, session, budget
-        self._gap_bytes, self._stretch_bytes = checkpoint.source.gap_bytes, session.stretch_bytes
-        self._is_dear_to_ask = checkpoint.source.is_dear_to_ask
-        self._window = min(max(WINDOW_BYTES, session.num_stretches * self._stretch_bytes), budget)
+        self._files, self._tensors, self._budget = files, tensors, budget
+        self._session = files.session()
+        self._gap_bytes, self._stretch_bytes = files.source.gap_bytes, self._session.stretch_bytes
+        self._is_dear_to_ask = files.source.is_dear_to_ask
+        self._window = min(max(WINDOW_BYTES, self._session.num_stretches * self._stretch_bytes), budget)
         self._process = os.getpid()
         self._lots = deque(map(deque, lots))
         self._waiting: deque[Request[Result]] = deque()
@@ -136,9 +140,9 @@ class Arrivals(Generic[Result]):
         self._flying: dict[int, _Stretch] = {}
         self._done: deque[_Tensor[Result]] = deque()
         self._held = self._in_flight = 0
-        self._files: dict[str, OpenFile] = {}
+        self._opened: dict[str, OpenFile] = {}
         self._checked: set[str] = set()  # files that were as they had been after the last piece came
-        self._left = Counter(checkpoint.tensors[one.name].file for lot in lots for one in lot)
+        self._left = Counter(tensors[one.name].file for lot in lots for one in lot)
         self._num_left = self._left.total()
 
     def __iter__(self) -> Iterator[Result]:
@@ -164,24 +168,24 @@ class Arrivals(Generic[Result]):
                 if os.getpid() == self._process:
                     self._session.close()
             finally:
-                for file in self._files.values():
+                for file in self._opened.values():
                     file.close()
 
     def _check_process(self) -> None:
         """A child that was forked meanwhile has none of the threads that read: it would wait for ever."""
         if os.getpid() != self._process:
             problem = "this stream was begun in the process that forked this one. Begin another one here"
-            raise CheckpointError(self._checkpoint.source, [problem])
+            raise CheckpointError(self._files.source, [problem])
 
     def _begin_lot(self) -> None:
         try:
-            is_current = self._checkpoint.source.is_current(self._session)
+            is_current = self._files.source.is_current(self._session)
         except OSError as error:
-            problem = f"it cannot be read further: {error.strerror or error}"
-            raise CheckpointError(self._checkpoint.source, [problem]) from error
+            problem = f"it cannot be read further: {reason(error)}"
+            raise CheckpointError(self._files.source, [problem]) from error
         if not is_current:
             self._session.close()
-            self._session = self._checkpoint.session()
+            self._session = self._files.session()
         self._waiting = self._lots.popleft()
 
     def _is_busy(self) -> bool:
@@ -211,7 +215,7 @@ class Arrivals(Generic[Result]):
             tensor = self._begun
             if tensor is None:
                 continue
-            info, piece = self._checkpoint.tensors[tensor.name], tensor.first
+            info, piece = self._tensors[tensor.name], tensor.first
             position = info.offsets[0] + piece.position
             if stretch is None:
                 stretch = _Stretch(info.file, position, self._gap_bytes, self._stretch_bytes)
@@ -245,7 +249,7 @@ class Arrivals(Generic[Result]):
             ticket, raw = self._session.next()
         except PieceError as error:
             if error.ticket is None:
-                raise CheckpointError(self._checkpoint.source, [str(error)]) from error
+                raise CheckpointError(self._files.source, [str(error)]) from error
             raise self._failure(self._flying[error.ticket], error) from error
         self._checked.clear()
         stretch = self._flying.pop(ticket)
@@ -262,15 +266,15 @@ class Arrivals(Generic[Result]):
                 self._done.append(tensor)
 
     def _file(self, name: str) -> OpenFile:
-        if not self._files and self._is_dear_to_ask:
-            self._checkpoint.check_files(self._left)
-        if name not in self._files:
-            self._files[name] = self._checkpoint.open_file(name)
-        return self._files[name]
+        if not self._opened and self._is_dear_to_ask:
+            self._files.check(self._left)
+        if name not in self._opened:
+            self._opened[name] = self._files.open(name)
+        return self._opened[name]
 
     def _finish(self, tensor: _Tensor[Result]) -> None:
         """See that the file is still the one that was opened; where asking is dear, that all are, with the last."""
-        info = self._checkpoint.tensors[tensor.name]
+        info = self._tensors[tensor.name]
         if info.dtype == "BOOL":
             for part in tensor.begun.regions:
                 as_bools(part.out)
@@ -278,25 +282,25 @@ class Arrivals(Generic[Result]):
         self._num_left -= 1
         if self._is_dear_to_ask:
             if not self._num_left:
-                self._checkpoint.check_files(self._files)
+                self._files.check(self._opened)
             return
-        if (file := self._files.get(info.file)) is None:
+        if (file := self._opened.get(info.file)) is None:
             return  # nothing of it was read
         is_last = not self._left[info.file]
         if is_last or info.file not in self._checked:
-            self._checkpoint.check_identity(file)
+            self._files.check_open(file)
             self._checked.add(info.file)
         if is_last:
-            self._files.pop(info.file).close()
+            self._opened.pop(info.file).close()
 
     def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
         first, last = stretch.names[0], stretch.names[-1]
         which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
-        said = str(error.strerror or error)
+        said = reason(error)
         if self._is_dear_to_ask:
             try:  # what streams says only that it failed; the server may say why
-                self._checkpoint.check_files([stretch.file])
+                self._files.check([stretch.file])
             except CheckpointError as found:
                 said = f"{said}; {'; '.join(found.problems)}"
         problem = f"{which} of {stretch.file} cannot be read: {said}"
-        return CheckpointError(self._checkpoint.source, [problem])
+        return CheckpointError(self._files.source, [problem])

@@ -16,6 +16,7 @@ from loaders import Checkpoint, CheckpointError, Stage, open_checkpoint
 from loaders.axes import axes_of, param_cuts, replicated
 from loaders.config import config_from_json
 from loaders.dtypes import bits
+from loaders.errors import reason
 from loaders.opening import CONFIG
 from loaders.plan import plan_load, specs_of
 from loaders.quantization import summary
@@ -69,7 +70,7 @@ def _object(file: Path) -> dict[str, Any]:
     except BadJson as error:
         raise CheckpointError(file, [f"{file.name} {error}"]) from error
     except OSError as error:
-        raise CheckpointError(file, [f"{file.name} cannot be read: {error.strerror or error}"]) from error
+        raise CheckpointError(file, [f"{file.name} cannot be read: {reason(error)}"]) from error
 
 
 def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str, Any]:

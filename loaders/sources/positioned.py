@@ -21,6 +21,7 @@ from types import TracebackType
 import numpy as np
 
 from loaders import memory
+from loaders.errors import reason
 from loaders.memory import aligned_empty, thread_count
 from loaders.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
@@ -176,7 +177,7 @@ class PositionedSession:
         try:
             wait_or_read()
         except OSError as error:
-            raise PieceError(error.strerror or str(error), ticket) from error
+            raise PieceError(reason(error), ticket) from error
         return ticket, None
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     found = {"checkpoint": subject.where, "architecture": subject.config.architecture, "config": subject.document}
     if (checkpoint := subject.checkpoint) is not None:
         found |= {
-            "files": len(checkpoint.identities),
+            "files": len(checkpoint.files.identities),
             "tensors": len(checkpoint.tensors),
             "bytes": checkpoint.num_bytes,
             "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),

@@ -119,11 +119,11 @@ def test_so_is_every_kind_of_model(kind, tmp_path):
         shutil.rmtree(path)
         lost = [jax_models.restore(tmp_path / "save") for _ in range(3)]
         calls = [lambda: lost[0].export(tmp_path / "c"), lost[1].checkpoint.fingerprint]
-        calls.append(lambda: lost[2].checkpoint.check_files(seen.identities))
+        calls.append(lambda: lost[2].checkpoint.files.check(seen.files.identities))
         for call in calls:
             with pytest.raises(CheckpointError, match="cannot be opened"):
                 call()
-        lost[2].checkpoint.check_documents()  # there are none
+        lost[2].checkpoint.documents.check()  # there are none
 
 
 def test_of_a_source_that_changed_since_nothing_is_exported(tmp_path):

@@ -162,7 +162,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_is_an_error(base, adapter, mo
         read_into(file, out[half:], position + half)
 
     monkeypatch.setattr(LocalFile, "read_into", rewritten)
-    assert "changed since it was opened" in problems(base, adapter)[0]
+    assert "changed since the adapter was opened" in problems(base, adapter)[0]
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -177,7 +177,7 @@ def test_a_file_that_is_replaced_while_the_others_are_read_is_an_error(base, ada
         return read(files, tensor)
 
     monkeypatch.setattr(AdapterFiles, "read", replacing)
-    assert any("changed since it was opened" in problem for problem in problems(base, adapter))
+    assert any("changed since the adapter was opened" in problem for problem in problems(base, adapter))
     assert replaced
 
 

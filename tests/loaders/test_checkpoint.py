@@ -82,7 +82,7 @@ def test_json_replaced_between_it_and_the_headers_is_read_is_an_error(
 ) -> None:
     """It would be the config of other tensors."""
     path = write(tmp_path / "it", indexed({A: ONE_TENSOR}, {"a": A}))
-    assert open_checkpoint(path).documents.keys() == {"config.json", INDEX}
+    assert open_checkpoint(path).documents.identities.keys() == {"config.json", INDEX}
 
     def late(*args: Any) -> Any:
         (path / "copy").write_bytes((path / name).read_bytes())

@@ -223,7 +223,7 @@ def test_a_thread_has_one_buffer_whichever_way_it_reads(directory: Path, reads: 
     session = direct.DirectSession()
     checkpoint = open_checkpoint(f"direct://{directory}")
     cold = checkpoint.tensors["d"]
-    with checkpoint.open_file(cold.file) as file, checkpoint.open_file(checkpoint.tensors["a"].file) as warm:
+    with checkpoint.files.open(cold.file) as file, checkpoint.files.open(checkpoint.tensors["a"].file) as warm:
         for place in (file, warm):
             taken = np.zeros(4 * MIB, np.uint8)
             session._read(place, 4096 * 9 + 8, [Piece(0, taken.size, takers=(Taker(taken, 0, (1,)),))])  # pyright: ignore[reportArgumentType]

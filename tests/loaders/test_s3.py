@@ -155,7 +155,7 @@ def test_objects_are_asked_about_at_once(uri: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(s3.S3File, "identify", met)
     checkpoint = open_checkpoint(uri)
-    assert len(checkpoint.identities) == 2
+    assert len(checkpoint.files.identities) == 2
     list(checkpoint.stream())
     assert not meet.broken
 
@@ -600,10 +600,10 @@ def test_a_saved_model_finds_what_it_left_out_where_it_was(
 
 def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, directory: Path) -> None:
     checkpoint = open_checkpoint(server.put(directory, "described"))
-    checkpoint.check_documents()
+    checkpoint.documents.check()
     server.client.put_object(Bucket=BUCKET, Key="described/config.json", Body=b"{}")
     with pytest.raises(CheckpointError, match=r"config\.json changed since the checkpoint was opened"):
-        checkpoint.check_documents()
+        checkpoint.documents.check()
 
 
 @pytest.mark.parametrize("missing", [8, 1000])

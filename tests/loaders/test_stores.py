@@ -68,7 +68,7 @@ def refused():
 expected = digests(open_checkpoint(directories[0]).stream())
 address = ADDRESS
 read = lambda: digests(open_checkpoint(address).stream()) == expected
-open_checkpoint(address).session().close()  # the library is here, and has asked for nothing yet
+open_checkpoint(address).files.session().close()  # the library is here, and has asked for nothing yet
 child(lambda: True)
 assert read()
 child(refused if address.startswith("s3") else read)
