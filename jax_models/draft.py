@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +17,7 @@ from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
 from jax_models.taps import collect
+from loaders.drafting import check_binding, shared_with
 from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
@@ -57,11 +57,8 @@ class Draft:
 
     @property
     def shared(self) -> dict[str, str]:
-        """What it reads of its target, ``shared`` or ``copied``: a last stage keeps a copy of the first's embedding."""
-        if self.target is None:
-            return {"embed": "absent", "head": "absent"}
-        stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
-        return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
+        """What it reads of its target; see ``loaders.drafting``."""
+        return shared_with(self.target)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -118,26 +115,10 @@ class Draft:
         """The same draft for another model of its config.
 
         Raises:
-            ValueError: sizes, dtype, stage or devices differ.
+            ValueError: see ``loaders.drafting.check_binding``.
         """
-        ours, theirs = self.source, target
-        problems = []
-        if ours.config != theirs.config:
-            problems.append(f"the configs differ ({ours.config.architecture}, {theirs.config.architecture})")
-        if ours.dtype != theirs.dtype:
-            problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
-        if ours.quantizes_inputs != theirs.quantizes_inputs:
-            problems.append("one quantises the inputs of layers, the other does not")
-        if ours.rounds_cache != theirs.rounds_cache:
-            problems.append("one rounds keys and values to FP8, the other does not")
-        if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
-            problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
-        if ours.mesh != theirs.mesh:
-            problems.append("they are on different meshes")
-        if problems:
-            raise ValueError(f"the draft does not fit: {'; '.join(problems)}. Nothing was bound.")
-        if not theirs.stage.is_first and not theirs.stage.mtp and not theirs.config.tie_word_embeddings:
-            raise ValueError("the target's last stage has no copy of the embedding: load it with mtp=True")
+        apart = ["they are on different meshes"] if self.source.mesh != target.mesh else []
+        check_binding(self.source, target, apart)
         return Draft(self.source, target)
 
     def unbind(self) -> Draft:
@@ -283,7 +264,7 @@ class DraftPrograms:
             embeds_BTD = module.embed(ids_BT) if seen is None else module.embed(ids_BT, seen)
             drafted_BTD, kept = module.mtp(embeds_BTD, hidden_BTD, step, cache.layers["mtp"])
             hidden_B1D = jnp.take_along_axis(drafted_BTD, last_B[:, None, None], axis=1)
-            cache = dataclasses.replace(cache, layers={**cache.layers, "mtp": kept})
+            cache = replace(cache, layers={**cache.layers, "mtp": kept})
             return module.head(hidden_B1D)[:, 0], hidden_B1D, programs.placed(cache)
 
     def _steps(

@@ -32,8 +32,8 @@ from jax_models.taps import Level
 from loaders.agreement import Result
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event, version_of
-from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
-from loaders.multimodal import check_inputs, shown_of
+from loaders.inputs import ModelInputs, as_array, check_experts, check_values
+from loaders.multimodal import check_hidden, check_inputs
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig, Specs
@@ -357,21 +357,13 @@ class Model(Decoding, Adapted, Seeing):
         multimodal: Mapping[str, Any] | None,
     ) -> tuple[Any, ModelInputs]:
         self.check_runnable()
+        self.stage.check_entry(input_ids, hidden_states)
+        rows, given = (attention_mask, position_ids), multimodal or {}
         if self.stage.is_first:
-            if input_ids is None or hidden_states is not None:
-                raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            prompt = (self.config, input_ids, attention_mask, position_ids)
-            checked = check_inputs(*prompt, given=multimodal or {}, has_tower=self.stage.has_tower)
+            checked = check_inputs(self.config, input_ids, *rows, given=given, has_tower=self.stage.has_tower)
             return checked.input_ids, checked
-        if hidden_states is None or input_ids is not None:
-            raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
         x_BTD = jnp.asarray(hidden_states, self.dtype)
-        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
-            raise ValueError(f"hidden_states is {x_BTD.shape}, expected [B, T, {self.config.hidden_size}]")
-        tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        if shown := shown_of(multimodal or {}, tokens.shape):
-            raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        return x_BTD, check_text(self.config, tokens, attention_mask, position_ids)
+        return x_BTD, check_hidden(self.config, x_BTD.shape, *rows, given=given)
 
     @property
     def _devices(self) -> list[Any]:

@@ -89,6 +89,27 @@ def placeholders(config: VisionConfig, ids_BT: np.ndarray, types: Any) -> tuple[
     return types_BT.astype(np.int64), []
 
 
+def check_hidden(
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    attention_mask: Any,
+    position_ids: Any = None,
+    *,
+    given: Mapping[str, Any],
+) -> ModelInputs:
+    """As ``check_inputs``, of a stage that takes hidden states of ``shape``, [B, T, D]; it is shown nothing.
+
+    Raises:
+        TypeError, ValueError: likewise.
+    """
+    if len(shape) != 3 or shape[2] != config.hidden_size:
+        raise ValueError(f"hidden_states is {tuple(shape)}, expected [B, T, {config.hidden_size}]")
+    tokens = np.zeros(shape[:2], np.int32)
+    if shown := shown_of(given, tokens.shape):
+        raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
+    return check_text(config, tokens, attention_mask, position_ids)
+
+
 def check_inputs(
     config: ModelConfig,
     input_ids: Any,

@@ -55,6 +55,13 @@ class Stage:
         """Whether this stage holds the vision tower of a model that has one."""
         return self.vision and self.is_first
 
+    def check_entry(self, input_ids: object, hidden_states: object) -> None:
+        """See that this stage is given what it takes, and nothing else. Raises ValueError."""
+        if self.is_first and (input_ids is None or hidden_states is not None):
+            raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
+        if not self.is_first and (hidden_states is None or input_ids is not None):
+            raise ValueError(f"stage {self.index} of {self.count} takes hidden_states, not input_ids")
+
     def layers(self, num_hidden_layers: int) -> range:
         """This stage's decoder layers; earlier stages take one more when the division leaves a rest.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from loaders.drafting import check_binding, shared_with
 from loaders.inputs import ModelInputs, check_pairs
 from loaders.multimodal import check_inputs
 from loaders.roster import AdapterOfRows
@@ -57,11 +57,8 @@ class Draft:
 
     @property
     def shared(self) -> dict[str, str]:
-        """What it reads of its target, ``shared`` or ``copied``: a last stage keeps a copy of the first's embedding."""
-        if self.target is None:
-            return {"embed": "absent", "head": "absent"}
-        stage, is_tied = self.target.stage, self.target.config.tie_word_embeddings
-        return {"embed": "shared" if stage.is_first or is_tied else "copied", "head": "shared"}
+        """What it reads of its target; see ``loaders.drafting``."""
+        return shared_with(self.target)
 
     def __call__(
         self,
@@ -124,28 +121,14 @@ class Draft:
         """The same draft for another model of its config.
 
         Raises:
-            ValueError: sizes, dtype, stage or devices differ.
+            ValueError: see ``loaders.drafting.check_binding``.
         """
-        ours, theirs = self.source, target
-        problems = []
-        if ours.config != theirs.config:
-            problems.append(f"the configs differ ({ours.config.architecture}, {theirs.config.architecture})")
-        if ours.dtype != theirs.dtype:
-            problems.append(f"the draft computes in {ours.dtype}, the target in {theirs.dtype}")
-        if ours.quantizes_inputs != theirs.quantizes_inputs:
-            problems.append("one quantises the inputs of layers, the other does not")
-        if ours.rounds_cache != theirs.rounds_cache:
-            problems.append("one rounds keys and values to FP8, the other does not")
-        if dataclasses.replace(theirs.stage, mtp=True) != ours.stage:
-            problems.append(f"the draft is of stage {ours.stage}, the target {theirs.stage}")
+        ours, theirs, apart = self.source, target, []
         if ours.mesh != theirs.mesh:
-            problems.append(f"the draft is cut over mesh {ours.mesh}, the target over {theirs.mesh}")
+            apart.append(f"the draft is cut over mesh {ours.mesh}, the target over {theirs.mesh}")
         if ours.device != theirs.device:
-            problems.append(f"the draft is on {ours.device}, the target on {theirs.device}")
-        if problems:
-            raise ValueError(f"the draft does not fit: {'; '.join(problems)}. Nothing was bound.")
-        if not theirs.stage.is_first and not theirs.stage.mtp and not theirs.config.tie_word_embeddings:
-            raise ValueError("the target's last stage has no copy of the embedding: load it with mtp=True")
+            apart.append(f"the draft is on {ours.device}, the target on {theirs.device}")
+        check_binding(ours, theirs, apart)
         return Draft(self.source, target)
 
     def unbind(self) -> Draft:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from loaders.checkpoint import Checkpoint
 from loaders.digest import short_digest, tensor_digest
 from loaders.events import Event, version_of
-from loaders.inputs import ModelInputs, as_array, check_experts, check_text, check_values
-from loaders.multimodal import check_inputs, shown_of
+from loaders.inputs import ModelInputs, as_array, check_experts, check_values
+from loaders.multimodal import check_hidden, check_inputs
 from loaders.plan import LoadReport
 from loaders.roster import AdapterOfRows
 from loaders.spec import ModelConfig, Specs
@@ -377,20 +377,12 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         hidden_states: Any,
         multimodal: Mapping[str, Any] | None,
     ) -> tuple[torch.Tensor, ModelInputs]:
-        mask, positions = on_host(attention_mask), on_host(position_ids)
+        self.stage.check_entry(input_ids, hidden_states)
+        rows = on_host(attention_mask), on_host(position_ids)
         given = {name: on_host(value) for name, value in (multimodal or {}).items()}
         if self.stage.is_first:
-            if input_ids is None or hidden_states is not None:
-                raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
-            prompt = (self.config, on_host(input_ids), mask, positions)
-            checked = check_inputs(*prompt, given=given, has_tower=self.stage.has_tower)
+            ids_BT = on_host(input_ids)
+            checked = check_inputs(self.config, ids_BT, *rows, given=given, has_tower=self.stage.has_tower)
             return self.long(checked.input_ids), checked
-        if hidden_states is None or input_ids is not None:
-            raise ValueError(f"stage {self.stage.index} of {self.stage.count} takes hidden_states, not input_ids")
         x_BTD = as_tensor(hidden_states, "hidden_states").to(self.device, self.dtype)
-        if x_BTD.ndim != 3 or x_BTD.shape[2] != self.config.hidden_size:
-            raise ValueError(f"hidden_states is {tuple(x_BTD.shape)}, expected [B, T, {self.config.hidden_size}]")
-        tokens = np.zeros(x_BTD.shape[:2], np.int32)
-        if shown := shown_of(given, tokens.shape):
-            raise ValueError(f"{', '.join(shown)} given, but only the first stage sees. Give its hidden_states.")
-        return x_BTD, check_text(self.config, tokens, mask, positions)
+        return x_BTD, check_hidden(self.config, x_BTD.shape, *rows, given=given)
