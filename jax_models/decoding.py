@@ -53,11 +53,8 @@ class Decoding:
         model = self._model
         checked = model.checked_prompt(input_ids, attention_mask, **multimodal)
         cache = model.cache_for(checked, max_new_tokens, adapter)
-        mask_BT, positions, vision = model.arrays(checked)
-        given = (model.weights, checked.input_ids, mask_BT, positions)
-        logits_BV, arrays = model.programs.prefill(
-            *given, cache=cache.arrays, vision=vision, **model.of_slots(cache.slot)
-        )
+        given = (model.weights, model.batch(checked))
+        logits_BV, arrays = model.programs.prefill(*given, cache=cache.arrays, **model.of_slots(cache.slot))
         return logits_BV, dataclasses.replace(cache, arrays=arrays)
 
     def cache_for(self, prompt: ModelInputs, max_new_tokens: int, adapter: AdapterOfRows) -> VersionedCache:

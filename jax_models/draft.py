@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters
 from jax_models.ambient import in_own_settings
+from jax_models.batch import Batch
 from jax_models.cache import Cache
-from jax_models.frames import VisionArrays
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
 from jax_models.taps import collect
@@ -108,7 +108,7 @@ class Draft:
         entry = inputs.input_ids
         if not target.stage.is_first:
             entry, _ = target.checked(None, attention_mask, position_ids, hidden_states, adapter=adapter)
-        given = (weights, entry, inputs.input_ids, *target.arrays(inputs))
+        given = (weights, target.batch(inputs, entry), inputs.input_ids)
         return self.source.programs.draft.forward(*given, **target.of_slots(slot_B))
 
     def bind(self, target: Model) -> Draft:
@@ -142,22 +142,22 @@ class DraftPrograms:
     def _forward(
         self,
         weights: Weights,
-        inputs: jax.Array,
+        batch: Batch,
         ids_BT: jax.Array,
-        mask_BT: jax.Array,
-        position_ids: jax.Array,
-        vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1. And taps."""
+        """Draft logits [B, T-1, V] and hidden states [B, T-1, D]: row t of hidden state t and token t + 1. And taps.
+
+        ``ids_BT``: the tokens, also where hidden states are what the stage reads.
+        """
         programs = self._programs
         with programs.module(weights, adapters) as module:
-            x_BTD, seen = programs.enter_seeing(module, inputs, vision)
-            hidden_BTD, _ = module.decoder(x_BTD, position_ids, mask_BT, seen=seen)
+            x_BTD, seen = programs.enter_seeing(module, batch)
+            hidden_BTD, _ = module.decoder(x_BTD, batch.position_ids, batch.mask_BT, seen=seen)
             # what is shown is shown to the draft too
             next_embeds = module.embed(ids_BT[:, 1:]) if seen is None else x_BTD[:, 1:]
-            is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
-            step = self._steps(module, position_ids[..., 1:], is_pair, 0, is_cached=False)
+            is_pair = batch.mask_BT[:, 1:] & batch.mask_BT[:, :-1]
+            step = self._steps(module, batch.position_ids[..., 1:], is_pair, 0, is_cached=False)
             with collect() as taps:
                 drafted, _ = module.mtp(next_embeds, hidden_BTD[:, :-1], step)
             return module.head(drafted), drafted, taps
@@ -165,17 +165,14 @@ class DraftPrograms:
     def _prefill(
         self,
         weights: Weights,
-        ids_BT: jax.Array,
-        mask_BT: jax.Array,
-        position_ids: jax.Array,
-        vision: VisionArrays | None,
+        batch: Batch,
         cache: Cache,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, jax.Array, Seen | None, Cache]:
         """As of a model without draft; also the final hidden states, [B, T, D], and what ``extend`` is to see."""
         programs = self._programs
         with programs.module(weights, adapters) as module:
-            hidden_BTD, seen, cache = programs.read_into(module, ids_BT, mask_BT, position_ids, cache, vision)
+            hidden_BTD, seen, cache = programs.read_into(module, batch, cache)
             ahead = None if seen is None else seen.ahead()
             return module.head(hidden_BTD[:, -1:])[:, 0], hidden_BTD, ahead, cache
 

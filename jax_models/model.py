@@ -21,6 +21,7 @@ from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
 from jax_models.ambient import in_own_settings
+from jax_models.batch import Batch, batch_of
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
 from jax_models.processes import agreed, content_of, devices_of, handed_over, placed, processes_of, together
@@ -156,8 +157,7 @@ class Model(Decoding, Adapted, Seeing):
         """
         prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
         entry, checked = self.checked(*prompt, adapter=adapter)
-        given = (self.weights, entry, *self.arrays(checked))
-        return self.programs.forward(*given, **self.of_rows(adapter, len(entry)))
+        return self.programs.forward(self.weights, self.batch(checked, entry), **self.of_rows(adapter, len(entry)))
 
     @in_own_settings
     def with_taps(
@@ -215,7 +215,7 @@ class Model(Decoding, Adapted, Seeing):
             self.check_whole()
             rows = stepwise(self.config, checked, input_ids, position_ids=position_ids, given=multimodal, steps=decode)
             return read_stepwise(self, rows, adapter=adapter, level=level, within=within, inject=values)
-        given = (self.weights, entry, *self.arrays(checked))
+        given = (self.weights, self.batch(checked, entry))
         looked = {"level": level, "within": within, "inject": values or None}
         return self.programs.forward_with_taps(*given, **self.of_rows(adapter, len(entry)), **looked)
 
@@ -250,7 +250,7 @@ class Model(Decoding, Adapted, Seeing):
         if any(value is not None for value in multimodal.values()):
             entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
             with left_to_xla():
-                return self.programs.apply(weights, jnp.asarray(entry), *self.arrays(checked), adapters)
+                return self.programs.apply(weights, self.batch(checked, jnp.asarray(entry)), adapters)
         entry = input_ids if self.stage.is_first else hidden_states
         assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
         mask_BT = (
@@ -261,7 +261,7 @@ class Model(Decoding, Adapted, Seeing):
         positions = jnp.asarray(position_ids, jnp.int32)
         positions = positions[-3:] if positions.ndim == 3 else positions  # of four axes the first is text's
         with left_to_xla():
-            return self.programs.apply(weights, jnp.asarray(entry), mask_BT, positions, None, adapters)
+            return self.programs.apply(weights, Batch(jnp.asarray(entry), mask_BT, positions), adapters)
 
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
@@ -364,6 +364,10 @@ class Model(Decoding, Adapted, Seeing):
             return checked.input_ids, checked
         x_BTD = jnp.asarray(hidden_states, self.dtype)
         return x_BTD, check_hidden(self.config, x_BTD.shape, *rows, given=given)
+
+    def batch(self, checked: ModelInputs, entry: Any = None) -> Batch:
+        """What the host checked, as programs take it; see ``jax_models.batch``."""
+        return batch_of(self.config, checked, entry)
 
     @property
     def _devices(self) -> list[Any]:

@@ -19,10 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_models.adapter_room import RowAdapters, wrap
+from jax_models.batch import Batch
 from jax_models.cache import Cache, empty_cache, placed, zeros
 from jax_models.compiling import decode_options, platform_of
 from jax_models.draft import DraftPrograms
-from jax_models.frames import VisionArrays
 from jax_models.layers.install import install, install_cache
 from jax_models.layers.lora import active_rows
 from jax_models.layers.vision import Seen, Shown
@@ -134,32 +134,26 @@ class Programs:
     def apply(
         self,
         weights: Weights,
-        inputs: jax.Array,
-        mask_BT: jax.Array,
-        positions_BT: jax.Array,
-        vision: VisionArrays | None = None,
+        batch: Batch,
         adapters: RowAdapters | None = None,
     ) -> jax.Array:
-        """The whole stage, pure. ``inputs``: token ids [B, T], or hidden states [B, T, D] from the stage before."""
+        """The whole stage, pure."""
         with self.module(weights, adapters) as module:
-            x_BTD, seen = self.enter_seeing(module, inputs, vision)
-            x_BTD, _ = module.decoder(x_BTD, positions_BT, mask_BT, seen=seen)
+            x_BTD, seen = self.enter_seeing(module, batch)
+            x_BTD, _ = module.decoder(x_BTD, batch.position_ids, batch.mask_BT, seen=seen)
             return module.head(x_BTD) if self.stage.is_last else x_BTD
 
     def _apply_with_taps(
         self,
         weights: Weights,
-        inputs: jax.Array,
-        mask_BT: jax.Array,
-        positions_BT: jax.Array,
-        vision: VisionArrays | None = None,
+        batch: Batch,
         adapters: RowAdapters | None = None,
         level: Level = "layers",
         within: str | None = None,
         inject: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with collect(level, within, inject) as taps:
-            out = self.apply(weights, inputs, mask_BT, positions_BT, vision, adapters)
+            out = self.apply(weights, batch, adapters)
         return out, taps
 
     def _see(self, weights: Weights, shown: Shown) -> tuple[jax.Array, ...]:
@@ -170,49 +164,38 @@ class Programs:
     def _prefill(
         self,
         weights: Weights,
-        inputs: jax.Array,
-        mask_BT: jax.Array,
-        position_ids: jax.Array,
+        batch: Batch,
         cache: Cache,
-        vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Fill an empty cache with T tokens; logits [B, V] of the last, or a stage's hidden states [B, T, D]."""
         with self.module(weights, adapters) as module:
-            x_BTD, _, cache = self.read_into(module, inputs, mask_BT, position_ids, cache, vision)
+            x_BTD, _, cache = self.read_into(module, batch, cache)
             return (self.last_logits(module, x_BTD) if self.stage.is_last else x_BTD), cache
 
     def last_logits(self, module: Any, x_BTD: jax.Array) -> jax.Array:
         """Inside a program: logits [B, V] of each row's next token alone; a prompt's others would fill the memory."""
         return module.head(x_BTD[:, -1:])[:, 0]
 
-    def read_into(
-        self,
-        module: Any,
-        inputs: jax.Array,
-        mask_BT: jax.Array,
-        position_ids: jax.Array,
-        cache: Cache,
-        vision: VisionArrays | None,
-    ) -> tuple[jax.Array, Seen | None, Cache]:
+    def read_into(self, module: Any, batch: Batch, cache: Cache) -> tuple[jax.Array, Seen | None, Cache]:
         """Inside a program: final hidden states of a prompt, [B, T, D], what it shows, and the cache that holds it.
 
         The cache must be empty.
         """
-        key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, mask_BT, 0, axis=1)
-        x_BTD, seen = self.enter_seeing(module, inputs, vision)
-        x_BTD, cache = module.decoder(x_BTD, position_ids, key_mask_BS, cache, is_first=True, seen=seen)
-        if vision is not None:  # an image takes fewer positions than tokens
-            cache = dataclasses.replace(cache, position=cache.position + vision.delta_B)
+        key_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.key_mask, batch.mask_BT, 0, axis=1)
+        x_BTD, seen = self.enter_seeing(module, batch)
+        x_BTD, cache = module.decoder(x_BTD, batch.position_ids, key_mask_BS, cache, is_first=True, seen=seen)
+        if batch.vision is not None:  # an image takes fewer positions than tokens
+            cache = dataclasses.replace(cache, position=cache.position + batch.vision.delta_B)
         return x_BTD, seen, self.placed(cache)
 
     def decode_step(
-        self, weights: Weights, inputs: jax.Array, cache: Cache, adapters: RowAdapters | None = None
+        self, weights: Weights, entry: jax.Array, cache: Cache, adapters: RowAdapters | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Append one token a row. ``inputs``: ids [B, 1] or hidden states [B, 1, D]."""
+        """Append one token a row. ``entry``: ids [B, 1] or hidden states [B, 1, D]."""
         key_mask_BS = cache.key_mask | (jnp.arange(cache.key_mask.shape[1]) == cache.length)
         with self.module(weights, adapters) as module:
-            x_B1D = self.enter(module, inputs)
+            x_B1D = self.enter(module, entry)
             x_B1D, cache = module.decoder(x_B1D, cache.position[:, None], key_mask_BS, cache)
             return (self.last_logits(module, x_B1D) if self.stage.is_last else x_B1D), self.placed(cache)
 
@@ -221,19 +204,17 @@ class Programs:
         rows, capacity = cache.key_mask.shape
         return placed(cache, self.cache_entries(rows=rows, capacity=capacity), self.mesh)
 
-    def enter_seeing(
-        self, module: Any, inputs: jax.Array, vision: VisionArrays | None
-    ) -> tuple[jax.Array, Seen | None]:
+    def enter_seeing(self, module: Any, batch: Batch) -> tuple[jax.Array, Seen | None]:
         """Hidden states of the stage's first layer, and what the vision tower saw; None: nothing is shown."""
-        if vision is None:
-            return self.enter(module, inputs), None
-        tokens_UD, *levels = module.visual(vision.shown, self.dtype)
-        seen = Seen(tokens_UD, tuple(levels), vision.slot_BT)
-        return self.enter(module, inputs, seen), seen
+        if batch.vision is None:
+            return self.enter(module, batch.entry), None
+        tokens_UD, *levels = module.visual(batch.vision.shown, self.dtype)
+        seen = Seen(tokens_UD, tuple(levels), batch.vision.slot_BT)
+        return self.enter(module, batch.entry, seen), seen
 
-    def enter(self, module: Any, inputs: jax.Array, *seen: Seen) -> jax.Array:
+    def enter(self, module: Any, entry: jax.Array, *seen: Seen) -> jax.Array:
         """Hidden states of the stage's first layer, rows cut over the mesh."""
-        x_BTD = module.embed(inputs, *seen) if self.stage.is_first else inputs.astype(self.dtype)
+        x_BTD = module.embed(entry, *seen) if self.stage.is_first else entry.astype(self.dtype)
         if self.mesh is None:
             return x_BTD
         # callers give host arrays, placed nowhere: the rows are cut here

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from jax_models.ambient import in_own_settings
-from jax_models.frames import VisionArrays, framed, vision_arrays
+from jax_models.frames import framed
 from jax_models.processes import content_of
-from loaders.inputs import ModelInputs
 from loaders.multimodal import check_shown, rope_index
 from loaders.vision_grid import Patches
 
@@ -59,15 +58,6 @@ class Seeing:
             ValueError: nothing is shown, or it does not fit.
         """
         return rope_index(self._model.config, input_ids, attention_mask, given=multimodal)
-
-    def arrays(self, checked: ModelInputs) -> tuple[Any, Any, VisionArrays | None]:
-        """Mask, positions and what is shown, as programs take them."""
-        vision = None
-        if checked.vision is not None:
-            config = self._model.config.vision
-            assert config is not None
-            vision = vision_arrays(config, checked.vision)
-        return checked.attention_mask, checked.position_ids, vision
 
     @property
     def _model(self) -> Model:

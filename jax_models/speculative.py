@@ -60,11 +60,12 @@ def generate_with_draft(
     )
     room, filled = bucket(length + params.max_new_tokens + 3 * T), length
     cache = programs.empty_cache(rows=B, capacity=room)
-    prompt = (checked.input_ids, *model.arrays(checked))
     slots = partial(model.roster.rows, adapter, B)
     slot_B = model.agreed("what is asked for", slots, lambda found: f"adapters of rows {found.tolist()}")
     given = model.of_slots(slot_B)
-    logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(weights, *prompt, cache=cache, **given)
+    logits_BV, hidden_BTD, seen_next, cache = programs.draft.prefill(
+        weights, model.batch(checked), cache=cache, **given
+    )
     said.begin(logits_BV)
     while rows.is_active_B.any():
         read = (said.next_ids_BT, hidden_BTD, said.next_positions, said.last_B, seen_next)

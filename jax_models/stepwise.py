@@ -16,7 +16,7 @@ from loaders.stepwise import Stepwise, in_all
 
 if TYPE_CHECKING:
     from jax_models.adapter_room import RowAdapters
-    from jax_models.frames import VisionArrays
+    from jax_models.batch import Batch
     from jax_models.model import Model
     from jax_models.programs import Programs, Weights
 
@@ -37,12 +37,8 @@ def read_stepwise(
     first, *others = rows.handed(inject)
     look = {"level": level, "within": within}
     padded = {path: jnp.pad(x, [(0, 0), (extra, 0)] + [(0, 0)] * (x.ndim - 2)) for path, x in first.items()}
-    mask_BT, positions, vision = model.arrays(prompt)
-    given = (model.weights, prompt.input_ids, mask_BT, positions)
-    programs = model.programs.stepwise
-    logits_BTV, arrays, taps = programs.prefill(
-        *given, cache=cache.arrays, vision=vision, inject=padded, **of_rows, **look
-    )
+    programs, given = model.programs.stepwise, (model.weights, model.batch(prompt))
+    logits_BTV, arrays, taps = programs.prefill(*given, cache=cache.arrays, inject=padded, **of_rows, **look)
     logits, found = [logits_BTV[:, extra:]], [{path: value[:, extra:] for path, value in taps.items()}]
     for token_B, values in zip(rows.token_NB, others, strict=True):
         cache = dataclasses.replace(cache, arrays=arrays)
@@ -68,11 +64,8 @@ class StepwisePrograms:
     def _prefill(
         self,
         weights: Weights,
-        inputs: jax.Array,
-        mask_BT: jax.Array,
-        position_ids: jax.Array,
+        batch: Batch,
         cache: Cache,
-        vision: VisionArrays | None = None,
         adapters: RowAdapters | None = None,
         level: Level = "layers",
         within: str | None = None,
@@ -81,14 +74,14 @@ class StepwisePrograms:
         """Logits of all tokens, [B, T, V]: those of the last as prefill has them."""
         programs = self.programs
         with collect(level, within, inject) as taps, programs.module(weights, adapters) as module:
-            x_BTD, _, cache = programs.read_into(module, inputs, mask_BT, position_ids, cache, vision)
+            x_BTD, _, cache = programs.read_into(module, batch, cache)
             last_B1V = programs.last_logits(module, x_BTD)[:, None]
             return jnp.concatenate([module.head(x_BTD[:, :-1]), last_B1V], axis=1), cache, taps
 
     def _decode(
         self,
         weights: Weights,
-        inputs: jax.Array,
+        ids_B1: jax.Array,
         cache: Cache,
         adapters: RowAdapters | None = None,
         level: Level = "layers",
@@ -97,5 +90,5 @@ class StepwisePrograms:
     ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
         """One token a row: logits, [B, V]."""
         with collect(level, within, inject) as taps:
-            logits_BV, cache = self.programs.decode_step(weights, inputs, cache, adapters)
+            logits_BV, cache = self.programs.decode_step(weights, ids_B1, cache, adapters)
         return logits_BV, cache, taps

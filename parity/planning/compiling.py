@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
+from jax_models.batch import Batch
 from jax_models.programs import programs_for
 from loaders.dtypes import to_numpy
 from loaders.quantization import activations_of
@@ -64,7 +65,7 @@ def lowered_of(config: ModelConfig, stage: Stage, program: str, load: Workload, 
         return programs.decode.lower(weights, abstract_rows((load.rows, 1), jnp.int32, mesh), cache=cache)
     ids = abstract_rows((load.rows, load.prompt), jnp.int32, mesh)
     mask = abstract_rows((load.rows, load.prompt), jnp.bool_, mesh)
-    return programs.prefill.lower(weights, ids, mask, ids, cache=cache)
+    return programs.prefill.lower(weights, Batch(ids, mask, ids), cache=cache)
 
 
 def measured(

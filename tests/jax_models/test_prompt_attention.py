@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_models
+from jax_models.batch import Batch
 from jax_models.kernels.prompt_attention import LEAST_TOKENS, _kernel, attend_prompt, takes
 from jax_models.layers.attention import attend, attend_alone
 from jax_models.layers.step import Step, visible
@@ -140,7 +141,7 @@ def test_with_shardings_of_ones_own_xla_attends(tmp_path: Path) -> None:
     weights = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), model.weights)
     own = jax.jit(model.apply).trace(weights, ids).lower(lowering_platforms=("tpu",)).as_text()
     whole = (np.ones(ids.shape, kind) for kind in (np.int32, bool, np.int32))
-    ours = model.programs.forward.trace(model.weights, *whole)
+    ours = model.programs.forward.trace(model.weights, Batch(*whole))
     assert "tpu_custom_call" not in own
     assert "tpu_custom_call" in ours.lower(lowering_platforms=("tpu",)).as_text()
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
+from jax_models.batch import Batch
 from jax_models.kernels.grouped import grouped_matmul, grouped_on_tpu
 from jax_models.programs import programs_for
 from jax_models.sharding import MESH_AXES, param_spec
@@ -367,7 +368,7 @@ def test_abstract_models_compile(name, checkpoints):
     weights, cache = abstract_weights(config, mesh, "float32"), abstract_cache(config, 2, 16, "float32", mesh)
     programs = programs_for(config, Stage(), jnp.dtype("float32"), mesh)
     ids, mask = abstract_rows((2, 16), "int32", mesh), abstract_rows((2, 16), "bool", mesh)
-    prefill = programs.prefill.lower(weights, ids, mask, ids, cache=cache).compile()
+    prefill = programs.prefill.lower(weights, Batch(ids, mask, ids), cache=cache).compile()
     decode = programs.decode.lower(weights, abstract_rows((2, 1), "int32", mesh), cache=cache).compile()
     cache_bytes = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(cache))
     for compiled in (prefill, decode):

@@ -70,7 +70,7 @@ def shapes(taps):
 def jax_shapes(model, inputs, level, **rows):
     """Of taps, in order, without compiling anything."""
     entry, checked = model.checked(inputs["input_ids"], inputs["attention_mask"], None, None)
-    given = (model.weights, entry, *model.arrays(checked))
+    given = (model.weights, model.batch(checked, entry))
     return shapes(model.programs.forward_with_taps.eval_shape(*given, **rows, level=level)[1])
 
 
