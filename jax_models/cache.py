@@ -89,12 +89,14 @@ class VersionedCache:
         version: of the model, to be said where it is refused.
         weights_id: of its weights, which decides: two models of one version may differ in them.
         slot: int32 [B], of each row's adapter; it goes on with it.
+        content: digest of the prompt, the adapters and the tokens since: processes may not go on with different ones.
     """
 
     arrays: Cache
     version: int
     weights_id: object
     slot: np.ndarray
+    content: str
 
     @property
     def capacity(self) -> int:

@@ -14,6 +14,7 @@ from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.speculative import generate_with_draft
+from loaders.digest import digest_after
 from loaders.events import version_of
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
@@ -71,7 +72,8 @@ class Decoding:
 
         slot_B = model.agreed("what is asked for", slots, said)
         arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        return VersionedCache(arrays, model.version, model.weights_id, slot_B)
+        content = digest_after(prompt.digest, slot_B)
+        return VersionedCache(arrays, model.version, model.weights_id, slot_B, content)
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
         """What ``prefill`` was given, checked, every row's real tokens at its end, as long as programs are made for.
@@ -101,8 +103,11 @@ class Decoding:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         model = self._model
-        next_ids = partial(model.next_ids, token_ids, cache)
-        ids_B1 = model.agreed("what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
+
+        def said(ids_B1: np.ndarray) -> str:
+            return f"tokens {ids_B1[:, 0].tolist()} after {cache.content}"
+
+        ids_B1 = model.agreed("what is appended", partial(model.next_ids, token_ids, cache), said)
         return model.decode_step(ids_B1, cache)
 
     def decode_step(self, ids_B1: np.ndarray, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
@@ -111,7 +116,7 @@ class Decoding:
         logits_BV, arrays = model.programs.decode(
             model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
         )
-        return logits_BV, dataclasses.replace(cache, arrays=arrays)
+        return logits_BV, dataclasses.replace(cache, arrays=arrays, content=digest_after(cache.content, ids_B1))
 
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""

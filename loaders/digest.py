@@ -38,6 +38,11 @@ def short_digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
+def digest_after(content: str, *arrays: np.ndarray) -> str:
+    """What was described as ``content``, and then these arrays, likewise."""
+    return short_digest(np.frombuffer(content.encode(), np.uint8), *arrays)
+
+
 def root_digest(digests: Mapping[str, str]) -> str:
     """SHA-256 (hex) over all tensor digests by name, in name order."""
     root = hashlib.sha256()

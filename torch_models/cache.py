@@ -34,6 +34,7 @@ class Cache:
         filled: the same as a number, ``length``: what the host reads.
         version: of the weights it was computed with, for people.
         stamp: of those weights; a model whose weights bear another one may not read it (law 7). Nothing: none may.
+        content: digest of the prompt, the adapters and the tokens since: ranks may not go on with different ones.
     """
 
     layers: dict[str, LayerCache]
@@ -44,6 +45,7 @@ class Cache:
     filled: Filled
     version: int
     stamp: tuple[tuple[int, ...], ...]
+    content: str = ""
 
     @property
     def length(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from loaders.digest import digest_after
 from loaders.events import version_of
 from loaders.inputs import ModelInputs, bucket, check_next
 from loaders.multimodal import check_inputs
@@ -70,10 +71,10 @@ class Decoding:
         def said(slot_B: np.ndarray) -> str:
             return f"room for {max_new_tokens} tokens, adapters of rows {slot_B.tolist()}"
 
-        model.agreed("what is asked for", slots, said)
-        slot_B = lora.slots_of(model, adapter, rows)
+        slot_B = model.agreed("what is asked for", slots, said)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
-        cache.adapter.copy_(slot_B)
+        cache.adapter.copy_(model.long(slot_B))
+        cache.content = digest_after(prompt.digest, slot_B)
         return cache
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
@@ -130,14 +131,19 @@ class Decoding:
         model.check_refusal()
         if not isinstance(cache, Cache):
             raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
+
+        def said(ids_B1: np.ndarray) -> str:
+            return f"tokens {ids_B1[:, 0].tolist()} after {cache.content}"
+
         next_ids = partial(model.next_ids, token_ids, cache, rows=len(cache.position))
-        ids_B1 = model.agreed("what is appended", next_ids, lambda found: f"tokens {found[:, 0].tolist()}")
+        ids_B1 = model.agreed("what is appended", next_ids, said)
         with torch.inference_mode(), cache.written():  # on a CPU half of an operation's overhead is what autograd asks
-            logits_BV = model.decode_step(ids_B1, cache.with_room(1))
+            logits_BV = model.decode_step(model.long(ids_B1), cache.with_room(1))
+        cache.content = digest_after(cache.content, ids_B1)
         return logits_BV.clone(), cache  # which the caller may write to, outside of that mode too
 
-    def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> torch.Tensor:
-        """What ``decode`` was given, checked against the cache it will be appended to: int64 [B, 1]."""
+    def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> np.ndarray:
+        """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""
         model = self._model
         if cache.stamp != model.weights_stamp():
             model.check_runnable()  # that it sleeps is what comes first; awake it is, where the stamp is the same
@@ -148,7 +154,7 @@ class Decoding:
         ids_B1 = check_next(model.config, on_host(token_ids), rows=rows)
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full at {cache.capacity} tokens. Give prefill a larger max_new_tokens.")
-        return model.long(ids_B1)
+        return ids_B1
 
     def decode_step(self, ids_B1: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One token a row, unchecked: logits, float32 [B, V]. What graphs capture: all it reads is on the device."""

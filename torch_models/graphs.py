@@ -148,7 +148,7 @@ class Batch:
         ids_B1 = self._model.next_ids(token_ids, graph.cache, rows=self.rows)
         with torch.inference_mode(False), torch.no_grad():
             with graph.cache.written():
-                graph.token_ids.zero_()[: self.rows].copy_(ids_B1)
+                graph.token_ids.zero_()[: self.rows].copy_(self._model.long(ids_B1))
                 graph.program.replay()
                 graph.cache.length += 1
             return graph.logits[: self.rows].clone()

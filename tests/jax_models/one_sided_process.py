@@ -44,6 +44,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     given = {"draft": drafting.draft, "max_new_tokens": 4}
     tap = {f"model.layers.{process}": np.zeros((*ids.shape, model.config.hidden_size), np.float32)}
     _, cache = model.prefill(**inputs)
+    begun = [model.prefill(rows)[1] for rows in (inputs["input_ids"], inputs["input_ids"][::-1])]
+    gone_on = [model.decode(token, model.prefill(**inputs)[1])[1] for token in (np.array([3, 5]), np.array([5, 3]))]
     work = job["directory"]
     seeing = jax_models.load(job["seeing"], mesh=mesh)
     shown = pictures(seeing.config)
@@ -90,6 +92,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other models read": lambda: mine.digests(),
         "the last of many tokens": lambda: model.decode(last_row, wide),
         "another token": lambda: model.decode(inputs["input_ids"][:, process], cache),
+        "another cache": lambda: model.decode(np.array([3, 5]), begun[process]),
+        "another history": lambda: model.decode(np.array([3, 5]), gone_on[process]),
         "a draft": lambda: drafting.generate(ids, **given if process else {}),
         "another save": lambda: jax_models.restore(f"{work}/save {'ab'[process]}", mesh),
         "no save": lambda: jax_models.restore(f"{work}/{'nothing' if process else 'save a'}", mesh),

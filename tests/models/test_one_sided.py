@@ -64,6 +64,8 @@ SAID = {
     "other models read": DIFFERENT,
     "the last of many tokens": DIFFERENT,
     "another token": DIFFERENT,
+    "another cache": DIFFERENT,
+    "another history": DIFFERENT,
     "other values": DIFFERENT,
     "other hidden states": DIFFERENT,
     "other pixels": DIFFERENT,

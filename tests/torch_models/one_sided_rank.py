@@ -37,6 +37,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {rank}"), "a")
     last = torch_models.load(first, mesh=mesh, stage=(1, 2))
     other, like = (torch_models.load(path, mesh=mesh) for path in (second, first))
+    begun = [model.prefill(rows)[1] for rows in (inputs["input_ids"], inputs["input_ids"][::-1])]
+    gone_on = [model.decode(token, model.prefill(**inputs)[1])[1] for token in (np.array([3, 5]), np.array([5, 3]))]
     many = np.full((1000, 2), 101)
     last_row = np.where(np.arange(len(many)) == len(many) - 1, 101 + rank, 101)
     ids = inputs["input_ids"] % drafting.config.vocab_size
@@ -61,6 +63,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "other hidden states": lambda: last(hidden_states=embeds + rank),
         "rows of a draft": lambda: drafting.generate(ids, adapter=["a", (None, "a")[rank]], draft=drafting.draft),
         "other values": lambda: model.with_taps(**inputs, inject={"model.norm": embeds * (1 + rank)}),
+        "another cache": lambda: model.decode(np.array([3, 5]), begun[rank]),
+        "another history": lambda: model.decode(np.array([3, 5]), gone_on[rank]),
         "another token": lambda: model.decode(np.array([3 + rank, 5]), model.prefill(**inputs, max_new_tokens=4)[1]),
         "other checkpoints": lambda: (other if rank else like)(**inputs),
         "other models": lambda: (other if rank else model)(**inputs),
