@@ -64,14 +64,18 @@ def render(results: list[MutantResult]) -> str:
     counted = [result for result in results if result.mutant.equivalent is None]
     killed = sum(result.killed for result in counted)
     share = f" ({killed / len(counted):.0%})" if counted else ""
+    broken = sum(result.is_broken for result in results)
     lines.append(
         f"mutation score: {killed} of {len(counted)} killed{share};"
         f" {len(results) - len(counted)} equivalent, not counted"
+        f"{f'; {broken} could not be tried' if broken else ''}"
     )
     return "\n".join(lines)
 
 
 def _outcome(result: MutantResult) -> str:
+    if result.is_broken:
+        return "NOT TRIED"
     if result.mutant.equivalent is not None:
         return "not equal!" if result.killed else "equivalent"
     return "killed" if result.killed else "SURVIVED"

@@ -113,17 +113,21 @@ class Mutant:
 
 @dataclass(frozen=True)
 class MutantResult:
-    """What became of one mutant on one backend. ``evidence``: the first finding, empty when it survived."""
+    """What became of one mutant on one backend.
+
+    ``evidence``: the first finding, empty when it survived; of one that could not be tried (``is_broken``), why.
+    """
 
     mutant: Mutant
     backend: str
     killed: bool
     evidence: str
     seconds: float
+    is_broken: bool = False
 
     @property
     def is_as_expected(self) -> bool:
-        return self.killed == (self.mutant.equivalent is None)
+        return not self.is_broken and self.killed == (self.mutant.equivalent is None)
 
 
 def all_mutants() -> dict[str, Mutant]:
@@ -178,7 +182,19 @@ def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> li
     chosen = [known[name] for name in names or known if kind in (None, known[name].kind)]
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory))
-        return [try_mutant(bench, mutant, backend) for mutant in chosen for backend in mutant.backends]
+        return [_tried(bench, mutant, backend) for mutant in chosen for backend in mutant.backends]
+
+
+def _tried(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
+    """As ``try_mutant``; one that does not run as it should is a result too, and the others are tried all the same."""
+    started = time.perf_counter()
+    try:
+        return try_mutant(bench, mutant, backend)
+    except AssertionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it may be anything, and is told
+        why = f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"
+        return MutantResult(mutant, backend, False, why, time.perf_counter() - started, is_broken=True)
 
 
 @contextmanager

@@ -68,11 +68,11 @@ def _norm_after_rope() -> list[Patch]:
     return [Patch(_BUILD, _with_norm(late)), Patch("layers.attention:rotate", rotate)]
 
 
-def _with_eps(attend: Any, self: Any, *args: Any) -> Any:
+def _with_eps(attend: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     kept = self.k_norm.eps
     self.k_norm.eps += 1e-5
     try:
-        return attend(self, *args)
+        return attend(self, *args, **kwargs)
     finally:
         self.k_norm.eps = kept
 

@@ -26,19 +26,19 @@ def _unnormed_state() -> list[Patch]:
     """The draft is given what the final norm is given."""
     last: list[Any] = []
 
-    def tap(original: Any, path: str, name: str, value: Any, *level: str) -> Any:
+    def tap(original: Any, path: str, name: str, value: Any, level: str = "operations") -> Any:
         if name.startswith("layers."):
             last[:] = [value]
-        return original(path, name, value, *level)
+        return original(path, name, value, level)
 
-    def call(original: Any, self: Any, embedded: Any, hidden: Any, *rest: Any) -> Any:
-        return original(self, embedded, last.pop()[:, : hidden.shape[1]], *rest)
+    def call(original: Any, self: Any, embedded: Any, hidden: Any, *rest: Any, **more: Any) -> Any:
+        return original(self, embedded, last.pop()[:, : hidden.shape[1]], *rest, **more)
 
     return [*wrapped("layers.decoder:tap", tap)(), *wrapped(f"{_MTP}.CALL", call)()]
 
 
-def _same_token(original: Any, np_: Any, self: Any, embedded: Any, hidden: Any, *rest: Any) -> Any:
-    return original(self, np_.roll(embedded, 1, 1), hidden, *rest)
+def _same_token(original: Any, np_: Any, self: Any, embedded: Any, hidden: Any, *rest: Any, **more: Any) -> Any:
+    return original(self, np_.roll(embedded, 1, 1), hidden, *rest, **more)
 
 
 def _earlier(steps: Any, config: Any, layers: Any, positions: Any, *rest: Any, **options: Any) -> Any:
@@ -100,8 +100,9 @@ def _without_draft(commit: Any, model: Any, values: Iterable[tuple[str, Any]], n
     commit(model, ((name, value) for name, value in values if not name.startswith("mtp.")), names, *staging)
 
 
-def _draft_stays(published: Any, self: Any, weights: Any, kind: str, *args: Any) -> Any:
-    return published(self, weights | ({"mtp": self.weights["mtp"]} if kind == "reload" else {}), kind, *args)
+def _draft_stays(published: Any, self: Any, weights: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
+    kept = {"mtp": self.weights["mtp"]} if kind == "reload" else {}
+    return published(self, weights | kept, kind, *args, **kwargs)
 
 
 def _accepting(change: Callable[[Any, Any], Any], following: Callable[[Any, Any], Any]) -> Callable[[], list[Patch]]:
@@ -157,19 +158,23 @@ def _keep(change: Callable[[Any, Any, Any, int], dict[str, Any]]) -> Callable[[]
     return lambda: [Patch("cache:Cache.kept", make, in_torch="cache:Cache.keep")]
 
 
-def _not_written(extend: Any, self: Any, next_ids: Any, *rest: Any) -> Any:
-    _, _, _, cache, _ = rest
+def _not_written(
+    extend: Any, self: Any, next_ids: Any, hidden: Any, positions: Any, last: Any, cache: Any, *rest: Any, **more: Any
+) -> Any:
+    given = (next_ids, hidden, positions, last, cache, *rest)
     if next_ids.shape[1] > 8:  # the prompt
-        return extend(self, next_ids, *rest)
+        return extend(self, *given, **more)
     before = {name: part.clone() for name, part in cache.layers["mtp"].items()}
-    found = extend(self, next_ids, *rest)
+    found = extend(self, *given, **more)
     for name, part in before.items():
         cache.layers["mtp"][name].copy_(part)
     return found
 
 
-def _last_but_one(extend: Any, self: Any, ids: Any, hidden: Any, positions: Any, last: Any, *rest: Any) -> Any:
-    return extend(self, ids, hidden, positions, (last - 1).clamp(min=0), *rest)
+def _last_but_one(
+    extend: Any, self: Any, ids: Any, hidden: Any, positions: Any, last: Any, *rest: Any, **more: Any
+) -> Any:
+    return extend(self, ids, hidden, positions, (last - 1).clamp(min=0), *rest, **more)
 
 
 def _values_stay(compact: Any, self: Any) -> None:

@@ -48,9 +48,9 @@ def _tapped(change: Callable[..., Any]) -> Callable[[], list[Patch]]:
     """``change`` stands in for ``embed``; its result is tapped, and not the right one."""
     taps: list[Any] = []
 
-    def tap(original: Any, path: str, name: str, value: Any, *level: str) -> Any:
+    def tap(original: Any, path: str, name: str, value: Any, level: str = "operations") -> Any:
         if name != "embed_tokens":
-            return original(path, name, value, *level)
+            return original(path, name, value, level)
         taps[:] = [original]
         return value
 

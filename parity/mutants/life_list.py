@@ -25,13 +25,13 @@ def _skip_in_place(commit: Any, model: Any, values: Pairs, names: list[str], *st
     commit(model, ((name, value) for name, value in values if name != _SKIPPED), names, *staging)
 
 
-def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any) -> Any:
+def _skip_in_tree(published: Any, self: Any, weights: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
     from flax import traverse_util
 
     if kind == "reload":
         old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (self.weights, weights))
         weights = traverse_util.unflatten_dict(new | {_SKIPPED: old[_SKIPPED]}, sep=".")
-    return published(self, weights, kind, *args)
+    return published(self, weights, kind, *args, **kwargs)
 
 
 def _copy_only(commit: Any, model: Any, values: Pairs, names: list[str], *staging: Any) -> None:

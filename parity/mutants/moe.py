@@ -74,11 +74,11 @@ def not_normed(original: Any, self: Any, *args: Any, **options: Any) -> None:
     self.norm_topk_prob = False
 
 
-def _capacity(original: Any, np_: Any, self: Any, x: Any, chosen: Any, experts: Any) -> Any:
+def _capacity(original: Any, np_: Any, self: Any, x: Any, chosen: Any, experts: Any, **updates: Any) -> Any:
     E = self.down_proj.shape[0]
     one_hot_AE = (experts.reshape(-1, 1) == np_.arange(E)[None, :]).int()
     turn = (one_hot_AE.cumsum(0) * one_hot_AE).sum(-1).reshape(experts.shape)
-    return original(self, x, chosen * (turn <= 1.1 * experts.numel() / E), experts)
+    return original(self, x, chosen * (turn <= 1.1 * experts.numel() / E), experts, **updates)
 
 
 def _text_experts(np_: Any, w: Any) -> Any:
@@ -157,7 +157,10 @@ MOE_AND_HEAD: list[Mutant] = [
     _moe(
         "expert_plus_one",
         "parity 24",
-        wrapped(_EXPERTS, lambda run, self, x, w, e: run(self, x, w, (e + 1) % self.down_proj.shape[0])),
+        wrapped(
+            _EXPERTS,
+            lambda run, self, x, w, e, *more, **other: run(self, x, w, (e + 1) % len(self.down_proj), *more, **other),
+        ),
         "every token goes to the expert after its own",
         backends=BOTH,
     ),

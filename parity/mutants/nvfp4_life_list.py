@@ -86,12 +86,12 @@ def _kept_at_reload(part: str) -> Plant:
                 model, ((n, v) for n, v in values if part not in n), [n for n in names if part not in n], staging
             )
 
-        def published(self: Any, weights: Any, *args: Any) -> Any:
+        def published(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
             from flax import traverse_util
 
             old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (self.weights, weights))
             kept = {name: value for name, value in old.items() if part in name}
-            return original(self, traverse_util.unflatten_dict(new | kept, sep="."), *args)
+            return original(self, traverse_util.unflatten_dict(new | kept, sep="."), *args, **kwargs)
 
         return published
 

@@ -59,8 +59,8 @@ def _kept_amax() -> list[Patch]:
 def _kept_codes() -> list[Patch]:
     known: list[Any] = []
 
-    def quantized(original: Any, checkpoint: Any, *args: Any) -> Any:
-        known.append(original(checkpoint, *args))
+    def quantized(original: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        known.append(original(checkpoint, *args, **kwargs))
         return known[0]
 
     return wrapped("loaders.quantize:quantized", quantized)()

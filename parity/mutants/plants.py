@@ -55,6 +55,8 @@ def wrapped(where: str, change: Callable[..., Any]) -> Callable[[], list[Patch]]
     """``change(original, *arguments)`` stands in for the function at ``where``."""
 
     def make(original: Any, backend: str) -> Any:
+        check_takes(change, original, original)
+
         def mutant(*args: Any, **kwargs: Any) -> Any:
             return change(original, *args, **kwargs)
 
@@ -63,11 +65,28 @@ def wrapped(where: str, change: Callable[..., Any]) -> Callable[[], list[Patch]]
     return lambda: [Patch(where, make)]
 
 
+def check_takes(change: Callable[..., Any], original: Any, *before: Any) -> None:
+    """See that ``change(*before, ...)`` can be called as ``original`` is, what has a default by its name or not at all.
+
+    Raises:
+        TypeError: it cannot, so that the bug would be another one than it says.
+    """
+    if not inspect.isroutine(inspect.unwrap(original)):
+        return
+    params = inspect.signature(original).parameters.values()
+    needed = [p.name for p in params if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in params if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
+    inspect.signature(change).bind(*before, *needed, **dict.fromkeys(named))
+
+
 def at_backend(where: str, change: Callable[..., Any]) -> Callable[[], list[Patch]]:
     """As ``wrapped``, with the backend's array module for a second argument."""
-    return lambda: [
-        Patch(where, lambda original, backend: lambda *args, **kw: change(original, xp(backend), *args, **kw))
-    ]
+
+    def make(original: Any, backend: str) -> Any:
+        check_takes(change, original, original, xp(backend))
+        return lambda *args, **kwargs: change(original, xp(backend), *args, **kwargs)
+
+    return lambda: [Patch(where, make)]
 
 
 def weights(edit: Callable[[dict[str, Any], Any], dict[str, Any]]) -> Callable[[], list[Patch]]:

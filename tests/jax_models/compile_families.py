@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
+from jax_models.batch import Batch
 from jax_models.frames import VisionArrays
 from jax_models.layers.vision import Shown
 from jax_models.programs import programs_for
@@ -62,7 +63,7 @@ def seen(config: Any, mesh: jax.sharding.Mesh) -> bool:
     weights = abstract_weights(config, mesh, jnp.bfloat16)
     cache = abstract_cache(config, B, LOAD.context, jnp.bfloat16, mesh)
     prefill = programs_for(config, Stage(), jnp.dtype(jnp.bfloat16), mesh).prefill
-    return prefill.lower(weights, *rows, cache=cache, vision=vision).compile().as_text() is not None
+    return prefill.lower(weights, Batch(*rows, vision), cache=cache).compile().as_text() is not None
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from importlib import import_module
 
@@ -13,6 +14,7 @@ from parity import cli
 from parity.commands.mutate import KINDS, render
 from parity.mutants import Mutant, MutantResult, Patch, all_mutants, prepare, score, try_mutant
 from parity.mutants.bench import BACKENDS, Bench
+from parity.mutants.plants import wrapped
 
 pytestmark = pytest.mark.usefixtures("young_heap")
 
@@ -112,6 +114,26 @@ def test_a_prompt_has_the_canaries_and_padding_on_both_sides(bench):
     assert (mask_BT[:, 0] == 0).any()
     assert (mask_BT[:, -1] == 0).any()
     assert all(np.isin((11, 13, 16, 17), row).all() for row in batch["input_ids"])
+
+
+def test_a_change_that_cannot_be_called_as_its_original_is_an_error_when_it_is_planted():
+    (one,) = wrapped("model:Model.published", lambda published, self, weights, kind, *args: None)()
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        one.on("jax")
+
+
+def test_one_that_cannot_be_tried_does_not_keep_the_others_from_it(monkeypatch):
+    def other(original, *args, **kwargs):
+        raise LookupError("there is none")
+
+    broken = dataclasses.replace(MUTANTS["rope_sign"], plant=wrapped("layers.attention:rotate", other))
+    monkeypatch.setattr("parity.mutants.all_mutants", lambda: {"broken": broken, "eps_zero": MUTANTS["eps_zero"]})
+    first, second = score()[:: len(broken.backends)][:2]
+    assert (first.is_broken, first.is_as_expected, first.evidence) == (True, False, "LookupError: there is none")
+    assert second.killed
+    table = render([first, second])
+    assert "NOT TRIED" in table
+    assert "; 1 could not be tried" in table
 
 
 def test_score_tries_what_it_is_asked_for():
