@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.path import atomicity_defaults
 
 from jax_models.processes import processes_of, together
+from loaders.claims import Claim
 
 WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
 QUIET_S, MOST_S = 0.5, 10.0  # that nothing comes any more in the directory of a failed save; that this is waited for
@@ -38,7 +40,8 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         arrays: by parameter name, each written by the processes that hold its shards, in its dtype.
         document: what JSON can say; the same on all.
     Raises:
-        OSError: it cannot be written, on the process where that is so; FileNotFoundError: not all see one directory.
+        OSError: it cannot be written, on the process where that is so; FileNotFoundError: not all see one directory;
+            FileExistsError: another save was first, or is at it.
         RuntimeError: on the others.
     """
     path, primary = epath.Path(where), processes_of(mesh)[0]
@@ -46,40 +49,60 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
     kind = atomicity_defaults.get_default_temporary_path_class(path)
     temporary = kind.from_final(path, checkpoint_metadata_store=store)
     args = {WEIGHTS: ocp.args.PyTreeSave(arrays), DOCUMENT: ocp.args.JsonSave(document)}
+    claim = None if "://" in where else Claim(Path(where), Path(temporary.get()))  # stores have no locks
 
     with _handlers(primary) as handlers:
 
         def begin() -> None:
             if jax.process_index() == primary:
-                _run(temporary.create())
-                for item in handlers:
-                    (temporary.get() / item).mkdir()
+                with _named(where):
+                    make() if claim is None else claim.take(make)
+
+        def make() -> None:
+            _run(temporary.create())
+            for item in handlers:
+                (temporary.get() / item).mkdir()
 
         def write_ours() -> None:
             for item, handler in handlers.items():
                 if not (directory := temporary.get() / item).exists():
                     raise FileNotFoundError(f"{directory} is not here. Save to a directory that all processes share.")
-                try:
+                with _named(directory):
                     handler.save(directory, args=args[item])
-                except ValueError as error:  # TensorStore's, of whatever a file system refuses
-                    raise OSError(f"{directory} cannot be written: {str(error).partition(chr(10))[0]}") from error
 
         def finish() -> None:
             if jax.process_index() == primary:
-                for item, handler in handlers.items():
-                    handler.finalize(temporary.get() / item)
-                kinds = {item: handler.typestr() for item, handler in handlers.items()}
-                store.update(temporary.get() / ABOUT, item_handlers=kinds)
-                _run(temporary.finalize())
+                with _named(where):
+                    for item, handler in handlers.items():
+                        handler.finalize(temporary.get() / item)
+                    kinds = {item: handler.typestr() for item, handler in handlers.items()}
+                    store.update(temporary.get() / ABOUT, item_handlers=kinds)
+                    _run(temporary.finalize())
 
         try:
             for step in (begin, write_ours, finish):
                 together(mesh, step)
         except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
-            if jax.process_index() == primary:  # else a full disk would stay full
+            if jax.process_index() == primary and (claim is None or claim.is_held):  # else a full disk would stay full
                 with contextlib.suppress(Exception):
                     _remove(temporary.get())
             raise
+        finally:
+            if claim is not None:
+                claim.release()
+
+
+@contextlib.contextmanager
+def _named(place: epath.PathLike) -> Iterator[None]:
+    """Errors of whatever a file system refuses are OSErrors that name the place; TensorStore's are ValueErrors."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{place} cannot be written: {str(error).partition(chr(10))[0]}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def _remove(directory: epath.Path) -> None:

@@ -34,6 +34,7 @@ from loaders.spec import Specs
 from loaders.stage import Stage
 
 FORMAT = 2
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax writes
 
 
 def save(model: Model, directory: str | os.PathLike[str]) -> None:
@@ -43,8 +44,9 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
     them see. An error of one is raised by all. Killed at any moment it leaves no such directory.
 
     Raises:
-        FileExistsError: the directory is there. What it holds is left as it is.
-        ValueError: the model has adapters, or the address takes a package that is not installed.
+        FileExistsError: the directory is there, or is being saved to. What it holds is left as it is.
+        ValueError: the model has adapters, the address takes a package that is not installed, or Orbax would not find
+            again what has such a name.
     """
     from jax_models.orbax_files import write  # a second, which only those pay who save
 
@@ -53,7 +55,8 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
         if model.roster.attached:
             names = ", ".join(repr(one.name) for one in model.roster.attached)
             lost = f"adapters are not saved, and {names} would be lost"
-            raise ValueError(f"{lost}. Save the model that detach_lora returns.")
+            first = "unmerge_lora and then " * (model.roster.merged is not None)
+            raise ValueError(f"{lost}. Save the model that {first}detach_lora returns.")
         where = _address(directory)
         _check_new(where)
         return where
@@ -188,6 +191,8 @@ def _address(directory: str | os.PathLike[str]) -> str:
 def _check_new(where: str) -> None:
     from etils import epath
 
+    if problem := _unusable(where):
+        raise ValueError(f"{brief(where)} cannot be saved to: {problem}. Save to a directory of another name.")
     try:
         exists = epath.Path(where).exists()
     except ImportError as error:
@@ -196,6 +201,17 @@ def _check_new(where: str) -> None:
         raise ValueError(f"nothing is saved to {error.args[0]}. Save to a directory, s3:// or gs://.") from error
     if exists:
         raise FileExistsError(f"{where} exists. Save to a new directory, so that nothing already saved is lost.")
+
+
+def _unusable(where: str) -> str | None:
+    """Why nothing that is written there would be found again; None: it would."""
+    if "\\" in where:
+        return "TensorStore takes a backslash for the end of a directory's name"
+    try:
+        where.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return "so Orbax names what is not finished" if UNFINISHED in os.path.basename(where) else None
 
 
 def _tupled(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import Mesh
+from orbax.checkpoint.path import atomicity_defaults
 
 import jax_models
 from jax_models import orbax_files
@@ -255,6 +258,58 @@ def test_nothing_that_is_there_is_written_over(saved):
     assert {file: file.stat().st_mtime_ns for file in directory.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("before", "winner"),
+    [("begin", "second"), ("write_ours", "first"), ("finish", "first")],
+    ids=["it had not begun", "it had begun", "it had written"],
+)
+def test_of_two_saves_to_one_directory_one_is_there_whole_and_the_other_is_told(
+    before, winner, saved, checkpoint, tmp_path, monkeypatch
+):
+    """Orbax would remove what the first one writes, or give it the second one's arrays."""
+    models = {"first": saved[0], "second": jax_models.load(checkpoint)}
+    errors, together = {}, orbax_files.together
+
+    def save(name):
+        try:
+            models[name].save(tmp_path / "save")
+        except FileExistsError as error:
+            errors[name] = str(error)
+
+    def stepped(mesh, step):
+        if step.__name__ == before:
+            monkeypatch.setattr(orbax_files, "together", together)
+            save("second")
+        return together(mesh, step)
+
+    monkeypatch.setattr(orbax_files, "together", stepped)
+    save("first")
+    assert "save exists meanwhile" in errors["first"] if winner == "second" else "by another" in errors["second"]
+    assert len(errors) == 1
+    assert jax_models.restore(tmp_path / "save").digests() == models[winner].digests()
+    assert [path.name for path in tmp_path.iterdir()] == ["save"]
+
+
+@pytest.mark.parametrize("name", ["a\\b", "run\\x2d1/save", "v1.orbax-checkpoint-tmp", "of \udc80"])
+def test_what_would_not_be_found_under_its_name_is_not_saved(name, saved, tmp_path):
+    with pytest.raises(ValueError, match="cannot be saved to: .* Save to a directory of another name"):
+        saved[0].save(f"{tmp_path}/{name}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["create", "finalize"])
+def test_what_the_disk_refuses_is_an_os_error_that_says_where(step, saved, tmp_path, monkeypatch):
+    async def refused(self):
+        raise (
+            ValueError("RESOURCE_EXHAUSTED: no space") if step == "finalize" else OSError(28, "No space left on device")
+        )
+
+    monkeypatch.setattr(atomicity_defaults.get_default_temporary_path_class(epath.Path(tmp_path)), step, refused)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "save"))):
+        saved[0].save(tmp_path / "save")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("limit", [100, 3000, 30_000])
 @pytest.mark.slow_unless("30000")
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(limit, checkpoint, tmp_path):
@@ -270,6 +325,8 @@ def test_adapters_are_not_lost_in_silence(checkpoint, tmp_path):
     adapted = model.attach_lora(make_adapter(checkpoint, tmp_path / "adapter"), "a")
     with pytest.raises(ValueError, match="'a' would be lost. Save the model that detach_lora returns"):
         adapted.save(tmp_path / "save")
+    with pytest.raises(ValueError, match="Save the model that unmerge_lora and then detach_lora returns"):
+        adapted.merge_lora("a").save(tmp_path / "save")
     adapted.detach_lora("a").save(tmp_path / "save")
     assert jax_models.restore(tmp_path / "save").digests() == model.digests()
 
