@@ -33,7 +33,7 @@ from loaders.remembered import described, remembered
 from loaders.spec import Specs
 from loaders.stage import Stage
 
-FORMAT = 2
+FORMAT = 3
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax writes
 
 

@@ -15,12 +15,13 @@ from loaders.header import TensorInfo
 from loaders.quantize import quantized
 from loaders.quantized import QuantizedCheckpoint
 from loaders.sources import Identity, OpenFile, Session, Source, open_source
+from loaders.sources.positioned import FileIdentity
 from loaders.sources.source import Result
 
 
 @dataclass(frozen=True, eq=False)
 class RememberedIdentity:
-    """Of a file, as it was: equal to that of a file which still is so."""
+    """Of an object in a store, as it was: equal to that of an object which still is so."""
 
     text: str
     num_bytes: int
@@ -94,10 +95,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantization": checkpoint.quantization_document,
         "metadata": checkpoint.metadata,
         "tensors": {name: asdict(info) for name, info in checkpoint.tensors.items()},
-        "identities": {
-            file: {"text": _text(found), "num_bytes": found.num_bytes}
-            for file, found in checkpoint.files.identities.items()
-        },
+        "identities": {file: _as_json(found) for file, found in checkpoint.files.identities.items()},
     }
 
 
@@ -117,7 +115,7 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
     config, problems = config_from_json(document["config"], beside=document["quantization"] or None, found=tensors)
     if config is None or problems:
         raise CheckpointError(source, problems)
-    identities = {file: RememberedIdentity(**found) for file, found in document["identities"].items()}
+    identities = {file: _from_json(found) for file, found in document["identities"].items()}
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -130,5 +128,11 @@ def remembered(document: dict[str, Any]) -> Checkpoint:
     )
 
 
-def _text(identity: object) -> str:
-    return identity.text if isinstance(identity, RememberedIdentity) else repr(identity)
+def _as_json(identity: Identity) -> dict[str, Any]:
+    if isinstance(identity, FileIdentity | RememberedIdentity):
+        return asdict(identity)
+    return {"text": repr(identity), "num_bytes": identity.num_bytes}
+
+
+def _from_json(found: dict[str, Any]) -> Identity:
+    return RememberedIdentity(**found) if "text" in found else FileIdentity(**found)

@@ -35,9 +35,10 @@ class FileIdentity:
     """What must not change between opening a checkpoint and reading it.
 
     Attributes:
-        changed_ns: when the file or its attributes changed: unlike ``modified_ns`` nobody can set it back.
-        attributes: links, mode, owner and group; where one of them is another, that is what changed. A file that was
-            replaced loses a link, and is still what it was.
+        changed_ns: when the file or its attributes changed: unlike ``modified_ns`` nobody can set it back. Whether it
+            was also written to nobody can tell then, so it counts as that; but a file that was replaced or removed
+            loses a link, and is still what it was.
+        links: how many names it has.
     """
 
     device: int
@@ -45,14 +46,15 @@ class FileIdentity:
     num_bytes: int
     modified_ns: int
     changed_ns: int = field(repr=False)
-    attributes: tuple[int, ...] = field(repr=False)
+    links: int = field(repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FileIdentity):
             return NotImplemented  # a remembered one knows by itself
         if self._content != other._content:
             return False
-        return self.changed_ns == other.changed_ns or self.attributes != other.attributes
+        before, after = sorted((self, other), key=lambda one: one.changed_ns)
+        return before.changed_ns == after.changed_ns or after.links < before.links
 
     def __hash__(self) -> int:
         return hash(self._content)
@@ -100,9 +102,8 @@ class LocalFile:
 
     def identity(self) -> FileIdentity:
         found = os.fstat(self.descriptor)
-        attributes = found.st_nlink, found.st_mode, found.st_uid, found.st_gid
         content = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        return FileIdentity(*content, found.st_ctime_ns, attributes)
+        return FileIdentity(*content, found.st_ctime_ns, found.st_nlink)
 
     def read_into(self, out: memoryview, position: int) -> None:
         """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""

@@ -353,15 +353,35 @@ def test_a_file_that_changes_while_it_is_streamed_is_an_error(
     assert reader_threads() == []
 
 
+def test_a_file_may_lose_a_link(checkpoint: Checkpoint) -> None:
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    link = path.with_suffix(".link")
+    os.link(path, link)
+    time.sleep(0.02)
+    checkpoint = open_checkpoint(path.parent)
+    stream = checkpoint.stream(64 * KIB)
+    found = [next(stream)]
+    link.unlink()
+    assert [name for name, _ in [*found, *stream]] == list(checkpoint.tensors)
+
+
 @pytest.mark.parametrize(
     "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, path.with_suffix(".link"))]
 )
-def test_other_attributes_of_a_file_may_change(checkpoint: Checkpoint, change: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("is_written_to", [False, True])
+def test_of_a_file_whose_attributes_changed_nobody_knows_whether_it_was_written_to(
+    checkpoint: Checkpoint, change: Callable[[Path], None], is_written_to: bool
+) -> None:
+    """As ``cp -p`` does, which sets the time back, too."""
     time.sleep(0.02)
     stream = checkpoint.stream(64 * KIB)
-    found = [next(stream)]
-    change(Path(str(checkpoint.source)) / checkpoint.tensors["a"].file)
-    assert [name for name, _ in [*found, *stream]] == list(checkpoint.tensors)
+    next(stream)
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    if is_written_to:
+        rewrite_and_set_the_time_back(path)
+    change(path)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        list(stream)
 
 
 def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(checkpoint: Checkpoint) -> None:
