@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 FEW = 16  # so many of anything are tried soon
+MANY = 64  # an endless repetition of letters counts as so many ways: about the letters of a name
+MOST_WAYS = MANY**4  # are tried in a fraction of a second
 _CLASSES = {"CATEGORY_WORD": r"\w", "CATEGORY_DIGIT": r"\d", "CATEGORY_SPACE": r"\s"}
 _CLASSES |= {name.replace("_", "_NOT_", 1): text.upper() for name, text in _CLASSES.items()}
 
@@ -22,9 +25,41 @@ def regex_problem(pattern: str) -> str | None:
         # a module of re's own that has no public name: what else knows a pattern's parts?
         parsed = re._parser.parse(pattern)  # pyright: ignore[reportAttributeAccessIssue]
         is_endless = _may_take_for_ever(parsed, is_repeated=False)
+        ways = _ways(parsed, is_last=True)
     except (re.error, RecursionError, OverflowError) as error:
         return f"it is no regular expression: {error}"
-    return "it repeats without end what itself repeats, or is a choice, and might never be done" if is_endless else None
+    if is_endless:
+        return "it repeats without end what itself repeats, or is a choice, and might never be done"
+    if ways > MOST_WAYS:
+        return f"it has too many repetitions or choices one after the other: a name may be tried in {ways:.0e} ways"
+    return None
+
+
+def _ways(parts: Sequence[Any], *, is_last: bool) -> float:
+    """In how many ways a name may be tried, at most, before it is known not to match; those of ``parts`` multiply.
+
+    ``is_last``: nothing follows that could fail. Of a repetition in the end only its longest is then tried.
+    """
+    ways = 1.0
+    for index, (operation, argument) in enumerate(parts):
+        following = list(parts)[index + 1 :]
+        is_end = is_last and not following
+        match str(operation):
+            case "MAX_REPEAT" | "MIN_REPEAT":
+                least, most, repeated = argument
+                inner = _ways(repeated, is_last=False)
+                if most > FEW:
+                    found = 1 if is_end or _is_ended(repeated, following) else MANY
+                else:
+                    counts = 1 if is_end or _is_ended(repeated, following) else most - least + 1
+                    found = counts * inner**most if inner <= MOST_WAYS else inner
+            case "BRANCH":
+                found = sum(_ways(one, is_last=is_end) for one in argument[1])
+            case _:
+                inner = [one for one in _flat(argument) if isinstance(one, type(parts))]
+                found = math.prod(_ways(one, is_last=is_end) for one in inner)
+        ways *= max(found, 1)
+    return ways
 
 
 def _may_take_for_ever(parts: Sequence[Any], *, is_repeated: bool) -> bool:

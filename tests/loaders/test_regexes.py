@@ -44,6 +44,33 @@ def test_what_might_never_end_is_refused(pattern):
     )
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*" * 12 + "x",
+        ".*?" * 12 + "x!",
+        ".*.*.*.*.*.*!",
+        "(.{0,16}){16}!",
+        "((.{0,4}){0,4}){0,16}!",
+        "(a|.){0,16}(.|b){0,16}(c|.){16}!",
+        "(?:.?){0,16}(?:.?){0,16}(?:.?){0,16}!",
+        "(?:.*){2,16}!",
+        "(?=.*.*.*.*.*.*!)",
+        "(?i:.*.*.*)(?P<x>.*.*.*)!",
+    ],
+)
+def test_what_might_take_hours_is_refused(pattern):
+    assert "too many repetitions or choices one after the other" in regex_problem(pattern)
+
+
+@pytest.mark.parametrize("pattern", [".*.*.*.*!", "(?:.*){4}!", "(?:.?){0,16}!", ".*a.*b.*c.*d.*", r"(\w+\.){0,16}x"])
+def test_what_is_taken_is_done_soon(pattern):
+    assert regex_problem(pattern) is None
+    started = time.perf_counter()
+    re.fullmatch(pattern, NAME)
+    assert time.perf_counter() - started < 5
+
+
 @pytest.mark.parametrize("pattern", ["(", "*", "a{5,2}", "(?P<1>a)", "(" * 5000])
 def test_what_is_no_expression_is_said_to_be_none(pattern):
     assert regex_problem(pattern).startswith("it is no regular expression: ")
