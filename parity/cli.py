@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from parity.commands.options import check_outputs
+from parity.commands.standard_output import results_alone
 from parity.errors import DeviceNotFound, NotComparable
 
 # verb, module, one line of help. A module has add_arguments(parser) and run(args) -> exit code; it imports what is
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
         check_outputs(args)
-        code = args.run(args)
+        with results_alone(args):
+            code = args.run(args)
         sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
         return code
     except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before

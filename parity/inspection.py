@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from loaders.opening import CONFIG
 from loaders.plan import plan_load, specs_of
 from loaders.quantization import summary
 from loaders.quantization_config import DOCUMENT
+from loaders.sources import OpenFile, Source, open_source, small_file
+from loaders.sources.positioned import LocalFile
 from loaders.spec import ModelConfig, ParamSpec, Specs
 from loaders.strict_json import BadJson, parse_object
 
@@ -46,31 +49,48 @@ class Devices:
 
 
 def open_subject(path: str) -> Subject:
-    """A checkpoint, one's directory that holds config.json and no weights, or a config.json by any name.
+    """A checkpoint, a directory or an address of config.json and no weights, or a config.json by any name.
 
     Raises:
         CheckpointError: it cannot be used; lists everything.
     """
-    given = Path(path)
-    file = given if given.is_file() else given / CONFIG
-    if "://" in path or (given.is_dir() and (not file.exists() or any(given.glob("*.safetensors*")))):
-        checkpoint = open_checkpoint(path)
-        return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
-    document, beside = _object(file), file.with_name(DOCUMENT)
+    given, is_address = Path(path), "://" in path
+    try:
+        if not is_address and given.is_file():  # also where it is a link to elsewhere
+            return _of_config(path, given.name, partial(LocalFile, given), open_source(given.absolute().parent))
+        if is_address and path.endswith(".json"):
+            directory, _, name = path.rpartition("/")
+            source = open_source(directory)
+            return _of_config(path, name, partial(source.open, name), source)
+        source = open_source(path)
+        names = source.names()
+        if CONFIG in names and not any(".safetensors" in name for name in names):
+            return _of_config(path, CONFIG, partial(source.open, CONFIG), source)
+    except OSError as error:
+        raise CheckpointError(path, [f"cannot be opened: {reason(error)}"]) from error
+    checkpoint = open_checkpoint(path)
+    return Subject(str(checkpoint.source), checkpoint.config, checkpoint.config_document, checkpoint)
+
+
+def _of_config(path: str, name: str, opened: Callable[[], OpenFile], source: Source) -> Subject:
+    """Of a config.json alone. ``source``: where a document of its quantisation may lie beside it."""
+    document = _object(name, opened)
+    beside = _object(DOCUMENT, partial(source.open, DOCUMENT)) if DOCUMENT in source.names() else None
     # of no tensor is it said that the draft is quantised: exporters leave it alone, and do not say so
-    config, problems = config_from_json(document, beside=_object(beside) if beside.exists() else None)
+    config, problems = config_from_json(document, beside=beside)
     if config is None:
         raise CheckpointError(path, problems)
-    return Subject(str(given), config, document)
+    return Subject(path, config, document)
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _object(name: str, opened: Callable[[], OpenFile]) -> dict[str, Any]:
     try:
-        return parse_object(file.read_bytes())
+        with opened() as file:
+            return parse_object(small_file(file, file.opened.num_bytes))
     except BadJson as error:
-        raise CheckpointError(file, [f"{file.name} {error}"]) from error
+        raise CheckpointError(name, [f"{name} {error}"]) from error
     except OSError as error:
-        raise CheckpointError(file, [f"{file.name} cannot be read: {reason(error)}"]) from error
+        raise CheckpointError(name, [f"{name} cannot be read: {reason(error)}"]) from error
 
 
 def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     held = {  # by directories that are read, whose files may be links to elsewhere
         os.path.realpath(file): where for where in read if os.path.isdir(where) for file in os.scandir(where)
     }
+    linked = {(found.st_dev, found.st_ino): where for where in (*read, *held) if (found := _file_at(where)) is not None}
     outputs = [one for value in vars(args).values() for one in _several(value) if isinstance(one, OutputFile)]
     places = [os.path.realpath(one) for one in outputs]
     for output, place in zip(outputs, places, strict=True):
@@ -87,6 +88,13 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{output} is read, and would be written over. Name another file.")
         if place in held:
             raise ValueError(f"{output} is a file of {read[held[place]]}, which is read. Name one elsewhere.")
+        if (found := _file_at(place)) is not None and (there := linked.get((found.st_dev, found.st_ino))) is not None:
+            raise ValueError(f"{output} is another name of {there}, which is read. Name another file.")
+
+
+def _file_at(path: str) -> os.stat_result | None:
+    """None: there is none, or something else."""
+    return os.stat(path) if os.path.isfile(path) else None
 
 
 def _several(value: Any) -> list[Any]:

@@ -33,9 +33,9 @@ from parity.planning.chips import Chip
 from parity.planning.meshes import Workload, held_bytes, mesh_shape
 
 # of the compiler: what is in use beside arguments, or in all
-_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
+_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([A-Z]?)")
 _IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
 _ARRAYS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
 
@@ -120,7 +120,7 @@ def measured(
 def exhausted_bytes(message: str) -> int | None:
     """What a program takes for which there is not enough memory, as the compiler says; None: it says something else."""
     found = _EXHAUSTED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    return int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else None
 
 
 def _compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, dict[str, int]]:

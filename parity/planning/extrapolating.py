@@ -20,8 +20,9 @@ def joined(found: list[dict[str, Any]], depths: Depths) -> dict[str, Any]:
     first, last = found[0], found[-1]
     times = {name: round(sum(one[name] for one in found), 1) for name in ("lower_s", "compile_s")}
     if any("out_of_memory_bytes" in one for one in found):
-        needed = max(one.get("out_of_memory_bytes", 0) for one in found)
         held = {name: _line(first[name], last[name], depths) for name in ("weight_bytes", "cache_bytes")}
+        # the compiler may have given up before it had all of them
+        needed = max(sum(held.values()), *(one.get("out_of_memory_bytes", 0) for one in found))
         return times | held | {"peak_bytes": None, "needs_at_least_bytes": needed}
     whole = {name: value for name, value in last.items() if name != "by_layer"} | times
     if depths.is_exact:

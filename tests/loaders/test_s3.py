@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,6 +43,7 @@ from loaders.shards import read_shards
 from loaders.sources import Unreachable, objects, runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
+from parity.inspection import open_subject
 from parity.zoo import make_checkpoint
 from parity.zoo_adapters import make_adapter
 
@@ -832,3 +834,12 @@ def test_the_index_decides_which_objects_are_read(server: Server, directory: Pat
     client(server.url).put_object(Bucket=BUCKET, Key=key, Body=json.dumps(index))
     with pytest.raises(CheckpointError, match="outside the checkpoint directory"):
         open_checkpoint(uri)
+
+
+def test_a_config_alone_may_lie_there(server: Server, directory: Path, tmp_path: Path) -> None:
+    shutil.copy(directory / "config.json", tmp_path)
+    address = server.put(tmp_path, "configs/only")
+    expected = open_subject(str(tmp_path)).config
+    for where in (address, f"{address}/", f"{address}/config.json"):
+        found = open_subject(where)
+        assert (found.config, found.checkpoint) == (expected, None)

@@ -1,6 +1,7 @@
 """``tandem inspect`` of what is quantised, and of a config.json without weights."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -179,5 +180,19 @@ def test_a_checkpoint_may_be_named_by_any_address(tmp_path, capsys):
     directory = make_checkpoint("qwen3", tmp_path / "plain")
     found, plain = inspected(capsys, f"direct://{directory}"), inspected(capsys, directory)
     assert found == plain | {"checkpoint": f"direct://{directory}"}
+    alone = abstract(tmp_path / "alone", zoo_config("qwen3"))
+    assert inspected(capsys, f"direct://{alone}")["stages"] == inspected(capsys, alone)["stages"]
+    assert inspected(capsys, f"direct://{alone}/config.json")["stages"] == inspected(capsys, alone)["stages"]
     assert main(["inspect", "s3://"]) == 2
     assert "it names no bucket" in capsys.readouterr().err
+
+
+def test_what_is_no_json_is_not_read_and_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "config.json cannot be read: it is not a regular file" in capsys.readouterr().err
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.touch()
+    os.truncate(shard, 1 << 40)
+    assert main(["inspect", str(shard)]) == 2
+    assert f"{shard.name} cannot be read: it has 1099511627776 bytes, expected at most" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -92,6 +93,43 @@ def test_what_would_write_over_what_is_read_or_means_nothing_is_refused(here, ar
     assert words in capsys.readouterr().err
     assert {(here / name).read_bytes() for name in ("a", "b", "blob")} == {b"mine"}
     assert {path.name for path in here.iterdir()} == {"it", "lr=3", "a", "b", "blob"}
+
+
+def test_another_name_of_what_is_read_is_refused(here, capsys):
+    (here / "a").write_bytes(b"mine")
+    os.link("a", "b")
+    os.link("it/model.safetensors", "c")
+    assert main(["compare", "a", "a", "--json", "b"]) == 2
+    assert main([*RECORD, "c"]) == 2
+    said = capsys.readouterr().err
+    assert f"b is another name of {here}/a, which is read" in said
+    assert f"c is another name of {here}/it/model.safetensors" in said
+    assert (here / "b").read_bytes() == b"mine"
+
+
+def test_a_result_asked_for_where_is_printed_is_there_alone_and_behind_what_was_there(here):
+    program = [sys.executable, "-m", "parity.cli"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*arguments, stdout):
+        done = subprocess.run(
+            [*program, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=environment, check=True, timeout=120
+        )
+        return done.stdout, done.stderr.decode()
+
+    trace, said = run(*RECORD, "/dev/stdout", stdout=subprocess.PIPE)
+    (here / "a").write_bytes(trace)
+    assert Trace.load(here / "a").backend == "torch"
+    assert said.startswith("wrote ")
+    (here / "log").write_text("before\n")
+    with open("log", "a") as log:
+        _, said = run("compare", "a", "a", "--json", "/dev/stdout", stdout=log)
+    before, _, found = (here / "log").read_text().partition("\n")
+    assert (before, "schema" in json.loads(found)) == ("before", True)
+    assert "PASS" in said
+    with open("new", "w") as new:
+        run("compare", "a", "a", "--json", "new", stdout=new)
+    assert (here / "new").read_text().startswith("{")
 
 
 def test_what_is_named_like_an_option_is_a_file_like_others(here):

@@ -98,13 +98,20 @@ def test_a_prompt_sees_what_stands_before_it_in_the_window(window, tokens):
 
 
 @pytest.mark.parametrize(
-    ("said", "size"), [("Used 1.16T of 15.75G hbm", 1.16 * 2**40), ("Used 20.00G of 15.75G hbm", 20 * 2**30)]
+    ("said", "size"),
+    [
+        ("Used 1.16T of 15.75G hbm", 1.16 * 2**40),
+        ("Used 20.00G of 15.75G hbm", 20 * 2**30),
+        ("Used 30.00P of 15.75G hbm", 30 * 2**50),
+        ("HLO temporaries (1.50E)", 1.5 * 2**60),
+    ],
 )
 def test_how_much_is_missing_is_understood_whatever_its_unit(said, size):
     from parity.planning.compiling import exhausted_bytes
 
     assert exhausted_bytes(f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. {said}.") == int(size)
     assert exhausted_bytes("INTERNAL: something else") is None
+    assert exhausted_bytes("Used 3.00Z of 15.75G hbm") is None
 
 
 @pytest.mark.slow
@@ -285,6 +292,9 @@ def test_a_program_too_large_to_compile_does_not_fit():
     found = joined([program(400, 9, 0), program(800, 17, 0) | {"out_of_memory_bytes": 9000}], DEPTHS)
     assert (found["peak_bytes"], found["needs_at_least_bytes"]) == (None, 9000)
     assert not judged(found, Minimum(1, 0, 0, 1, 1), CHIPS["v5e"], LOAD, "decode")["fits"]
+    held = found["weight_bytes"] + found["cache_bytes"]
+    early = joined([program(400, 9, 0), program(800, 17, 0) | {"out_of_memory_bytes": 30}], DEPTHS)
+    assert early["needs_at_least_bytes"] == held > 30
 
 
 @pytest.mark.parametrize(("spare", "fits"), [(0, True), (1, False)])
