@@ -4,7 +4,8 @@ of promotion that their layers were written for.
 Programs are compiled for the mesh that a model was loaded for, whose axes are of type Auto, or for one device. Where
 another mesh is set, or the same with axes of type Explicit, as ``jax.make_mesh`` gives them, JAX refuses to run them;
 where promotion is forbidden, it refuses to compile them; where transfers are, to take a prompt from the host; and where
-x64 is on, kernels get indices of 64 bits, which no TPU has.
+x64 is on, kernels get indices of 64 bits, which no TPU has. Of a seed the same tokens come, however JAX is told to make
+random bits.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def in_own_settings(method: Method) -> Method:
             settings.enter_context(jax.numpy_rank_promotion("allow"))
             settings.enter_context(jax.transfer_guard("allow"))
             settings.enter_context(jax.enable_x64(False))
+            settings.enter_context(jax.threefry_partitionable(True))
             if not jax.sharding.get_mesh().empty:
                 settings.enter_context(jax.set_mesh(_NONE if self.mesh is None else self.mesh))
             return method(self, *args, **kwargs)

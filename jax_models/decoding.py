@@ -100,7 +100,8 @@ class Decoding:
             token_ids: integers [B], or [B, 1].
             cache: of ``prefill`` or of the last step.
         Raises:
-            ValueError: the cache was computed with other weights, is full, or has other rows.
+            ValueError: the cache was computed with other weights, was given to a step before, is full or has other
+                rows.
         """
         model = self._model
 
@@ -113,9 +114,13 @@ class Decoding:
     def decode_step(self, ids_B1: np.ndarray, cache: VersionedCache) -> tuple[jax.Array, VersionedCache]:
         """As ``decode``, of tokens that were checked and are the same on all processes: int32 [B, 1]."""
         model = self._model
-        logits_BV, arrays = model.programs.decode(
-            model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
-        )
+        try:
+            logits_BV, arrays = model.programs.decode(
+                model.weights, ids_B1, cache=cache.arrays, **model.of_slots(cache.slot)
+            )
+        except RuntimeError:
+            model.check_runnable()  # an update that failed may have given up others than the one that was looked at
+            raise
         return logits_BV, dataclasses.replace(cache, arrays=arrays, content=digest_after(cache.content, ids_B1))
 
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
@@ -124,6 +129,10 @@ class Decoding:
         model.check_runnable(is_step=True)
         if not isinstance(cache, VersionedCache):
             raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
+        if cache.arrays.length.is_deleted():
+            raise ValueError(
+                "the cache was given to a step before, which wrote in its memory. Take what that returned."
+            )
         if cache.weights_id is not model.weights_id:
             raise ValueError(
                 f"the cache holds keys and values of other weights or adapters (version {cache.version}; the model is"

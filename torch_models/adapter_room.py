@@ -131,7 +131,7 @@ class Room:
                     value = self.part(name, after[slot].whole[name], range(held.ndim))
                     made.append((held, of_host(value).to(held.dtype)))
             slots = [table.get(slot, NONE) for slot in range(len(copies.places) - 1)]
-            made.append((copies.places, torch.tensor([*slots, NONE])))
+            made.append((copies.places, torch.tensor([*slots, NONE], device="cpu")))
         return made
 
     def _wrappers(self, layers: Mapping[str, nn.Module], sites: Sites) -> dict[str, nn.Module]:
@@ -195,7 +195,7 @@ def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> Chan
     """What an update's slot is to hold; None: zeros."""
     if update is None:
         places = [stack[slot] for stack in (stacks.a, stacks.b, stacks.scaling)]
-        return [(place, torch.zeros(place.shape, dtype=place.dtype)) for place in places]
+        return [(place, torch.zeros(place.shape, dtype=place.dtype, device="cpu")) for place in places]
     rank, site = stacks.b.shape[-1], update.site
     a, b = padded(update.a, -2, rank), padded(update.b, -1, rank)
     if site.kind == "embedding":
@@ -204,7 +204,7 @@ def _fill(stacks: Stacks, slot: int, update: LowRank | None, part: Part) -> Chan
         lead = range(len(site.lead))
         a = part(site.parameter, a, (*lead, None, len(lead) + 1))
         b = part(site.parameter, b, (*lead, len(lead), None))
-    scaling = torch.tensor(update.scaling, dtype=torch.float32)
+    scaling = torch.tensor(update.scaling, dtype=torch.float32, device="cpu")
     return [(stacks.a[slot], of_host(a)), (stacks.b[slot], of_host(b)), (stacks.scaling[slot], scaling)]
 
 

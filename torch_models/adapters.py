@@ -179,22 +179,27 @@ def _become(model: Model, roster: Roster) -> None:
 
     if roster.layout == model.roster.layout:
         changes, before = together(model.mesh, prepared)
+        was = model.roster
+        model.adapter_changes += 1  # before the first of them is another: no cache of before is taken any more
         try:
             together(model.mesh, lambda: write(changes))
+            model.roster = roster
         except BaseException as error:  # of this rank or another: all undo it
+            model.roster = was
             _undo(model, before, error)
             raise
     else:
-        room, before = together(model.mesh, lambda: Room.made(model, roster)), model.room
+        room, before, was = together(model.mesh, lambda: Room.made(model, roster)), model.room, model.roster
+        model.adapter_changes += 1
         try:
             _furnish(model, room)
+            model.roster = roster
         except BaseException:  # an interrupt
+            model.roster = was
             room.remove()
             before.install()
             model.room = before
             raise
-    model.roster = roster
-    model.adapter_changes += 1
 
 
 def _furnish(model: Model, room: Room) -> None:

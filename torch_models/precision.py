@@ -1,4 +1,8 @@
-"""What a model computes in is its own affair: ``torch.autocast`` around a call changes nothing."""
+"""What a model computes in is its own affair: ``torch.autocast`` around a call changes nothing.
+
+What products in float32 are rounded to (``torch.set_float32_matmul_precision``) torch keeps for the process and not for
+a call or a thread, so that is left as it is set; traces record it, and are not judged by the bounds of float32 then.
+"""
 
 from __future__ import annotations
 

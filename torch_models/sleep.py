@@ -114,7 +114,7 @@ def _prepared(model: Model) -> HostCopy:
     storages = _storages(model)
     copies, memory = _copied(storages, model.device)
     fresh = {
-        storage._cdata: torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        storage._cdata: torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device).untyped_storage()
         for storage in storages
         if not storage.resizable()
     }
@@ -122,7 +122,7 @@ def _prepared(model: Model) -> HostCopy:
     for _, tensor in tensors_of(model) if fresh else ():
         if tensor.layout is torch.strided and (other := fresh.get(tensor.untyped_storage()._cdata)) is not None:
             place = tensor.storage_offset(), tensor.size(), tensor.stride()
-            moves.append((tensor, torch.empty(0, dtype=tensor.dtype).set_(other, *place)))
+            moves.append((tensor, torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(other, *place)))
     owned = [fresh.get(storage._cdata, storage) for storage in storages]
     return HostCopy(list(zip(owned, copies, strict=True)), memory, moves)
 

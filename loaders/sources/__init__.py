@@ -55,5 +55,9 @@ def open_source(uri: str | os.PathLike[str]) -> Source:
     if scheme in READERS:
         return LocalDirectory(rest, scheme)
     if scheme in STORES:
+        try:
+            rest.encode()
+        except UnicodeEncodeError as error:
+            raise OSError("it is no UTF-8, which names in a store are") from error
         return STORES[scheme](rest)
     raise OSError(f"no source reads {scheme}:// . Copy the checkpoint to a local directory and pass that.")

@@ -93,7 +93,8 @@ def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
 
     expected = said()
     promotion = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
-    with promotion[0], promotion[1], jax.default_prng_impl("rbg"), jax.transfer_guard("disallow"):
+    bits = jax.default_prng_impl("rbg"), jax.threefry_partitionable(False)
+    with promotion[0], promotion[1], bits[0], bits[1], jax.transfer_guard("disallow"):
         found = said()
     assert all(map(np.array_equal, found, expected))
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):

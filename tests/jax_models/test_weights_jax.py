@@ -548,6 +548,26 @@ def test_a_broken_checkpoint_leaves_the_old_weights_serving(
     assert (bits(dense(IDS)), dense.version) == (before, 1)
 
 
+def test_a_cache_that_a_step_wrote_in_is_not_taken_again(make: Make) -> None:
+    model = jax_models.load(make("qwen3"))
+    logits, cache = model.prefill(IDS)
+    tokens = np.asarray(logits).argmax(-1)
+    _, following = model.decode(tokens, cache)
+    with pytest.raises(ValueError, match="was given to a step before.* Take what that returned"):
+        model.decode(tokens, cache)
+    model.decode(tokens, following)
+
+
+def test_a_step_says_that_an_update_gave_up_some_weights(make: Make) -> None:
+    """Which of them, a step has no time to look."""
+    model = jax_models.load(make("qwen3"))
+    _, cache = model.prefill(IDS)
+    for array in model._arrays[1:3]:
+        array.delete()
+    with pytest.raises(RuntimeError, match=r"2 of \d+ weights of version 1 were given up to an update"):
+        model.decode([3] * len(IDS), cache)
+
+
 def test_what_was_given_up_is_not_published_again(make: Make) -> None:
     """Shapes of a donated array can still be read, and it goes to where it is without an error."""
     model, other = jax_models.load(make("qwen3")), jax_models.load(make("qwen3", seed=1))

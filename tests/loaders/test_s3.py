@@ -843,3 +843,9 @@ def test_a_config_alone_may_lie_there(server: Server, directory: Path, tmp_path:
     for where in (address, f"{address}/", f"{address}/config.json"):
         found = open_subject(where)
         assert (found.config, found.checkpoint) == (expected, None)
+
+
+def test_a_name_that_is_no_utf8_is_none_of_an_object() -> None:
+    for scheme in ("s3", "gs"):
+        with pytest.raises(CheckpointError, match="it is no UTF-8"):
+            open_checkpoint(f"{scheme}://bucket/a\udc80")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from interrupts import interrupt_at, interrupting
 
 import jax_models
 import torch_models
@@ -382,6 +384,43 @@ def test_the_command_records_and_generates_with_adapters(made, tmp_path, capsys)
     assert cli.main(["generate", str(path), "--backend", "torch", *ids, *adapters, *rows]) == 0
     lines = capsys.readouterr().out.split()
     assert len(set(lines)) == 3
+
+
+@pytest.mark.parametrize("event", ["attach", "replace", "detach"])
+def test_an_interrupt_at_any_line_of_an_event_in_torch_leaves_the_adapters_of_before_or_after(event, tmp_path):
+    path = make_checkpoint("qwen3", tmp_path / "base", num_hidden_layers=1)
+    a, b = (make_adapter(path, tmp_path / str(seed), seed=seed, targets=("q_proj",)) for seed in range(2))
+    ids = [[3, 14, 15]]
+    changes = {
+        "attach": lambda model: model.attach_lora(b, "b"),
+        "replace": lambda model: model.attach_lora(b, "a"),
+        "detach": lambda model: model.detach_lora("a"),
+    }
+
+    def fresh():
+        model = torch_models.load(path).attach_lora(a, "a")
+        return model if event == "attach" else model.attach_lora(b, "c")
+
+    def said(model):
+        return {name: model(ids, adapter=name).numpy().tobytes() for name in (None, *sorted(model.adapters))}
+
+    before, after = said(fresh()), said(changes[event](fresh()))
+    model = fresh()
+    with interrupting("torch_models/adapters.py", lambda number: None) as lines:
+        changes[event](model)
+    found = []
+    for line in range(1, lines[0] + 1):
+        model = fresh()
+        token, cache = [7], model.prefill(ids, adapter="a")[1]
+        with suppress(KeyboardInterrupt), interrupting("torch_models/adapters.py", interrupt_at(line)):
+            changes[event](model)
+        found.append(said(model))
+        assert found[-1] in (before, after), line
+        if found[-1] == after:
+            with pytest.raises(ValueError, match="other weights or adapters"):
+                model.decode(token, cache)
+    assert before in found
+    assert after in found
 
 
 def test_an_interrupt_while_torch_changes_the_room_leaves_the_adapters_from_before(tmp_path, monkeypatch):

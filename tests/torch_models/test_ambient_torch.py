@@ -8,7 +8,9 @@ import torch
 
 import torch_models
 from parity.zoo import block_sizes, make_checkpoint
+from parity.zoo_adapters import make_adapter
 from parity.zoo_draft import make_drafting_checkpoint
+from torch_models.layers import rotary
 
 IDS = [[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]]
 MASK = [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
@@ -74,3 +76,24 @@ def test_autocast_around_a_draft_rounds_nothing(tmp_path):
         found = model.mtp_forward(IDS), model.generate(IDS, draft=model.draft)
     assert np.array_equal(plain[0][0].numpy(), found[0][0].numpy())
     assert torch.equal(plain[1], found[1])
+
+
+def test_a_default_device_is_not_where_what_belongs_to_a_model_is_made(tmp_path, monkeypatch):
+    """As of whoever set it to CUDA and has this model on the CPU; on meta nothing could be computed."""
+    base = make_checkpoint("qwen3-yarn", tmp_path / "it")
+    adapters = [make_adapter(base, tmp_path / str(seed), seed=seed, whole=("lm_head",)) for seed in range(2)]
+    plain = torch_models.load(base)
+    expected = [plain(IDS, MASK), plain.attach_lora(adapters[0], "a")(IDS, MASK)]
+    expected += [plain.attach_lora(adapters[1], "b")(IDS, MASK, adapter=["a", "b"])]
+    for function in (rotary._static_frequencies, rotary._exponents_on):
+        function.cache_clear()
+    model = torch_models.load(base)
+    model.lm_head.weight.numpy()  # NumPy has seen it, so torch does not resize it
+    with torch.device("meta"):
+        found = [model(IDS, MASK), model.attach_lora(adapters[0], "a")(IDS, MASK)]
+        found += [model.attach_lora(adapters[1], "b")(IDS, MASK, adapter=["a", "b"])]
+        model.sleep()
+        model.wake()
+        found.append(model(IDS, MASK, adapter=["a", "b"]))
+        model.detach_lora("a")
+    assert all(map(torch.equal, found, [*expected, expected[-1]]))

@@ -8,12 +8,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from interrupts import interrupt_at, interrupting
 
 import torch_models
 from parity.zoo import ZOO, make_checkpoint
@@ -520,34 +519,6 @@ def test_a_failed_capture_leaves_no_graph_behind(model: torch_models.Model, monk
     assert isinstance(model.graphs, DecodeGraphs)
     assert len(model.graphs) == model.graphs.num_captures == 0
     assert_replay_is_eager(model)
-
-
-@contextmanager
-def interrupting(module: str, at: Callable[[int], object]) -> Iterator[list[int]]:
-    """``at(number)`` is called before each line of a file of ours is run, and may raise."""
-    count = [0]
-
-    def tracer(frame: FrameType, event: str, _: object) -> Any:
-        if not frame.f_code.co_filename.endswith(module):
-            return None
-        if event == "line":
-            count[0] += 1
-            at(count[0])
-        return tracer
-
-    sys.settrace(tracer)
-    try:
-        yield count
-    finally:
-        sys.settrace(None)
-
-
-def interrupt_at(line: int) -> Callable[[int], None]:
-    def at(number: int) -> None:
-        if number == line:
-            raise KeyboardInterrupt
-
-    return at
 
 
 def test_an_interrupt_on_the_way_to_sleep_or_back_leaves_every_bit_or_a_refusal(fast_pair: list[Path]) -> None:

@@ -68,7 +68,7 @@ def _axes(rope: RopeParameters, rotary_dim: int, device: torch.device) -> torch.
 
 
 def _exponents(rotary_dim: int) -> torch.Tensor:
-    return torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    return torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
 
 
 @functools.cache
@@ -114,7 +114,8 @@ def _yarn_frequencies(rope: RopeParameters, rotary_dim: int, period: torch.Tenso
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device="cpu")
+    ramp = ((pairs - low) / width).clamp(0, 1)
     original = 1.0 / period
     interpolated = 1.0 / (rope.factor * period)
     keep = 1 - ramp
