@@ -83,7 +83,7 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
             for step in (begin, write_ours, finish):
                 together(mesh, step)
         except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
-            if jax.process_index() == primary and (claim is None or claim.is_held):  # else a full disk would stay full
+            if jax.process_index() == primary and (claim is None or claim.is_ours):  # else a full disk would stay full
                 with contextlib.suppress(Exception):
                     _remove(temporary.get())
             raise

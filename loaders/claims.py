@@ -14,15 +14,16 @@ from pathlib import Path
 
 
 class Claim:
-    """Of ``temporary``, which becomes ``final``: nobody else makes either while this is held."""
+    """Of ``temporary``, which becomes ``final``: nobody else makes either while this is held.
+
+    Attributes:
+        is_ours: what lies at ``temporary`` was made by this one, if in part, and nobody else loses by its removal.
+    """
 
     def __init__(self, final: Path, temporary: Path) -> None:
         self.final, self.temporary = final, temporary
+        self.is_ours = False
         self._held: int | None = None
-
-    @property
-    def is_held(self) -> bool:
-        return self._held is not None
 
     def take(self, make: Callable[[], None]) -> None:
         """Call ``make``, which makes the temporary directory in the place of what a killed writer left there.
@@ -38,6 +39,7 @@ class Claim:
                 )
             if self.temporary.is_dir():
                 os.close(_lock(self.temporary, self.final))
+            self.is_ours = True
             make()
             self._held = _lock(self.temporary, self.final)
 

@@ -303,6 +303,7 @@ def test_what_would_not_be_found_under_its_name_is_not_saved(name, saved, tmp_pa
 @pytest.mark.parametrize("step", ["create", "finalize"])
 def test_what_the_disk_refuses_is_an_os_error_that_says_where(step, saved, tmp_path, monkeypatch):
     async def refused(self):
+        self.get().mkdir(exist_ok=True)
         raise (
             ValueError("RESOURCE_EXHAUSTED: no space") if step == "finalize" else OSError(28, "No space left on device")
         )

@@ -54,11 +54,11 @@ def test_another_process_is_told_until_the_first_ends_however_it_ends(tmp_path: 
         (mine.temporary / "of the other").touch()
         with pytest.raises(FileExistsError, match="final is being written by another at this moment"):
             taken(mine)
-        assert not mine.is_held
+        assert not mine.is_ours
         assert (mine.temporary / "of the other").exists()
         other.send_signal(signal.SIGKILL)
     assert taken(mine) == ["of the other"]
-    assert mine.is_held
+    assert mine.is_ours
 
 
 def test_within_a_process_too_and_what_is_let_go_of_may_be_taken(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_within_a_process_too_and_what_is_let_go_of_may_be_taken(tmp_path: Path)
     first.release()
     first.release()
     assert taken(second) == []
-    assert (first.is_held, second.is_held) == (False, True)
+    assert second.is_ours
 
 
 def test_what_is_finished_is_left_alone(tmp_path: Path) -> None:
