@@ -17,7 +17,7 @@ from parity.planning.depths import Depths
 from parity.planning.meshes import Workload
 from parity.planning.plan import Request, _compiled
 
-# the worker reads a config.json that is a pipe, which takes as long as we like, as a compile would
+# what the worker imports reads a pipe, which takes as long as we like, as a compile would
 ASKS = """
 import sys
 from parity.planning.chips import chip_of
@@ -26,7 +26,8 @@ from parity.planning.meshes import Workload
 from parity.planning.plan import Request, _compiled
 
 load = Workload(rows=1, context=8, prompt=8, dtype="bfloat16")
-request = Request(sys.argv[1], None, None, chip_of("v5e"), load)
+request = Request("nothing", None, None, chip_of("v5e"), load)
+sys.path.insert(0, sys.argv[1])
 _compiled(request, "2x2", {"tensor": 4}, Depths(1, 1, count=1, period=1, typical=range(1)))
 """
 PRINTS = "import loaders; print(loaders.__file__)"
@@ -44,8 +45,9 @@ def until(is_so: Callable[[], bool], seconds: float) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_goes_on_compiling_for_a_plan_that_was_killed(how, tmp_path):
-    pipe, ends = tmp_path / "config.json", []
+    pipe, ends = tmp_path / "pipe", []
     os.mkfifo(pipe)
+    (tmp_path / "jax.py").write_text(f"open({str(pipe)!r}).read()")
     asking = subprocess.Popen([sys.executable, "-c", ASKS, str(tmp_path)])
 
     def is_read() -> bool:
