@@ -89,7 +89,8 @@ class VersionedCache:
         version: of the model, to be said where it is refused.
         weights_id: of its weights, which decides: two models of one version may differ in them.
         slot: int32 [B], of each row's adapter; it goes on with it.
-        content: digest of the prompt, the adapters and the tokens since: processes may not go on with different ones.
+        content: digest of the prompt, the adapters and the tokens since: several processes may not go on with different
+            ones. Of one process it is empty, for nobody asks.
     """
 
     arrays: Cache

@@ -13,6 +13,7 @@ from jax_models.ambient import in_own_settings
 from jax_models.cache import VersionedCache
 from jax_models.draft import Draft
 from jax_models.generate import generate
+from jax_models.processes import processes_of
 from jax_models.speculative import generate_with_draft
 from loaders.digest import digest_after
 from loaders.events import version_of
@@ -72,7 +73,7 @@ class Decoding:
 
         slot_B = model.agreed("what is asked for", slots, said)
         arrays = model.programs.empty_cache(rows=rows, capacity=bucket(length + max_new_tokens))
-        content = digest_after(prompt.digest, slot_B)
+        content = digest_after(prompt.digest, slot_B) if len(processes_of(model.mesh)) > 1 else ""
         return VersionedCache(arrays, model.version, model.weights_id, slot_B, content)
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
@@ -121,7 +122,8 @@ class Decoding:
         except RuntimeError:
             model.check_runnable()  # an update that failed may have given up others than the one that was looked at
             raise
-        return logits_BV, dataclasses.replace(cache, arrays=arrays, content=digest_after(cache.content, ids_B1))
+        content = cache.content and digest_after(cache.content, ids_B1)
+        return logits_BV, dataclasses.replace(cache, arrays=arrays, content=content)
 
     def next_ids(self, token_ids: Any, cache: VersionedCache) -> np.ndarray:
         """What ``decode`` was given, checked against the cache it will be appended to: int32 [B, 1]."""

@@ -54,14 +54,16 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
     with _handlers(primary) as handlers:
 
         def begin() -> None:
-            if jax.process_index() == primary:
-                with _named(where):
-                    make() if claim is None else claim.take(make)
-
-        def make() -> None:
-            _run(temporary.create())
-            for item in handlers:
-                (temporary.get() / item).mkdir()
+            if jax.process_index() != primary:
+                return
+            with _named(where):
+                if claim is None:
+                    _run(temporary.create())
+                else:
+                    claim.take()
+                    store.write(temporary.get() / ABOUT, {"init_timestamp_nsecs": time.time_ns()})
+                for item in handlers:
+                    (temporary.get() / item).mkdir()
 
         def write_ours() -> None:
             for item, handler in handlers.items():
@@ -83,7 +85,7 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
             for step in (begin, write_ours, finish):
                 together(mesh, step)
         except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
-            if jax.process_index() == primary and (claim is None or claim.is_ours):  # else a full disk would stay full
+            if jax.process_index() == primary and (claim is None or claim.is_held):  # else a full disk would stay full
                 with contextlib.suppress(Exception):
                     _remove(temporary.get())
             raise
@@ -108,15 +110,17 @@ def _named(place: epath.PathLike) -> Iterator[None]:
 def _remove(directory: epath.Path) -> None:
     """Remove what a failed save began, also what TensorStore, which goes on for a moment, makes there again.
 
-    The next save is written under the same name, and must not find anything of this one.
+    The next save is written under the same name, and must not find anything of this one; nor may it begin meanwhile, so
+    the directory itself, which is locked, goes last.
     """
     until, seen = time.monotonic() + MOST_S, time.monotonic()
     while time.monotonic() < min(until, seen + QUIET_S):
-        if directory.exists():
+        for path in list(directory.iterdir()):
             seen = time.monotonic()
             with contextlib.suppress(OSError):  # a file came while it was removed
-                directory.rmtree(missing_ok=True)
+                path.rmtree(missing_ok=True) if path.is_dir() else path.unlink(missing_ok=True)
         time.sleep(0.02)
+    directory.rmtree(missing_ok=True)
 
 
 class UnreadableArrays(Exception):

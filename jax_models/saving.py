@@ -211,7 +211,7 @@ def _unusable(where: str) -> str | None:
         where.encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8"
-    return "so Orbax names what is not finished" if UNFINISHED in os.path.basename(where) else None
+    return "so Orbax names what is not finished" if UNFINISHED in os.path.basename(where.rstrip("/")) else None
 
 
 def _tupled(value: Any) -> Any:

@@ -1,83 +1,90 @@
-"""A directory that one writer makes beside its final place: others are told, and what a killed one left is taken over.
+"""A directory that one writer fills beside its final place: others are told, and what a killed one left is taken over.
 
-A writer holds a lock of the directory (``flock``), which ends with its process, however that ends. Where a file system
-has no locks, whoever comes last writes.
+A writer holds a lock of the directory (``flock``), which ends with its process, however that ends. The directory stays
+the same one until it is renamed or removed, so that whoever finds it can ask. Where a file system has no locks, whoever
+comes last writes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 
 
 class Claim:
-    """Of ``temporary``, which becomes ``final``: nobody else makes either while this is held.
-
-    Attributes:
-        is_ours: what lies at ``temporary`` was made by this one, if in part, and nobody else loses by its removal.
-    """
+    """Of ``temporary``, which becomes ``final``: nobody else fills it while this is held."""
 
     def __init__(self, final: Path, temporary: Path) -> None:
         self.final, self.temporary = final, temporary
-        self.is_ours = False
         self._held: int | None = None
 
-    def take(self, make: Callable[[], None]) -> None:
-        """Call ``make``, which makes the temporary directory in the place of what a killed writer left there.
+    @property
+    def is_held(self) -> bool:
+        return self._held is not None
+
+    def take(self) -> None:
+        """Make the temporary directory, or empty what a killed writer left there, and hold it.
 
         Raises:
             FileExistsError: the final directory is there, or another writer is at it.
+            OSError: it cannot be made.
         """
-        self.final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.final.parent):  # so that of two who look at once one is first
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
+        while self._held is None:  # whoever it was may finish, or give up, between two looks
+            with contextlib.suppress(FileExistsError):
+                self.temporary.mkdir()
+            self._held = self._lock()
+        try:
+            self.empty()
             if self.final.exists():
-                raise FileExistsError(
-                    f"{self.final} exists meanwhile: another has written it. Nothing of it was changed."
-                )
-            if self.temporary.is_dir():
-                os.close(_lock(self.temporary, self.final))
-            self.is_ours = True
-            make()
-            self._held = _lock(self.temporary, self.final)
+                self.temporary.rmdir()
+                raise FileExistsError(f"{self.final} exists by now: another has written it. Nothing of it was changed.")
+        except BaseException:
+            self.release()
+            raise
+
+    def empty(self) -> bool:
+        """Remove what lies in the temporary directory; whether anything did. What comes meanwhile may be left."""
+        found = list(self.temporary.iterdir())
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        return bool(found)
 
     def release(self) -> None:
-        """Others may make it from here on."""
+        """Others may fill it from here on."""
         if self._held is not None:
             held, self._held = self._held, None
+            with contextlib.suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor, too
             os.close(held)
 
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Wait for it; it is held for as long as making a directory takes."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
+    def _lock(self) -> int | None:
+        """A descriptor that holds the lock; None: the directory is gone, or another one. Raises FileExistsError."""
+        try:
+            descriptor = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise FileExistsError(
+                f"{self.final} is being written by another at this moment. Write to a directory of its own."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(self.temporary)):
+                return descriptor
         os.close(descriptor)
-
-
-def _lock(directory: Path, final: Path) -> int:
-    """A descriptor that holds the lock. Raises FileExistsError: another one does."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise FileExistsError(
-            f"{final} is being written by another at this moment. Write to a directory of its own."
-        ) from error
-    return descriptor
-
-
-def _flock(descriptor: int, how: int) -> None:
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks
-        return
+        return None

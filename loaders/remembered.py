@@ -65,7 +65,7 @@ class RememberedSource:
         return self._there.names()
 
     def open(self, name: str, known: Identity | None = None) -> OpenFile:
-        """See ``Source.open``; of what was known only a text is remembered, so it is asked for all the same."""
+        """See ``Source.open``; of an object only a text is remembered, so the store is asked all the same."""
         return self._there.open(name)
 
     def identity(self, name: str) -> Identity:

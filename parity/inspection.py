@@ -54,18 +54,21 @@ def open_subject(path: str) -> Subject:
     Raises:
         CheckpointError: it cannot be used; lists everything.
     """
-    given, is_address = Path(path), "://" in path
+    given = Path(path)
     try:
-        if not is_address and given.is_file():  # also where it is a link to elsewhere
+        if "://" not in path and given.is_file():  # also where it is a link to elsewhere
             return _of_config(path, given.name, partial(LocalFile, given), open_source(given.absolute().parent))
-        if is_address and path.endswith(".json"):
-            directory, _, name = path.rpartition("/")
-            source = open_source(directory)
+        try:
+            source, name = open_source(path), CONFIG
+            names = source.names()
+        except OSError:
+            if "://" not in path or not path.endswith(".json"):
+                raise
+            name = path.rpartition("/")[2]
+            source = open_source(path.removesuffix(name))
             return _of_config(path, name, partial(source.open, name), source)
-        source = open_source(path)
-        names = source.names()
-        if CONFIG in names and not any(".safetensors" in name for name in names):
-            return _of_config(path, CONFIG, partial(source.open, CONFIG), source)
+        if name in names and not any(".safetensors" in one for one in names):
+            return _of_config(path, name, partial(source.open, name), source)
     except OSError as error:
         raise CheckpointError(path, [f"cannot be opened: {reason(error)}"]) from error
     checkpoint = open_checkpoint(path)
@@ -74,8 +77,8 @@ def open_subject(path: str) -> Subject:
 
 def _of_config(path: str, name: str, opened: Callable[[], OpenFile], source: Source) -> Subject:
     """Of a config.json alone. ``source``: where a document of its quantisation may lie beside it."""
-    document = _object(name, opened)
-    beside = _object(DOCUMENT, partial(source.open, DOCUMENT)) if DOCUMENT in source.names() else None
+    document = _object(path, name, opened)
+    beside = _object(path, DOCUMENT, partial(source.open, DOCUMENT)) if DOCUMENT in source.names() else None
     # of no tensor is it said that the draft is quantised: exporters leave it alone, and do not say so
     config, problems = config_from_json(document, beside=beside)
     if config is None:
@@ -83,14 +86,14 @@ def _of_config(path: str, name: str, opened: Callable[[], OpenFile], source: Sou
     return Subject(path, config, document)
 
 
-def _object(name: str, opened: Callable[[], OpenFile]) -> dict[str, Any]:
+def _object(path: str, name: str, opened: Callable[[], OpenFile]) -> dict[str, Any]:
     try:
         with opened() as file:
             return parse_object(small_file(file, file.opened.num_bytes))
     except BadJson as error:
-        raise CheckpointError(name, [f"{name} {error}"]) from error
+        raise CheckpointError(path, [f"{name} {error}"]) from error
     except OSError as error:
-        raise CheckpointError(name, [f"{name} cannot be read: {reason(error)}"]) from error
+        raise CheckpointError(path, [f"{name} cannot be read: {reason(error)}"]) from error
 
 
 def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str, Any]:

@@ -187,6 +187,7 @@ def _become(model: Model, roster: Roster) -> None:
         except BaseException as error:  # of this rank or another: all undo it
             model.roster = was
             _undo(model, before, error)
+            model.adapter_changes -= 1  # all is as it was
             raise
     else:
         room, before, was = together(model.mesh, lambda: Room.made(model, roster)), model.room, model.roster
@@ -199,6 +200,7 @@ def _become(model: Model, roster: Roster) -> None:
             room.remove()
             before.install()
             model.room = before
+            model.adapter_changes -= 1
             raise
 
 

@@ -35,6 +35,7 @@ class Cache:
         version: of the weights it was computed with, for people.
         stamp: of those weights; a model whose weights bear another one may not read it (law 7). Nothing: none may.
         content: digest of the prompt, the adapters and the tokens since: ranks may not go on with different ones.
+            Without a mesh it is empty, for nobody asks.
     """
 
     layers: dict[str, LayerCache]

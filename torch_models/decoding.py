@@ -74,7 +74,7 @@ class Decoding:
         slot_B = model.agreed("what is asked for", slots, said)
         cache = model.empty_cache(rows, bucket(length + max_new_tokens))
         cache.adapter.copy_(model.long(slot_B))
-        cache.content = digest_after(prompt.digest, slot_B)
+        cache.content = "" if model.mesh is None else digest_after(prompt.digest, slot_B)
         return cache
 
     def checked_prompt(self, input_ids: Any, attention_mask: Any = None, **multimodal: Any) -> ModelInputs:
@@ -139,7 +139,7 @@ class Decoding:
         ids_B1 = model.agreed("what is appended", next_ids, said)
         with torch.inference_mode(), cache.written():  # on a CPU half of an operation's overhead is what autograd asks
             logits_BV = model.decode_step(model.long(ids_B1), cache.with_room(1))
-        cache.content = digest_after(cache.content, ids_B1)
+        cache.content = cache.content and digest_after(cache.content, ids_B1)
         return logits_BV.clone(), cache  # which the caller may write to, outside of that mode too
 
     def next_ids(self, token_ids: Any, cache: Cache, *, rows: int) -> np.ndarray:

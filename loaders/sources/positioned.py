@@ -50,7 +50,7 @@ class FileIdentity:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FileIdentity):
-            return NotImplemented  # a remembered one knows by itself
+            return NotImplemented
         if self._content != other._content:
             return False
         before, after = sorted((self, other), key=lambda one: one.changed_ns)

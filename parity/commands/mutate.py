@@ -61,13 +61,13 @@ def render(results: list[MutantResult]) -> str:
             f"{mutant.name:34} {mutant.kind:10} {result.backend:8} {_outcome(result):11} {result.seconds:5.2f}"
             f"  {result.evidence or mutant.equivalent or mutant.says}"
         )
-    counted = [result for result in results if result.mutant.equivalent is None]
+    counted = [result for result in results if result.mutant.equivalent is None and not result.is_broken]
     killed = sum(result.killed for result in counted)
     share = f" ({killed / len(counted):.0%})" if counted else ""
     broken = sum(result.is_broken for result in results)
     lines.append(
         f"mutation score: {killed} of {len(counted)} killed{share};"
-        f" {len(results) - len(counted)} equivalent, not counted"
+        f" {len(results) - len(counted) - broken} equivalent, not counted"
         f"{f'; {broken} could not be tried' if broken else ''}"
     )
     return "\n".join(lines)

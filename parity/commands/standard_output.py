@@ -28,14 +28,16 @@ def results_alone(args: argparse.Namespace) -> Iterator[None]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in asked:
             setattr(args, name, OutputFile(directory / name))
-        with redirect_stdout(sys.stderr):
-            yield
-        stdout.flush()
-        for name in asked:
-            result = directory / name
-            if result.exists():  # a verb that found nothing to write has said so
-                stdout.buffer.write(result.read_bytes())
-        stdout.flush()
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:  # also where what is said besides could not be printed
+            stdout.flush()
+            for name in asked:
+                result = directory / name
+                if result.exists():  # a verb that found nothing to write has said so
+                    stdout.buffer.write(result.read_bytes())
+            stdout.flush()
 
 
 def _is_stdout(path: Path) -> bool:

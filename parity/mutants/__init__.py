@@ -145,14 +145,19 @@ def prepare(bench: Bench, mutant: Mutant, backend: str) -> list[str]:
     return bench.clean[key]
 
 
+class FalseAlarm(AssertionError):
+    """A detector finds fault with the clean code, so that it proves nothing."""
+
+
 def try_mutant(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
     """Plant a mutant and see whether its detector notices.
 
     Raises:
-        AssertionError: the detector finds fault with the clean code, so that it would prove nothing.
+        FalseAlarm: the detector finds fault with the clean code, so that it would prove nothing.
     """
     false_alarm = prepare(bench, mutant, backend)
-    assert not false_alarm, f"clean {backend} on {mutant.subject}: {false_alarm}"
+    if false_alarm:
+        raise FalseAlarm(f"clean {backend} on {mutant.subject}: {false_alarm}")
     started = time.perf_counter()
     with mutant.planted(backend):
         try:
@@ -173,7 +178,7 @@ def score(names: Sequence[str] | None = None, *, kind: Kind | None = None) -> li
         kind: only those of one kind.
     Raises:
         ValueError: a name that is no mutant's.
-        AssertionError: a detector finds fault with the clean code, so that it proves nothing.
+        FalseAlarm: a detector finds fault with the clean code, so that it proves nothing.
     """
     known = all_mutants()
     unknown = sorted(set(names or ()) - known.keys())
@@ -190,7 +195,7 @@ def _tried(bench: Bench, mutant: Mutant, backend: str) -> MutantResult:
     started = time.perf_counter()
     try:
         return try_mutant(bench, mutant, backend)
-    except AssertionError:
+    except FalseAlarm:
         raise
     except Exception as error:  # noqa: BLE001 - it may be anything, and is told
         why = f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"

@@ -35,7 +35,7 @@ from parity.planning.meshes import Workload, held_bytes, mesh_shape
 # of the compiler: what is in use beside arguments, or in all
 _EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([A-Z]?)")
 _IN_HBM = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)  # of its report
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
 _ARRAYS = re.compile(r"\b(pred|bf16|[sfu]\d+)\[([\d,]*)\]")
 
 

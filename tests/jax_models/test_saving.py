@@ -287,7 +287,7 @@ def test_of_two_saves_to_one_directory_one_is_there_whole_and_the_other_is_told(
 
     monkeypatch.setattr(orbax_files, "together", stepped)
     save("first")
-    assert "save exists meanwhile" in errors["first"] if winner == "second" else "by another" in errors["second"]
+    assert "save exists by now" in errors["first"] if winner == "second" else "by another" in errors["second"]
     assert len(errors) == 1
     assert jax_models.restore(tmp_path / "save").digests() == models[winner].digests()
     assert [path.name for path in tmp_path.iterdir()] == ["save"]
@@ -300,18 +300,38 @@ def test_what_would_not_be_found_under_its_name_is_not_saved(name, saved, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["create", "finalize"])
-def test_what_the_disk_refuses_is_an_os_error_that_says_where(step, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ValueError("RESOURCE_EXHAUSTED: no space"), OSError(28, "No space left on device")])
+def test_what_the_disk_refuses_is_an_os_error_that_says_where(error, saved, tmp_path, monkeypatch):
     async def refused(self):
-        self.get().mkdir(exist_ok=True)
-        raise (
-            ValueError("RESOURCE_EXHAUSTED: no space") if step == "finalize" else OSError(28, "No space left on device")
-        )
+        raise error
 
-    monkeypatch.setattr(atomicity_defaults.get_default_temporary_path_class(epath.Path(tmp_path)), step, refused)
+    monkeypatch.setattr(atomicity_defaults.get_default_temporary_path_class(epath.Path(tmp_path)), "finalize", refused)
     with pytest.raises(OSError, match=re.escape(str(tmp_path / "save"))):
         saved[0].save(tmp_path / "save")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_while_a_failed_save_is_removed_no_other_one_begins(saved, tmp_path, monkeypatch):
+    """What TensorStore still makes there is removed for a while, and would be the other one's."""
+    told, remove = [], orbax_files._remove
+
+    async def refused(self):
+        raise OSError(28, "No space left on device")
+
+    def removing(directory):
+        with pytest.raises(FileExistsError, match="by another at this moment"):
+            saved[0].save(tmp_path / "save")
+        told.append(directory)
+        monkeypatch.undo()
+        remove(directory)
+
+    monkeypatch.setattr(atomicity_defaults.get_default_temporary_path_class(epath.Path(tmp_path)), "finalize", refused)
+    monkeypatch.setattr(orbax_files, "_remove", removing)
+    with pytest.raises(OSError, match="No space"):
+        saved[0].save(tmp_path / "save")
+    assert told
+    saved[0].save(tmp_path / "save")
+    assert jax_models.restore(tmp_path / "save").digests() == saved[0].digests()
 
 
 @pytest.mark.parametrize("limit", [100, 3000, 30_000])

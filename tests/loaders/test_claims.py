@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from loaders.claims import Claim
 final, temporary = map(Path, sys.argv[1:])
-Claim(final, temporary).take(temporary.mkdir)
+Claim(final, temporary).take()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -25,22 +26,6 @@ sys.stdin.read()
 
 def claim(where: Path) -> Claim:
     return Claim(where / "in" / "final", where / "in" / "final.tmp")
-
-
-def taken(one: Claim) -> list[str]:
-    """Take it, and what was in the way."""
-    found: list[str] = []
-
-    def make() -> None:
-        if one.temporary.exists():
-            found.extend(path.name for path in one.temporary.iterdir())
-            for path in one.temporary.iterdir():
-                path.unlink()
-            one.temporary.rmdir()
-        one.temporary.mkdir()
-
-    one.take(make)
-    return found
 
 
 def test_another_process_is_told_until_the_first_ends_however_it_ends(tmp_path: Path) -> None:
@@ -53,31 +38,32 @@ def test_another_process_is_told_until_the_first_ends_however_it_ends(tmp_path: 
         assert other.stdout.readline() == b"held\n"
         (mine.temporary / "of the other").touch()
         with pytest.raises(FileExistsError, match="final is being written by another at this moment"):
-            taken(mine)
-        assert not mine.is_ours
+            mine.take()
+        assert not mine.is_held
         assert (mine.temporary / "of the other").exists()
         other.send_signal(signal.SIGKILL)
-    assert taken(mine) == ["of the other"]
-    assert mine.is_ours
+    assert (mine.take(), list(mine.temporary.iterdir())) == (None, [])
+    assert mine.is_held
 
 
 def test_within_a_process_too_and_what_is_let_go_of_may_be_taken(tmp_path: Path) -> None:
     first, second = claim(tmp_path), claim(tmp_path)
-    assert taken(first) == []
+    first.take()
     with pytest.raises(FileExistsError):
-        taken(second)
+        second.take()
     first.release()
     first.release()
-    assert taken(second) == []
-    assert second.is_ours
+    second.take()
+    assert (first.is_held, second.is_held) == (False, True)
 
 
 def test_what_is_finished_is_left_alone(tmp_path: Path) -> None:
     one = claim(tmp_path)
     one.final.mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="exists meanwhile"):
-        taken(one)
+    with pytest.raises(FileExistsError, match="exists by now"):
+        one.take()
     assert not one.temporary.exists()
+    assert not one.is_held
 
 
 def test_where_there_are_no_locks_the_last_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +73,43 @@ def test_where_there_are_no_locks_the_last_one_writes(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fcntl.flock", refused)
     first, second = claim(tmp_path), claim(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
-    assert (taken(first), taken(second)) == ([], [])
+    first.take()
+    second.take()
     first.release()
     second.release()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_directory_that_goes_between_two_looks_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer gave up, or finished: what is locked then is nobody's."""
+    first, second = claim(tmp_path), claim(tmp_path)
+    first.take()
+    real, gone = fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not gone and how != fcntl.LOCK_UN:
+            gone.append(descriptor)
+            first.temporary.rmdir()
+            first.release()
+        real(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    second.take()
+    assert second.is_held
+    with pytest.raises(FileExistsError, match="is being written"):
+        first.take()
+
+
+def test_a_child_that_was_forked_meanwhile_holds_nothing_that_was_let_go_of(tmp_path: Path) -> None:
+    first, second = claim(tmp_path), claim(tmp_path)
+    first.take()
+    with subprocess.Popen(["sleep", "20"], pass_fds=[first._held or 0]) as child:
+        first.release()
+        second.take()
+        child.kill()
+
+
+def test_below_a_file_there_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "in").touch()
+    with pytest.raises(NotADirectoryError):
+        claim(tmp_path).take()

@@ -183,6 +183,8 @@ def test_a_checkpoint_may_be_named_by_any_address(tmp_path, capsys):
     alone = abstract(tmp_path / "alone", zoo_config("qwen3"))
     assert inspected(capsys, f"direct://{alone}")["stages"] == inspected(capsys, alone)["stages"]
     assert inspected(capsys, f"direct://{alone}/config.json")["stages"] == inspected(capsys, alone)["stages"]
+    called = make_checkpoint("qwen3", tmp_path / "called.json")
+    assert inspected(capsys, f"direct://{called}")["stages"] == plain["stages"]
     assert main(["inspect", "s3://"]) == 2
     assert "it names no bucket" in capsys.readouterr().err
 
@@ -190,7 +192,9 @@ def test_a_checkpoint_may_be_named_by_any_address(tmp_path, capsys):
 def test_what_is_no_json_is_not_read_and_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "config.json")
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "config.json cannot be read: it is not a regular file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: 1 problem" in said
+    assert "config.json cannot be read: it is not a regular file" in said
     shard = tmp_path / "model-00001-of-00002.safetensors"
     shard.touch()
     os.truncate(shard, 1 << 40)

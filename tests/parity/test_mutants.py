@@ -122,18 +122,19 @@ def test_a_change_that_cannot_be_called_as_its_original_is_an_error_when_it_is_p
         one.on("jax")
 
 
-def test_one_that_cannot_be_tried_does_not_keep_the_others_from_it(monkeypatch):
+@pytest.mark.parametrize("error", [LookupError, AssertionError])
+def test_one_that_cannot_be_tried_does_not_keep_the_others_from_it(error, monkeypatch):
     def other(original, *args, **kwargs):
-        raise LookupError("there is none")
+        raise error("there is none")
 
     broken = dataclasses.replace(MUTANTS["rope_sign"], plant=wrapped("layers.attention:rotate", other))
     monkeypatch.setattr("parity.mutants.all_mutants", lambda: {"broken": broken, "eps_zero": MUTANTS["eps_zero"]})
     first, second = score()[:: len(broken.backends)][:2]
-    assert (first.is_broken, first.is_as_expected, first.evidence) == (True, False, "LookupError: there is none")
+    assert (first.is_broken, first.is_as_expected, first.evidence) == (True, False, f"{error.__name__}: there is none")
     assert second.killed
     table = render([first, second])
     assert "NOT TRIED" in table
-    assert "; 1 could not be tried" in table
+    assert "1 of 1 killed (100%); 0 equivalent, not counted; 1 could not be tried" in table
 
 
 def test_score_tries_what_it_is_asked_for():

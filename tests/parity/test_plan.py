@@ -104,6 +104,7 @@ def test_a_prompt_sees_what_stands_before_it_in_the_window(window, tokens):
         ("Used 20.00G of 15.75G hbm", 20 * 2**30),
         ("Used 30.00P of 15.75G hbm", 30 * 2**50),
         ("HLO temporaries (1.50E)", 1.5 * 2**60),
+        ("HLO temporaries (512B)", 512),
     ],
 )
 def test_how_much_is_missing_is_understood_whatever_its_unit(said, size):
