@@ -84,8 +84,11 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         try:
             for step in (begin, write_ours, finish):
                 together(mesh, step)
-        except Exception:  # of all: nobody writes any more. Of an interrupt the others know nothing
-            if jax.process_index() == primary and (claim is None or claim.is_held):  # else a full disk would stay full
+        except BaseException as error:
+            # nobody writes any more; of an interrupt, others know nothing
+            is_over = isinstance(error, Exception) or len(processes_of(mesh)) == 1
+            is_ours = jax.process_index() == primary and (claim is None or claim.is_held)
+            if is_over and is_ours:  # else a full disk would stay full
                 with contextlib.suppress(Exception):
                     _remove(temporary.get())
             raise

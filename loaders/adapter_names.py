@@ -21,8 +21,16 @@ def name_problems(config: AdapterConfig, sites: Sites, spell: Spell, present: Co
     } | {f"{path}.weight" for path in present}
     problems = []
     for name in () if isinstance(config.target_modules, str) else config.target_modules:
-        if not (has_experts and name in _SINGLE) and not any(is_called(module, name) for module in modules):
+        if (has_experts and name in _SINGLE) or any(is_called(module, name) for module in modules):
+            continue
+        of_tower = [module for module in sites.tower_modules if is_called(module, name)]
+        if not of_tower:
             problems.append(f"adapter_config.json: target_modules names {name!r}, which no module is called")
+        elif any(config.targets(module) for module in of_tower):  # what exclude_modules names PEFT leaves alone
+            problems.append(
+                f"adapter_config.json: target_modules names {name!r}, which only modules of {sites.tower!r} are called:"
+                " adapters of the vision tower are not implemented"
+            )
     for name in config.target_parameters:
         if not any(is_called(parameter, name) for parameter in parameters):
             problems.append(

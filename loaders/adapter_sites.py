@@ -49,6 +49,7 @@ class Sites:
     params: dict[str, ParamSpec]  # all parameters, as if nothing were quantised
     tied: dict[str, str]  # tensor of a tied head -> the parameter it is
     tower: str  # path of the vision tower, which cannot be adapted; empty: there is none
+    tower_modules: frozenset[str]  # paths of its modules
 
     def layer(self, module: str) -> str:
         """The layer that stands for a module: the embedding for a tied head."""
@@ -90,7 +91,8 @@ def sites_of(config: ModelConfig) -> Sites:
         whole[tied.tensor] = tied.shape
     tied = {one.tensor: one.same_as for one in specs.tied}
     tower = os.path.commonprefix(visual).rpartition(".")[0]
-    return Sites(found, whole, {spec.name: spec for spec in specs}, tied, tower)
+    modules = frozenset(name.rpartition(".")[0] for name in visual)
+    return Sites(found, whole, {spec.name: spec for spec in specs}, tied, tower, modules)
 
 
 def _unquantized(config: Any) -> ModelConfig:

@@ -146,6 +146,9 @@ def exchange(life: LiveModel) -> str:
     if life.model.config.tie_word_embeddings or [len(names) for names in tensors] != [1, 1]:
         raise Skipped("embedding and head are not two parameters that can be swapped")
     (embedding,), (head,) = tensors
+    held = life.bench.checkpoints[life.base].tensors
+    if (held[embedding].dtype, held[embedding].shape) != (held[head].dtype, held[head].shape):
+        raise Skipped(f"embedding and head are {held[embedding].dtype} and {held[head].dtype}: neither fits the other")
     before = life.model.digests()
     crossed = before | {embedding: before[head], head: before[embedding]}
 

@@ -18,7 +18,8 @@ from parity.zoo_adapters import TABLES, make_adapter
 _LAYERS = ("q_proj", "v_proj", "down_proj", "in_proj_qkv", "out_proj")
 # relative: how far rounding may move logits, of weights that are merged, or of experts, whose products depend on how
 # many rows come together
-_ROUNDING = {"float32": 1e-5, "bfloat16": 5e-2}
+_ROUNDING = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Change = Callable[[Any], Any]
 
@@ -51,6 +52,12 @@ class _Adapted:
     def rounding(self) -> float:
         """How far rounding may move logits."""
         return _ROUNDING[str(self.life.model.dtype).removeprefix("torch.")]
+
+    @property
+    def rounding_of_weights(self) -> float:
+        """Likewise where matrices are rounded to what they are stored in, as those are that are merged."""
+        stored = {info.dtype for info in self.bench.checkpoints["A"].tensors.values() if len(info.shape) > 1}
+        return max(self.rounding, *(_ROUNDING[_STORED[dtype]] for dtype in stored if dtype in _STORED))
 
     def do(self, change: Change) -> None:
         """One published change."""
@@ -155,7 +162,7 @@ def merge(life: LiveModel) -> str:
         adapted.clear()
         return "refused: quantised weights would be rounded again"
     adapted.do(lambda model: model.merge_lora())
-    error, most = _distance(adapted.logits(), separate), adapted.rounding
+    error, most = _distance(adapted.logits(), separate), adapted.rounding_of_weights
     expect(error <= most, f"merged weights are {error:.1e} away from the adapter, at most {most:.0e}")
     for what, change in (
         ("a reload", lambda: life.model.update_weights_from_disk(life.bench.path("A"))),

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -309,6 +311,34 @@ def test_what_the_disk_refuses_is_an_os_error_that_says_where(error, saved, tmp_
     with pytest.raises(OSError, match=re.escape(str(tmp_path / "save"))):
         saved[0].save(tmp_path / "save")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_an_interrupt_one_may_save_there_again(saved, tmp_path, monkeypatch):
+    """What goes on writing for a moment is waited for, and nothing of it is left."""
+    late, together = [], orbax_files.together
+
+    def interrupted(mesh, step):
+        if step.__name__ != "write_ours":
+            return together(mesh, step)
+        directory = tmp_path / "save.orbax-checkpoint-tmp" / "weights"
+
+        def write():
+            time.sleep(0.2)
+            directory.mkdir(exist_ok=True)
+            (directory / "late").touch()
+
+        late.append(threading.Thread(target=write))
+        late[0].start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orbax_files, "together", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        saved[0].save(tmp_path / "save")
+    monkeypatch.undo()
+    assert not late[0].is_alive()
+    assert list(tmp_path.iterdir()) == []
+    saved[0].save(tmp_path / "save")
+    assert jax_models.restore(tmp_path / "save").digests() == saved[0].digests()
 
 
 def test_while_a_failed_save_is_removed_no_other_one_begins(saved, tmp_path, monkeypatch):

@@ -233,6 +233,20 @@ def test_an_adapter_of_the_vision_tower_is_refused_in_one_sentence(made, tmp_pat
     )
 
 
+def test_modules_of_the_tower_may_be_named_where_they_are_excluded(made, tmp_path):
+    """As of ``all-linear``, which PEFT saves as the names of all linear modules, the excluded ones too."""
+    base = made("qwen3_vl")
+    names = {"target_modules": ["q_proj", "qkv", "attn.proj", "linear_fc1"]}
+    adapter = edited(
+        make_adapter(base, tmp_path / "adapter", targets=("q_proj",)), **names, exclude_modules=".*visual.*"
+    )
+    assert open_adapter(adapter, open_checkpoint(base).config).low_rank
+    adapter = edited(make_adapter(base, tmp_path / "other", targets=("q_proj",)), **names)
+    found = problems(base, adapter)
+    assert len(found) == 3
+    assert "names 'qkv', which only modules of 'model.visual' are called: adapters of the vision tower" in found[0]
+
+
 def test_names_that_could_be_the_towers_too_are_the_language_models_where_the_file_has_no_others(made, tmp_path):
     """PEFT runs the base's own tower then: an adapter of the language model alone fits the whole one."""
     base = made("qwen3_vl")

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from lives import BACKENDS, Benches
+from safetensors.numpy import load_file, save_file
 
 import torch_models.model
 import torch_models.weights
@@ -26,6 +27,7 @@ from parity.events import render_text
 from parity.faults import MATCHING, OPENING, READING, other_architecture
 from parity.lifecycle import run_lifecycle
 from parity.live_model import HALVES, NEW_TOKENS, LawBroken, LiveModel
+from parity.zoo import make_checkpoint
 
 ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
 NO_DRAFT = {"draft", "speculation", "draft under adapter"}
@@ -407,3 +409,20 @@ def test_checkpoints_that_show_nothing_or_do_not_fit_return_two(benches, capsys)
     assert "hold the same weights" in capsys.readouterr().err
     assert main(["lifecycle", a, other]) == 2
     assert "architecture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("embedding", ["F16", "F32"])
+def test_weights_that_are_stored_in_less_than_is_computed_in_break_no_law(embedding, tmp_path, capsys):
+    """A merge rounds to what they are stored in; and halves of different dtypes cannot be exchanged."""
+    pair = [
+        make_checkpoint("qwen3", tmp_path / str(seed), seed=seed, dtype="F16", num_hidden_layers=1) for seed in (0, 1)
+    ]
+    for path in pair:
+        tensors = load_file(path / "model.safetensors")
+        table = tensors["model.embed_tokens.weight"].astype({"F16": np.float16, "F32": np.float32}[embedding])
+        save_file(tensors | {"model.embed_tokens.weight": table}, path / "model.safetensors", metadata={"format": "pt"})
+    report = tmp_path / "report.json"
+    assert main(["lifecycle", *map(str, pair), "--backend", "torch", "--json", str(report)]) == 0, capsys.readouterr()
+    verdicts = {one["event"]: one["verdict"] for one in json.loads(report.read_text())["events"]}
+    assert verdicts["exchange embed and head"] == ("pass" if embedding == "F16" else "skip")
+    assert verdicts["merge adapter"] == "pass"
