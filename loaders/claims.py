@@ -24,6 +24,7 @@ class Claim:
 
     @property
     def is_held(self) -> bool:
+        """Whether the temporary directory is this one's to fill, or to remove."""
         return self._held is not None
 
     def take(self) -> None:
@@ -42,23 +43,13 @@ class Claim:
                 self.temporary.mkdir()
             self._held = self._lock()
         try:
-            self.empty()
+            self._empty()
             if self.final.exists():
                 self.temporary.rmdir()
                 raise FileExistsError(f"{self.final} exists by now: another has written it. Nothing of it was changed.")
         except BaseException:
             self.release()
             raise
-
-    def empty(self) -> bool:
-        """Remove what lies in the temporary directory; whether anything did. What comes meanwhile may be left."""
-        found = list(self.temporary.iterdir())
-        for path in found:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        return bool(found)
 
     def release(self) -> None:
         """Others may fill it from here on."""
@@ -68,10 +59,17 @@ class Claim:
                 fcntl.flock(held, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor, too
             os.close(held)
 
+    def _empty(self) -> None:
+        for path in list(self.temporary.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def _lock(self) -> int | None:
         """A descriptor that holds the lock; None: the directory is gone, or another one. Raises FileExistsError."""
         try:
-            descriptor = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # not a link's
         except FileNotFoundError:
             return None
         try:
@@ -84,7 +82,7 @@ class Claim:
         except OSError:  # a file system without locks
             pass
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(self.temporary)):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(self.temporary)):
                 return descriptor
         os.close(descriptor)
         return None

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 FEW = 16  # so many of anything are tried soon
 MANY = 64  # an endless repetition of letters counts as so many ways: about the letters of a name
 MOST_STEPS = 8 * MANY**4  # of the longest names; few take a hundredth of them
+# a module of re's own that has no public name: what else knows a pattern's parts?
+_PARSER: Any = re._parser  # pyright: ignore[reportAttributeAccessIssue]
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
 _CLASSES = {"CATEGORY_WORD": r"\w", "CATEGORY_DIGIT": r"\d", "CATEGORY_SPACE": r"\s"}
 _CLASSES |= {name.replace("_", "_NOT_", 1): text.upper() for name, text in _CLASSES.items()}
@@ -23,8 +25,7 @@ def regex_problem(pattern: str) -> str | None:
     """
     try:
         re.compile(pattern)
-        # a module of re's own that has no public name: what else knows a pattern's parts?
-        parsed = re._parser.parse(pattern)  # pyright: ignore[reportAttributeAccessIssue]
+        parsed = _PARSER.parse(pattern)
         is_endless = _may_take_for_ever(parsed, is_repeated=False)
         cost = _cost(parsed, is_last=True)
     except (re.error, RecursionError, OverflowError) as error:
@@ -141,4 +142,4 @@ def _sequences(argument: Any) -> list[Any]:
     """Those that an operation is about, of parts one after the other."""
     if isinstance(argument, tuple | list):
         return [found for one in argument for found in _sequences(one)]
-    return [argument] if hasattr(argument, "getwidth") else []
+    return [argument] if isinstance(argument, _PARSER.SubPattern) else []

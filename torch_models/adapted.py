@@ -21,7 +21,7 @@ class Adapted:
     Attributes:
         roster: which adapters there are.
         room: the memory they lie in.
-        adapter_changes: how often they changed; part of what caches are kept by.
+        adapter_changes: number of their last change, of which no two have the same; part of what caches are kept by.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ builds other stacks, puts other wrappers in place and drops the graphs. All is c
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,8 @@ from torch_models.storage import NAMES, of_host
 if TYPE_CHECKING:
     from torch_models.cache import Cache
     from torch_models.model import Model
+
+_CHANGES = itertools.count(1)  # no number twice: what is undone has its own again, and what came between has none's
 
 
 @torch.inference_mode(False)
@@ -179,28 +182,29 @@ def _become(model: Model, roster: Roster) -> None:
 
     if roster.layout == model.roster.layout:
         changes, before = together(model.mesh, prepared)
-        was = model.roster
-        model.adapter_changes += 1  # before the first of them is another: no cache of before is taken any more
+        was = model.roster, model.adapter_changes
+        model.adapter_changes = next(_CHANGES)  # before the first of them is another: caches of before are stale
         try:
             together(model.mesh, lambda: write(changes))
             model.roster = roster
         except BaseException as error:  # of this rank or another: all undo it
-            model.roster = was
+            model.roster = was[0]
             _undo(model, before, error)
-            model.adapter_changes -= 1  # all is as it was
+            model.adapter_changes = was[1]  # all is as it was, and so are caches
             raise
     else:
-        room, before, was = together(model.mesh, lambda: Room.made(model, roster)), model.room, model.roster
-        model.adapter_changes += 1
+        room, before = together(model.mesh, lambda: Room.made(model, roster)), model.room
+        was = model.roster, model.adapter_changes
+        model.adapter_changes = next(_CHANGES)
         try:
             _furnish(model, room)
             model.roster = roster
         except BaseException:  # an interrupt
-            model.roster = was
+            model.roster = was[0]
             room.remove()
             before.install()
             model.room = before
-            model.adapter_changes -= 1
+            model.adapter_changes = was[1]
             raise
 
 
@@ -225,7 +229,7 @@ def _undo(model: Model, before: Changes, error: BaseException) -> None:
         lost = ", ".join(repr(one.name) for one in model.roster.attached)
         _furnish(model, Room())
         model.roster = Roster()
-        model.adapter_changes += 1
+        model.adapter_changes = next(_CHANGES)
         model.publish(Event("detach", model.version + 1, f"lost: {lost}"))
         raise RuntimeError(f"{error} Nor could adapters be brought back: {again} Attach {lost} again.") from error
 

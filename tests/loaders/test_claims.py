@@ -113,3 +113,14 @@ def test_below_a_file_there_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "in").touch()
     with pytest.raises(NotADirectoryError):
         claim(tmp_path).take()
+
+
+def test_what_a_link_leads_to_is_not_emptied(tmp_path: Path) -> None:
+    one = claim(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    one.temporary.parent.mkdir()
+    one.temporary.symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match=one.temporary.name):
+        one.take()
+    assert (tmp_path / "mine" / "file").exists()

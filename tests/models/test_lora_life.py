@@ -260,6 +260,31 @@ def test_a_failed_attach_leaves_everything_as_it_was(made, side, tmp_path, monke
     np.testing.assert_array_equal(np.asarray(model(**given)), logits)
 
 
+def test_after_an_attach_that_failed_caches_of_before_go_on_and_none_of_meanwhile_ever_does(made, monkeypatch):
+    path, adapter, other = made("qwen3")
+    model = load("torch", path).attach_lora(adapter)
+    ids, meanwhile = [[3, 14, 15]], []
+    _, before = model.prefill(ids)
+    module = importlib.import_module("torch_models.adapter_room")
+    put = module._put
+
+    def fails(*args):
+        put(*args)
+        if not meanwhile:  # as another thread would
+            meanwhile.append(model.prefill(ids)[1])
+            raise RuntimeError("the device is busy")
+
+    monkeypatch.setattr(module, "_put", fails)
+    with pytest.raises(RuntimeError, match="the device is busy"):
+        model.attach_lora(other)
+    monkeypatch.undo()
+    model.decode([7], before)
+    model.attach_lora(other)
+    for cache in (before, *meanwhile):
+        with pytest.raises(ValueError, match="other weights or adapters"):
+            model.decode([7], cache)
+
+
 def test_where_a_failed_attach_cannot_be_undone_either_no_adapter_is_left(made, monkeypatch):
     path, adapter, other = made("qwen3")
     model = load("torch", path)
