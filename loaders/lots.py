@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Part:
+class Unit:
     """Names that have to be read together, and what they share with others that have to be, too."""
 
     names: set[str]
     keys: set[str]
 
 
-def lots_of(parts: Iterable[Part], tensors: Mapping[str, TensorInfo]) -> Iterator[set[str]]:
-    """Whole parts in file order, as many in a lot as are no larger together than the largest of them.
+def lots_of(units: Iterable[Unit], tensors: Mapping[str, TensorInfo]) -> Iterator[set[str]]:
+    """Whole units in file order, as many in a lot as are no larger together than the largest of them.
 
     Args:
-        parts: those that share a key count as one.
+        units: those that share a key count as one.
         tensors: of the checkpoint, in file order.
     """
-    whole = joined(parts)
-    sizes = [sum(tensors[name].num_bytes for name in part.names) for part in whole]
+    whole = joined(units)
+    sizes = [sum(tensors[name].num_bytes for name in unit.names) for unit in whole]
     limit = max(sizes, default=0)
     order = {name: place for place, name in enumerate(tensors)}
-    first = [min(order[name] for name in part.names) for part in whole]
+    first = [min(order[name] for name in unit.names) for unit in whole]
     lot: set[str] = set()
     num_bytes = 0
     for index in sorted(range(len(whole)), key=first.__getitem__):
@@ -67,19 +67,19 @@ def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
     Of tensors that are quantised while they are read, codes and scales come together.
     """
     checkpoint = plan.checkpoint
-    parts = [Part({name}, {name}) for name in plan.verified]
+    units = [Unit({name}, {name}) for name in plan.verified]
     for spec in plan.specs:
         if names := {placement.tensor for placement in spec.placements} & plan.targets.keys():
-            parts.append(Part(names, {checkpoint.group_of(name) for name in names}))
-    return lots_of(parts, checkpoint.tensors)
+            units.append(Unit(names, {checkpoint.group_of(name) for name in names}))
+    return lots_of(units, checkpoint.tensors)
 
 
-def joined(parts: Iterable[Part]) -> list[Part]:
+def joined(units: Iterable[Unit]) -> list[Unit]:
     """The same, those that share a key as one."""
-    of_key: dict[str, Part] = {}
-    for part in parts:
-        one = Part(set(part.names), set(part.keys))
-        for other in {id(of_key[key]): of_key[key] for key in part.keys if key in of_key}.values():
-            one = Part(one.names | other.names, one.keys | other.keys)
+    of_key: dict[str, Unit] = {}
+    for unit in units:
+        one = Unit(set(unit.names), set(unit.keys))
+        for other in {id(of_key[key]): of_key[key] for key in unit.keys if key in of_key}.values():
+            one = Unit(one.names | other.names, one.keys | other.keys)
         of_key |= dict.fromkeys(one.keys, one)
-    return list({id(part): part for part in of_key.values()}.values())
+    return list({id(unit): unit for unit in of_key.values()}.values())

@@ -35,6 +35,13 @@ class Matrix:
     expert: int | None = None
     is_transposed: bool = False  # the fused tensor has inputs before outputs
 
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """A view of it, in its plain tensor."""
+        if self.rows is None:
+            return array
+        expert = array[self.expert]
+        return (expert.T if self.is_transposed else expert)[self.rows]
+
 
 def matrices_of(checkpoint: Checkpoint) -> tuple[dict[str, Matrix], dict[str, str]]:
     """What to quantise, by module; and the modules of matrices that stay as they are, with the reason."""

@@ -15,9 +15,9 @@ from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.opening import open_checkpoint
 from loaders.quantizable import documents, infos, matrices_of
-from loaders.quantization import BLOCK
+from loaders.quantization import BLOCK, Scheme
 from loaders.quantization_config import KEY
-from loaders.quantized import QuantizedCheckpoint, weight_scheme
+from loaders.quantized import QuantizedCheckpoint
 
 
 def quantized(checkpoint: Checkpoint, amax_of_inputs: Mapping[str, float] | None = None) -> QuantizedCheckpoint:
@@ -44,7 +44,7 @@ def quantized(checkpoint: Checkpoint, amax_of_inputs: Mapping[str, float] | None
     missing = [module for module in matrices if inputs and module not in inputs]
     if missing:
         raise CheckpointError(checkpoint.source, [f"the calibration saw no input of {module}" for module in missing])
-    scheme = weight_scheme(bool(inputs))
+    scheme = Scheme("nvfp4", activations=bool(inputs))
     consumed = {matrix.tensor for matrix in matrices.values()}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in consumed}
     for matrix in matrices.values():
@@ -76,7 +76,7 @@ def open_to_load(uri: str | os.PathLike[str], method: str | None) -> Checkpoint:
         return checkpoint
     if quantization is None:
         return quantized(checkpoint)
-    others = {str(scheme) for _, scheme in quantization.schemes if scheme != weight_scheme(False)}
+    others = {str(scheme) for _, scheme in quantization.schemes if scheme != Scheme("nvfp4", activations=False)}
     others |= {"an FP8 cache"} if quantization.kv_cache is not None else set()
     if others:
         found = f"it is quantised already, and not as quantize={method!r} would: {', '.join(sorted(others))}"

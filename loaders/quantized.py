@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
-from loaders.lots import Part, joined, lots_of
+from loaders.groups import Groups
 from loaders.memory import check_budget
 from loaders.nvfp4 import NVFP4Tensor, global_scale, quantize
 from loaders.quantizable import Matrix
@@ -25,8 +24,6 @@ from loaders.slices import Slice
 
 THREADS = 2
 ROWS_BYTES = 1 << 20  # looked at at once
-
-Content = TypeVar("Content", np.ndarray, list[np.ndarray])
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,30 +43,14 @@ class QuantizedCheckpoint(Checkpoint):
     amax_of_inputs: Mapping[str, float] = field(kw_only=True)
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Matrix, str]]:
-        """Tensor -> its matrix, and which part of it: a leaf's name."""
-        leaves = weight_scheme(bool(self.amax_of_inputs)).leaves.values()
-        return {f"{matrix.module}.{leaf}": (matrix, leaf) for matrix in self.matrices.values() for leaf in leaves}
+    def _groups(self) -> Groups:
+        leaves = Scheme("nvfp4", activations=bool(self.amax_of_inputs)).leaves
+        return Groups(self.plain, self.matrices, tuple(leaves.values()))
 
     @cached_property
     def _amax(self) -> dict[str, float]:
         """Of the groups seen so far."""
         return {}
-
-    @cached_property
-    def _groups(self) -> dict[str, list[Matrix]]:
-        found: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices.values():
-            found.setdefault(matrix.group, []).append(matrix)
-        return found
-
-    @cached_property
-    def _users(self) -> dict[str, list[Matrix]]:
-        """Plain tensor -> the matrices in it."""
-        found: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices.values():
-            found.setdefault(matrix.tensor, []).append(matrix)
-        return found
 
     @cached_property
     def _kept(self) -> dict[str, np.ndarray]:
@@ -78,41 +59,28 @@ class QuantizedCheckpoint(Checkpoint):
 
     def group_of(self, name: str) -> str:
         """Of a quantised tensor the group of its matrix, as all of that is read and quantised at once."""
-        return self._places[name][0].group if name in self._places else name
+        place = self._groups.places.get(name)
+        return name if place is None else place.matrix.group
 
     def passing(self, names: Iterable[str]) -> dict[str, int]:
         """The plain tensors of every group that some of these are of; each takes what all do that are held with it."""
-        groups = ({matrix.tensor for matrix in self._groups[group]} for group in self._groups_of(names))
-        found: dict[str, int] = {}
-        for one in joined(Part(tensors, tensors) for tensors in groups):
-            turned = (self._copied_bytes(matrix) for name in one.names for matrix in self._users[name])
-            size = sum(self.plain.tensors[name].num_bytes for name in one.names) + max(turned)
-            found |= dict.fromkeys(one.names, size)
-        return found
-
-    def _copied_bytes(self, matrix: Matrix) -> int:
-        """Of what is turned before it is quantised, one expert at a time."""
-        return (
-            self.plain.tensors[matrix.tensor].num_bytes
-            // self.plain.stored_shape(matrix.tensor)[0]
-            * matrix.is_transposed
-        )
+        return self._groups.passing(names)
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor; a quantised one is computed, from all the matrices of its group the first time."""
-        if name not in self._places:
+        if name not in self._groups.places:
             self._kept.clear()
             return self.plain.read(name, out)
-        matrix, leaf = self._places[name]
+        matrix, leaf = self._groups.places[name]
         place = None if out is None else self.destination(name, out)
         if matrix.group not in self._amax:
-            self._note_amax(matrix.group, [self._weight(one) for one in self._groups[matrix.group]])
+            self._note_amax(matrix.group, [self._weight(one) for one in self._groups.members[matrix.group]])
         if leaf in ("weight_scale_2", "input_scale"):
             return _put(self._scalar(matrix, leaf), place)
         if name in self._kept:
             return _put(self._kept.pop(name), place)  # handed over, as it is the caller's from here on
         parts = self._parts(matrix, self._weight(matrix))
-        for kept in [one for one in self._kept if one in self._places]:
+        for kept in self._kept.keys() & self._groups.places.keys():
             del self._kept[kept]
         self._kept.update(
             (f"{matrix.module}.{other}", parts[other]) for other in ("weight", "weight_scale") if other != leaf
@@ -155,12 +123,12 @@ class QuantizedCheckpoint(Checkpoint):
     def _computed(
         self, lots: list[Collection[str]], budget: int | None, into: Callable[[str], np.ndarray | None] | None
     ) -> Generator[tuple[str, np.ndarray]]:
-        chosen, of_plain = self._lots_of_plain(lots)
+        chosen, of_plain = {name for lot in lots for name in lot}, self._groups.plain_lots(lots)
         if budget is None:  # at least 1: a lot may be of empty tensors
             budget = max([1, *(sum(self.plain.tensors[name].num_bytes for name in lot) for lot in of_plain)])
-        plain_into = (lambda name: None if name in self._users else into(name)) if into else None
+        plain_into = (lambda name: None if name in self._groups.users else into(name)) if into else None
         stream = self.plain.stream(budget, lots=of_plain, into=plain_into)
-        for name, array, weights in self._gathered(stream, chosen):
+        for name, array, weights in self._groups.gathered(stream, chosen):
             if weights is None:
                 assert array is not None
                 yield name, array
@@ -191,9 +159,9 @@ class QuantizedCheckpoint(Checkpoint):
         host_budget_bytes: int | None,
         into: Callable[[Slice], np.ndarray | None] | None,
     ) -> Iterator[tuple[Slice, np.ndarray]]:
-        direct = [one for name, parts in wanted.items() if name not in self._places for one in parts]
+        direct = [one for name, parts in wanted.items() if name not in self._groups.places for one in parts]
         yield from self.plain.stream_slices(direct, host_budget_bytes, into=into)
-        for name, array in self.stream(host_budget_bytes, names=wanted.keys() & self._places.keys()):
+        for name, array in self.stream(host_budget_bytes, names=wanted.keys() & self._groups.places.keys()):
             for one in wanted[name]:
                 out = self.destination(one, into(one) if into else None)
                 out[...] = array[one.index]
@@ -217,22 +185,23 @@ class QuantizedCheckpoint(Checkpoint):
     def _computed_regions(
         self, lots: list[set[str]], wanted: Callable[[str], list[Region]], host_budget_bytes: int | None
     ) -> Iterator[tuple[str, list[np.ndarray]]]:
-        chosen, of_plain = self._lots_of_plain(lots)
+        chosen, of_plain = {name for lot in lots for name in lot}, self._groups.plain_lots(lots)
         asked: dict[str, dict[str, list[Region]]] = {}  # of each group, once its first matrix is about to be read
 
         def regions(name: str) -> list[Region]:
-            if name not in self._users:
+            if name not in self._groups.users:
                 return wanted(name)
-            groups = {matrix.group for matrix in self._users[name]} & self._groups_of(chosen)
+            groups = {matrix.group for matrix in self._groups.users[name]} & self._groups.of(chosen)
             for group in groups - asked.keys():
-                asked[group] = {name: self.regions(name, wanted) for name in self._tensors_of(group) if name in chosen}
+                tensors = [tensor for tensor in self._groups.tensors(group) if tensor in chosen]
+                asked[group] = {tensor: self.regions(tensor, wanted) for tensor in tensors}
             if not any(any(asked[group].values()) for group in groups):
                 return []
             shape = self.plain.stored_shape(name)
             return [Slice(name).region(shape, self.plain.destination(name))]
 
         stream = self.plain.stream_regions(of_plain, regions, host_budget_bytes)
-        for name, arrays, weights in self._gathered(stream, chosen):
+        for name, arrays, weights in self._groups.gathered(stream, chosen):
             if weights is None:
                 assert arrays is not None
                 yield name, arrays
@@ -252,56 +221,6 @@ class QuantizedCheckpoint(Checkpoint):
                 part.take(array)
             yield tensor, [part.out for part in regions[tensor]]
 
-    def _lots_of_plain(self, lots: Iterable[Collection[str]]) -> tuple[set[str], list[set[str]]]:
-        """All names, and the plain tensors that each lot takes, in lots of their own; those that share one are one."""
-        chosen: set[str] = set()
-        parts: list[Part] = []
-        for lot in lots:
-            chosen |= set(lot)
-            plain = {self._places[name][0].tensor if name in self._places else name for name in lot}
-            for group in self._groups_of(lot):
-                plain |= {matrix.tensor for matrix in self._groups[group]}
-            parts.append(Part(plain, plain))
-        found: list[set[str]] = []
-        for lot in joined(parts):
-            of_groups = {
-                group: {matrix.tensor for matrix in self._groups[group]}
-                for name in lot.names & self._users.keys()
-                for group in {matrix.group for matrix in self._users[name]}
-            }
-            inner = [Part(names, names) for names in of_groups.values()]
-            inner += [Part({name}, {name}) for name in lot.names - self._users.keys()]
-            found += lots_of(inner, self.plain.tensors)
-        return chosen, found
-
-    def _gathered(
-        self, stream: Iterator[tuple[str, Content]], chosen: Collection[str]
-    ) -> Iterator[tuple[str, Content | None, dict[str, np.ndarray | None] | None]]:
-        """Plain tensors as they come; or a group, and its matrices by module, once all are there: None was not read."""
-        groups = self._groups_of(chosen)
-        waiting: dict[str, dict[str, np.ndarray | None]] = {}
-        for name, content in stream:
-            if name not in self._users:
-                yield name, content, None
-                del content  # before the next one is read
-                continue
-            array = content if isinstance(content, np.ndarray) else next(iter(content), None)
-            for matrix in self._users[name]:
-                if matrix.group not in groups:
-                    continue
-                held = waiting.setdefault(matrix.group, {})
-                held[matrix.module] = None if array is None else _slice(matrix, array)
-                if len(held) == len(self._groups[matrix.group]):
-                    yield matrix.group, None, waiting.pop(matrix.group)
-            del content, array
-
-    def _groups_of(self, names: Iterable[str]) -> set[str]:
-        return {self._places[name][0].group for name in names if name in self._places}
-
-    def _tensors_of(self, group: str) -> list[str]:
-        leaves = weight_scheme(bool(self.amax_of_inputs)).leaves.values()
-        return [f"{matrix.module}.{leaf}" for matrix in self._groups[group] for leaf in leaves]
-
     def _finished(
         self,
         weights: dict[str, np.ndarray | None],
@@ -311,12 +230,12 @@ class QuantizedCheckpoint(Checkpoint):
     ) -> Iterator[tuple[str, np.ndarray]]:
         """A group's tensors of its matrices, which are let go of one by one."""
         read = {module: weight for module, weight in weights.items() if weight is not None}
-        assert len(read) == len(self._groups[group]), f"{group} was read in part"
+        assert len(read) == len(self._groups.members[group]), f"{group} was read in part"
         weights.clear()
         self._note_amax(group, read.values())
         for module in list(read):
             matrix = self.matrices[module]
-            names = [f"{module}.{leaf}" for leaf in weight_scheme(bool(self.amax_of_inputs)).leaves.values()]
+            names = [f"{module}.{leaf}" for leaf in self._groups.leaves]
             places = {name: self._given(name, into) for name in names if name in chosen}
             given = _straight(places.get(f"{module}.weight")), _straight(places.get(f"{module}.weight_scale"))
             for leaf, array in self._parts(matrix, read.pop(module), given).items():
@@ -359,19 +278,7 @@ class QuantizedCheckpoint(Checkpoint):
             if matrix.expert is None:
                 return array
             self._kept[matrix.tensor] = array  # it holds all the experts, which are asked for one by one
-        return _slice(matrix, self._kept[matrix.tensor])
-
-
-def weight_scheme(activations: bool) -> Scheme:
-    """Of every matrix; ``activations``: inputs are quantised, too."""
-    return Scheme("nvfp4", activations=activations)
-
-
-def _slice(matrix: Matrix, array: np.ndarray) -> np.ndarray:
-    if matrix.rows is None:
-        return array
-    expert = array[matrix.expert]
-    return (expert.T if matrix.is_transposed else expert)[matrix.rows]
+        return matrix.of(self._kept[matrix.tensor])
 
 
 def _largest(weight: np.ndarray) -> float:

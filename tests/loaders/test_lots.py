@@ -7,7 +7,7 @@ import pytest
 
 from loaders import open_checkpoint
 from loaders.header import TensorInfo
-from loaders.lots import Part, lots_of, stream_parameters
+from loaders.lots import Unit, lots_of, stream_parameters
 from loaders.plan import plan_load
 from loaders.quantize import quantized
 from loaders.stage import Stage
@@ -19,7 +19,7 @@ def tensors(**sizes):
 
 
 def one_by_one(names):
-    return [Part({name}, {name}) for name in names]
+    return [Unit({name}, {name}) for name in names]
 
 
 def test_lots_are_in_file_order_and_no_larger_than_the_largest_part():
@@ -28,7 +28,7 @@ def test_lots_are_in_file_order_and_no_larger_than_the_largest_part():
 
 
 def test_parts_that_share_a_key_are_one():
-    parts = [Part({"a"}, {"x"}), Part({"c"}, {"y"}), Part({"b"}, {"z"}), Part({"d"}, {"x", "y"})]
+    parts = [Unit({"a"}, {"x"}), Unit({"c"}, {"y"}), Unit({"b"}, {"z"}), Unit({"d"}, {"x", "y"})]
     assert list(lots_of(parts, tensors(a=1, b=3, c=1, d=1))) == [{"a", "c", "d"}, {"b"}]
 
 
