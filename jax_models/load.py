@@ -85,7 +85,7 @@ def load(
 
     def read() -> tuple[dict[str, jax.Array], LoadReport]:
         filling = Filling(plan)
-        return dict(reading.read_params(plan, filling, mesh)), filling.finish()
+        return dict(reading.read_params(filling, mesh)), filling.finish()
 
     weights, report = together(mesh, read)
     devices = {device for array in weights.values() for device in array.devices()}

@@ -29,20 +29,20 @@ def stays_on_host(mesh: Mesh | None) -> bool:
     return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
-def read_params(plan: LoadPlan, filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
-    """Read every planned parameter and place it, one after the other as they are complete. None is kept.
+def read_params(filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.Array]]:
+    """Read every parameter that was planned and place it, one after the other as they are complete. None is kept.
 
     On CPU the buffers read into become the parameters without a copy (64-byte aligned, never written again).
 
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
-    dims = plan.checkpoint.config.dims()
     if mesh is not None:
-        for spec, shards in read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh)):
+        dims = filling.plan.checkpoint.config.dims()
+        for spec, shards in read_shards(filling, partial(boxes_of, dims=dims, mesh=mesh)):
             yield spec.name, assembled(spec, shards, dims, mesh)
         return
-    for spec, param in read_whole(plan, filling):
+    for spec, param in read_whole(filling):
         array = jax.device_put(param)
         del param  # the next ones are read while the caller has this one
         # committed to where it is, also without a mesh: jit compiles again when a later array is and this is not
@@ -57,10 +57,10 @@ def dry_run(plan: LoadPlan, mesh: Mesh | None) -> None:
     """
     filling = Filling(plan)
     if mesh is None:
-        deque(read_whole(plan, filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
+        deque(read_whole(filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
     else:
         dims = plan.checkpoint.config.dims()
-        deque(read_shards(plan, filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
+        deque(read_shards(filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
     filling.finish()
 
 

@@ -76,7 +76,7 @@ def update_weights_from_disk(
 
     def read() -> tuple[dict[str, jax.Array], LoadReport]:
         filling, placed = Filling(plan), {}
-        for name, array in reading.read_params(plan, filling, model.mesh):
+        for name, array in reading.read_params(filling, model.mesh):
             placed[name] = array
             if donate:
                 live[name].delete()

@@ -24,11 +24,11 @@ class Filling:
     """
 
     def __init__(self, plan: LoadPlan) -> None:
-        self._plan = plan
+        self.plan = plan
         self._begin()
 
     def _begin(self) -> None:
-        self._missing = {spec.name: len(spec.placements) for spec in self._plan.specs}
+        self._missing = {spec.name: len(spec.placements) for spec in self.plan.specs}
         self._seen: set[str] = set()
         self._digests: dict[str, str] = {}
         self._expected: dict[str, str] = {}
@@ -45,22 +45,22 @@ class Filling:
         """
         self._begin()
         for name, array in tensors:
-            if name in self._seen or (name not in self._plan.targets and name not in self._plan.verified):
+            if name in self._seen or (name not in self.plan.targets and name not in self.plan.verified):
                 what = "was delivered twice" if name in self._seen else "was delivered but not asked for"
-                raise CheckpointError(self._plan.checkpoint.source, [f"tensor {name!r} {what}{self._which(name)}"])
+                raise CheckpointError(self.plan.checkpoint.source, [f"tensor {name!r} {what}{self._which(name)}"])
             self._seen.add(name)
-            if name in self._plan.verified:
+            if name in self.plan.verified:
                 self._digests[name] = _digest(array)
                 continue
-            spec, placement = self._plan.targets[name]
+            spec, placement = self.plan.targets[name]
             self._missing[spec.name] -= 1
             yield spec, placement, array, self._missing[spec.name] == 0
             del array  # it may be all that keeps a parameter which the caller is done with
 
     def _which(self, name: str) -> str:
-        if name not in self._plan.targets:
+        if name not in self.plan.targets:
             return ""
-        spec, placement = self._plan.targets[name]
+        spec, placement = self.plan.targets[name]
         return f": {part_of(spec, [placement])}" if placement.index else ""
 
     def write(self, param: np.ndarray, spec: ParamSpec, placement: Placement, array: np.ndarray) -> None:
@@ -83,7 +83,7 @@ class Filling:
 
     def complete(self, spec: ParamSpec, param: np.ndarray | Sequence[np.ndarray]) -> None:
         """Take note of a parameter, or of its parts here, as a redundant tied tensor must equal it; it is not kept."""
-        if spec.name in self._plan.verified.values():
+        if spec.name in self.plan.verified.values():
             self._expected[spec.name] = _digest(param)
 
     def finish(self, *, is_again: bool = False) -> LoadReport:
@@ -98,21 +98,21 @@ class Filling:
             CheckpointError: listing all that did not, or saying which file was.
         """
         problems = list(self._bad_scales)
-        for spec in self._plan.specs:
+        for spec in self.plan.specs:
             late = [placement for placement in spec.placements if placement.tensor not in self._seen]
             problems += missing_parts(spec, late, what="never delivered")
-        problems += [f"tensor {name!r} was never delivered" for name in self._plan.verified if name not in self._seen]
+        problems += [f"tensor {name!r} was never delivered" for name in self.plan.verified if name not in self._seen]
         problems += [
             f"tie_word_embeddings is true, but {name!r} differs from {same_as!r}. Which one is meant?"
             " Set tie_word_embeddings to false to load both."
-            for name, same_as in self._plan.verified.items()
+            for name, same_as in self.plan.verified.items()
             if name in self._digests and same_as in self._expected and self._digests[name] != self._expected[same_as]
         ]
         if problems:
-            raise CheckpointError(self._plan.checkpoint.source, problems)
+            raise CheckpointError(self.plan.checkpoint.source, problems)
         if not is_again:
-            self._plan.checkpoint.documents.check()
-        return self._plan.report()
+            self.plan.checkpoint.documents.check()
+        return self.plan.report()
 
 
 def _digest(array: np.ndarray | Sequence[np.ndarray]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loaders.header import TensorInfo
-from loaders.progress import watched
+from loaders.progress import reported
 
 if TYPE_CHECKING:
     from loaders.plan import LoadPlan
@@ -58,7 +58,7 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
     num_bytes = sum(tensors[name].num_bytes for name in plan.tensors)
     lots = lots_of_plan(plan) if plan.staged else [plan.tensors]
     stream = plan.checkpoint.stream(plan.host_budget_bytes, lots=lots, into=into)
-    yield from watched(stream, num_bytes, str(plan.checkpoint.source))
+    yield from reported(stream, num_bytes, str(plan.checkpoint.source))
 
 
 def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 Read = TypeVar("Read", np.ndarray, list[np.ndarray])
 
 
-def watched(
+def reported(
     tensors: Iterator[tuple[str, Read]], num_bytes: int, what: str, stream: TextIO | None = None
 ) -> Iterator[tuple[str, Read]]:
     """The same tensors, whole or in the parts that are held here, counted as they pass.

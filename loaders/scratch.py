@@ -1,9 +1,9 @@
-"""Host memory of parameters that are read and not kept, used again and again.
+"""Host memory that parameters are read into: where they are not kept, it is used again and again.
 
 Memory that is new is made by the system when it is first written, one page after the other, and that takes longer than
 to read into it. So a reload, which looks at each parameter or copies it and is done with it, and a load to a device
 have all of them read into the same memory: as much as those of one lot take (see ``loaders.lots``), which would be
-there together anyhow.
+there together anyhow. Where parameters stay, each has its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loaders.spec import ParamSpec
 _ALIGNMENT = 8  # enough for any dtype, and no more: a budget is met to the byte
 Shape = tuple[int, ...]
 Read = TypeVar("Read")
+ShapesOf = Callable[[ParamSpec], Iterable[Shape]]
 
 
 class Staging:
@@ -36,7 +37,26 @@ class Staging:
         """Wait for those who read the memory although they were done with it; it is about to be written again."""
 
 
-class Scratch:
+class Kept:
+    """Memory of parameters that are the reader's from when they are complete: every array has its own."""
+
+    def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        """An array for ``name``, which is its own until ``release``; there may be several."""
+        return aligned_empty(shape, dtype)
+
+    def take_compared(self, tensor: str) -> np.ndarray | None:
+        """Likewise, for a redundant tied tensor as it is in the files; None: it is none, or whatever the stream has."""
+        return None
+
+    def releasing(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
+        """The same; redundant tied tensors, of which no more than a digest is kept, are released one by one."""
+        return tensors
+
+    def release(self, name: str) -> None:
+        """Nobody reads the arrays of ``name`` any more when the next is taken."""
+
+
+class Scratch(Kept):
     """Memory of what is read in one lot, taken from the staging when the first array is asked for.
 
     Args:
@@ -45,7 +65,7 @@ class Scratch:
         staging: what kind of memory it is.
     """
 
-    def __init__(self, plan: LoadPlan, shapes_of: Callable[[ParamSpec], Iterable[Shape]], staging: Staging) -> None:
+    def __init__(self, plan: LoadPlan, shapes_of: ShapesOf, staging: Staging) -> None:
         assert plan.staged, "of parameters that stay all may be begun at once"
         self._plan, self._shapes_of, self._staging = plan, shapes_of, staging
         self._specs = {spec.name: spec for spec in plan.specs}
@@ -55,7 +75,6 @@ class Scratch:
         self._held: set[str] = set()
 
     def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        """An array for ``name``, which is its own until ``release``; there may be several."""
         if not self._held and self._used:
             self._staging.settle()
             self._used = 0
@@ -69,14 +88,12 @@ class Scratch:
         return self._memory[start : start + _num_bytes(shape, dtype)].view(dtype).reshape(shape)
 
     def take_compared(self, tensor: str) -> np.ndarray | None:
-        """Likewise, for a redundant tied tensor as it is in the files; None: it is none."""
         if tensor not in self._plan.verified:
             return None
         checkpoint = self._plan.checkpoint
         return self.take(tensor, checkpoint.stored_shape(tensor), to_numpy(checkpoint.tensors[tensor].dtype))
 
-    def watched(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
-        """The same; redundant tied tensors, of which no more than a digest is kept, are released one by one."""
+    def releasing(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
         for name, array in tensors:
             yield name, array
             del array
@@ -84,7 +101,6 @@ class Scratch:
                 self.release(name)
 
     def release(self, name: str) -> None:
-        """Nobody reads the arrays of ``name`` any more when the next is taken."""
         self._held.discard(name)
 
     def _lot_bytes(self, tensors: set[str]) -> int:
@@ -94,6 +110,11 @@ class Scratch:
         return sum(
             _room(shape, to_numpy(dtypes[name])) for name in found for shape in self._shapes_of(self._specs[name])
         )
+
+
+def memory_of(plan: LoadPlan, shapes_of: ShapesOf, staging: Staging | None) -> Kept:
+    """What a plan is read into; see ``Scratch``. ``staging``: None: it stays there."""
+    return Kept() if staging is None else Scratch(plan, shapes_of, staging)
 
 
 def _num_bytes(shape: Shape, dtype: np.dtype) -> int:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
 
 import numpy as np
 
 from loaders.dtypes import to_numpy
 from loaders.filling import Filling
 from loaders.lots import lots_of_plan
-from loaders.memory import aligned_empty
-from loaders.plan import LoadPlan
-from loaders.progress import watched
+from loaders.progress import reported
 from loaders.regions import Box, Region, sizes_of
-from loaders.scratch import Scratch, Staging
+from loaders.scratch import Staging, memory_of
 from loaders.spec import ParamSpec, Placement
 
 Shards = dict[Box, np.ndarray]  # parts of a parameter, each in memory of its own
@@ -45,7 +42,6 @@ def region_of(spec: ParamSpec, placement: Placement, box: Box, shard: np.ndarray
 
 
 def read_shards(
-    plan: LoadPlan,
     filling: Filling,
     boxes_of: Callable[[ParamSpec], Collection[Box]],
     *,
@@ -54,20 +50,20 @@ def read_shards(
     """Read every planned parameter's shards, one parameter after the other as they are complete. None is kept.
 
     Args:
-        plan: what to read.
-        filling: its accounting.
+        filling: accounts for what it has a plan of.
         boxes_of: the parts of a parameter that are held here, disjoint. A redundant tied tensor is held against those.
         staging: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
+    plan = filling.plan
     specs = {spec.name: spec for spec in plan.specs}
     begun: dict[str, Shards] = {}
-    scratch = None if staging is None else Scratch(plan, lambda spec: map(sizes_of, boxes_of(spec)), staging)
+    memory = memory_of(plan, lambda spec: map(sizes_of, boxes_of(spec)), staging)
 
     def empty(spec: ParamSpec, name: str) -> Shards:
-        make = aligned_empty if scratch is None else partial(scratch.take, name)
-        return {box: make(sizes_of(box), to_numpy(plan.dtypes[spec.name])) for box in boxes_of(spec)}
+        dtype = to_numpy(plan.dtypes[spec.name])
+        return {box: memory.take(name, sizes_of(box), dtype) for box in boxes_of(spec)}
 
     def wanted(tensor: str) -> list[Region]:
         if tensor in plan.verified:
@@ -84,13 +80,11 @@ def read_shards(
 
     tensors = plan.checkpoint.stream_regions(lots_of_plan(plan), wanted, plan.host_budget_bytes)
     num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
-    tensors = watched(tensors, num_bytes, str(plan.checkpoint.source))
-    tensors = tensors if scratch is None else scratch.watched(tensors)
-    for spec, placement, parts, is_complete in filling.receive(tensors):
+    tensors = reported(tensors, num_bytes, str(plan.checkpoint.source))
+    for spec, placement, parts, is_complete in filling.receive(memory.releasing(tensors)):
         filling.check(spec, placement, parts)
         if is_complete:
             filling.complete(spec, list(begun[spec.name].values()))
             parts.clear()  # views of the shards, which are the caller's from here on
-            if scratch is not None:
-                scratch.release(spec.name)
+            memory.release(spec.name)
             yield spec, begun.pop(spec.name)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 
 from loaders.dtypes import to_numpy
 from loaders.filling import Filling
 from loaders.lots import stream_parameters
-from loaders.memory import aligned_empty
 from loaders.place import place_of
-from loaders.plan import LoadPlan
-from loaders.scratch import Scratch, Staging
+from loaders.scratch import Staging, memory_of
 from loaders.spec import ParamSpec
 
 
-def read_whole(
-    plan: LoadPlan, filling: Filling, *, staging: Staging | None = None
-) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def read_whole(filling: Filling, *, staging: Staging | None = None) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Read every planned parameter, one after the other as they are complete. None is kept.
 
     Each has its spec's shape and the checkpoint's dtype, in memory of its own, 64-byte aligned, which is the caller's
@@ -27,25 +22,24 @@ def read_whole(
     once.
 
     Args:
-        plan: what to read.
-        filling: accounts for it.
+        filling: accounts for what it has a plan of.
         staging: nobody has a parameter any more when the next is asked for, and they are read into this memory, again
             and again; None: each is kept, in its own.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
+    plan = filling.plan
     host: dict[str, np.ndarray] = {}
-    scratch = None if staging is None else Scratch(plan, lambda spec: [spec.shape], staging)
+    memory = memory_of(plan, lambda spec: [spec.shape], staging)
 
     def make(spec: ParamSpec) -> np.ndarray:
         if spec.name not in host:
-            empty = aligned_empty if scratch is None else partial(scratch.take, spec.name)
-            host[spec.name] = empty(spec.shape, to_numpy(plan.dtypes[spec.name]))
+            host[spec.name] = memory.take(spec.name, spec.shape, to_numpy(plan.dtypes[spec.name]))
         return host[spec.name]
 
     def destination(tensor: str) -> np.ndarray | None:
         if tensor not in plan.targets:
-            return None if scratch is None else scratch.take_compared(tensor)
+            return memory.take_compared(tensor)
         spec, placement = plan.targets[tensor]
         return place_of(make(spec), spec, placement)
 
@@ -53,12 +47,10 @@ def read_whole(
         for spec, _ in plan.targets.values():
             make(spec)
     tensors = stream_parameters(plan, destination)
-    tensors = tensors if scratch is None else scratch.watched(tensors)
-    for spec, placement, array, is_complete in filling.receive(tensors):
+    for spec, placement, array, is_complete in filling.receive(memory.releasing(tensors)):
         filling.write(host[spec.name], spec, placement, array)
         if is_complete:
             filling.complete(spec, host[spec.name])
             del array  # a view of the parameter, which is the caller's from here on
-            if scratch is not None:
-                scratch.release(spec.name)
+            memory.release(spec.name)
             yield spec, host.pop(spec.name)

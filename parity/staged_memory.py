@@ -51,7 +51,7 @@ def counted() -> Iterator[StagedMemory]:
     """All that is read inside the block is read into counted memory."""
     memory = StagedMemory()
     with ExitStack() as stack:
-        for name in ("loaders.checkpoint", "loaders.scratch", "loaders.whole"):
+        for name in ("loaders.checkpoint", "loaders.scratch"):
             stack.enter_context(patch.object(import_module(name), "aligned_empty", memory))
         yield memory
 

@@ -94,7 +94,7 @@ def load(
 
     def read() -> LoadReport:
         with DeviceStaging(torch.device(device)) as staging:
-            for name, value in reading.read_params(plan, filling, parallel, staging=staging if plan.staged else None):
+            for name, value in reading.read_params(filling, parallel, staging=staging if plan.staged else None):
                 owner, _, leaf = name.rpartition(".")
                 param = nn.Parameter(staging.placed(value), requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, param)

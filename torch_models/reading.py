@@ -19,23 +19,22 @@ from torch_models.storage import over_host
 
 
 def read_params(
-    plan: LoadPlan, filling: Filling, parallel: Parallel | None = None, *, staging: Staging | None = None
+    filling: Filling, parallel: Parallel | None = None, *, staging: Staging | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every planned parameter into host memory, one after the other as they are complete. None is kept here.
 
     Args:
-        plan: what to read.
-        filling: accounts for it.
+        filling: accounts for what it has a plan of.
         parallel: on a mesh, of each parameter the part that is here, and no more; None: all of it.
         staging: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
     if parallel is None:
-        whole = read_whole(plan, filling, staging=staging)
+        whole = read_whole(filling, staging=staging)
         yield from map(_placed, whole)  # no loop, which would keep one while the next are read
     else:
-        shards = read_shards(plan, filling, parallel.held.boxes, staging=staging)
+        shards = read_shards(filling, parallel.held.boxes, staging=staging)
         yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
 
 
@@ -50,7 +49,7 @@ def dry_run(plan: LoadPlan, parallel: Parallel | None, staging: Staging) -> Load
         CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
     """
     filling = Filling(plan)
-    deque(read_params(plan, filling, parallel, staging=staging), maxlen=0)  # a loop would keep one while it reads on
+    deque(read_params(filling, parallel, staging=staging), maxlen=0)  # a loop would keep one while it reads on
     return filling.finish()
 
 

@@ -87,7 +87,7 @@ def _reloaded(
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
 
     def written() -> None:
-        values = reading.read_params(plan, filling, parallel, staging=staging)
+        values = reading.read_params(filling, parallel, staging=staging)
         _commit(model, values, [spec.name for spec in plan.specs], staging)
         filling.finish(is_again=True)
 

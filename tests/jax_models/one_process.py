@@ -35,7 +35,7 @@ def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
     """Whether every shard here is a slice of the checkpoint, bit for bit."""
     plan = plan_load(open_checkpoint(checkpoint), Stage())
     flat = flatten(model.weights)
-    for spec, whole in read_shards(plan, Filling(plan), lambda spec: [tuple((0, size) for size in spec.shape)]):
+    for spec, whole in read_shards(Filling(plan), lambda spec: [tuple((0, size) for size in spec.shape)]):
         (param,) = whole.values()
         for shard in flat[spec.name].addressable_shards:
             if np.asarray(shard.data).tobytes() != param[shard.index].tobytes():

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
-import loaders.shards
+import loaders.scratch
 from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.axes import replicated
@@ -210,7 +210,7 @@ def test_on_cpu_what_was_read_into_is_what_the_devices_hold(checkpoints, monkeyp
         made[buffer.ctypes.data] = buffer.nbytes
         return buffer
 
-    monkeypatch.setattr(loaders.shards, "aligned_empty", noted)
+    monkeypatch.setattr(loaders.scratch, "aligned_empty", noted)
     model = jax_models.load(checkpoints("qwen3 moe")[0], mesh=mesh_of("expert2 fsdp2 tensor2"))
     held = [shard.data for array in flatten(model.weights).values() for shard in array.addressable_shards]
     assert {one.unsafe_buffer_pointer() for one in held} == set(made)  # copies of a shard are one buffer

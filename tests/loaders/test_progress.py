@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.progress import watched
+from loaders.progress import reported
 from parity.zoo import make_checkpoint
 
 
@@ -29,14 +29,14 @@ def tensors(count: int = 4) -> Iterator[tuple[str, np.ndarray]]:
 
 def test_what_passes_is_what_came() -> None:
     for stream in (Terminal(), io.StringIO()):
-        found = list(watched(tensors(), 1 << 20, "c", stream))
+        found = list(reported(tensors(), 1 << 20, "c", stream))
         assert [(name, int(array[0])) for name, array in found] == [(f"t{number}", number) for number in range(4)]
 
 
 def test_a_terminal_shows_bytes_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    passing = watched(tensors(8), 1 << 21, "the-checkpoint", stream)
+    passing = reported(tensors(8), 1 << 21, "the-checkpoint", stream)
     for _ in range(5):
         next(passing)
     import_module("time").sleep(0.25)  # it is drawn ten times a second
@@ -58,14 +58,14 @@ def closed() -> io.StringIO:
 @pytest.mark.parametrize("stream", [None, object(), closed()], ids=["none", "a stand-in", "closed"])
 def test_a_process_without_a_usual_stderr_loads_as_any(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
-    assert len(list(watched(tensors(), 1 << 20, "c"))) == 4
+    assert len(list(reported(tensors(), 1 << 20, "c"))) == 4
 
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["a file", "the terminal"])
 def test_what_a_program_prints_meanwhile_stays_where_it_goes(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout, stderr = Terminal() if is_shared else io.StringIO(), Terminal()
     monkeypatch.setattr(sys, "stdout", stdout)
-    passing = watched(tensors(), 1 << 20, "c", stderr)
+    passing = reported(tensors(), 1 << 20, "c", stderr)
     next(passing)
     print("a result")
     list(passing)
@@ -74,17 +74,17 @@ def test_what_a_program_prints_meanwhile_stays_where_it_goes(is_shared: bool, mo
 
 def test_nothing_is_shown_where_nobody_looks_or_rich_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    list(watched(tensors(), 1 << 20, "c", stream))
+    list(reported(tensors(), 1 << 20, "c", stream))
     assert stream.getvalue() == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     stream = Terminal()
-    list(watched(tensors(), 1 << 20, "c", stream))
+    list(reported(tensors(), 1 << 20, "c", stream))
     assert stream.getvalue() == ""
 
 
 def test_an_abandoned_one_says_how_far_it_came_and_holds_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "loaders.progress")
-    passing = watched(tensors(), 1 << 20, "c", Terminal())
+    passing = reported(tensors(), 1 << 20, "c", Terminal())
     next(passing)
     next(passing)
     passing.close()  # pyright: ignore[reportAttributeAccessIssue]

@@ -229,12 +229,12 @@ def test_halves_of_every_parameter_are_read_at_half_the_price(name, quantize, tm
     path = make_checkpoint(name, tmp_path / "it", **(block_sizes(name) if quantize else {}))
     checkpoint = quantized(open_checkpoint(path)) if quantize else open_checkpoint(path)
     plan = plan_load(checkpoint, Stage())
-    whole = {spec.name: next(iter(shards.values())) for spec, shards in read_shards(plan, Filling(plan), everything)}
+    whole = {spec.name: next(iter(shards.values())) for spec, shards in read_shards(Filling(plan), everything)}
     for half in range(2):
         bytes_read.clear()
         filling = Filling(plan)
         expected = 0
-        for spec, shards in read_shards(plan, filling, lambda spec, half=half: halves(spec, half)):
+        for spec, shards in read_shards(filling, lambda spec, half=half: halves(spec, half)):
             ((box, shard),) = shards.items()
             expected += shard.nbytes
             assert shard.tobytes() == whole[spec.name][slices_of(box)].tobytes(), spec.name
@@ -256,8 +256,8 @@ def test_a_redundant_tied_tensor_is_held_against_the_part_that_is_here(half, tmp
         last = file.read(1)
         file.seek(info.offsets[1] - 1)
         file.write(bytes([last[0] ^ 1]))
-    filling = Filling(plan := plan_load(open_checkpoint(path), Stage()))
-    for _ in read_shards(plan, filling, lambda spec: halves(spec, half)):
+    filling = Filling(plan_load(open_checkpoint(path), Stage()))
+    for _ in read_shards(filling, lambda spec: halves(spec, half)):
         pass
     if half == 0:
         filling.finish()
@@ -273,8 +273,8 @@ def test_a_scale_that_cannot_be_is_told_of_a_shard_too(tmp_path):
     with open(path / info.file, "r+b") as file:
         file.seek(info.offsets[0])
         file.write(np.float32(-1).tobytes())
-    filling = Filling(plan := plan_load(open_checkpoint(path), Stage()))
-    for _ in read_shards(plan, filling, lambda spec: halves(spec, 0)):
+    filling = Filling(plan_load(open_checkpoint(path), Stage()))
+    for _ in read_shards(filling, lambda spec: halves(spec, 0)):
         pass
     with pytest.raises(CheckpointError, match=f"tensor '{name}' is -1.0, expected a scale above zero"):
         filling.finish()

@@ -402,8 +402,8 @@ def halves(spec: ParamSpec) -> list[Box]:
 
 
 def parts_of(uri: Any) -> dict[str, dict[Box, bytes]]:
-    filling = Filling(plan := plan_load(open_checkpoint(uri), Stage(mtp=True)))
-    found = {spec.name: shards for spec, shards in read_shards(plan, filling, halves)}
+    filling = Filling(plan_load(open_checkpoint(uri), Stage(mtp=True)))
+    found = {spec.name: shards for spec, shards in read_shards(filling, halves)}
     filling.finish()
     return {name: {box: part.tobytes() for box, part in shards.items()} for name, shards in found.items()}
 

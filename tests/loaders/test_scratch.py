@@ -42,7 +42,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadPlan]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of all memory that scratch was made of."""
+    """Sizes of all memory that was read into."""
     sizes: list[int] = []
 
     def noted(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -63,12 +63,12 @@ def halves(spec: ParamSpec) -> list[Box]:
     return [(*box[:-1], (0, middle)), (*box[:-1], (middle, box[-1][1]))]
 
 
-def whole(plan: LoadPlan, filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
-    return ((spec.name, [param]) for spec, param in read_whole(plan, filling, **options))
+def whole(filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
+    return ((spec.name, [param]) for spec, param in read_whole(filling, **options))
 
 
-def in_shards(plan: LoadPlan, filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
-    return ((spec.name, list(parts.values())) for spec, parts in read_shards(plan, filling, halves, **options))
+def in_shards(filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
+    return ((spec.name, list(parts.values())) for spec, parts in read_shards(filling, halves, **options))
 
 
 WAYS = (whole, in_shards)
@@ -81,10 +81,10 @@ def test_the_same_parameters_are_read_into_memory_made_once(
 ) -> None:
     plan = plans[kind]
     filling, again = Filling(plan), Filling(plan)
-    kept = dict(read(plan, filling))
-    assert made == []
+    kept = dict(read(filling))
+    made.clear()
     found = {}
-    for name, parts in read(plan, again, staging=Staging()):
+    for name, parts in read(again, staging=Staging()):
         assert all(part.flags.aligned for part in parts)
         found[name] = [part.copy() for part in parts]
     assert again.finish() == filling.finish()
@@ -108,7 +108,7 @@ def test_what_is_waited_for_keeps_its_memory(
 ) -> None:
     """One tensor never comes: what is read after it is right all the same, and at the end it is said."""
     plan = plans["qwen3-moe"]
-    kept = dict(read(plan, Filling(plan)))
+    kept = dict(read(Filling(plan)))
     lost = next(name for name, (_, source) in plan.targets.items() if source.index)
     owner = plan.targets[lost][0].name
     for way in ("stream", "stream_regions"):
@@ -119,7 +119,7 @@ def test_what_is_waited_for_keeps_its_memory(
 
         monkeypatch.setattr(Checkpoint, way, without)
     filling = Filling(plan)
-    found = {name: [part.copy() for part in parts] for name, parts in read(plan, filling, staging=Staging())}
+    found = {name: [part.copy() for part in parts] for name, parts in read(filling, staging=Staging())}
     assert found.keys() == kept.keys() - {owner}
     for name, parts in found.items():
         assert [part.tobytes() for part in parts] == [part.tobytes() for part in kept[name]], name
@@ -145,8 +145,8 @@ def test_memory_is_not_written_again_before_it_was_read(
     read: Callable[..., Any], kind: str, plans: dict[str, LoadPlan]
 ) -> None:
     plan, late = plans[kind], LateStaging()
-    kept = {name: [part.tobytes() for part in parts] for name, parts in read(plan, Filling(plan))}
-    for name, parts in read(plan, Filling(plan), staging=late):
+    kept = {name: [part.tobytes() for part in parts] for name, parts in read(Filling(plan))}
+    for name, parts in read(Filling(plan), staging=late):
         late.waiting.append((name, list(parts)))
     assert late.found, "memory is used again"
     late.settle()
@@ -177,7 +177,7 @@ def test_what_is_only_compared_keeps_its_memory_until_the_next_tensor_is_asked_f
     head = room.take_compared("lm_head.weight")
     assert head is not None
     assert head.shape == plan.checkpoint.tensors["lm_head.weight"].shape
-    stream = room.watched(iter([("lm_head.weight", head)]))
+    stream = room.releasing(iter([("lm_head.weight", head)]))
     assert next(stream) == ("lm_head.weight", head)
     byte = np.dtype(np.uint8)
     assert not np.shares_memory(room.take("beside", (1,), byte), head)

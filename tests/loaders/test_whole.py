@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import memory, open_checkpoint, stream, whole
+from loaders import memory, open_checkpoint, scratch, stream, whole
 from loaders.filling import Filling
 from loaders.plan import plan_load
 from loaders.sources.positioned import LocalFile
@@ -28,7 +28,7 @@ def test_memory_of_parameters_that_stay_is_mapped_before_anything_is_read_into_i
     monkeypatch.setattr(memory, "STAGING_BYTES", 1 << 10)
     monkeypatch.setattr(stream, "WINDOW_BYTES", 1 << 12)
     done: list[str] = []
-    make_memory, scatter_into = whole.aligned_empty, LocalFile.scatter_into
+    make_memory, scatter_into = scratch.aligned_empty, LocalFile.scatter_into
 
     def mapped(*arguments: Any) -> np.ndarray:
         done.append("map")
@@ -38,9 +38,9 @@ def test_memory_of_parameters_that_stay_is_mapped_before_anything_is_read_into_i
         done.append("read")
         scatter_into(*arguments)
 
-    monkeypatch.setattr(whole, "aligned_empty", mapped)
+    monkeypatch.setattr(scratch, "aligned_empty", mapped)
     monkeypatch.setattr(LocalFile, "scatter_into", read)
-    found = [spec.name for spec, _ in whole.read_whole(plan, Filling(plan))]
+    found = [spec.name for spec, _ in whole.read_whole(Filling(plan))]
     count = len(found)
     assert set(found) == {spec.name for spec in plan.specs}
     assert done.count("map") == count
