@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 import loaders.scratch
+from jax_models.reading import dry_run
 from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.axes import replicated
@@ -23,6 +24,7 @@ from loaders.plan import plan_load, specs_of
 from loaders.regions import Region
 from loaders.stage import Stage
 from parity.oracle import oracle_forward
+from parity.staged_memory import counted
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
 
@@ -246,3 +248,14 @@ def test_destinations_are_asked_for_within_the_budget(checkpoints):
     assert ahead == [0] * len(names)
     asked.clear()
     assert max(len(asked) - i - 1 for i, _ in enumerate(checkpoint.stream_regions([names], wanted))) > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3 moe"])
+def test_what_is_on_its_way_to_a_mesh_stays_within_the_budget(checkpoints, family):
+    checkpoint = open_checkpoint(checkpoints(family)[0])
+    plan = plan_load(checkpoint, Stage())
+    sizes = [sum(checkpoint.tensors[one.tensor].num_bytes for one in spec.placements) for spec in plan.specs]
+    with counted() as memory:
+        before = memory.start()
+        dry_run(plan.within(max(sizes), staged=True), mesh_of("expert2 fsdp2 tensor2"))
+        assert max(sizes) / 2 < memory.most - before <= max(sizes)
