@@ -17,9 +17,8 @@ from jax_models.cache import Cache
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
 from jax_models.taps import collect
-from loaders.drafting import check_binding, shared_with
-from loaders.inputs import ModelInputs, check_pairs
-from loaders.multimodal import check_inputs
+from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.inputs import ModelInputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 
@@ -96,9 +95,7 @@ class Draft:
         assert target is not None
 
         def checked() -> tuple[ModelInputs, np.ndarray]:
-            given = (target.config, input_ids, attention_mask, position_ids)
-            inputs = check_inputs(*given, given=multimodal, has_tower=target.stage.has_tower)
-            check_pairs(inputs)
+            inputs = check_drafted(target, input_ids, attention_mask, position_ids, multimodal)
             return inputs, target.roster.rows(adapter, len(inputs.input_ids))
 
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:

@@ -40,9 +40,10 @@ Sizes = Mapping[str, int]  # of a mesh: axis -> devices
 
 
 def cut_of(sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
-    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the last alone, else the first."""
+    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the one of most devices, or the last."""
     present = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
-    for choice in (present, present[-1:], present[:1]):
+    alone = sorted(present, key=lambda axis: (-sizes[axis], -present.index(axis)))
+    for choice in (present, *((axis,) for axis in alone)):
         if choice and units % math.prod(sizes[axis] for axis in choice) == 0:
             return choice[0] if len(choice) == 1 else choice
     return None

@@ -8,14 +8,20 @@ from typing import Any
 from loaders.errors import brief
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
+MOST = 2**31 - 1  # of anything that is counted: ids and sizes of arrays are integers of 32 bits
 
 
 def size_problems(config: Any, may_be_less: Collection[str] = ()) -> list[str]:
-    """Integers below one, other than ``may_be_less``, and more layers than any model has."""
+    """Integers below one, other than ``may_be_less``, or beyond 32 bits, and more layers than any model has."""
     found = [
         f"config.json: {name} is {value}, expected at least 1"
         for name, value in vars(config).items()
         if type(value) is int and value < 1 and name not in ("pad_token_id", *may_be_less)
+    ]
+    found += [
+        f"config.json: {name} is {brief(value)}, expected at most {MOST}"
+        for name, value in vars(config).items()
+        if type(value) is int and value > MOST and name not in ("pad_token_id", "num_hidden_layers", "num_experts")
     ]
     found += token_problems("config.json", "pad_token_id", [] if config.pad_token_id is None else [config.pad_token_id])
     found += token_problems("config.json", "eos_token_id", config.eos_token_id)

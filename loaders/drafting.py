@@ -1,11 +1,13 @@
-"""Which model a draft may be bound to, of both backends, and what it reads of that model."""
+"""Which model a draft may be bound to, of both backends, what it reads of that model, and what it is called with."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from loaders.inputs import ModelInputs, as_array, check_pairs
+from loaders.multimodal import TEXT, TYPES, check_inputs, placeholders, shown_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 
@@ -62,3 +64,37 @@ def shared_with(target: Drafted | None) -> dict[str, str]:
         return {"embed": "absent", "head": "absent"}
     is_one = target.stage.is_first or target.config.tie_word_embeddings
     return {"embed": "shared" if is_one else "copied", "head": "shared"}
+
+
+def check_drafted(
+    target: Drafted, input_ids: Any, attention_mask: Any, position_ids: Any, given: Mapping[str, Any]
+) -> ModelInputs:
+    """Check and complete what a draft is called with; see ``loaders.multimodal.check_inputs``.
+
+    It reads every token's embedding, and a picture's are made by the tower, on the first stage of a pipeline. The draft
+    of a later one reads text.
+
+    Raises:
+        ValueError: as ``check_inputs``; no token has one before it; or it is a later stage's, and tokens stand for
+            pictures, or ``mm_token_type_ids`` does not say that they are none.
+    """
+    stage, vision = target.stage, target.config.vision
+    is_blind = vision is not None and stage.vision and not stage.has_tower
+    why = (
+        f"the draft of stage {stage.index} of {stage.count} has no embeddings of them: the tower is on stage 0. Load"
+        " the model whole"
+    )
+    if is_blind and (shown := shown_of(given, as_array("input_ids", input_ids).shape)):
+        raise ValueError(f"{', '.join(shown)} given, but {why}.")
+    inputs = check_inputs(
+        target.config, input_ids, attention_mask, position_ids, given=given, has_tower=stage.has_tower
+    )
+    check_pairs(inputs)
+    if is_blind and vision is not None and given.get(TYPES) is None:
+        types_BT, _ = placeholders(vision, inputs.input_ids, None)
+        if count := int(((types_BT != TEXT) & inputs.attention_mask).sum()):
+            raise ValueError(
+                f"input_ids has {count} tokens that stand for images or videos, but {why}; or say by {TYPES} that all"
+                " are text."
+            )
+    return inputs

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from parity.faults import FAULTS, OPENING, Fault
 from parity.lifecycle_lora import ADAPTER_EVENTS
 from parity.lifecycle_serving import draft, nap, replay, speculate
 from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, has_draft, same_bits, some
+from parity.ruler import LIMITS
 
 LIVE = {"jax": "parity.live_jax", "torch": "parity.live_torch"}
 
@@ -283,7 +285,8 @@ def stages(count: int) -> Event:
         first = Stage(0, count).layers(layers)
         if life.bench.shows and vision.levels_taken(layers) > len(first):
             raise Skipped(f"the first of {count} stages has {len(first)} layers, fewer than take a deepstack level")
-        models = [life.bench.load(life.bench.path("A"), (index, count)) for index in range(count)]
+        load = partial(life.bench.load, life.bench.path("A"), in_float32=not life.live.stages_repeat)
+        models = [load((index, count)) for index in range(count)]
         _check_stages(life, models, "A")
         models = [model.update_weights_from_disk(life.bench.path("B")) for model in models]
         _check_stages(life, models, "B")
@@ -308,12 +311,14 @@ def _check_stages(life: LiveModel, models: list[Any], letter: str) -> None:
             positions, _ = models[0].get_rope_index(**life.bench.prompt)
         for model in models[1:]:
             x = model(hidden_states=x, position_ids=positions)
-    logits, tolerance = life.live.backend.to_numpy(x), life.live.stage_tolerance(models[0])
-    if tolerance == 0:
+    logits = life.live.backend.to_numpy(x)
+    if life.live.stages_repeat:
         expect(same_bits(logits, whole.logits), "chained stages differ from the whole model")
         return
-    error = np.linalg.norm(np.float64(logits) - whole.logits) / np.linalg.norm(np.float64(whole.logits))
-    expect(bool(error <= tolerance), f"chained stages differ from the whole model by {error:.1e}, at most {tolerance}")
+    expected = np.float64(life.bench.logits(life.bench.load(life.bench.path(letter), in_float32=True)))
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    limit = LIMITS["float32"].lid(life.model.config.num_hidden_layers)
+    expect(bool(error <= limit), f"chained stages differ from the whole model by {error:.1e}, at most {limit:.1e}")
 
 
 def _check_halves(life: LiveModel, models: list[Any]) -> None:

@@ -44,6 +44,7 @@ class LiveBackend(Protocol):
         poison_publishes: whether poison is an event with a version (JAX) or an accident (torch).
         keeps_old: whether the model from before a change must go on as it was.
         captures: whether decoding is captured in graphs and the model can sleep (torch).
+        stages_repeat: whether stages of a pipeline give the bits of the whole model (torch).
     """
 
     @property
@@ -54,13 +55,14 @@ class LiveBackend(Protocol):
     def keeps_old(self) -> bool: ...
     @property
     def captures(self) -> bool: ...
+    @property
+    def stages_repeat(self) -> bool: ...
     def fixed(self, model: Any) -> dict[str, Any]: ...
     def compiled(self, model: Any) -> dict[str, int]: ...
     def not_shared(self, old: Any, new: Any, changed: set[str]) -> list[str]: ...
     def poison(self, model: Any) -> Any: ...
     def stepped(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]: ...
     def replayed(self, model: Any, prompt: Mapping[str, np.ndarray]) -> list[np.ndarray]: ...
-    def stage_tolerance(self, model: Any) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,10 @@ class Bench:
     def path(self, letter: str) -> str:
         return str(self.checkpoints[letter].source)
 
-    def load(self, uri: Any, stage: tuple[int, int] | None = None) -> Any:
-        return self.live.backend.load(uri, stage=stage, mtp=self.has_draft)
+    def load(self, uri: Any, stage: tuple[int, int] | None = None, *, in_float32: bool = False) -> Any:
+        """``in_float32``: computed in it, with inputs as they come, so that no rounding decides what is near a tie."""
+        exactly: dict[str, Any] = {"dtype": "float32", "weight_only": True} if in_float32 else {}
+        return self.live.backend.load(uri, stage=stage, mtp=self.has_draft, **exactly)
 
     def logits(self, model: Any) -> np.ndarray:
         with self.live.backend.scope():

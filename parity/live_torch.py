@@ -25,6 +25,7 @@ class TorchLive:
     poison_publishes: bool = False
     keeps_old: bool = False
     captures: bool = True
+    stages_repeat: bool = True  # the same kernels on the same numbers
 
     def fixed(self, model: Any) -> dict[str, Any]:
         """Everything a captured graph remembers: the address of every parameter and buffer."""
@@ -71,10 +72,6 @@ class TorchLive:
         for _ in range(STEPS):
             found.append(batch.decode(found[-1].argmax(-1)).cpu().numpy().copy())
         return found
-
-    def stage_tolerance(self, model: Any) -> float:
-        """The same kernels on the same numbers."""
-        return 0.0
 
 
 def live(backend: Framework) -> TorchLive:

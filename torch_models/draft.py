@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.drafting import check_binding, shared_with
-from loaders.inputs import ModelInputs, check_pairs
-from loaders.multimodal import check_inputs
+from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.inputs import ModelInputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
@@ -92,8 +91,7 @@ class Draft:
 
         def shown_to() -> tuple[ModelInputs, np.ndarray]:
             shown = {name: on_host(value) for name, value in multimodal.items()}
-            inputs = check_inputs(target.config, ids, mask, positions, given=shown, has_tower=target.stage.has_tower)
-            check_pairs(inputs)
+            inputs = check_drafted(target, ids, mask, positions, shown)
             return inputs, target.roster.rows(adapter, len(inputs.input_ids))
 
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:

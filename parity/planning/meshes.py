@@ -22,6 +22,7 @@ from loaders.stage import Stage
 
 PROGRAMS = ("prefill", "decode")
 AXES = ("data", FSDP, "expert", "tensor")  # outermost first
+MOST_IN_PARTS = 16  # devices of a slice of which a program may leave some idle: libtpu has it so of 32 v5e no more
 LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
 
 
@@ -43,7 +44,7 @@ class Workload:
     prompt: int
     dtype: str
     plain: str = "BF16"
-    stored: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -125,27 +126,37 @@ def held(config: ModelConfig, load: Workload, sizes: dict[str, int], stage: Stag
     return weights, held_bytes(cache)
 
 
-def default_mesh(config: ModelConfig, devices: int, load: Workload) -> dict[str, int]:
+@functools.lru_cache(maxsize=64)
+def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> dict[str, int]:
     """The cut that leaves the least on each device, which is also the least that a decode step reads.
 
-    Experts are spread before they are cut, and never into parts narrower than a register; rows are spread where heads
-    no longer can be: keys and values that no axis cuts lie on every device.
+    Experts are spread before they are cut, and not into parts narrower than a register unless nothing else leaves each
+    device the ``room`` that it has; rows are spread where heads no longer can be: keys and values that no axis cuts lie
+    on every device. Where no such cut leaves it, one that does may take fewer devices, or ``fsdp``.
     """
     dims = config.dims()
     widths = [dims[letter].size for letter in ("M",) if letter in dims]
 
     def cost(sizes: dict[str, int]) -> tuple[Any, ...]:
-        tensor = sizes.get("tensor", 1)
+        tensor, size = sizes.get("tensor", 1), sum(held(config, load, sizes))
         is_narrow = tensor > 1 and any(width // tensor % LANES for width in widths)
-        return is_narrow, sum(held(config, load, sizes)), len(sizes), tensor
+        return size > room, is_narrow, size, len(sizes), tensor
 
-    return min(_cuts(devices, load.rows, dims["E"].size if "E" in dims else 1), key=cost)
+    experts = dims["E"].size if "E" in dims else 1
+    usual = min(_cuts(devices, load.rows, experts), key=cost)
+    whole = sum(held(config, load, {}))
+    if not cost(usual)[0] or whole > room * devices:
+        return usual
+    fewer = range(devices // 2 + 1, devices if devices <= MOST_IN_PARTS else 0)
+    others = [cut for count in reversed(fewer) for cut in _cuts(count, load.rows, experts)]
+    others += [cut for cut in _cuts(devices, devices, experts, rows_by=FSDP) if FSDP in cut]
+    return min([usual, *others], key=cost)
 
 
-def _cuts(devices: int, rows: int, experts: int) -> Iterator[dict[str, int]]:
+def _cuts(devices: int, rows: int, experts: int, rows_by: str = "data") -> Iterator[dict[str, int]]:
     """Every mesh of so many devices whose axes divide what they are to spread."""
     for data in (size for size in range(1, devices + 1) if devices % size == 0 and rows % size == 0):
         rest = devices // data
         for expert in (size for size in range(1, rest + 1) if rest % size == 0 and experts % size == 0):
-            sizes = {"data": data, "expert": expert, "tensor": rest // expert}
+            sizes = {rows_by: data, "expert": expert, "tensor": rest // expert}
             yield {axis: size for axis, size in sizes.items() if size > 1}

@@ -58,29 +58,36 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
     Args:
         request: of what.
         topology: slice; None: the smallest that fits, of those whose devices hold weights and cache; of a mesh that is
-            given the smallest that has its devices too.
+            given the smallest that has its devices.
         sizes: of the mesh; None: ``default_mesh``. One that does not fit stays what is planned, and a slice that does
             with ``default_mesh`` is suggested.
     Raises:
         ValueError: topology and mesh do not fit each other, or no slice is large enough.
     """
-    used = math.prod((sizes or {}).values())
-    named = topology or smallest(request, above=used - 1)
+    named = topology or (smallest(request) if sizes is None else _holding(request.chip, math.prod(sizes.values())))
     if named is None:
-        largest = request.chip.topologies[-1]
-        if used > request.chip.num_devices(largest):
-            raise ValueError(_too_few(request.chip, largest, used))
         advice = "another chip" if request.quant else "another chip or --quant"
         raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use {advice}")
     found, fitting = _planned(request, named, sizes), None
     if sizes is None or not found["fits"]:
-        devices = request.chip.num_devices(named)
-        is_default = sizes is None or found["mesh"] == default_mesh(request.config, devices, request.load)
+        is_default = sizes is None or found["mesh"] == _default(request, request.chip.num_devices(named))
         fitting = _fitting(request, {named: found} if is_default else {})
     if topology is None and sizes is None and fitting is not None:
         found = fitting
     suggestion = fitting and _suggestion(fitting, is_this=fitting is found)
     return found | {"suggestion": suggestion, "is_mesh_given": sizes is not None}
+
+
+def _holding(chip: Chip, used: int) -> str:
+    """The smallest slice of so many devices. Raises ValueError: there is none."""
+    for topology in chip.topologies:
+        if chip.num_devices(topology) >= used:
+            return topology
+    raise ValueError(_too_few(chip, chip.topologies[-1], used))
+
+
+def _default(request: Request, devices: int) -> dict[str, int]:
+    return default_mesh(request.config, devices, request.load, request.chip.usable_bytes)
 
 
 def smallest(request: Request, above: int = 0) -> str | None:
@@ -115,7 +122,7 @@ def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, An
 def _is_cut_as_far(request: Request, sizes: dict[str, int], devices: int) -> bool:
     """Whether a device of a mesh has no more of any parameter, or of the rows, than one of so many devices."""
     config, load = request.config, request.load
-    fewer, dims = default_mesh(config, devices, load), config.dims()
+    fewer, dims = _default(request, devices), config.dims()
     meshes: list[Any] = [abstract_mesh(sizes), abstract_mesh(fewer)]
     weights = ([weight_size(spec, dims, mesh, load)[0] for mesh in meshes] for spec in specs_for(config, Stage()))
     rows = rows_on_device(load.rows, sizes) <= rows_on_device(load.rows, fewer)
@@ -132,7 +139,7 @@ def _suggestion(found: dict[str, Any], *, is_this: bool) -> dict[str, Any]:
 
 
 def _weight(request: Request, devices: int) -> int:
-    return sum(held(request.config, request.load, default_mesh(request.config, devices, request.load)))
+    return sum(held(request.config, request.load, _default(request, devices)))
 
 
 def _least(request: Request) -> str:
@@ -148,7 +155,7 @@ def _too_few(chip: Chip, topology: str, used: int) -> str:
 def _planned(request: Request, topology: str, sizes: dict[str, int] | None) -> dict[str, Any]:
     config, load, chip = request.config, request.load, request.chip
     devices = chip.num_devices(topology)
-    sizes = default_mesh(config, devices, load) if sizes is None else sizes
+    sizes = _default(request, devices) if sizes is None else sizes
     used = math.prod(sizes.values())
     if used > devices:
         raise ValueError(_too_few(chip, topology, used))

@@ -19,7 +19,11 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Every program asked for, at every depth: ``{"decode": [measured, ...], ...}``, and the versions that did it."""
+    """Every program asked for, at every depth: ``{"decode": [measured, ...], ...}``, and the versions that did it.
+
+    Raises:
+        ValueError: the mesh is not for this slice.
+    """
     from importlib.metadata import version
 
     import jax
@@ -31,10 +35,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from parity.planning.subject import planned
 
     config = planned(request["subject"], request["quant"]).config
-    load, mesh = Workload(**request["load"]), mesh_on(chip_of(request["chip"]), request["topology"], request["mesh"])
+    load, chip, topology = Workload(**request["load"]), chip_of(request["chip"]), request["topology"]
+    mesh = mesh_on(chip, topology, request["mesh"])
     found: dict[str, Any] = {"jax": jax.__version__, "libtpu": version("libtpu")}
-    for program in request["programs"]:
-        found[program] = [measured(config, program, load, mesh, Shallow(depth=depth)) for depth in request["depths"]]
+    depths = [Shallow(depth=depth) for depth in request["depths"]]
+    try:
+        for program in request["programs"]:
+            found[program] = [measured(config, program, load, mesh, depth) for depth in depths]
+    except jax.errors.JaxRuntimeError as error:
+        devices, why = chip.num_devices(topology), str(error)
+        if mesh.size == devices or "RET_CHECK" not in why:
+            raise
+        raise ValueError(
+            f"libtpu compiles nothing for {mesh.size} of the {devices} devices of {chip.name}:{topology}. Name a slice"
+            f" of as many, or a mesh of all of them. It says: {why.splitlines()[0]}"
+        ) from error
     return found
 
 

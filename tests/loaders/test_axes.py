@@ -65,3 +65,5 @@ def test_scales_of_experts_are_cut_as_the_experts_and_routers_are_not():
 def test_what_nothing_divides_stays_whole():
     assert cut_of({"expert": 4, "tensor": 8}, ("expert", "tensor"), 6) is None
     assert cut_of({"expert": 2, "tensor": 8}, ("expert", "tensor"), 6) == "expert"
+    assert cut_of({"expert": 4, "tensor": 2}, ("expert", "tensor"), 4) == "expert"  # of most devices
+    assert cut_of({"expert": 2, "tensor": 2}, ("expert", "tensor"), 2) == "tensor"

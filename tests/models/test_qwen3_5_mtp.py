@@ -16,6 +16,8 @@ from reference import relative_error
 import jax_models
 import torch_models
 from loaders import CheckpointError
+from parity.zoo import make_checkpoint
+from parity.zoo_pictures import pictures
 
 BOUND = 2e-5
 MODELS = {"jax": jax_models, "torch": torch_models}
@@ -93,6 +95,26 @@ def test_the_last_stage_drafts_as_the_whole_model(name: str, backend: str, check
             if backend == "torch":
                 np.testing.assert_array_equal(ours, theirs)
             assert relative_error(ours[real_BT], theirs[real_BT]) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", MODELS)
+def test_the_draft_of_a_later_stage_has_no_embeddings_of_pictures_and_says_so(backend: str, tmp_path: Path) -> None:
+    """It took their placeholders for text: off by 0.6 to 0.8 where images stood, without a word."""
+    path = make_checkpoint("qwen3_5-wrapped", tmp_path / "it", num_hidden_layers=4)
+    first, last = (MODELS[backend].load(path, stage=(index, 2), mtp=True) for index in range(2))
+    shown = pictures(first.config, rows=3, tokens=96, padding=None)
+    ids, types = shown.pop("input_ids"), shown.pop("mm_token_type_ids")
+    hidden = first(ids, **shown, mm_token_type_ids=types)
+    tower = "stage 1 of 2 has no embeddings of them: the tower is on stage 0"
+    with pytest.raises(ValueError, match=rf"pixel_values, .*given, but the draft of {tower}"):
+        last.mtp_forward(ids, hidden_states=hidden, **{k: x for k, x in shown.items() if "pixel" in k})
+    with pytest.raises(ValueError, match=rf"input_ids has \d+ tokens that stand for images or videos, but .* {tower}"):
+        last.mtp_forward(ids, hidden_states=hidden)
+    (text,) = np.flatnonzero(~types.any(axis=1))
+    row = slice(text, text + 1)
+    as_text = last.mtp_forward(ids, hidden_states=hidden, mm_token_type_ids=np.zeros_like(ids))[0][row]
+    alone = last.mtp_forward(ids[row], hidden_states=hidden[row])[0]
+    assert relative_error(np.asarray(as_text), np.asarray(alone)) <= 2e-6
 
 
 @pytest.mark.parametrize("backend", MODELS)

@@ -106,13 +106,13 @@ def test_caches_are_keys_and_values_of_all_slots_and_states_of_every_row(qwen3, 
 
 
 def test_a_device_holds_its_share_the_heads_it_can_and_whole_norms_and_routers(qwen3, qwen3_5):
-    mesh = {"expert": 2, "tensor": 4}
-    assert default_mesh(qwen3, 8, LOAD) == mesh
+    mesh = {"expert": 4, "tensor": 2}
+    assert default_mesh(qwen3, 8, LOAD, 96 << 30) == mesh
     weights, cache = held(qwen3, LOAD, mesh)
     assert weights == QWEN3_EIGHTH
     assert cache == 94 * 2 * 8 * 8192 * 128 * 2 + MASK  # one of four heads
     mesh = {"expert": 8, "tensor": 2}
-    assert default_mesh(qwen3_5, 16, LOAD) == mesh
+    assert default_mesh(qwen3_5, 16, LOAD, 96 << 30) == mesh
     cut = QWEN3_5_ALL - QWEN3_5_WHOLE - KEYS
     assert held(qwen3_5, LOAD, mesh)[0] == 2 * (cut // 16 + KEYS // 2 + QWEN3_5_WHOLE)
 

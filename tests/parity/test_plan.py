@@ -33,6 +33,7 @@ from parity.zoo import make_checkpoint, zoo_config
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 LOAD = Workload(rows=8, context=2048, prompt=1024, dtype="bfloat16")
+ROOM = CHIPS["v5e"].usable_bytes
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,9 @@ def test_of_experts_as_many_are_expected_as_so_many_choices_hit(experts):
 
 
 def test_rows_are_spread_where_heads_no_longer_can_be_and_experts_before_they_are_cut(dense, experts):
-    assert default_mesh(dense, 4, LOAD) == {"tensor": 4}
-    assert default_mesh(dense, 16, LOAD) == {"data": 2, "tensor": 8}
-    assert default_mesh(experts, 4, LOAD) == {"expert": 4}
+    assert default_mesh(dense, 4, LOAD, ROOM) == {"tensor": 4}
+    assert default_mesh(dense, 16, LOAD, ROOM) == {"data": 2, "tensor": 8}
+    assert default_mesh(experts, 4, LOAD, ROOM) == {"expert": 4}
 
 
 def test_what_devices_hold_is_cut_as_the_mesh_says(dense):
@@ -160,20 +161,20 @@ GB = 10**9
 def compiling(dense, monkeypatch):
     """Plans of Qwen3-8B on v5e without a compiler, and the slices that were compiled: four devices hold 4.7 GB each."""
 
-    def planning(named: str | None, temporaries: dict[str, int], config=dense, load=LOAD):
+    def planning(named: str | None, temporaries: dict[str, int], config=dense, load=LOAD, mesh=None):
         asked = []
 
         def planned_on(request: Request, topology: str, sizes: dict[str, int] | None):
             asked.append(topology)
             devices, temp = request.chip.num_devices(topology), temporaries.get(topology, 0)
-            mesh = default_mesh(request.config, devices, request.load)
+            mesh = default_mesh(request.config, devices, request.load, ROOM) if sizes is None else sizes
             peak = sum(held(request.config, request.load, mesh)) + temp
             program = {"temp_bytes": temp, "peak_bytes": peak}
             fits = peak <= request.chip.usable_bytes
             return {"topology": topology, "devices": devices, "mesh": mesh, "fits": fits, "programs": {"it": program}}
 
         monkeypatch.setattr("parity.planning.plan._planned", planned_on)
-        return plan(Request("qwen3-8b", config, None, chip_of("v5e"), load), named, None), asked
+        return plan(Request("qwen3-8b", config, None, chip_of("v5e"), load), named, mesh), asked
 
     return planning
 
@@ -196,9 +197,51 @@ def test_temporaries_of_more_devices_say_nothing_of_fewer_that_divide_more(compi
     """Of 40 heads 16 devices cut none, and eight cut all."""
     document = json.loads((CONFIGS / "qwen3-8b.json").read_text()) | {"num_attention_heads": 40}
     config, _ = config_from_json(document)
-    assert default_mesh(config, 16, one_row := dataclasses.replace(LOAD, rows=1)) == {"tensor": 16}
+    one_row = dataclasses.replace(LOAD, rows=1)
+    assert default_mesh(config, 16, one_row, ROOM) == {"tensor": 16}
     found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": GB, "2x2": 20 * GB}, config, one_row)
     assert (asked, found["suggestion"]["topology"]) == (["4x4", "2x2", "2x4"], "2x4")
+
+
+def odd_config(**changes):
+    document = json.loads((CONFIGS / "qwen3-8b.json").read_text())
+    config, problems = config_from_json(document | {"num_hidden_layers": 4, "layer_types": None} | changes)
+    assert not problems
+    return config
+
+
+def test_a_mesh_that_is_given_has_the_smallest_slice_of_its_devices(compiling):
+    """Also where the mesh that would be chosen holds less, or more, on each: six query heads of three keys."""
+    config = odd_config(num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=2**23)
+    load = dataclasses.replace(LOAD, rows=1, context=5_000_000)
+    found, asked = compiling(None, {}, config, load, {"tensor": 3})
+    assert (asked, found["fits"], found["mesh"]) == (["2x2"], True, {"tensor": 3})
+    found, asked = compiling(None, {}, config, load, {"fsdp": 2})
+    assert (asked[0], found["fits"], found["suggestion"]["topology"]) == ("2x2", False, "2x2")
+    with pytest.raises(ValueError, match="the mesh takes 512 devices, but v5e:16x16 has 256"):
+        compiling(None, {}, config, load, {"data": 512})
+
+
+def test_where_no_usual_cut_leaves_room_one_does_that_takes_fewer_devices_or_cuts_the_width(compiling):
+    config = odd_config(num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=2**23)
+    load = dataclasses.replace(LOAD, rows=1, context=5_000_000)  # 31 GB of keys and values that two and four divide not
+    found, _ = compiling(None, {}, config, load)
+    assert (found["topology"], found["mesh"]) == ("2x2", {"tensor": 3})
+    primes = {"num_attention_heads": 7, "num_key_value_heads": 7, "intermediate_size": 99991, "vocab_size": 151_937}
+    config = odd_config(num_hidden_layers=8, **primes)
+    found, _ = compiling(None, {}, config)
+    assert (found["topology"], found["mesh"]) == ("2x2", {"fsdp": 4})
+
+
+def test_narrow_parts_of_experts_are_better_than_none_that_fit():
+    document = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text())
+    odd = {"num_experts": 499, "hidden_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 16}
+    config, problems = config_from_json(document | odd | {"num_key_value_heads": 8})
+    assert not problems
+    load = dataclasses.replace(LOAD, context=64, prompt=16)
+    assert default_mesh(config, 4, load, ROOM) == {"tensor": 4}
+    assert default_mesh(config, 4, load, 2 * ROOM) == {"data": 2, "tensor": 2}
+    assert smallest(Request("odd", config, None, chip_of("v5e"), load)) == "2x2"
 
 
 def test_where_none_fits_none_is_suggested(compiling):

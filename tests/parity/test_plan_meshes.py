@@ -74,6 +74,16 @@ def test_the_verb_compiles_for_a_mesh_with_fsdp(checkpoint, capsys):
     assert "all-gather" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'")
+def test_a_mesh_that_libtpu_puts_on_no_part_of_a_slice_is_refused_in_a_sentence(checkpoint, capsys):
+    options = ["--topology", "4x8", "--mesh", "tensor=2", "--context", "64", "--prompt", "8", "--batch", "2"]
+    assert main(["plan", str(checkpoint("dense")), *options]) == 2
+    said = capsys.readouterr().err
+    assert "libtpu compiles nothing for 2 of the 32 devices of v5e:4x8. Name a slice of as many" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 @pytest.mark.parametrize("config", ["qwen3-8b", "qwen3-30b-a3b"])
 def test_weights_that_fsdp_cuts_are_read_in_parts_and_multiplied_as_often(program, config):
