@@ -104,6 +104,12 @@ class VersionedCache:
         """Slots a row has."""
         return self.arrays.key_mask.shape[1]
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether a step wrote in its memory. XLA may leave small arrays alone, as jax 0.11 does its length."""
+        first = next(iter(self.arrays.layers.values()), {})
+        return any(array.is_deleted() for array in (self.arrays.length, *first.values()))
+
 
 def empty_cache(
     entries: dict[str, dict[str, Entry]],

@@ -131,7 +131,7 @@ class Decoding:
         model.check_runnable(is_step=True)
         if not isinstance(cache, VersionedCache):
             raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
-        if cache.arrays.length.is_deleted():
+        if cache.is_spent:
             raise ValueError(
                 "the cache was given to a step before, which wrote in its memory. Take what that returned."
             )

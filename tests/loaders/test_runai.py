@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ class Interrupted:
         return call
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Interrupts are, also where this process was started in the background by a shell, which has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("function", "number"), [("request", 1), ("request", 3), ("response", 1), ("response", 2)])
 def test_an_interrupt_is_over_when_all_that_was_asked_for_is_answered(
     checkpoint: Checkpoint, function: str, number: int, monkeypatch: Any
