@@ -2,7 +2,7 @@
 
 A writer holds a lock of the directory (``flock``), which ends with its process, however that ends. The directory stays
 the same one until it is renamed or removed, so that whoever finds it can ask. Where a file system has no locks, whoever
-comes last writes.
+comes last to one name writes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
 class Claim:
-    """Of ``temporary``, which becomes ``final``: nobody else fills it while this is held."""
+    """Of ``temporary``, which becomes ``final``: nobody else fills it while this is held.
 
-    def __init__(self, final: Path, temporary: Path) -> None:
-        self.final, self.temporary = final, temporary
+    ``over_empty``: the final directory may be there, if nothing is in it.
+    """
+
+    def __init__(self, final: Path, temporary: Path, *, over_empty: bool = False) -> None:
+        self.final, self.temporary, self._over_empty = final, temporary, over_empty
         self._held: int | None = None
 
     @property
@@ -44,7 +48,7 @@ class Claim:
             self._held = self._lock()
         try:
             self._empty()
-            if self.final.exists():
+            if self.final.exists() and not (self._over_empty and self.final.is_dir() and not any(self.final.iterdir())):
                 self.temporary.rmdir()
                 raise FileExistsError(f"{self.final} exists by now: another has written it. Nothing of it was changed.")
         except BaseException:
@@ -86,3 +90,19 @@ class Claim:
                 return descriptor
         os.close(descriptor)
         return None
+
+
+def remove_abandoned(directories: Iterable[Path]) -> None:
+    """Remove those whose writers are gone. Where a file system has no locks nobody knows, and they stay."""
+    for path in directories:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders import dtypes
+from loaders.claims import Claim, remove_abandoned
 from loaders.errors import brief
 from loaders.header import MAX_HEADER_BYTES, parse_header
 from loaders.index import INDEX, SINGLE
@@ -113,11 +114,12 @@ def write_checkpoint(
         raise ValueError(_listed(problems))
     planned = _headers(plan, layout, metadata or {})
     missing = [parent for parent in target.parents if not parent.exists()]
-    # a sibling, so that the rename stays on one file system; mkdir and not mkdtemp, whose 0700 would outlive the rename
-    partial = target.parent / f".{target.name[:NAME_LETTERS]}.{secrets.token_hex(8)}.partial"
+    remove_abandoned(_partials(target))
+    # a sibling, so that the rename stays on one file system
+    partial = target.parent / _partial_name(target, secrets.token_hex(8))
+    claim = Claim(target, partial, over_empty=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        claim.take()
         if target.exists():
             shutil.copymode(target, partial)  # of the empty directory whose place it takes
         beside = {GENERATION: generation, QUANTIZATION: quantization}
@@ -136,8 +138,24 @@ def write_checkpoint(
             for parent in missing:
                 parent.rmdir()
         raise
-    _sync(target.parent)
+    finally:
+        claim.release()
+    with contextlib.suppress(PermissionError):  # a directory that may be written and not read
+        _sync(target.parent)
     return Path(directory)
+
+
+def _partial_name(target: Path, mark: str) -> str:
+    return f".{target.name[:NAME_LETTERS]}.{mark}.partial"
+
+
+def _partials(target: Path) -> list[Path]:
+    """What is being written to become ``target``, or was when its writer was killed."""
+    name = re.compile(rf"{re.escape(f'.{target.name[:NAME_LETTERS]}.')}[0-9a-f]{{16}}\.partial")
+    try:
+        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    except OSError:  # the parent is not there yet, or may not be read
+        return []
 
 
 def writing_order(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -> list[str]:
@@ -167,7 +185,8 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is to be written, links resolved.
 
     Raises:
-        FileExistsError: it is not new and not empty, or the working directory.
+        FileExistsError: it is not new and not empty, or the working directory, or where a file system is mounted.
+        PermissionError: nothing may be made beside it, where it is written first.
         ValueError: it is an address.
     """
     target = Path(os.path.realpath(local_path(directory)))
@@ -177,6 +196,14 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
     if target.is_dir() and target.samefile(os.curdir):
         raise FileExistsError(f"{target} is the working directory, and would be another one. Name a directory in it.")
+    if os.path.ismount(target):
+        raise FileExistsError(f"{target} is where a file system is mounted, and stays it. Name a directory in it.")
+    parent = next(one for one in target.parents if one.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{parent} may not be written by this user, and a checkpoint is written there before it gets the name"
+            f" {target}. Name another directory."
+        )
     return target
 
 

@@ -76,7 +76,7 @@ def write(path: Path, entries: Sequence[Entry], *, command: str) -> None:
     facts["python"] = f"{platform.python_version()} on {platform.machine()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     page = render_page("Parity of a test session", body, facts, tab=[finding])
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _finding_of(entry: Entry) -> Comparison:

@@ -13,7 +13,7 @@ from loaders.multimodal import NAMES as MULTIMODAL
 from parity.backend import Inputs, record_backend
 from parity.backends import Framework
 from parity.model_backend import ModelBackend
-from parity.trace import Trace
+from parity.trace import Trace, check_is_file
 from parity.zoo import prompts
 from parity.zoo_pictures import pictures
 
@@ -24,11 +24,12 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Model inputs from a safetensors file.
 
     Raises:
-        ValueError: not safetensors, no ``input_ids``, or a tensor that is not a model input.
+        ValueError: no file, not safetensors, no ``input_ids``, or a tensor that is not a model input.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    check_is_file(path, "a safetensors file of model inputs")
     try:
         inputs = load_file(path)
     except SafetensorError as error:

@@ -98,8 +98,7 @@ class Trace:
             OSError: the file cannot be read.
         """
         path = Path(path)
-        if path.is_dir():  # safetensors would say "No such device"
-            raise ValueError(f"{path} is a directory, expected the one safetensors file that `tandem record` writes.")
+        check_is_file(path, "the one safetensors file that `tandem record` writes")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -183,6 +182,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    check_is_file(path, "the one safetensors file that `tandem record` writes")
     try:
         with safe_open(path, framework="numpy") as file:
             meta, problems = _parse((file.metadata() or {}).get(DOCUMENT))
@@ -190,6 +190,14 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file: {error}. Was it copied whole?") from error
     _raise_if(path, problems or trace_layout.meta_problems(meta))
     return meta
+
+
+def check_is_file(path: str | os.PathLike[str], expected: str) -> None:
+    """Raises ValueError where there is something else by that name: safetensors would say "No such device"."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        found = "a directory" if path.is_dir() else "a pipe" if path.is_fifo() else "no regular file"
+        raise ValueError(f"{path} is {found}, expected {expected}.")
 
 
 def _parse(document: str | None) -> tuple[dict[str, Any], list[str]]:

@@ -90,7 +90,10 @@ def find_problems(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
 
 
 # what a reader is told how to run it again with
-_FACTS = (("input_hash", str), ("checkpoint", str), ("inputs", str), ("adapter", str), ("row", int), ("decode", int))
+_FACTS = (
+    *(("input_hash", str), ("checkpoint", str), ("inputs", str), ("adapter", str), ("row", int), ("decode", int)),
+    *(("max_new_tokens", int), ("ignore_eos", bool)),
+)
 
 
 def meta_problems(meta: Mapping[str, Any]) -> list[str]:
@@ -104,6 +107,9 @@ def meta_problems(meta: Mapping[str, Any]) -> list[str]:
     for key, kind in (("versions", dict), ("precision", dict), ("events", list), ("device", str), *_FACTS):
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             problems.append(f"{key} is {meta[key]!r}, expected a {kind.__name__} or nothing.")
+    adapter = meta["precision"].get("adapter") if isinstance(meta.get("precision"), dict) else None
+    if adapter is not None and not isinstance(adapter, str):
+        problems.append(f"precision.adapter is {adapter!r}, expected a digest or nothing.")
     problems += _probe_problems(meta.get("probes") or [])
     weights = meta.get("weights")
     if weights is not None and not (

@@ -72,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
     found = found.noted(notes)
     if args.json:
         text = json.dumps(jsonable(found.to_json()), indent=2, allow_nan=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        args.json.write(text + "\n")
     print(found.summary if args.quiet else found.to_text())
     return found.exit_code

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     page = render_html(
         "One checkpoint, two backends, live weights", comparisons=comparisons, events=events, facts=facts
     )
-    output.write_text(page, encoding="utf-8")
+    output.write_text(page, encoding="utf-8", errors="backslashreplace")
     verdict = overall(comparisons, events)
     print(f"{verdict} in {seconds:.0f} s. Report: {output}")
     return 0 if verdict == "PASS" else 1

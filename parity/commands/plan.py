@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
     request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
     found = plan(request, args.topology, sizes)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        args.json.write(json.dumps(found, indent=2) + "\n")
     print(plan_text(found))
     return 0 if found["fits"] else DOES_NOT_FIT

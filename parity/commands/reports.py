@@ -23,11 +23,11 @@ def write_reports(
         from parity.report import render_html
 
         page = render_html(title, comparisons=comparisons, events=list(events), facts=facts)
-        args.html.write_text(page, encoding="utf-8")
+        args.html.write(page)
     for path, export in (
         (args.junit, export_results.to_junit),
         (args.json, export_results.to_json),
         (args.md, export_results.to_markdown),
     ):
         if path:
-            path.write_text(export(comparisons, events), encoding="utf-8")
+            path.write(export(comparisons, events))

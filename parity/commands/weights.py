@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         document: dict[str, Any] = {"schema": 1, "exit_code": code, "comparisons": [one.to_dict() for one in found]}
         text = json.dumps(jsonable(document), indent=2, default=str, allow_nan=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        args.json.write(text + "\n")
     print("\n\n".join(one.to_text(everything=args.all) for one in found))
     return code
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from handmade import CONFIG
 from safetensors.torch import save_file
 
 from loaders import dtypes, open_checkpoint
+from loaders.claims import Claim
 from loaders.writer import TensorType, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -291,6 +295,72 @@ def test_a_directory_that_fills_while_writing_is_left_alone(tmp_path: Path) -> N
         write_checkpoint(directory, plan_of(ARRAYS), read, config=CONFIG)
     assert contents(directory) == {"config.json": b"theirs"}
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_writes_is_not(tmp_path: Path) -> None:
+    names = [".checkpoint.0123456789abcdef.partial", ".checkpoint.fedcba9876543210.partial"]
+    others = [".checkpoint.mine.partial", ".checkpoint2.0123456789abcdef.partial"]
+    for name in (names[0], *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(8))
+    at_work = Claim(tmp_path / "checkpoint", tmp_path / names[1])
+    at_work.take()
+    written(tmp_path / "checkpoint")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", names[1], *others}
+    at_work.release()
+
+
+def test_a_writer_that_was_killed_is_followed_by_one_that_leaves_nothing_of_it(tmp_path: Path) -> None:
+    program = """if True:
+        import os, signal, sys
+        import numpy as np
+        from loaders.writer import TensorType, write_checkpoint
+
+        def read(name):
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+        write_checkpoint(sys.argv[1], {"a": TensorType("F32", (2,))}, read, config={})
+    """
+    for name in ("SIGTERM", "SIGKILL"):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "checkpoint"), name], check=False)
+        assert done.returncode == -getattr(signal, name)
+        assert [path.name[:12] for path in tmp_path.iterdir()] == [".checkpoint."]
+    written(tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_where_a_file_system_is_mounted_nothing_is_written_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(FileExistsError, match="mounted is where a file system is mounted.* Name a directory in it"):
+        write_checkpoint(tmp_path / "mounted", plan_of(ARRAYS), fail, config=CONFIG)  # said before reading
+    written(tmp_path / "mounted" / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]
+
+
+def test_where_nothing_may_be_made_is_said_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for directory in (tmp_path / "checkpoint", tmp_path / "new" / "checkpoint"):
+        with pytest.raises(PermissionError, match=f"{tmp_path} may not be written by this user"):
+            write_checkpoint(directory, plan_of(ARRAYS), fail, config=CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_that_may_be_written_and_not_read_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    written(tmp_path / "checkpoint")
+    assert open_checkpoint(tmp_path / "checkpoint").tensors.keys() == ARRAYS.keys()
 
 
 def test_nothing_has_the_final_name_until_all_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

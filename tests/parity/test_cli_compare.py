@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -96,6 +98,16 @@ def test_all_four_files_are_written_and_can_be_read(traces, tmp_path):
     assert ElementTree.parse(files["junit"]).getroot().tag == "testsuites"
     assert json.loads(files["json"].read_text())["verdict"] == "PASS"
     assert "PASS" in files["md"].read_text()
+
+
+def test_a_report_of_a_path_that_is_no_text_is_written(traces, tmp_path):
+    """It was opened, and so emptied, before it turned out that its name has no UTF-8."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.trace")
+    os.rename(traces[0], path)
+    options = {f"--{kind}": str(tmp_path / f"report.{kind}") for kind in ("html", "md", "json", "junit")}
+    assert main(["compare", path, traces[1], *sum(options.items(), ())]) == 0
+    for report in options.values():
+        assert "trace" in Path(report).read_text(encoding="utf-8")
 
 
 def test_neither_framework_nor_the_loaders_are_imported_by_a_whole_comparison(traces, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ from safetensors.numpy import save_file
 from synthetic_traces import B, T, make_backend, make_oracle
 
 from loaders.dtypes import to_numpy
-from parity.trace import Trace, input_hash, make_meta
+from parity.record import read_inputs
+from parity.trace import Trace, input_hash, make_meta, read_meta
 
 
 @pytest.fixture
@@ -78,11 +80,22 @@ def test_loading_a_document_that_is_no_json_object_says_so(document, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("inputs", [5]), ("row", [1]), ("decode", "x"), ("adapter", 3), ("checkpoint", {})]
+    ("key", "value"),
+    [
+        *(("inputs", [5]), ("row", [1]), ("decode", "x"), ("adapter", 3), ("checkpoint", {})),
+        *(("max_new_tokens", "6"), ("max_new_tokens", 1.5), ("ignore_eos", {})),
+    ],
 )
 def test_what_says_how_to_run_it_again_has_one_kind(trace, tmp_path, key, value):
     trace.meta[key] = value
-    with pytest.raises(ValueError, match=rf"{key} is .*, expected a (str|int) or nothing"):
+    with pytest.raises(ValueError, match=rf"{key} is .*, expected a (str|int|bool) or nothing"):
+        trace.save(tmp_path / "x")
+
+
+@pytest.mark.parametrize("adapter", [7, ["a"], {}])
+def test_an_adapter_is_said_by_its_digest(trace, tmp_path, adapter):
+    trace.meta["precision"] = {"adapter": adapter}
+    with pytest.raises(ValueError, match=r"precision\.adapter is .*, expected a digest or nothing"):
         trace.save(tmp_path / "x")
 
 
@@ -94,6 +107,15 @@ def test_loading_what_is_not_safetensors_says_so_and_a_missing_file_is_an_os_err
         Trace.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("read", [Trace.load, read_meta, read_inputs])
+def test_what_is_no_file_is_told_by_its_name(read, tmp_path):
+    """safetensors says "No such device (os error 19)"."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, found in ((tmp_path, "a directory"), (tmp_path / "pipe", "a pipe"), (os.devnull, "no regular file")):
+        with pytest.raises(ValueError, match=f"{path} is {found}, expected "):
+            read(path)
 
 
 def test_shapes_that_contradict_each_other_are_all_listed(trace, tmp_path):
