@@ -57,7 +57,7 @@ def load(
             reload; see ``loaders.quantize``.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
             its way to devices, or matrices that share a scale while they are quantised (which takes 8 MiB beside);
-            None: what the largest needs. What is read through, 8 MiB for a thread at most, comes on top as for
+            None: what the largest needs. What is on its way from files or stores comes on top: see
             ``Checkpoint.stream``.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.

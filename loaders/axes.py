@@ -40,7 +40,7 @@ Sizes = Mapping[str, int]  # of a mesh: axis -> devices
 
 
 def cut_of(sizes: Sizes, axes: tuple[str, ...], units: int) -> Cut:
-    """Those of ``axes`` that cut ``units`` evenly: all that the mesh has, else the one of most devices, or the last."""
+    """Those of ``axes`` that cut ``units`` evenly: all that there are, else the one of most devices, or the last."""
     present = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     alone = sorted(present, key=lambda axis: (-sizes[axis], -present.index(axis)))
     for choice in (present, *((axis,) for axis in alone)):

@@ -8,11 +8,11 @@ from typing import Any
 from loaders.errors import brief
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of experts: over all layers; beyond is no model but an attack
-MOST = 2**31 - 1  # of anything that is counted: ids and sizes of arrays are integers of 32 bits
+MOST = 2**31 - 1  # of anything that is counted: ids, positions and indices are signed integers of 32 bits
 
 
 def size_problems(config: Any, may_be_less: Collection[str] = ()) -> list[str]:
-    """Integers below one, other than ``may_be_less``, or beyond 32 bits, and more layers than any model has."""
+    """Integers below one, other than ``may_be_less``, or above ``MOST``, and more layers than any model has."""
     found = [
         f"config.json: {name} is {value}, expected at least 1"
         for name, value in vars(config).items()

@@ -1,8 +1,8 @@
 """A directory that one writer fills beside its final place: others are told, and what a killed one left is taken over.
 
 A writer holds a lock of the directory (``flock``), which ends with its process, however that ends. The directory stays
-the same one until it is renamed or removed, so that whoever finds it can ask. Where a file system has no locks, whoever
-comes last to one name writes.
+the same one until it is renamed or removed, so that whoever finds it can ask. Where a file system has no locks, of two
+that want one directory the last fills it.
 """
 
 from __future__ import annotations

@@ -79,19 +79,19 @@ def check_drafted(
             pictures, or ``mm_token_type_ids`` does not say that they are none.
     """
     stage, vision = target.stage, target.config.vision
-    is_blind = vision is not None and stage.vision and not stage.has_tower
+    blind = vision if stage.vision and not stage.has_tower else None  # what pictures are shown as, and not seen
     why = (
         f"the draft of stage {stage.index} of {stage.count} has no embeddings of them: the tower is on stage 0. Load"
         " the model whole"
     )
-    if is_blind and (shown := shown_of(given, as_array("input_ids", input_ids).shape)):
+    if blind and (shown := shown_of(given, as_array("input_ids", input_ids).shape)):
         raise ValueError(f"{', '.join(shown)} given, but {why}.")
     inputs = check_inputs(
         target.config, input_ids, attention_mask, position_ids, given=given, has_tower=stage.has_tower
     )
     check_pairs(inputs)
-    if is_blind and vision is not None and given.get(TYPES) is None:
-        types_BT, _ = placeholders(vision, inputs.input_ids, None)
+    if blind and given.get(TYPES) is None:
+        types_BT, _ = placeholders(blind, inputs.input_ids, None)
         if count := int(((types_BT != TEXT) & inputs.attention_mask).sum()):
             raise ValueError(
                 f"input_ids has {count} tokens that stand for images or videos, but {why}; or say by {TYPES} that all"

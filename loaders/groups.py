@@ -67,11 +67,11 @@ class Groups:
         return {self.places[name].matrix.group for name in names if name in self.places}
 
     def tensors(self, group: str) -> list[str]:
-        """That it becomes."""
+        """Of the result: what a group becomes."""
         return [f"{matrix.module}.{leaf}" for matrix in self.members[group] for leaf in self.leaves]
 
     def plain_tensors(self, group: str) -> set[str]:
-        """That it takes."""
+        """Of the checkpoint before: what a group is made of."""
         return {matrix.tensor for matrix in self.members[group]}
 
     def passing(self, names: Iterable[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -37,26 +37,43 @@ class Staging:
         """Wait for those who read the memory although they were done with it; it is about to be written again."""
 
 
+class Memory(Protocol):
+    """What parameters are read into."""
+
+    def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        """An array for ``name``, which is its own until ``release``; there may be several."""
+        ...
+
+    def take_compared(self, tensor: str) -> np.ndarray | None:
+        """Likewise, for a redundant tied tensor as it is in the files; None: it is none, or whatever the stream has."""
+        ...
+
+    def releasing(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
+        """The same; redundant tied tensors, of which no more than a digest is kept, are released one by one."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Nobody reads the arrays of ``name`` any more when the next is taken."""
+        ...
+
+
 class Kept:
     """Memory of parameters that are the reader's from when they are complete: every array has its own."""
 
     def take(self, name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        """An array for ``name``, which is its own until ``release``; there may be several."""
         return aligned_empty(shape, dtype)
 
     def take_compared(self, tensor: str) -> np.ndarray | None:
-        """Likewise, for a redundant tied tensor as it is in the files; None: it is none, or whatever the stream has."""
         return None
 
     def releasing(self, tensors: Iterator[tuple[str, Read]]) -> Iterator[tuple[str, Read]]:
-        """The same; redundant tied tensors, of which no more than a digest is kept, are released one by one."""
         return tensors
 
     def release(self, name: str) -> None:
-        """Nobody reads the arrays of ``name`` any more when the next is taken."""
+        pass
 
 
-class Scratch(Kept):
+class Scratch:
     """Memory of what is read in one lot, taken from the staging when the first array is asked for.
 
     Args:
@@ -112,7 +129,7 @@ class Scratch(Kept):
         )
 
 
-def memory_of(plan: LoadPlan, shapes_of: ShapesOf, staging: Staging | None) -> Kept:
+def memory_of(plan: LoadPlan, shapes_of: ShapesOf, staging: Staging | None) -> Memory:
     """What a plan is read into; see ``Scratch``. ``staging``: None: it stays there."""
     return Kept() if staging is None else Scratch(plan, shapes_of, staging)
 

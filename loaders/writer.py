@@ -9,8 +9,10 @@ again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -82,6 +84,7 @@ def write_checkpoint(
 
     A checkpoint is copied by ``write_checkpoint(to, ckpt.tensors, ckpt.read, config=ckpt.config_document)``. Everything
     is written beside ``directory`` first and renamed once it is on the disk: what exists under that name is complete.
+    What a writer of it that was killed on this host left there is removed.
 
     Args:
         directory: a new or empty directory; its parents are made.
@@ -98,7 +101,8 @@ def write_checkpoint(
     Returns:
         The directory.
     Raises:
-        FileExistsError: ``directory`` exists and is not an empty directory. It is left as it is.
+        FileExistsError, NotADirectoryError, PermissionError: ``directory`` is none that can be written, see
+            ``new_directory``. It is left as it is.
         ValueError: listing all that a checkpoint cannot hold, before anything is written; an address for a directory;
             or ``read`` gave something else than planned. Nothing is left behind.
     """
@@ -116,10 +120,10 @@ def write_checkpoint(
     missing = [parent for parent in target.parents if not parent.exists()]
     remove_abandoned(_partials(target))
     # a sibling, so that the rename stays on one file system
-    partial = target.parent / _partial_name(target, secrets.token_hex(8))
+    partial = target.parent / _partial_name(target, secrets.token_hex(4))
     claim = Claim(target, partial, over_empty=True)
     try:
-        claim.take()
+        _take(claim)
         if target.exists():
             shutil.copymode(target, partial)  # of the empty directory whose place it takes
         beside = {GENERATION: generation, QUANTIZATION: quantization}
@@ -146,12 +150,24 @@ def write_checkpoint(
 
 
 def _partial_name(target: Path, mark: str) -> str:
-    return f".{target.name[:NAME_LETTERS]}.{mark}.partial"
+    """Of this host's, for where locks are its own (some FUSE mounts) it knows nothing of the writers of others."""
+    ours = hashlib.sha256(os.fsencode(f"{platform.node()} {target.name}")).hexdigest()[:8]
+    return f".{target.name[:NAME_LETTERS]}.{ours}{mark}.partial"
+
+
+def _take(claim: Claim) -> None:
+    """Also where somebody looks at that moment whether it is abandoned."""
+    while not claim.is_held:
+        try:
+            claim.take()
+        except FileExistsError:
+            new_directory(claim.final)  # says so if it is that which is there
 
 
 def _partials(target: Path) -> list[Path]:
-    """What is being written to become ``target``, or was when its writer was killed."""
-    name = re.compile(rf"{re.escape(f'.{target.name[:NAME_LETTERS]}.')}[0-9a-f]{{16}}\.partial")
+    """What this host is writing to become ``target``, or was when its writer was killed."""
+    before, after = _partial_name(target, "/").split("/")
+    name = re.compile(f"{re.escape(before)}[0-9a-f]{{8}}{re.escape(after)}")
     try:
         return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
     except OSError:  # the parent is not there yet, or may not be read
@@ -186,6 +202,7 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: it is not new and not empty, or the working directory, or where a file system is mounted.
+        NotADirectoryError: it is in a file.
         PermissionError: nothing may be made beside it, where it is written first.
         ValueError: it is an address.
     """
@@ -199,6 +216,8 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
     if os.path.ismount(target):
         raise FileExistsError(f"{target} is where a file system is mounted, and stays it. Name a directory in it.")
     parent = next(one for one in target.parents if one.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file, expected a directory to make {target} in.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(
             f"{parent} may not be written by this user, and a checkpoint is written there before it gets the name"

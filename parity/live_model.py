@@ -105,6 +105,7 @@ class Bench:
         )
         self._same_as = {tied.tensor: tied.same_as for tied in self.specs.tied}
         self._witnesses: dict[tuple[tuple[str, str], ...], Witness] = {}
+        self._in_float32: dict[str, np.ndarray] = {}
 
     @property
     def rows(self) -> int:
@@ -126,6 +127,12 @@ class Bench:
     def logits(self, model: Any) -> np.ndarray:
         with self.live.backend.scope():
             return self.live.backend.to_numpy(model(**self.prompt))
+
+    def logits_in_float32(self, letter: str) -> np.ndarray:
+        """Of a checkpoint as it is, whatever it is served in; kept."""
+        if letter not in self._in_float32:
+            self._in_float32[letter] = self.logits(self.load(self.path(letter), in_float32=True))
+        return self._in_float32[letter]
 
     def drafted(self, model: Any) -> np.ndarray | None:
         """Logits of the model's draft, None without one."""

@@ -65,7 +65,7 @@ def load(
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
             its way to a device, or matrices that share a scale while they are quantised (which takes 8 MiB beside);
-            None: what the largest needs. What is read through, 8 MiB for a thread at most, comes on top as for
+            None: what the largest needs. What is on its way from files or stores comes on top: see
             ``Checkpoint.stream``.
         mesh: of all processes of torch.distributed, with axes named among ``expert`` and ``tensor``: each calls this,
             reads and holds its part, and an error of one is raised by all; see ``torch_models.parallel``.

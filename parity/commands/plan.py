@@ -16,7 +16,7 @@ MOST_ROWS = 2**20  # a million sequences at a time: more is a typo, and no int64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or address, or a config.json")
     parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
-    parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that fits")
+    parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that will do")
     parser.add_argument(
         "--mesh", metavar="M", help="data=2,tensor=4; also fsdp, expert; default: what leaves the least"
     )

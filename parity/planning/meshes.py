@@ -22,7 +22,6 @@ from loaders.stage import Stage
 
 PROGRAMS = ("prefill", "decode")
 AXES = ("data", FSDP, "expert", "tensor")  # outermost first
-MOST_IN_PARTS = 16  # devices of a slice of which a program may leave some idle: libtpu has it so of 32 v5e no more
 LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
 
 
@@ -126,14 +125,20 @@ def held(config: ModelConfig, load: Workload, sizes: dict[str, int], stage: Stag
     return weights, held_bytes(cache)
 
 
-@functools.lru_cache(maxsize=64)
 def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> dict[str, int]:
     """The cut that leaves the least on each device, which is also the least that a decode step reads.
 
     Experts are spread before they are cut, and not into parts narrower than a register unless nothing else leaves each
     device the ``room`` that it has; rows are spread where heads no longer can be: keys and values that no axis cuts lie
-    on every device. Where no such cut leaves it, one that does may take fewer devices, or ``fsdp``.
+    on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are used: libtpu compiles
+    for part of a slice or does not, six of eight v5e for one.
     """
+    return dict(_default_mesh(config, devices, load, room))
+
+
+@functools.lru_cache(maxsize=64)
+def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> Mapping[str, int]:
+    """See ``default_mesh``; kept, for a plan asks of every slice again and again."""
     dims = config.dims()
     widths = [dims[letter].size for letter in ("M",) if letter in dims]
 
@@ -144,13 +149,9 @@ def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -
 
     experts = dims["E"].size if "E" in dims else 1
     usual = min(_cuts(devices, load.rows, experts), key=cost)
-    whole = sum(held(config, load, {}))
-    if not cost(usual)[0] or whole > room * devices:
+    if not cost(usual)[0] or sum(held(config, load, {})) > room * devices:  # there is room, or cannot be
         return usual
-    fewer = range(devices // 2 + 1, devices if devices <= MOST_IN_PARTS else 0)
-    others = [cut for count in reversed(fewer) for cut in _cuts(count, load.rows, experts)]
-    others += [cut for cut in _cuts(devices, devices, experts, rows_by=FSDP) if FSDP in cut]
-    return min([usual, *others], key=cost)
+    return min([usual, *_cuts(devices, devices, experts, rows_by=FSDP)], key=cost)
 
 
 def _cuts(devices: int, rows: int, experts: int, rows_by: str = "data") -> Iterator[dict[str, int]]:

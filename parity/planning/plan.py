@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loaders.axes import FSDP
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.planning.chips import Chip
@@ -120,7 +121,12 @@ def _fitting(request: Request, plans: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def _is_cut_as_far(request: Request, sizes: dict[str, int], devices: int) -> bool:
-    """Whether a device of a mesh has no more of any parameter, or of the rows, than one of so many devices."""
+    """Whether a device of a mesh has no more of any parameter, or of the rows, than one of so many devices.
+
+    Of a mesh that gathers weights that says nothing of temporaries.
+    """
+    if FSDP in sizes:
+        return False
     config, load = request.config, request.load
     fewer, dims = _default(request, devices), config.dims()
     meshes: list[Any] = [abstract_mesh(sizes), abstract_mesh(fewer)]
@@ -145,7 +151,8 @@ def _weight(request: Request, devices: int) -> int:
 def _least(request: Request) -> str:
     topology = request.chip.topologies[-1]
     size = _weight(request, request.chip.num_devices(topology))
-    return f"on {topology} a device would hold {size / 1e9:.1f} GB of {request.chip.usable_bytes / 1e9:.1f}"
+    room = request.chip.usable_bytes / 1e9
+    return f"on {topology} a device would hold {size / 1e9:.1f} GB of {room:.1f}, with all of them in a mesh"
 
 
 def _too_few(chip: Chip, topology: str, used: int) -> str:

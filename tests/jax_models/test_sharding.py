@@ -223,9 +223,8 @@ def test_decoding_donates_the_cache_and_keeps_it_where_it_was(name, wide_mesh, c
     logits, cache = model.prefill(**inputs, max_new_tokens=8)
     before = jax.tree.map(lambda array: array.sharding, cache.arrays)
     old = cache.arrays.layers["0"]["key"]
-    # 4 heads for expert x tensor = 8 devices: tensor alone cuts them
-    data, heads = (2, 4) if wide_mesh.shape["data"] == 2 else (1, 2)
-    part = (4 // data, 4 // heads, cache.capacity, model.config.head_dim)
+    # 4 heads for expert x tensor = 8 devices: expert alone, of most devices, cuts them
+    part = (4 // wide_mesh.shape["data"], 1, cache.capacity, model.config.head_dim)
     assert old.addressable_shards[0].data.shape == part
     pointers = [shard.data.unsafe_buffer_pointer() for shard in old.addressable_shards]
     logits, cache = model.decode(np.argmax(np.asarray(logits), -1), cache)
@@ -244,9 +243,9 @@ DENSE_PARTS = {
     "lm_head.weight": {"data2-tensor4": (52, 40), "expert2-tensor2": (52, 40), "expert4-tensor2": (26, 40)},
     "self_attn.q_proj.weight": {"data2-tensor4": (20, 40), "expert4-tensor2": (10, 40)},
     "self_attn.o_proj.weight": {"data2-tensor4": (40, 20), "expert4-tensor2": (40, 10)},
-    # 4 heads for 8 devices: tensor alone
-    "self_attn.k_proj.weight": {"data2-tensor4": (10, 40), "expert2-tensor2": (10, 40), "expert4-tensor2": (20, 40)},
-    "self_attn.v_proj.weight": {"data2-tensor4": (10, 40), "expert2-tensor2": (10, 40), "expert4-tensor2": (20, 40)},
+    # 4 heads for 8 devices: expert alone
+    "self_attn.k_proj.weight": {"data2-tensor4": (10, 40), "expert2-tensor2": (10, 40), "expert4-tensor2": (10, 40)},
+    "self_attn.v_proj.weight": {"data2-tensor4": (10, 40), "expert2-tensor2": (10, 40), "expert4-tensor2": (10, 40)},
     "mlp.gate_proj.weight": {"data2-tensor4": (14, 40), "expert4-tensor2": (7, 40)},
     "mlp.down_proj.weight": {"data2-tensor4": (40, 14), "expert4-tensor2": (40, 7)},
     "input_layernorm.weight": {"data2-tensor4": (40,), "expert4-tensor2": (40,)},

@@ -125,6 +125,7 @@ def test_unknown_keys_are_all_named() -> None:
         ({"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": -1}}, "rope option beta_fast is -1.0, expected 0"),
         ({"rope_parameters": YARN | {"rope_theta": 1e4, "beta_slow": -2}}, "rope option beta_slow is -2.0, expected 0"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected at most 10000"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648, expected at most 2147483647"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries, expected num_hidden_layers=2"),
         ({"layer_types": [FULL, "linear_attention"]}, "layer_types ['linear_attention'] are not implemented"),
         ({"layer_types": [FULL, SLIDING]}, "layer_types asks for sliding_attention, but no sliding_window is in force"),

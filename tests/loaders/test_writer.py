@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -22,7 +24,7 @@ import torch
 from handmade import CONFIG
 from safetensors.torch import save_file
 
-from loaders import dtypes, open_checkpoint
+from loaders import dtypes, open_checkpoint, writer
 from loaders.claims import Claim
 from loaders.writer import TensorType, write_checkpoint
 
@@ -297,9 +299,15 @@ def test_a_directory_that_fills_while_writing_is_left_alone(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [directory]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_writes_is_not(tmp_path: Path) -> None:
-    names = [".checkpoint.0123456789abcdef.partial", ".checkpoint.fedcba9876543210.partial"]
-    others = [".checkpoint.mine.partial", ".checkpoint2.0123456789abcdef.partial"]
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what another host writes, whose lock need not be known here, or somebody else to another name."""
+    names = [writer._partial_name(tmp_path / "checkpoint", mark) for mark in ("01234567", "fedcba98")]
+    others = [".checkpoint.mine.partial", writer._partial_name(tmp_path / "checkpoint2", "01234567")]
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "another")
+        others.append(writer._partial_name(tmp_path / "checkpoint", "01234567"))
     for name in (names[0], *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(8))
@@ -308,6 +316,30 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_writes_is
     written(tmp_path / "checkpoint")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", names[1], *others}
     at_work.release()
+
+
+def test_a_writer_whose_new_directory_is_looked_at_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tidies up holds its lock for a moment, between its making and its own lock; the writer was refused."""
+    real, busy = fcntl.flock, [True, True]
+
+    def flock(descriptor: int, how: int) -> None:
+        if busy and how & fcntl.LOCK_NB:
+            busy.pop()
+            raise BlockingIOError
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    written(tmp_path / "checkpoint")
+    assert not busy
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_parent_that_is_a_file_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is a file, expected a directory to make"):
+        written(tmp_path / "file" / "checkpoint")
 
 
 def test_a_writer_that_was_killed_is_followed_by_one_that_leaves_nothing_of_it(tmp_path: Path) -> None:

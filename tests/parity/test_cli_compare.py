@@ -102,7 +102,7 @@ def test_all_four_files_are_written_and_can_be_read(traces, tmp_path):
 
 def test_a_report_of_a_path_that_is_no_text_is_written(traces, tmp_path):
     """It was opened, and so emptied, before it turned out that its name has no UTF-8."""
-    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.trace")
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/sch\xf6n.trace")
     os.rename(traces[0], path)
     options = {f"--{kind}": str(tmp_path / f"report.{kind}") for kind in ("html", "md", "json", "junit")}
     assert main(["compare", path, traces[1], *sum(options.items(), ())]) == 0

@@ -55,7 +55,7 @@ QWEN3_EXPERTS = 94 * 128 * 3 * 4096 * 1536
 QWEN3_KEYS = 94 * 2 * 4096 * 128 * 4
 QWEN3_WHOLE = 94 * (2 * 4096 + 2 * 128 + 128 * 4096) + 4096  # norms and routers
 QWEN3_ALL = 2 * 151_936 * 4096 + 94 * ATTENTION + QWEN3_EXPERTS + QWEN3_WHOLE
-# of eight devices as expert=2, tensor=4: keys and values have but four heads
+# of eight devices as expert=4, tensor=2: keys and values have but four heads
 QWEN3_EIGHTH = 2 * ((QWEN3_ALL - QWEN3_WHOLE - QWEN3_KEYS) // 8 + QWEN3_KEYS // 4 + QWEN3_WHOLE)
 
 GATED = 15 * (4096 * 256 * 2 * 32 + 32 * 256 * 4096)  # queries with their gates, and the way back
