@@ -43,8 +43,8 @@ def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
     return True
 
 
-def reads_nothing(plan: Any, *_: Any) -> Any:
-    raise CheckpointError(plan.checkpoint.source, ["the disk is gone"])
+def reads_nothing(filling: Any, *_: Any) -> Any:
+    raise CheckpointError(filling.plan.checkpoint.source, ["the disk is gone"])
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def test_two_processes_are_one_model(case, tmp_path):
         assert "it is no complete save of a model" in found["lost save on one"]
         assert found["donated in vain"].startswith("RuntimeError: ")
         assert "parameters were given up already on one of 2 processes. Update again" in found["donated in vain"]
+        assert "the disk is gone" in found["donated in vain"]
         assert "were given up to an update" in found["in vain"]
         assert found["updated again"]
         assert "FileExistsError" in found["export again"]

@@ -36,11 +36,11 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     reading, calls = importlib.import_module("torch_models.reading"), []
     plain = reading.read_params
 
-    def reads_once(plan: Any, *args: Any, **options: Any) -> Any:
-        calls.append(plan)
+    def reads_once(filling: Any, *args: Any, **options: Any) -> Any:
+        calls.append(filling)
         if len(calls) == 2 and rank:
-            raise CheckpointError(plan.checkpoint.source, ["the disk is gone"])
-        return plain(plan, *args, **options)
+            raise CheckpointError(filling.plan.checkpoint.source, ["the disk is gone"])
+        return plain(filling, *args, **options)
 
     with patch.object(reading, "read_params", reads_once):
         found["half an update"] = error_of(lambda: model.update_weights_from_disk(second))
