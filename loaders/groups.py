@@ -49,18 +49,12 @@ class Groups:
     @cached_property
     def members(self) -> dict[str, list[Matrix]]:
         """By group."""
-        found: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices.values():
-            found.setdefault(matrix.group, []).append(matrix)
-        return found
+        return _by([matrix.group for matrix in self.matrices.values()], self.matrices.values())
 
     @cached_property
     def users(self) -> dict[str, list[Matrix]]:
         """By plain tensor, the matrices in it."""
-        found: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices.values():
-            found.setdefault(matrix.tensor, []).append(matrix)
-        return found
+        return _by([matrix.tensor for matrix in self.matrices.values()], self.matrices.values())
 
     def of(self, names: Iterable[str]) -> set[str]:
         """The groups that some of these tensors are of."""
@@ -127,3 +121,10 @@ class Groups:
                 if len(held) == len(self.members[matrix.group]):
                     yield matrix.group, None, waiting.pop(matrix.group)
             del content, array
+
+
+def _by(keys: Iterable[str], matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+    found: dict[str, list[Matrix]] = {}
+    for key, matrix in zip(keys, matrices, strict=True):
+        found.setdefault(key, []).append(matrix)
+    return found
