@@ -27,7 +27,8 @@ from parity.events import EventResult, Skipped
 from parity.faults import FAULTS, OPENING, Fault
 from parity.lifecycle_lora import ADAPTER_EVENTS
 from parity.lifecycle_serving import draft, nap, replay, speculate
-from parity.live_model import HALVES, NEW_TOKENS, Bench, LiveModel, differing, expect, has_draft, same_bits, some
+from parity.live_bench import HALVES, NEW_TOKENS, Bench, has_draft
+from parity.live_model import LiveModel, differing, expect, same_bits, some
 from parity.ruler import LIMITS
 
 LIVE = {"jax": "parity.live_jax", "torch": "parity.live_torch"}

@@ -12,14 +12,14 @@ import numpy as np
 
 from jax_models.weights import flatten
 from parity.backends import Framework
-from parity.live_model import STEPS
+from parity.live_bench import STEPS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for every program, from the disk cache or not
 
 
 @dataclass(frozen=True)
 class JaxLive:
-    """What the laws need to know of JAX; see ``parity.live_model.LiveBackend``."""
+    """What the laws need to know of JAX; see ``parity.live_bench.LiveBackend``."""
 
     backend: Framework
     poison_publishes: bool = True

@@ -11,7 +11,7 @@ import torch
 
 from loaders.inputs import bucket
 from parity.backends import Framework
-from parity.live_model import STEPS
+from parity.live_bench import STEPS
 from torch_models.capturing import capturing
 from torch_models.census import pointer_census
 from torch_models.graphs import row_bucket
@@ -19,7 +19,7 @@ from torch_models.graphs import row_bucket
 
 @dataclass(frozen=True)
 class TorchLive:
-    """What the laws need to know of torch; see ``parity.live_model.LiveBackend``."""
+    """What the laws need to know of torch; see ``parity.live_bench.LiveBackend``."""
 
     backend: Framework
     poison_publishes: bool = False

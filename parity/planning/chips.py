@@ -50,6 +50,13 @@ class Chip:
             raise ValueError(f"{self.name} has no topology {topology!r}, expected one of {', '.join(self.topologies)}")
         return self.devices * math.prod(int(size) for size in topology.split("x"))
 
+    def no_part(self, topology: str, size: int, why: str) -> str:
+        """What is said where libtpu refuses a mesh of ``size`` devices, which are part of a slice."""
+        return (
+            f"libtpu compiles nothing for {size} of the {self.num_devices(topology)} devices of {self.name}:{topology}."
+            f" Name a slice of as many, or a mesh of all of them. It says: {why}"
+        )
+
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")

@@ -129,9 +129,9 @@ def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -
     """The cut that leaves the least on each device, which is also the least that a decode step reads.
 
     Experts are spread before they are cut, and not into parts narrower than a register unless nothing else leaves each
-    device the ``room`` that it has; rows are spread where heads no longer can be: keys and values that no axis cuts lie
-    on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are used: libtpu compiles
-    for part of a slice or does not, six of eight v5e for one.
+    device the ``room`` that it has, in bytes; rows are spread where heads no longer can be: keys and values that no
+    axis cuts lie on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are used:
+    libtpu compiles for part of a slice or does not, six of eight v5e for one.
     """
     return dict(_default_mesh(config, devices, load, room))
 

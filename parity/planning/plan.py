@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -249,6 +250,10 @@ def _compiled(request: Request, topology: str, sizes: dict[str, int], depths: De
         found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     if "error" in found:
         raise ValueError(found["error"])
+    used, chip = math.prod(sizes.values()), request.chip
+    failed = [line for line in done.stderr.splitlines() if "RET_CHECK" in line]
+    if done.returncode == -signal.SIGABRT and used < chip.num_devices(topology) and failed:  # it aborts over that, too
+        raise ValueError(chip.no_part(topology, used, failed[-1]))
     if done.returncode:
         raise RuntimeError(
             f"compiling for {request.chip.name}:{topology} failed ({done.returncode}):\n{done.stderr[-4000:]}"

@@ -43,13 +43,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         for program in request["programs"]:
             found[program] = [measured(config, program, load, mesh, depth) for depth in depths]
     except jax.errors.JaxRuntimeError as error:
-        devices, why = chip.num_devices(topology), str(error)
-        if mesh.size == devices or "RET_CHECK" not in why:
+        if mesh.size == chip.num_devices(topology) or "RET_CHECK" not in str(error):
             raise
-        raise ValueError(
-            f"libtpu compiles nothing for {mesh.size} of the {devices} devices of {chip.name}:{topology}. Name a slice"
-            f" of as many, or a mesh of all of them. It says: {why.splitlines()[0]}"
-        ) from error
+        raise ValueError(chip.no_part(topology, mesh.size, str(error).splitlines()[0])) from error
     return found
 
 

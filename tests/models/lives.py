@@ -7,7 +7,7 @@ from importlib import import_module
 from loaders import open_checkpoint
 from parity.backends import open_backend
 from parity.lifecycle import LIVE
-from parity.live_model import Bench
+from parity.live_bench import Bench
 from parity.zoo import make_checkpoint
 from parity.zoo_quantized import ZooQuantization, block_sizes
 

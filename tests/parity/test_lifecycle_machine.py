@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lives import BACKENDS, Benches
 from safetensors.numpy import load_file, save_file
 
+import jax_models.model
 import torch_models.model
 import torch_models.weights
 from loaders import CheckpointError, open_checkpoint
@@ -27,8 +28,9 @@ from parity.cli import main
 from parity.events import render_text
 from parity.faults import MATCHING, OPENING, READING, other_architecture
 from parity.lifecycle import run_lifecycle, stages
+from parity.live_bench import HALVES, NEW_TOKENS, Bench
 from parity.live_jax import live
-from parity.live_model import HALVES, NEW_TOKENS, Bench, LawBroken, LiveModel
+from parity.live_model import LawBroken, LiveModel
 from parity.zoo import make_checkpoint
 
 ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
@@ -430,11 +432,34 @@ def test_weights_that_are_stored_in_less_than_is_computed_in_break_no_law(embedd
     assert verdicts["merge adapter"] == "pass"
 
 
-def test_stages_of_experts_in_bfloat16_are_the_whole_model(tmp_path):
-    """In bfloat16 another order of sums sends tokens to other experts: right stages were 0.019 off, and failed."""
+@pytest.fixture(scope="module")
+def experts_in_bfloat16(tmp_path_factory):
+    """Two checkpoints of a mixture that rounding sends tokens to other experts of, on a bench of JAX."""
+    root = tmp_path_factory.mktemp("experts")
     odd = {"dtype": "BF16", "num_hidden_layers": 2, "mlp_only_layers": []}
-    paths = {letter: make_checkpoint("qwen3-moe", tmp_path / letter, seed=at, **odd) for at, letter in enumerate("AB")}
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    bench = Bench(live(open_backend("jax", "cpu")), {k: open_checkpoint(path) for k, path in paths.items()}, scratch)
-    assert "equal the whole" in stages(2)(LiveModel(bench, "A"))
+    paths = {letter: make_checkpoint("qwen3-moe", root / letter, seed=at, **odd) for at, letter in enumerate("AB")}
+    (root / "scratch").mkdir()
+    opened = {letter: open_checkpoint(path) for letter, path in paths.items()}
+    return Bench(live(open_backend("jax", "cpu")), opened, root / "scratch")
+
+
+def test_stages_of_experts_in_bfloat16_are_the_whole_model(experts_in_bfloat16):
+    """In bfloat16 another order of sums sends tokens to other experts: right stages were 0.019 off, and failed."""
+    assert "equal the whole" in stages(2)(LiveModel(experts_in_bfloat16, "A"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed"), [("float32", lambda x: x.at[:, 0].multiply(1.001)), ("bfloat16", lambda x: x[..., ::-1])]
+)
+def test_stages_that_hand_on_something_else_are_found(dtype, changed, experts_in_bfloat16, monkeypatch):
+    """A little where rounding decides nothing, and as they are served what is of another size."""
+    real = jax_models.model.Model.__call__
+
+    def handed_on(self, *args, hidden_states=None, **given):
+        if hidden_states is not None and self.dtype == dtype:
+            hidden_states = changed(hidden_states)
+        return real(self, *args, hidden_states=hidden_states, **given)
+
+    monkeypatch.setattr(jax_models.model.Model, "__call__", handed_on)
+    with pytest.raises(LawBroken, match="chained stages differ from the whole model by"):
+        stages(2)(LiveModel(experts_in_bfloat16, "A"))

@@ -18,12 +18,13 @@ from parity.planning.copies import copied_cache, copied_weights, uncut_rows
 from parity.planning.meshes import PROGRAMS, Workload, held, mesh_shape, parse_mesh
 from parity.planning.minimum import minimum_of
 from parity.planning.subject import planned
-from parity.zoo import make_checkpoint
+from parity.zoo import make_checkpoint, zoo_config
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 MODELS = {"dense": "qwen3", "experts": "qwen3-moe"}
 # three heads of keys and values and five experts, which few of these axes divide
 CHANGES = {"num_hidden_layers": 2, "vocab_size": 208}
+SIX = {"num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 768, "vocab_size": 3072}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,18 @@ def test_the_verb_compiles_for_a_mesh_with_fsdp(checkpoint, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'")
-def test_a_mesh_that_libtpu_puts_on_no_part_of_a_slice_is_refused_in_a_sentence(checkpoint, capsys):
-    options = ["--topology", "4x8", "--mesh", "tensor=2", "--context", "64", "--prompt", "8", "--batch", "2"]
-    assert main(["plan", str(checkpoint("dense")), *options]) == 2
+@pytest.mark.parametrize(("topology", "size", "devices"), [("4x8", 2, 32), ("2x4", 6, 8)])
+def test_a_mesh_that_libtpu_puts_on_no_part_of_a_slice_is_refused_in_a_sentence(
+    topology, size, devices, tmp_path, capsys
+):
+    """Of the first it says so; over the second it aborts."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(zoo_config("qwen3", hidden_size=256, head_dim=128, **SIX) | {"dtype": "bfloat16"}))
+    options = ["--topology", topology, "--mesh", f"tensor={size}", "--context", "64", "--prompt", "8", "--batch", "2"]
+    assert main(["plan", str(path), *options]) == 2
     said = capsys.readouterr().err
-    assert "libtpu compiles nothing for 2 of the 32 devices of v5e:4x8. Name a slice of as many" in said
+    assert f"libtpu compiles nothing for {size} of the {devices} devices of v5e:{topology}. Name a slice" in said
+    assert "RET_CHECK" in said
     assert "Traceback" not in said
 
 
