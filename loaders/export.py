@@ -13,10 +13,11 @@ import numpy as np
 from loaders.checkpoint import DEFAULT_BUDGET_BYTES, Checkpoint
 from loaders.header import TensorInfo
 from loaders.memory import bits
+from loaders.new_directory import new_directory
 from loaders.place import place_of
 from loaders.plan import as_stored
 from loaders.spec import Placement, Specs
-from loaders.writer import new_directory, write_checkpoint, writing_order
+from loaders.writer import write_checkpoint, writing_order
 
 
 class TensorReader:

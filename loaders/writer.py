@@ -8,14 +8,8 @@ again.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import platform
-import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +18,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from loaders import dtypes
-from loaders.claims import Claim, remove_abandoned
 from loaders.errors import brief
 from loaders.header import MAX_HEADER_BYTES, parse_header
 from loaders.index import INDEX, SINGLE
+from loaders.new_directory import filled, new_directory
 from loaders.opening import CONFIG, GENERATION
 from loaders.quantization_config import DOCUMENT as QUANTIZATION
 from loaders.sources import is_plain
 
 DEFAULT_FILE_BYTES = 5 << 30
 FORMAT = {"format": "pt"}
-NAME_LETTERS = 40  # of a directory's name in that of what is written beside it, which must not be too long
 
 
 class PlannedTensor(Protocol):
@@ -117,61 +110,14 @@ def write_checkpoint(
     ]:
         raise ValueError(_listed(problems))
     planned = _headers(plan, layout, metadata or {})
-    missing = [parent for parent in target.parents if not parent.exists()]
-    remove_abandoned(_partials(target))
-    # a sibling, so that the rename stays on one file system
-    partial = target.parent / _partial_name(target, secrets.token_hex(4))
-    claim = Claim(target, partial, over_empty=True)
-    try:
-        _take(claim)
-        if target.exists():
-            shutil.copymode(target, partial)  # of the empty directory whose place it takes
+    with filled(target) as partial:
         beside = {GENERATION: generation, QUANTIZATION: quantization}
         _write_documents(partial, {CONFIG: config} | {name: one for name, one in beside.items() if one}, planned, plan)
         for name, content in (copied or {}).items():
             _write_file(partial, name, content)
         for file in planned:
             _write_tensors(partial / file.name, file, plan, read)
-        _sync(partial)
-        _publish(partial, target)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(target)  # a disk that is full does not say which
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
-        raise
-    finally:
-        claim.release()
-    with contextlib.suppress(PermissionError):  # a directory that may be written and not read
-        _sync(target.parent)
     return Path(directory)
-
-
-def _partial_name(target: Path, mark: str) -> str:
-    """Of this host's, for where locks are its own (some FUSE mounts) it knows nothing of the writers of others."""
-    ours = hashlib.sha256(os.fsencode(f"{platform.node()} {target.name}")).hexdigest()[:8]
-    return f".{target.name[:NAME_LETTERS]}.{ours}{mark}.partial"
-
-
-def _take(claim: Claim) -> None:
-    """Also where somebody looks at that moment whether it is abandoned."""
-    while not claim.is_held:
-        try:
-            claim.take()
-        except FileExistsError:
-            new_directory(claim.final)  # says so if it is that which is there
-
-
-def _partials(target: Path) -> list[Path]:
-    """What this host is writing to become ``target``, or was when its writer was killed."""
-    before, after = _partial_name(target, "/").split("/")
-    name = re.compile(f"{re.escape(before)}[0-9a-f]{{8}}{re.escape(after)}")
-    try:
-        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
-    except OSError:  # the parent is not there yet, or may not be read
-        return []
 
 
 def writing_order(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -> list[str]:
@@ -181,57 +127,6 @@ def writing_order(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -
         ValueError: as it does, before anything is written.
     """
     return [name for file in _headers(plan, _given_layout(plan, files), {}) for name in file.tensors]
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Where something is to be written.
-
-    Raises:
-        ValueError: an address, which would make a directory of that name here.
-    """
-    if address := re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(path)):
-        raise ValueError(
-            f"{os.fspath(path)!r} is an address, and nothing is written to {address[1]}://. Write to a local directory"
-            " and copy it."
-        )
-    return Path(path)
-
-
-def new_directory(directory: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint is to be written, links resolved.
-
-    Raises:
-        FileExistsError: it is not new and not empty, or the working directory, or where a file system is mounted.
-        NotADirectoryError: it is in a file.
-        PermissionError: nothing may be made beside it, where it is written first.
-        ValueError: it is an address.
-    """
-    target = Path(os.path.realpath(local_path(directory)))
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty. Write to a new directory, or remove it first.")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
-    if target.is_dir() and target.samefile(os.curdir):
-        raise FileExistsError(f"{target} is the working directory, and would be another one. Name a directory in it.")
-    if os.path.ismount(target):
-        raise FileExistsError(f"{target} is where a file system is mounted, and stays it. Name a directory in it.")
-    parent = next(one for one in target.parents if one.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{parent} is a file, expected a directory to make {target} in.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{parent} may not be written by this user, and a checkpoint is written there before it gets the name"
-            f" {target}. Name another directory."
-        )
-    return target
-
-
-def _publish(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        new_directory(target)  # somebody filled it meanwhile: say so
-        raise
 
 
 def _given_layout(plan: Mapping[str, PlannedTensor], files: Mapping[str, str]) -> dict[str, list[str]]:
@@ -355,14 +250,6 @@ def _checked(name: str, tensor: PlannedTensor, array: np.ndarray) -> np.ndarray:
     if (array.dtype, array.shape) != (dtype, shape):
         raise ValueError(f"tensor {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape} as planned")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _listed(problems: list[str]) -> str:

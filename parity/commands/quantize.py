@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
     from loaders.companions import companions
+    from loaders.new_directory import new_directory
     from loaders.quantize import quantized
-    from loaders.writer import new_directory, write_checkpoint
+    from loaders.writer import write_checkpoint
 
     new_directory(args.output)  # what is wrong with it is said before a calibration that takes minutes
     plain = open_checkpoint(args.checkpoint)

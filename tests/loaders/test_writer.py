@@ -24,7 +24,7 @@ import torch
 from handmade import CONFIG
 from safetensors.torch import save_file
 
-from loaders import dtypes, open_checkpoint, writer
+from loaders import dtypes, new_directory, open_checkpoint
 from loaders.claims import Claim
 from loaders.writer import TensorType, write_checkpoint
 
@@ -303,11 +303,11 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_writes_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor what another host writes, whose lock need not be known here, or somebody else to another name."""
-    names = [writer._partial_name(tmp_path / "checkpoint", mark) for mark in ("01234567", "fedcba98")]
-    others = [".checkpoint.mine.partial", writer._partial_name(tmp_path / "checkpoint2", "01234567")]
+    names = [new_directory._partial_name(tmp_path / "checkpoint", mark) for mark in ("01234567", "fedcba98")]
+    others = [".checkpoint.mine.partial", new_directory._partial_name(tmp_path / "checkpoint2", "01234567")]
     with monkeypatch.context() as patch:
         patch.setattr(platform, "node", lambda: "another")
-        others.append(writer._partial_name(tmp_path / "checkpoint", "01234567"))
+        others.append(new_directory._partial_name(tmp_path / "checkpoint", "01234567"))
     for name in (names[0], *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(8))
