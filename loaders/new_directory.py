@@ -9,6 +9,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def _take(claim: Claim) -> None:
             claim.take()
         except FileExistsError:
             new_directory(claim.final)  # says so if it is that which is there
+            time.sleep(0.001)
 
 
 def _partials(target: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from parity.asserting import Held
 from parity.events import EventResult, numbered_roots
+from parity.whole_file import write_report
 
 if TYPE_CHECKING:
     from parity.comparison import Comparison
@@ -75,8 +76,7 @@ def write(path: Path, entries: Sequence[Entry], *, command: str) -> None:
     facts |= merged([entry["about"] for entry in compared])
     facts["python"] = f"{platform.python_version()} on {platform.machine()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = render_page("Parity of a test session", body, facts, tab=[finding])
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_report(path, render_page("Parity of a test session", body, facts, tab=[finding]))
 
 
 def _finding_of(entry: Entry) -> Comparison:

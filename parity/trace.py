@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save_file
 
 from parity import trace_layout
 from parity.trace_layout import SCHEMA
+from parity.whole_file import whole_file
 
 DOCUMENT = "tandem"  # the key of the header's metadata that holds the JSON document
 BF16 = "BF16"
@@ -72,21 +72,11 @@ class Trace:
         document = json.dumps(self.meta, sort_keys=True, allow_nan=False)
         # safetensors writes the buffer as it lies in memory, so a transposed view has to be laid out first.
         tensors = {name: np.asarray(array, order="C") for name, array in self.tensors.items()}
-        where, metadata = Path(os.path.realpath(path)), {DOCUMENT: document}
-        if path.exists() and not path.is_file():  # it is not to be replaced by a file; the place of a pipe is no path
-            path.write_bytes(save(tensors, metadata))
-            return path
-        partial = where.with_name(f".{secrets.token_hex(8)}.partial")
         try:
-            partial.touch(exist_ok=False)
-            mode = partial.stat().st_mode
-            save_file(tensors, partial, metadata)  # which nobody else may read, whatever the umask says
-            partial.chmod(mode)
-            partial.replace(where)
+            with whole_file(path) as whole:
+                save_file(tensors, whole, {DOCUMENT: document})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

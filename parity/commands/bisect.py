@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from parity.commands.options import add_backend, add_decode, output_file
+from parity.whole_file import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,6 @@ def run(args: argparse.Namespace) -> int:
     found = found.noted(notes)
     if args.json:
         text = json.dumps(jsonable(found.to_json()), indent=2, allow_nan=False)
-        args.json.write(text + "\n")
+        write_report(args.json, text + "\n")
     print(found.summary if args.quiet else found.to_text())
     return found.exit_code

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.commands.options import output_file
+from parity.whole_file import write_report
 
 if TYPE_CHECKING:
     from parity.comparison import Comparison
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     page = render_html(
         "One checkpoint, two backends, live weights", comparisons=comparisons, events=events, facts=facts
     )
-    output.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_report(output, page)
     verdict = overall(comparisons, events)
     print(f"{verdict} in {seconds:.0f} s. Report: {output}")
     return 0 if verdict == "PASS" else 1

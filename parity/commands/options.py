@@ -62,10 +62,6 @@ _BEFORE = re.compile(r"^(?:[^/=]*=)?(?:(?:direct|runai)://|(?:jax|torch):)?")  #
 class OutputFile(type(Path())):
     """A file that is going to be written."""
 
-    def write(self, text: str) -> None:
-        """In UTF-8, and escaped what has none, as bytes of a path that are no text."""
-        self.write_bytes(text.encode("utf-8", "backslashreplace"))
-
 
 def check_outputs(args: argparse.Namespace) -> None:
     """See that nothing is written over what is read, or twice over the same.

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from parity.commands.options import output_file
+from parity.whole_file import write_report
 
 DOES_NOT_FIT = 1
 
@@ -63,6 +64,6 @@ def run(args: argparse.Namespace) -> int:
     request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
     found = plan(request, args.topology, sizes)
     if args.json:
-        args.json.write(json.dumps(found, indent=2) + "\n")
+        write_report(args.json, json.dumps(found, indent=2) + "\n")
     print(plan_text(found))
     return 0 if found["fits"] else DOES_NOT_FIT

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from parity.comparison import Comparison
 from parity.events import EventResult
+from parity.whole_file import write_report
 
 
 def write_reports(
@@ -23,11 +24,11 @@ def write_reports(
         from parity.report import render_html
 
         page = render_html(title, comparisons=comparisons, events=list(events), facts=facts)
-        args.html.write(page)
+        write_report(args.html, page)
     for path, export in (
         (args.junit, export_results.to_junit),
         (args.json, export_results.to_json),
         (args.md, export_results.to_markdown),
     ):
         if path:
-            path.write(export(comparisons, events))
+            write_report(path, export(comparisons, events))

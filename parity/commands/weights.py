@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from parity.commands.options import output_file
+from parity.whole_file import write_report
 
 if TYPE_CHECKING:
     from parity.weights import WeightComparison
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         document: dict[str, Any] = {"schema": 1, "exit_code": code, "comparisons": [one.to_dict() for one in found]}
         text = json.dumps(jsonable(document), indent=2, default=str, allow_nan=False)
-        args.json.write(text + "\n")
+        write_report(args.json, text + "\n")
     print("\n\n".join(one.to_text(everything=args.all) for one in found))
     return code
 

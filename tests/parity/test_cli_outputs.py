@@ -163,6 +163,43 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(here, capsys):
     assert {path.name for path in here.iterdir()} == {"it", "lr=3"}
 
 
+def test_a_report_that_a_full_disk_breaks_off_leaves_the_old_one(here, capsys):
+    assert main([*RECORD, "a"]) == 0
+    (here / "report").write_text("old")
+    (here / "report").chmod(0o600)
+    for size, code, kept in ((1 << 10, 2, True), (1 << 30, 0, False)):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            assert main(["compare", "a", "a", "--html", "report"]) == code
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert ((here / "report").read_text() == "old") == kept
+        assert ("File too large: 'report'" in capsys.readouterr().err) == kept
+        assert (here / "report").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in here.iterdir()} == {"it", "lr=3", "a", "report"}
+
+
+@pytest.mark.parametrize("what", ["another name", "another's", "beside nothing"])
+def test_a_file_whose_place_cannot_be_taken_is_written_in(here, what, monkeypatch):
+    """A hard link would go on naming the old content; another's file would become ours."""
+    (here / "there").mkdir()
+    trace = here / "there" / "trace"
+    trace.write_text("old")
+    if what == "another name":
+        os.link(trace, here / "name")
+    elif what == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: trace.stat().st_uid + 1)
+    else:
+        refused = os.fspath(trace.parent)
+        monkeypatch.setattr(os, "access", lambda path, mode, *, effective_ids=False: os.fspath(path) != refused)
+    inode = trace.stat().st_ino
+    assert main([*RECORD, str(trace)]) == 0
+    assert Trace.load(here / "name" if what == "another name" else trace).backend == "torch"
+    assert trace.stat().st_ino == inode
+    assert [path.name for path in trace.parent.iterdir()] == ["trace"]
+
+
 @pytest.mark.parametrize(
     "error",
     [
