@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 
 from loaders.sources import objects, runai
@@ -15,3 +18,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "ATTEMPTS", 2)
     monkeypatch.setattr(runai, "DEADLINE_S", 1.0)
     monkeypatch.setattr(runai, "CLOSE_S", 0.2)
+
+
+@pytest.fixture
+def no_hanging() -> Iterator[None]:
+    """Opening a checkpoint takes no longer than 20 seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("opening a checkpoint hung")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)

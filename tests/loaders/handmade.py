@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+
+from loaders import CheckpointError, open_checkpoint
 
 # the smallest config.json that is complete
 CONFIG: dict[str, Any] = {
@@ -70,3 +73,21 @@ def indexed(files: dict[str, bytes], weight_map: dict[str, str]) -> dict[str, An
 def open_files() -> list[str]:
     """Of checkpoints, by this process: sockets of other tests' servers come and go."""
     return sorted(file.path for file in psutil.Process().open_files() if file.path.endswith(".safetensors"))
+
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def tensor(name: str) -> bytes:
+    return safetensors({name: entry("U8", [4], 0, 4)}, b"\1\2\3\4")
+
+
+TWO_FILES = {A: tensor("a"), B: tensor("b")}
+RIGHT_MAP = {"a": A, "b": B}
+
+
+def refusal(path: Path) -> list[str]:
+    """The problems for which opening it is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    return list(caught.value.problems)

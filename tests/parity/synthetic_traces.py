@@ -5,6 +5,8 @@ The noise grows as measured in bf16 blocks: 1.85 u sqrt(layer), independent by t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from parity.ruler import LIMITS
@@ -63,3 +65,10 @@ def add_error(trace: Trace, oracle: Trace, *, from_layer: int, times: float) -> 
         if trace.tensors[name].dtype == np.float32 and layer >= from_layer:
             reference = oracle.tensors[name]
             trace.tensors[name] = (reference + times * (trace.tensors[name] - reference)).astype(np.float32)
+
+
+def mask_out(traces: Iterable[Trace], row: int, positions: slice) -> None:
+    """Call positions of a row padding, in all of them."""
+    for trace in traces:
+        trace.tensors["attention_mask"] = trace.tensors["attention_mask"].copy()
+        trace.tensors["attention_mask"][row, positions] = 0

@@ -12,37 +12,20 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from interrupts import interrupt_at, interrupting
+from padded_prompt import IDS, MASK, STEPS, T
 
 import torch_models
 from parity.zoo import ZOO, make_checkpoint
 from torch_models.cache import Cache
 from torch_models.capturing import capturing
 from torch_models.graphs import DecodeGraphs, row_bucket
-from torch_models.recording import CannotCapture, Recording
+from torch_models.recording import CannotCapture
 from torch_models.storage import same_bits
-
-T, STEPS = 9, 6
-IDS = np.random.default_rng(0).integers(0, 200, (3, T))
-MASK = np.arange(T) >= np.array([[0], [2], [5]])
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("pair")
-    return [make_checkpoint("qwen3", root / str(seed), seed=seed, num_hidden_layers=2) for seed in range(2)]
-
-
-@pytest.fixture
-def model(pair: list[Path]) -> torch_models.Model:
-    return torch_models.load(pair[0])
 
 
 def eager_twin(model: torch_models.Model, rows: int, capacity: int, ids=IDS, mask=MASK) -> tuple[torch.Tensor, Cache]:
@@ -315,11 +298,6 @@ def reload_and_replay(model: torch_models.Model, pair: list[Path], times: int) -
     assert max(resident[times // 2 :]) - resident[times // 2] < 2 * 2**20
 
 
-@pytest.fixture
-def fast_pair(tmp_path: Path) -> list[Path]:
-    return [make_checkpoint("qwen3-tied", tmp_path / str(seed), seed=seed, num_hidden_layers=1) for seed in range(2)]
-
-
 def test_200_reloads_under_one_graph(fast_pair: list[Path]) -> None:
     reload_and_replay(torch_models.load(fast_pair[0]), fast_pair, 200)
 
@@ -327,187 +305,6 @@ def test_200_reloads_under_one_graph(fast_pair: list[Path]) -> None:
 @pytest.mark.slow
 def test_1000_reloads_under_one_graph(pair: list[Path]) -> None:
     reload_and_replay(torch_models.load(pair[0]), pair, 1000)
-
-
-# sleep and wake
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen3_5"])
-def test_sleep_frees_the_weights_and_wake_brings_back_every_bit(name: str, tmp_path: Path) -> None:
-    model = torch_models.load(make_checkpoint(name, tmp_path / "a", num_hidden_layers=4))
-    digests, before = model.digests(), model.generate(IDS, MASK, STEPS, ignore_eos=True)
-    params, embed_and_head = dict(model.named_parameters()), model.get_embed_and_head()
-    assert model.sleep() is model.sleep() is model  # twice is once
-    assert {param.untyped_storage().nbytes() for param in model.parameters()} == {0}
-    assert model.wake() is model.wake() is model
-    assert {key: id(param) for key, param in model.named_parameters()} == {k: id(p) for k, p in params.items()}
-    assert all(a is b for a, b in zip(model.get_embed_and_head(), embed_and_head, strict=True))
-    assert (model.digests(), model.version, len(model.events)) == (digests, 1, 1)
-    for graphs in (False, True):
-        assert torch.equal(model.generate(IDS, MASK, STEPS, ignore_eos=True, graphs=graphs), before)
-
-
-def test_a_sleeping_model_refuses_everything(model: torch_models.Model, pair: list[Path], tmp_path: Path) -> None:
-    _, cache = model.prefill(IDS, MASK)
-    model.sleep()
-    refused = {
-        "forward": lambda: model(IDS),
-        "prefill": lambda: model.prefill(IDS),
-        "decode": lambda: model.decode([1, 2, 3], cache),
-        "generate": lambda: model.generate(IDS, graphs=True),
-        "swap": lambda: model.set_embed_and_head(embed=torch.zeros(211, 40)),
-        "reload": lambda: model.update_weights_from_disk(pair[1]),
-        "export": lambda: model.export(tmp_path / "out"),
-        "digests": model.digests,
-        "halves": model.get_embed_and_head,
-        "a copy": lambda: copy.deepcopy(model),
-        "a pickle": lambda: pickle.dumps(model),
-        "a dict of its state": model.state_dict,
-        "another state": lambda: model.load_state_dict({}),
-        "another dtype": model.half,
-    }
-    for what, call in refused.items():
-        with pytest.raises(RuntimeError, match=r"the model sleeps, .*: call wake\(\) first"):
-            pytest.fail(f"{what} gave {call()}")
-    model.wake()
-    with pytest.raises(ValueError, match="Run prefill again"):
-        model.decode([1, 2, 3], cache)
-    embed, head = model.get_embed_and_head()
-    model.sleep()
-    other = torch_models.load(pair[1])
-    before = other.digests()
-    with pytest.raises(ValueError, match="embed has no values: the model it is of sleeps.*head has no values"):
-        other.set_embed_and_head(embed, head)
-    assert other.digests() == before
-
-
-def test_a_step_sees_storage_that_somebody_else_gave_back(model: torch_models.Model) -> None:
-    """No write tells of it, and whoever reads it is ended by the system."""
-    param = model.get_parameter("model.norm.weight")
-    param.data = param.data.clone()  # memory of torch's own, which it resizes
-    _, cache = model.prefill(IDS, MASK)
-    param.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="the model sleeps, or one that it shares parameters with"):
-        model.decode([1, 2, 3], cache)
-
-
-def test_sleep_invalidates_every_graph_that_saw_the_storage(model: torch_models.Model) -> None:
-    _, batch = model.graphs.prefill(IDS, MASK, max_new_tokens=STEPS)
-    model.sleep()
-    assert len(model.graphs) == 0
-    for call in (lambda: None, model.wake):
-        call()
-        with pytest.raises(RuntimeError, match="is gone: the model was put to sleep"):
-            batch.decode([1, 2, 3])
-
-
-def test_a_model_that_shares_a_sleeping_parameter_refuses_too(model: torch_models.Model, pair: list[Path]) -> None:
-    other = torch_models.load(pair[0])
-    other.model.embed_tokens.weight = model.model.embed_tokens.weight
-    _, cache = other.prefill(IDS, MASK)
-    _, batch = other.graphs.prefill(IDS, MASK)
-    model.sleep()
-    for call in (lambda: other(IDS), lambda: other.decode([1, 2, 3], cache)):
-        with pytest.raises(RuntimeError, match="or one that it shares parameters with"):
-            call()
-    with pytest.raises(RuntimeError, match=r"model\.embed_tokens\.weight"):
-        batch.decode([1, 2, 3])
-    model.wake()
-    with pytest.raises(ValueError, match="Run prefill again"):
-        other.decode([1, 2, 3], cache)
-
-
-def test_a_mixture_is_not_put_to_sleep(model: torch_models.Model) -> None:
-    model.refusal = "an update broke"
-    with pytest.raises(RuntimeError, match="refuses to run"):
-        model.sleep()
-    assert all(param.data_ptr() for param in model.parameters())
-
-
-def test_wrong_bytes_at_waking_are_seen(model: torch_models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.sleep()
-    copy_ = torch.Tensor.copy_
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copy_(self, other).bitwise_xor_(1))
-    with pytest.raises(RuntimeError, match=r"storages woke with other bytes\. The model sleeps on"):
-        model.wake()
-    monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="the model sleeps"):
-        model(IDS)
-    model.wake()(IDS)
-
-
-# the recording
-
-
-def test_a_replay_reads_new_values_and_old_addresses() -> None:
-    held = {"x": torch.arange(4.0), "out": torch.zeros(2)}
-
-    def program() -> None:
-        doubled = (held["x"] * 2).view(2, 2).t()  # [[0, 4], [2, 6]]
-        doubled[0, 0] += 1  # through a view
-        held["out"].copy_(doubled.sum(0))
-
-    recording = Recording(program)
-    assert held["out"].tolist() == [0 + 2 + 1, 4 + 6 + 0]
-    held["x"].mul_(10)
-    recording.replay()
-    assert held["out"].tolist() == [0 + 20 + 1, 40 + 60 + 0]
-    moves = {
-        "a name": lambda: held.update(x=torch.full((4,), -9.0)),
-        "a tensor object": lambda: setattr(x, "data", torch.full((4,), -9.0)),
-    }
-    x = held["x"]
-    for what, move in moves.items():
-        move()
-        held["out"].zero_()
-        recording.replay()
-        assert held["out"].tolist() == [0 + 20 + 1, 40 + 60 + 0], f"it followed {what} instead of an address"
-
-
-X, MASKED = torch.arange(4.0), torch.tensor([True, False, True, True])
-REFUSED = {
-    "item": (lambda: X.sum().item(), r"aten::_local_scalar_dense"),
-    "bool": (lambda: 1 if X.sum() > 0 else 0, r"aten::_local_scalar_dense"),
-    "equal": (lambda: torch.equal(X, X), r"aten::equal"),
-    "nonzero": (lambda: X.nonzero(), r"aten::nonzero"),
-    "unique": (lambda: X.unique(), r"aten::_unique2"),
-    "mask": (lambda: X[MASKED], r"aten::index by a mask"),
-    "masked_select": (lambda: X.masked_select(MASKED), r"aten::masked_select"),
-    "tolist": (lambda: X.tolist(), r"Tensor\.tolist\(\)"),
-    "numpy": (lambda: X.numpy(), r"Tensor\.numpy\(\)"),
-    "cpu": (lambda: X.cpu(), r"Tensor\.cpu\(\)"),
-    "random": (lambda: torch.rand(3, device="cpu"), r"aten::rand"),
-    "multinomial": (lambda: torch.multinomial(X, 1), r"aten::multinomial"),
-    "dropout": (lambda: torch.nn.functional.dropout(X, 0.5), r"bernoulli|native_dropout"),
-    "tensor": (lambda: X + torch.tensor([1.0, 2, 3, 4]), r"made of host data"),
-    "from_numpy": (lambda: X + torch.from_numpy(np.zeros(4, np.float32)), r"made of host data"),
-    "arange": (lambda: X + torch.arange(4), r"torch\.arange\(\) without device="),
-    "other device": (lambda: X.to("meta"), r"aten::_to_copy.*copies between cpu and meta"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_no_graph_can_capture_is_refused_by_name(what: str) -> None:
-    program, name = REFUSED[what]
-    with pytest.raises(CannotCapture, match=rf"({name}).* cannot be captured in a graph|{name}"):
-        Recording(program)
-
-
-def test_attention_without_dropout_and_integer_indices_are_captured() -> None:
-    q, index = torch.randn(1, 2, 3, 8), torch.tensor([2, 0])
-    out = torch.zeros(2)
-    recording = Recording(
-        lambda: out.copy_(torch.nn.functional.scaled_dot_product_attention(q, q, q)[0, 0, :, 0][index])
-    )
-    q.mul_(2)
-    recording.replay()
-    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, q, q)[0, 0, :, 0][index])
-
-
-def test_a_recording_names_what_it_reads_from_outside() -> None:
-    w, out = torch.ones(3), torch.zeros(3)
-    outside = Recording(lambda: out.copy_(w * 2 + torch.ones(3, device="cpu"))).outside
-    assert {tensor.data_ptr() for tensor in outside} == {w.data_ptr(), out.data_ptr()}
 
 
 def test_a_failed_capture_leaves_no_graph_behind(model: torch_models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,48 +316,6 @@ def test_a_failed_capture_leaves_no_graph_behind(model: torch_models.Model, monk
     assert isinstance(model.graphs, DecodeGraphs)
     assert len(model.graphs) == model.graphs.num_captures == 0
     assert_replay_is_eager(model)
-
-
-def test_an_interrupt_on_the_way_to_sleep_or_back_leaves_every_bit_or_a_refusal(fast_pair: list[Path]) -> None:
-    """At whatever line it comes: the model serves what it did, or sleeps and wakes to that."""
-    model = torch_models.load(fast_pair[0])
-    expected, digests = model(IDS).clone(), model.digests()
-    with interrupting("torch_models/sleep.py", lambda number: None) as lines:
-        model.sleep().wake()
-    asleep = 0
-    for line in range(1, lines[0]):
-        try:
-            with interrupting("torch_models/sleep.py", interrupt_at(line)):
-                model.sleep().wake()
-        except KeyboardInterrupt:
-            pass
-        if model.asleep is not None:
-            asleep += 1
-            with pytest.raises(RuntimeError, match="sleeps"):
-                model(IDS)
-            model.wake()
-        assert torch.equal(model(IDS), expected), line
-        assert model.digests() == digests
-    assert asleep > 5
-
-
-def test_memory_that_runs_out_on_the_way_to_sleep_changes_nothing(fast_pair: list[Path], monkeypatch: Any) -> None:
-    model = torch_models.load(fast_pair[0])
-    expected, empty, calls = model(IDS).clone(), torch.empty, []
-
-    def scarce(*args: Any, **options: Any) -> torch.Tensor:
-        calls.append(None)
-        if len(calls) == 4:
-            raise MemoryError
-        return empty(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", scarce)
-        with pytest.raises(MemoryError):
-            model.sleep()
-    assert model.asleep is None
-    assert torch.equal(model(IDS), expected)
-    assert torch.equal(model.sleep().wake()(IDS), expected)
 
 
 def test_a_copy_of_a_model_captures_graphs_of_its_own(fast_pair: list[Path]) -> None:
