@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from handmade import CONFIG, open_files
+from streamed import KIB, SIZES, content, reader_threads, seven_tensors, truncate
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
@@ -27,31 +27,13 @@ from loaders.slices import Slice
 from loaders.sources import LocalDirectory, positioned
 from loaders.writer import TensorType, write_checkpoint
 
-KIB = 1024
-# names out of alphabetical order, sizes out of order, several dtypes
-SIZES = {"f": 40, "b": 8, "e": 64, "a": 24, "d": 1, "c": 56, "g": 16}  # KiB
-FILE_OF = {"f": "2", "b": "2", "e": "2", "a": "1", "d": "1", "c": "1", "g": "1"}
-
-
-def content(name: str) -> np.ndarray:
-    rng = np.random.default_rng(ord(name))
-    dtype = ml_dtypes.bfloat16 if name in "bd" else np.float32
-    return rng.integers(0, 255, SIZES[name] * KIB, np.uint8).view(dtype)
-
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    files = {name: f"model-0000{file}-of-00002.safetensors" for name, file in FILE_OF.items()}
-    plan = {name: TensorType.of(content(name)) for name in SIZES}
-    write_checkpoint(tmp_path / "checkpoint", plan, content, config=CONFIG, files=files)
-    return open_checkpoint(tmp_path / "checkpoint")
+    return seven_tensors(tmp_path / "checkpoint")
 
 
 FILE_ORDER = ["a", "c", "g", "d", "f", "e", "b"]  # file by file, float32 before bfloat16
-
-
-def reader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tandem-read")]
 
 
 @pytest.mark.parametrize("budget", [None, 64 * KIB, 100 * KIB, 1 << 30])
@@ -271,129 +253,6 @@ def test_one_name_where_several_are_expected_is_not_taken_for_its_letters(checkp
     for attempt in (lambda: checkpoint.stream(names="ab"), lambda: list(checkpoint.slices(1 << 20, "ab"))):
         with pytest.raises(ValueError, match=r"names='ab' is one name, expected several: \['ab'\]"):
             attempt()
-
-
-# Files that change between opening and reading
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 8)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def grow(path: Path) -> None:
-    with open(path, "ab") as file:
-        file.write(b"\0" * 8)
-
-
-def rewrite(path: Path) -> None:
-    raw = path.read_bytes()
-    with open(path, "r+b") as file:
-        file.write(raw)
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the clock of a file system may tick every few ms only
-
-
-def rewrite_and_set_the_time_back(path: Path) -> None:
-    before = path.stat()
-    time.sleep(0.02)  # the clock of a file system may tick every few ms only
-    rewrite(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def replace(path: Path) -> None:
-    copy = path.with_suffix(".copy")
-    copy.write_bytes(path.read_bytes())
-    os.utime(copy, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
-    copy.replace(path)
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def turn_into_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def link_outside(path: Path) -> None:
-    path.rename(path.parent.parent / "moved")
-    path.symlink_to(path.parent.parent / "moved")
-
-
-CHANGES = [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back, replace, remove, turn_into_fifo, link_outside]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changed_since_opening_is_an_error_and_not_other_weights(
-    checkpoint: Checkpoint, change: Callable[[Path], None]
-) -> None:
-    file = checkpoint.tensors["a"].file
-    change(Path(str(checkpoint.source)) / file)
-    for attempt in (lambda: checkpoint.read("a"), lambda: list(checkpoint.stream())):
-        with pytest.raises(CheckpointError) as caught:
-            attempt()
-        (problem,) = caught.value.problems
-        assert problem.startswith(f"{file} c")  # changed, or cannot be opened
-    assert checkpoint.read("b").tobytes() == content("b").tobytes()  # the other file is as it was
-
-
-@pytest.mark.parametrize("change", [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back])
-def test_a_file_that_changes_while_it_is_streamed_is_an_error(
-    checkpoint: Checkpoint, change: Callable[[Path], None]
-) -> None:
-    stream = checkpoint.stream(64 * KIB)
-    assert next(stream)[0] == "a"  # and of the others of its file none is read: there is no room
-    change(Path(str(checkpoint.source)) / checkpoint.tensors["a"].file)
-    with pytest.raises(CheckpointError):
-        next(stream)
-    assert reader_threads() == []
-
-
-def test_a_file_may_lose_a_link(checkpoint: Checkpoint) -> None:
-    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
-    link = path.with_suffix(".link")
-    os.link(path, link)
-    time.sleep(0.02)
-    checkpoint = open_checkpoint(path.parent)
-    stream = checkpoint.stream(64 * KIB)
-    found = [next(stream)]
-    link.unlink()
-    assert [name for name, _ in [*found, *stream]] == list(checkpoint.tensors)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, path.with_suffix(".link"))]
-)
-@pytest.mark.parametrize("is_written_to", [False, True])
-def test_of_a_file_whose_attributes_changed_nobody_knows_whether_it_was_written_to(
-    checkpoint: Checkpoint, change: Callable[[Path], None], is_written_to: bool
-) -> None:
-    """As ``cp -p`` does, which sets the time back, too."""
-    time.sleep(0.02)
-    stream = checkpoint.stream(64 * KIB)
-    next(stream)
-    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
-    if is_written_to:
-        rewrite_and_set_the_time_back(path)
-    change(path)
-    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
-        list(stream)
-
-
-def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(checkpoint: Checkpoint) -> None:
-    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
-    raw = path.read_bytes()
-    stream = checkpoint.stream(64 * KIB, names=["a", "c", "g"])
-    found = [next(stream)]
-    other = path.with_suffix(".new")
-    other.write_bytes(raw[: -SIZES["g"] * KIB] + b"\0" * SIZES["g"] * KIB)
-    other.replace(path)
-    found += stream  # the file that was opened is pinned
-    assert [array.tobytes() for _, array in found] == [content(name).tobytes() for name in "acg"]
 
 
 # Abandoned iterators

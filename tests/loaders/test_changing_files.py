@@ -1,0 +1,134 @@
+"""Files that change between opening and reading, or meanwhile: an error or the old content, never a mixture."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from streamed import KIB, SIZES, content, reader_threads, seven_tensors, truncate
+
+from loaders import Checkpoint, CheckpointError, open_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return seven_tensors(tmp_path / "checkpoint")
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"\0" * 8)
+
+
+def rewrite(path: Path) -> None:
+    raw = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(raw)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # the clock of a file system may tick every few ms only
+
+
+def rewrite_and_set_the_time_back(path: Path) -> None:
+    before = path.stat()
+    time.sleep(0.02)  # the clock of a file system may tick every few ms only
+    rewrite(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    copy.replace(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def turn_into_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_outside(path: Path) -> None:
+    path.rename(path.parent.parent / "moved")
+    path.symlink_to(path.parent.parent / "moved")
+
+
+CHANGES = [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back, replace, remove, turn_into_fifo, link_outside]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_since_opening_is_an_error_and_not_other_weights(
+    checkpoint: Checkpoint, change: Callable[[Path], None]
+) -> None:
+    file = checkpoint.tensors["a"].file
+    change(Path(str(checkpoint.source)) / file)
+    for attempt in (lambda: checkpoint.read("a"), lambda: list(checkpoint.stream())):
+        with pytest.raises(CheckpointError) as caught:
+            attempt()
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{file} c")  # changed, or cannot be opened
+    assert checkpoint.read("b").tobytes() == content("b").tobytes()  # the other file is as it was
+
+
+@pytest.mark.parametrize("change", [truncate, empty, grow, rewrite, rewrite_and_set_the_time_back])
+def test_a_file_that_changes_while_it_is_streamed_is_an_error(
+    checkpoint: Checkpoint, change: Callable[[Path], None]
+) -> None:
+    stream = checkpoint.stream(64 * KIB)
+    assert next(stream)[0] == "a"  # and of the others of its file none is read: there is no room
+    change(Path(str(checkpoint.source)) / checkpoint.tensors["a"].file)
+    with pytest.raises(CheckpointError):
+        next(stream)
+    assert reader_threads() == []
+
+
+def test_a_file_may_lose_a_link(checkpoint: Checkpoint) -> None:
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    link = path.with_suffix(".link")
+    os.link(path, link)
+    time.sleep(0.02)
+    checkpoint = open_checkpoint(path.parent)
+    stream = checkpoint.stream(64 * KIB)
+    found = [next(stream)]
+    link.unlink()
+    assert [name for name, _ in [*found, *stream]] == list(checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, path.with_suffix(".link"))]
+)
+@pytest.mark.parametrize("is_written_to", [False, True])
+def test_of_a_file_whose_attributes_changed_nobody_knows_whether_it_was_written_to(
+    checkpoint: Checkpoint, change: Callable[[Path], None], is_written_to: bool
+) -> None:
+    """As ``cp -p`` does, which sets the time back, too."""
+    time.sleep(0.02)
+    stream = checkpoint.stream(64 * KIB)
+    next(stream)
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    if is_written_to:
+        rewrite_and_set_the_time_back(path)
+    change(path)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was opened"):
+        list(stream)
+
+
+def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(checkpoint: Checkpoint) -> None:
+    path = Path(str(checkpoint.source)) / checkpoint.tensors["a"].file
+    raw = path.read_bytes()
+    stream = checkpoint.stream(64 * KIB, names=["a", "c", "g"])
+    found = [next(stream)]
+    other = path.with_suffix(".new")
+    other.write_bytes(raw[: -SIZES["g"] * KIB] + b"\0" * SIZES["g"] * KIB)
+    other.replace(path)
+    found += stream  # the file that was opened is pinned
+    assert [array.tobytes() for _, array in found] == [content(name).tobytes() for name in "acg"]
