@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from parity.commands.options import check_outputs
 from parity.commands.standard_output import results_alone
@@ -60,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_outputs(args)
         with results_alone(args):
             code = args.run(args)
-        sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
+        if sys.stdout is not None:  # as it is where it was closed (`>&-`)
+            sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
         return code
     except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before
-        if argv is None:  # Python would print once more when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if argv is None:
+            _give_up(sys.stdout)
         return _told(args.verb, error)
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
         return _told(args.verb, error)
@@ -73,14 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(verb: str, error: Exception) -> int:
     """Say what went wrong, with a traceback if nobody expected it, and return the code for it."""
     text, is_expected = str(error), isinstance(error, ValueError | OSError | DeviceNotFound)
-    if isinstance(error, MemoryError) or (not is_expected and _MEMORY.search(text)):
-        text = f"there is not enough memory. {text.partition(chr(10))[0]}"
-    elif not is_expected:
-        traceback.print_exc()
-    print(f"tandem {verb}: {text}", file=sys.stderr)
+    try:
+        if isinstance(error, MemoryError) or (not is_expected and _MEMORY.search(text)):
+            text = f"there is not enough memory. {text.partition(chr(10))[0]}"
+        elif not is_expected:
+            traceback.print_exc()
+        print(f"tandem {verb}: {text}", file=sys.stderr)
+    except OSError:  # nobody can be told but by the code
+        _give_up(sys.stderr)
     if isinstance(error, DeviceNotFound):
         return NO_DEVICE
     return NOT_COMPARABLE if isinstance(error, NotComparable) else BAD_INPUT
+
+
+def _give_up(stream: TextIO | None) -> None:
+    """What it could not print goes nowhere: Python would try once more when it ends, and end with a code of its own."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def build_parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_a_result_asked_for_where_is_printed_is_there_alone_and_behind_what_was_
     trace, said = run(*RECORD, "/dev/stdout", stdout=subprocess.PIPE)
     (here / "a").write_bytes(trace)
     assert Trace.load(here / "a").backend == "torch"
-    assert said.startswith("wrote ")
+    assert said.startswith("wrote /dev/stdout: ")
     (here / "log").write_text("before\n")
     with open("log", "a") as log:
         _, said = run("compare", "a", "a", "--json", "/dev/stdout", stdout=log)
@@ -130,6 +131,26 @@ def test_a_result_asked_for_where_is_printed_is_there_alone_and_behind_what_was_
     with open("new", "w") as new:
         run("compare", "a", "a", "--json", "new", stdout=new)
     assert (here / "new").read_text().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("second", "sinks", "code"),
+    [
+        ("a", ">&-", 0),
+        ("a", "> /dev/full", 2),
+        ("a", "--json /dev/stdout 2> /dev/full", 2),
+        ("none", "2> /dev/full", 2),
+    ],
+)
+def test_where_nothing_can_be_said_the_code_tells_all_the_same(second, sinks, code, here):
+    """Python's own would be 1, which is "differs", or 120."""
+    assert main([*RECORD, "a"]) == 0
+    command = f"{shlex.quote(sys.executable)} -m parity.cli compare a {second} {sinks}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment, check=False, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (b"schema" in done.stdout) == ("--json" in sinks)
 
 
 def test_what_is_named_like_an_option_is_a_file_like_others(here):
