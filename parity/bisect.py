@@ -8,6 +8,7 @@ owner. Besides, each backend is fed the other's values; where there is no oracle
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,22 @@ class Reference:
             inputs: dict[str, Any] = dict(self.inputs)
             oracle_forward(self.checkpoint, **inputs, adapter=self.adapter, taps=taps, shake_angles=shake_angles)
         return Said(*(taps.found for taps in taken))
+
+    def check_finite(self) -> None:
+        """See that it can judge anybody.
+
+        Raises:
+            NotComparable: what it computes by itself is not finite.
+        """
+        taps, inputs = Taps(), dict[str, Any](self.inputs)
+        with np.errstate(all="ignore"):
+            oracle_forward(self.checkpoint, **inputs, adapter=self.adapter, taps=taps)
+        mask = _mask(self.inputs)
+        if bad := next((path for path, value in taps.found.items() if not np.isfinite(value[mask]).all()), None):
+            raise NotComparable(
+                f"the oracle is not finite at {bad}, so it cannot judge anybody. Do weights of {self.checkpoint.source}"
+                " hold NaN or infinity?"
+            )
 
 
 def local_errors(
@@ -117,7 +134,7 @@ def bisect(
         crossed: also feed each layer of one model what the other computed before it.
     Raises:
         ValueError: neither inputs nor a checkpoint, a layer that is none, or models that cannot be compared; of inputs
-            without a real token ``parity.errors.NotComparable``.
+            without a real token, or of weights that are not finite, ``parity.errors.NotComparable``.
     """
     if inputs is None:
         if checkpoint is None:
@@ -134,6 +151,8 @@ def bisect(
     reference = None if checkpoint is None else Reference(checkpoint, inputs, adapter)
     common: dict[str, Any] = {"reference": reference}
     steps = local_errors(a, b, inputs, paths, found=looks, crossed=crossed, **common)
+    if reference is not None and any(math.inf in (step.local_a, step.local_b) for step in steps):
+        reference.check_finite()
     tables = [("the model", tuple(steps))]
     node = _chosen(steps, layers, layer)
     look = _Look((a, b), inputs, looks, reference, notes, crossed)

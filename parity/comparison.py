@@ -178,14 +178,15 @@ class Comparison:
 
         return Heat(self, name)
 
-    def inject(self, path: str, *, into: Side = "b") -> Comparison:
+    def inject(self, path: str, *, into: Side | None = None) -> Comparison:
         """Run one side again with the other's value at ``path`` in the place of its own, and compare again.
 
-        What was wrong before ``path`` is healed so, and what remains is wrong after it.
+        In the side at fault what was wrong before ``path`` is healed so, and what remains is wrong after it. The other
+        may go on from a value of that side, too: then it shows whether the value was right.
 
         Args:
             path: of a module, as the checkpoint spells it (``layers.7``, ``layers.7.mlp``), or a tensor of the trace.
-            into: the side that is run again, ``a`` or ``b``.
+            into: the side that is run again, ``a`` or ``b``; None: the one at fault, or ``b`` where that is not known.
         Raises:
             ValueError: there are traces only and no live models, or no such path.
         """

@@ -54,8 +54,10 @@ class LivePair:
         models = {side: model for side, model in (("a", a), ("b", b)) if model is not None}
         return replace(self, **{side: replace(getattr(self, side), model=model) for side, model in models.items()})
 
-    def inject(self, before: Comparison, path: str, *, into: Side = "b") -> Comparison:
+    def inject(self, before: Comparison, path: str, *, into: Side | None = None) -> Comparison:
         """See ``Comparison.inject``; ``before`` was made by ``compare``."""
+        if into is None:
+            into = "a" if before.whose == "a" else "b"
         if into not in ("a", "b"):
             raise ValueError(f"into={into!r}, expected 'a' or 'b': the side that is run again.")
         if before.case is None:
@@ -71,7 +73,8 @@ class LivePair:
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
         done = f"{target.name} went on from {source.name}'s output of {path} in the place of its own"
-        return replace(after, experiment=f"{done}; what follows is {_told(before, after, path)}")
+        told = _told(before, after, path, giver="a" if into == "b" else "b", name=source.name)
+        return replace(after, experiment=f"{done}; what follows is {told}")
 
     def path_of(self, given: str) -> str:
         """The module path of what a user calls ``layers.7``, or a tensor of the trace."""
@@ -165,10 +168,16 @@ def _after(path: str, trace: Trace) -> Trace:
     return Trace(kept, trace.meta | {"after": path})
 
 
-def _told(before: Comparison, after: Comparison, path: str) -> str:
-    """What the second comparison says about the first."""
+def _told(before: Comparison, after: Comparison, path: str, *, giver: Side, name: str) -> str:
+    """What the second comparison says about the first. ``giver``: the side whose value was taken, called ``name``."""
     if before.verdict != "FAIL":
         return "as it was: within its limits before, too"
-    if after.verdict == "FAIL":
+    if after.verdict != "FAIL":
+        return f"right, so what was wrong came from {path} or from before it"
+    if before.whose == "both":
+        return f"still wrong, as both were before, so nothing is known of what comes after {path}"
+    if before.whose != giver:
         return f"still wrong, so something after {path} is wrong by itself"
-    return f"right, so what was wrong came from {path} or from before it"
+    if after.whose == giver:
+        return f"wrong in {name} alone, as before, so its value was right and something after {path} is wrong by itself"
+    return f"wrong in both now, so what is wrong in {name} came from {path} or from before it"

@@ -106,7 +106,10 @@ def record_oracle(
         faulty = oracle_forward(checkpoint, **inputs, **common, taps=taps, fault=fault)
         return trace.tensors | faulty
 
-    responses, documents = probe(places(checkpoint, probes), forward, trace.tensors, trace.mask)
+    exact = [trace.tensors[name] for name in activations(trace.tensors)]
+    is_finite = all(np.isfinite(array).all() for array in exact)  # else it judges nobody, whatever a fault would do
+    tried = places(checkpoint, probes if is_finite else 0)
+    responses, documents = probe(tried, forward, trace.tensors, trace.mask)
     return Trace(trace.tensors | responses, trace.meta | {"probes": documents})
 
 
@@ -138,7 +141,7 @@ def amplification(
     for name in names:
         size = np.maximum(np.linalg.norm(tensors[name], axis=-1), 1e-30)
         turned_by = np.linalg.norm(turned[name] - tensors[name], axis=-1)
-        # beside a token of nearly nothing both are beyond float32
+        # beside a token of nearly nothing both are beyond float32; one that is none is for whoever compares to find
         for kind, moved in ((ANGLE_ERROR, turned_by), (AMPLIFICATION, np.sqrt(moved_sq[name]))):
-            found[kind + name] = (moved / size).clip(max=1e6).astype(np.float32)
+            found[kind + name] = np.nan_to_num(moved / size, nan=np.inf).clip(max=1e6).astype(np.float32)
     return found

@@ -93,8 +93,7 @@ def _tensors(evidence: Evidence) -> Decision | None:
     if both is not None:
         detail = (
             f"What {both.module} hands on is off by {_pair(evidence, both)}, and no correct backend in"
-            f" {evidence.dtype} exceeds {number(both.lid)}; {worst}, in {first.module}. Suspect the checkpoint, the"
-            " oracle, or a misreading that the two share."
+            f" {evidence.dtype} exceeds {number(both.lid)}; {worst}, in {first.module}. {_common_to_both(evidence)}"
         )
         return Decision("FAIL", f"{a} and {b} are both wrong {where}", detail, "both wrong", "both")
     who, other = _who(evidence, first.blame), _who(evidence, "b" if first.blame == "a" else "a")
@@ -274,6 +273,12 @@ def weakest(probes: tuple[Probe, ...], *, has_digests: bool) -> str:
         return told
     how = "by the weights' digests alone" if has_digests else "not at all, without digests in both traces"
     return f"{told}; scales of {joined(absorbed)}, which a norm takes out again, {how}"
+
+
+def _common_to_both(evidence: Evidence) -> str:
+    if evidence.after is not None:
+        return f"Both go on from one value of {evidence.after}: suspect that one first."
+    return "Suspect the checkpoint, the oracle, or a misreading that the two share."
 
 
 def _who(evidence: Evidence, side: Side | None) -> str:

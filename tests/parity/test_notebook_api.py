@@ -338,6 +338,23 @@ def test_a_bug_spreads_to_the_side_that_takes_its_value(pair, broken):
     spread = broken.inject("layers.0", into="a")
     assert spread.verdict == "FAIL"
     assert spread.cause == "both wrong"
+    assert "both now, so what is wrong in torch (b) came from model.layers.0 or from before it" in spread.experiment
+    assert "Both go on from one value of model.layers.0: suspect that one first." in spread.summary
+    assert "checkpoint" not in spread.summary
+    early = broken.inject("embed_tokens", into="a")
+    assert (early.verdict, early.whose) == ("FAIL", "b")
+    assert "so its value was right and something after model.embed_tokens is wrong by itself" in early.experiment
+
+
+def test_the_side_at_fault_is_run_again_whichever_it_is(tmp_path):
+    turned = parity.live_pair(make_checkpoint("qwen3", tmp_path / "it", num_hidden_layers=2), "torch", "torch")
+    hook = turned.a.model.model.layers["0"].mlp.register_forward_hook(lambda _, given, found: found * 1.05)
+    found = turned.compare()
+    healed, still = found.inject("layers.0"), found.inject("embed_tokens")
+    hook.remove()
+    assert (found.whose, healed.verdict, still.verdict, still.whose) == ("a", "PASS", "FAIL", "a")
+    assert healed.experiment.startswith("torch (a) went on from torch (b)'s output")
+    assert "something after model.embed_tokens is wrong by itself" in still.experiment
 
 
 def test_a_pair_rounds_less_only_where_anything_is_rounded(tmp_path):
