@@ -1,7 +1,7 @@
 """What a checkpoint, or a config.json alone, says of a model's size: stages, devices, and what quantisation saves.
 
 A config.json without weights is enough: the family's table has every parameter's shape, and of quantised ones the
-dtype; plain floats are counted as bfloat16.
+dtype; plain floats are counted as what it says, else as bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loaders import Checkpoint, CheckpointError, Stage, open_checkpoint
 from loaders.axes import axes_of, param_cuts, replicated
 from loaders.config import config_from_json
 from loaders.dtypes import bits
-from loaders.errors import reason
+from loaders.errors import brief, reason
 from loaders.opening import CONFIG
 from loaders.plan import plan_load, specs_of
 from loaders.quantization import summary
@@ -28,6 +28,7 @@ from loaders.spec import ModelConfig, ParamSpec, Specs
 from loaders.strict_json import BadJson, parse_object
 
 PLAIN = "BF16"
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", None: PLAIN}  # config.json's words
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,22 @@ def _object(path: str, name: str, opened: Callable[[], OpenFile]) -> dict[str, A
         raise CheckpointError(path, [f"{name} cannot be read: {reason(error)}"]) from error
 
 
+def stored_as(path: str, document: Mapping[str, Any]) -> str:
+    """The safetensors dtype of plain floats, as a config.json has it in either spelling, at the top or of its text.
+
+    Raises:
+        CheckpointError: it is another than weights are stored in.
+    """
+    parts = [document, document.get("text_config")]
+    found = [part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
+    word = next((word for word in found if word is not None), None)
+    name = word.removeprefix("torch.") if isinstance(word, str) else word
+    if name is not None and not (isinstance(name, str) and name in _STORED):
+        expected = ", ".join(known for known in _STORED if known)
+        raise CheckpointError(path, [f"config.json: dtype is {brief(word)}, expected one of {expected}"])
+    return _STORED[name]
+
+
 def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str, Any]:
     """Parameters and bytes of one pipeline stage, and of each of its devices.
 
@@ -106,8 +123,8 @@ def inspect_stage(subject: Subject, stage: Stage, devices: Devices) -> dict[str,
     layers = stage.layers(subject.config.num_hidden_layers)
     found: dict[str, Any] = {"stage": stage.index, "layers": [layers.start, layers.stop]}
     if subject.checkpoint is None:
-        specs = specs_of(subject.config, stage)
-        dtypes = {spec.name: spec.dtype or PLAIN for spec in specs}
+        specs, plain = specs_of(subject.config, stage), stored_as(subject.where, subject.document)
+        dtypes = {spec.name: spec.dtype or plain for spec in specs}
         tensors = {"tensors_loaded": sum(len(spec.placements) for spec in specs)}
     else:
         plan = plan_load(subject.checkpoint, stage)

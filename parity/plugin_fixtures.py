@@ -145,14 +145,14 @@ class Golden:
         written: those that this run wrote.
     """
 
-    def __init__(self, directory: Path, test: str, nodeid: str, *, updates: bool) -> None:
+    def __init__(self, directory: Path, test: str, command: str, *, updates: bool) -> None:
         self.directory = directory
         self.written: list[Path] = []
-        self._test, self._nodeid, self._updates = test, nodeid, updates
+        self._test, self._command, self._updates = test, command, updates
 
     def path(self, name: str | None = None) -> Path:
-        """The file of one golden; default: named as the test, and the class that it is in."""
-        return self.directory / f"{file_name(name or self._test)}.trace"
+        """The file of one golden, named as the test with its class, and by ``name`` where it has several."""
+        return self.directory / f"{file_name(self._test if name is None else f'{self._test}@{name}')}.trace"
 
     def __call__(
         self,
@@ -195,10 +195,6 @@ class Golden:
         why = "is of other inputs, weights or arithmetic, so nothing can be said" if verdict == "INVALID" else "differs"
         told = failure(held.comparison, reproduce)
         raise AssertionError(f"{told}\ngolden     {path} {why}. If the change is meant: {self._command}")
-
-    @property
-    def _command(self) -> str:
-        return f"pytest {self._nodeid!r} --parity-update"
 
     def _write(self, path: Path, trace: Trace) -> None:
         if path in self.written:

@@ -224,7 +224,7 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
     item, config = request.node, request.config
     directory = item.path.parent / config.getini("parity_goldens") / item.path.stem
     inside = item.nodeid.partition("::")[2]  # of the file: two classes may have a test of one name
-    found = Golden(directory, inside, item.nodeid, updates=config.option.parity_update)
+    found = Golden(directory, inside, f"{_alone(item)} --parity-update", updates=config.option.parity_update)
     yield found
     item.stash[GOLDENS] += map(str, found.written)
 

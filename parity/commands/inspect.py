@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import Stage
-    from parity.inspection import Devices, inspect_stage, open_subject, quantisation
+    from parity.inspection import Devices, inspect_stage, open_subject, quantisation, stored_as
 
     for name in ("stages", "tensor", "expert"):
         if getattr(args, name) < 1:
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
             "bytes": checkpoint.num_bytes,
             "dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
         }
+    else:
+        found["counted_as"] = stored_as(subject.where, subject.document)
     found |= {"quantisation": quantisation(subject), "stages": stages}
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(found: dict[str, Any]) -> str:
     config = found["config"]
-    said = "a configuration without weights; plain floats are counted as bfloat16"
+    said = f"a configuration without weights; plain floats are counted as {found.get('counted_as')}"
     if "files" in found:
         said = (
             f"{found['tensors']} tensors in {found['files']} file(s), {found['bytes']:,} bytes, "

@@ -26,7 +26,7 @@ class Minimum:
         distinct_expert_bytes: of the experts that so many tokens are expected to choose.
         cache_bytes: decode reads the keys and values that its windows show, once, and reads and writes states; prefill
             writes its tokens'.
-        flops: products and sums.
+        flops: products and sums of weights, keys and values; those of recurrent states, a few of a hundred, left out.
     """
 
     weight_bytes: int
@@ -73,7 +73,8 @@ def minimum_of(
         if is_expert:
             experts += size
             distinct += size * (1 - (1 - share) ** (tokens * shared))
-        if is_expert or specs.rules[spec.placements[0].tensor].is_linear or spec.name == specs.head:
+        rule = specs.rules[spec.placements[0].tensor]
+        if is_expert or rule.is_linear or rule.is_router or spec.name == specs.head:
             inner = spec.axes[-1] if spec.axes else ""  # codes are two to a byte, block scales beside them
             numbers = held * (2 if inner.endswith("/2") else 0 if inner.endswith("/16") else 1)
             times = rows if spec.name == specs.head else tokens * share if is_expert else tokens

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from loaders import CheckpointError, Stage
 from loaders.config import config_from_json
-from loaders.errors import brief
 from loaders.plan import compute_dtype, plan_load, specs_of
 from loaders.quantizable import config_documents
 from loaders.quantization import BLOCK
 from loaders.quantization_config import KEY
 from loaders.spec import ModelConfig
-from parity.inspection import PLAIN, Subject, open_subject
-
-_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", None: PLAIN}  # config.json's words
+from parity.inspection import PLAIN, Subject, open_subject, stored_as
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def planned(path: str, quant: str | None) -> Planned:
     subject = open_subject(path)
     config = _quantized(path, subject, quant)
     if subject.checkpoint is None:
-        plain = _of_config(path, subject.document)
+        plain = stored_as(path, subject.document)
         return Planned(config, "bfloat16" if plain == "BF16" else "float32", plain, {})
     plan = plan_load(subject.checkpoint, Stage())
     found = {spec.name: plan.dtypes[spec.name] for spec in plan.specs if spec.dtype is None}
@@ -67,15 +63,3 @@ def _quantized(path: str, subject: Subject, quant: str | None) -> ModelConfig:
     if not specs_of(config, Stage()).schemes:
         raise CheckpointError(path, [f"no linear layer has a multiple of {BLOCK} inputs: nothing to quantise"])
     return config
-
-
-def _of_config(path: str, document: dict[str, Any]) -> str:
-    """Of either spelling, at the top or of the text part."""
-    parts = [document, document.get("text_config")]
-    found = [part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
-    word = next((word for word in found if word is not None), None)
-    name = word.removeprefix("torch.") if isinstance(word, str) else word
-    if name is not None and not (isinstance(name, str) and name in _STORED):
-        expected = ", ".join(known for known in _STORED if known)
-        raise CheckpointError(path, [f"config.json: dtype is {brief(word)}, expected one of {expected}"])
-    return _STORED[name]

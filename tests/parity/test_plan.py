@@ -71,6 +71,13 @@ def test_a_device_is_charged_with_its_own_queries_and_the_keys_that_those_ask_fo
     assert longer - shorter == 4 * 2 * 2 * 8 * 16384 * queries * 128
 
 
+def test_the_least_of_sparse_layers_is_the_chosen_experts_and_the_router(experts):
+    least = minimum_of(experts, "prefill", LOAD, {})
+    layer = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048 + 2048 * 128 + 8 * 3 * 2048 * 768
+    attended = 4 * 2 * 2 * 8 * 1024 * (1025 / 2) * 32 * 128
+    assert least.flops == 2 * 8 * (1024 * 4 * layer + 151936 * 2048) + attended
+
+
 def test_heads_that_divide_nothing_are_on_every_device():
     assert heads_on_device({}, 32, 4) == (32, 4)
     assert heads_on_device({"tensor": 2}, 6, 3) == (3, 2)  # one group lies on both
@@ -392,12 +399,16 @@ def held_bytes_of(tree) -> int:
         ({}, ("bfloat16", "BF16")),
     ],
 )
-def test_of_a_config_alone_in_what_it_says(said, found, tmp_path):
+def test_of_a_config_alone_in_what_it_says(said, found, tmp_path, capsys):
     document = json.loads((CONFIGS / "qwen3-8b.json").read_text(encoding="utf-8"))
     del document["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(document | said), encoding="utf-8")
     subject = planned(str(tmp_path), None)
     assert (subject.dtype, subject.plain) == found
+    assert main(["inspect", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"plain floats are counted as {found[1]}\n" in told
+    assert f"{8190735360 * (4 if found[1] == 'F32' else 2):,} bytes from 399 tensors" in told
 
 
 @pytest.mark.parametrize("word", ["float8_e4m3fn", "auto", 16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
@@ -166,8 +167,31 @@ def test_goldens_of_tests_with_like_names_are_several(suite, pytester):
     suite(GOLDENS_OF_ONE_NAME).assert_outcomes(passed=5)
 
 
+NAMED_GOLDENS = """
+@pytest.mark.parametrize("case", ["a b", "\\xe4"])
+def test_named(case, golden):
+    golden(Made("jax", seed=ord(case[0])), "prefill", inputs=INPUTS)
+    golden(Made("jax"), "decode", inputs=INPUTS)
+"""
+
+
+def test_a_name_is_of_a_tests_own_golden_and_the_command_that_writes_it_does(suite, pytester):
+    done = suite(NAMED_GOLDENS)
+    done.assert_outcomes(failed=2)
+    commands = [line[1:].strip() for line in done.outlines if line.endswith(" --parity-update")]
+    assert len(commands) == 2
+    for number, command in enumerate(commands, 1):
+        program, *arguments = shlex.split(command)
+        assert program == "pytest"
+        pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=1)
+        assert len([*pytester.path.glob("goldens/test_it/*.trace")]) == 2 * number
+    suite(NAMED_GOLDENS).assert_outcomes(passed=2)
+    assert file_name("test_it@prefill") == "test_it@prefill"
+
+
 def test_files_of_two_tests_have_two_names_that_a_file_system_takes():
     tests = ["A::b", "A::b[c]", "A[b]", "a_b", "A[b-]", "A[b.c]", "A[b/c]", "A[b::c]", "A[b-c]", "A[b c]", "A[]"]
+    tests += ["A[b]@c", "A@b", "A@[b]", "A[b]@" + "c" * 300, "A@b@c", "A@b::c"]
     tests += ["A[ä]", "A[" + "ä" * 300 + "]", "A[" + "b" * 300 + "]", "A[" + "b" * 299 + "c]", "B::A::b"]
     names = [file_name(test) for test in tests]
     assert len({*names}) == len(tests)
