@@ -103,7 +103,7 @@ def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, veri
     stage = Stage(**document["stage"])
     specs = specs_of(checkpoint.config, stage, checkpoint.tensors)
     dtype, activations = jnp.dtype(document["dtype"]), Activations(**document["activations"])
-    event = Event("restore", document["version"], str(directory))
+    event = Event("restore", document["version"], str(directory), content=_digest(document)[:16])
     model = Model(
         config=checkpoint.config,
         weights=together(mesh, lambda: _weights(where, checkpoint, specs, mesh)),

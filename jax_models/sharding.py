@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_models.processes import check_here, together
+from jax_models.processes import agreed, check_here
 from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of, param_cuts
 from loaders.spec import Dim, ParamSpec
 
@@ -17,10 +17,11 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     """The same devices under axes whose shardings the compiler propagates, as our programs expect.
 
     ``jax.make_mesh`` gives axes of type Explicit, where every ambiguous product is an error. All processes of the mesh
-    have to call this.
+    have to call this, with the same axes over the same devices.
 
     Raises:
-        ValueError: it is no mesh of devices, has none of this process, or an axis we give no meaning.
+        ValueError: it is no mesh of devices, has none of this process, an axis we give no meaning, or other axes than
+            on another process.
         RuntimeError: so it is on another process only.
     """
     if mesh is None:
@@ -41,7 +42,7 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
         return Mesh(mesh.devices, mesh.axis_names)
 
     check_here(mesh)  # who has no part of it is not waited for
-    return together(mesh, checked)
+    return agreed(mesh, "the mesh", checked, lambda found: str(dict(found.shape)))
 
 
 def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:

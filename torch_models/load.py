@@ -87,7 +87,8 @@ def load(
 
     def said() -> str:
         activations, kernels = (model.quantizes_inputs, model.rounds_cache), sorted(set(model.kernels.values()))
-        asked = f"{model.dtype} {plan.stage} {activations} quantize={quantize} {kernels}"
+        cut = {} if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+        asked = f"{model.dtype} {plan.stage} {activations} quantize={quantize} {kernels} mesh={cut}"
         return f"{checkpoint.fingerprint()} {asked}"
 
     content = check_alike(mesh, "what is loaded", said)

@@ -23,6 +23,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     axis = "columns" if process else "tensor"
     found["axis"] = error_of(lambda: jax_models.load(first, mesh=Mesh(devices, (axis,))))
+    axes = Mesh(devices.reshape(2, 2), ("expert", "fsdp")) if process else mesh
+    found["other axes"] = error_of(lambda: jax_models.load(first, mesh=axes))
     own = Mesh(devices[:2], ("tensor",))
     found["elsewhere"] = error_of(lambda: jax_models.load(first, mesh=own)) if process else ""
     found["other config"] = error_of(lambda: jax_models.load(job["other"] if process else first, mesh=mesh))
@@ -56,6 +58,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     for name, one in (("a", model), ("b", swapped)):
         one.save(f"{work}/save {name}")
     loaded = [jax_models.load(path, mesh=mesh) for path in (first, second)]  # of one version
+    restored = [jax_models.restore(path, mesh) for path in job["saves"]]  # that one process made, of one version
     mine = swapped if process else model  # who forgot to go on with what an update gave
     many = np.full((1000, 2), 101, np.int32)
     _, wide = model.prefill(many, max_new_tokens=4)
@@ -86,6 +89,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
         "other models": lambda: mine(**inputs),
         "other checkpoints": lambda: loaded[process](**inputs),
+        "other saves": lambda: restored[process](**inputs),
+        "restored to other axes": lambda: jax_models.restore(job["saves"][0], axes),
         "other models in steps": lambda: mine.prefill(**inputs),
         "other models saved": lambda: mine.save(f"{work}/save d"),
         "other models exported": lambda: mine.export(f"{work}/export"),

@@ -8,6 +8,7 @@ import pytest
 from planted import TWO_LAYERS
 from several import free_port, run_several
 
+import jax_models
 from loaders import open_checkpoint
 from parity.zoo import block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import make_adapter
@@ -35,6 +36,7 @@ SAID = {
     "a kernel": ALONE,
     "an order of scales": DIFFERENT,
     "axis": ALONE,
+    "other axes": DIFFERENT,
     "other config": DIFFERENT,
     "other dtype": DIFFERENT,
     "other weights": DIFFERENT,
@@ -58,6 +60,8 @@ SAID = {
     "what goes in": DIFFERENT,
     "other models": DIFFERENT,
     "other checkpoints": DIFFERENT,
+    "other saves": DIFFERENT,
+    "restored to other axes": DIFFERENT,
     "other models in steps": DIFFERENT,
     "other models saved": DIFFERENT,
     "other models exported": DIFFERENT,
@@ -82,7 +86,7 @@ SAID = {
 }
 # what torch does not have; and what its ranks are not asked about: one that fails tells those that wait for it
 ONLY_JAX = {"axis", "replace", "another save", "no save", "whether it is verified", "restored to an axis"}
-ONLY_JAX |= {"saved nowhere", "what is given up", "other models saved"}
+ONLY_JAX |= {"saved nowhere", "what is given up", "other models saved", "other saves", "restored to other axes"}
 
 
 @pytest.mark.parametrize("backend", PROGRAMS)
@@ -102,6 +106,10 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
         "drafting": str(make_drafting_checkpoint("qwen3_5", tmp_path / "drafting", **TWO_LAYERS)),
         "inputs": {key: value.tolist() for key, value in inputs.items()},
     }
+    if backend == "jax":
+        for seed, path in enumerate(checkpoints):
+            jax_models.load(path).save(tmp_path / f"saved by one {seed}")
+        job["saves"] = [str(tmp_path / f"saved by one {seed}") for seed in range(2)]
     program = Path(__file__).parents[1] / PROGRAMS[backend]
     both = run_several(program, job, tmp_path, 2, {"JAX_NUM_CPU_DEVICES": "2"})
     for what in both[0].keys() & SAID.keys():

@@ -19,6 +19,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     first, second, adapter = job["checkpoints"][0], job["checkpoints"][1], job["adapters"][0]
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
     found: dict[str, Any] = {}
+    axes = init_device_mesh("cpu", (2,), mesh_dim_names=(("tensor", "expert")[rank],))
+    found["other axes"] = error_of(lambda: torch_models.load(first, mesh=axes))
     found["other config"] = error_of(lambda: torch_models.load(job["other"] if rank else first, mesh=mesh))
     found["other dtype"] = error_of(lambda: torch_models.load(first, "bfloat16" if rank else None, mesh=mesh))
     for what, option in (job["options"] | job["kernels"]).items():
