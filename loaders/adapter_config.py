@@ -34,6 +34,8 @@ _READ = frozenset(
 )
 # ways to begin that leave the base's weights as they are; others subtract from them
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
+# of which PEFT asks only whether they are there: an empty one is on, with that kind's defaults
+_ON_IF_THERE = re.compile(r"use_\w+|(?!loftq_)\w+_config")
 _MOST_RANK, _MOST_ALPHA = 1 << 16, 3.4e38  # a scaling is alpha by a rank or its root: float32 has to hold it
 _LAYER = "number_of_the_layer"  # a group of its own name: what it is put behind may have groups too
 _FIRST_LAYER = re.compile(rf".*?\.[^.]*\.(?P<{_LAYER}>\d+)\.")  # the first number of a module path, not an expert's
@@ -140,7 +142,8 @@ def _refused(document: dict[str, Any]) -> list[str]:
     """Options that are on and not implemented, one sentence each. What is not known is refused unless it is off."""
     problems = []
     for name, value in document.items():
-        if name not in _READ | _OF_TRAINING and value not in (None, False, "none") and value not in ({}, []):
+        is_off = value in (None, False, "none") or (value in ({}, []) and not _ON_IF_THERE.fullmatch(name))
+        if name not in _READ | _OF_TRAINING and not is_off:
             problems.append(
                 f"adapter_config.json: {name}={brief(value)} is not implemented. Train or merge without it."
             )
@@ -174,7 +177,7 @@ class _Reader:
             return ()
         if isinstance(found, str) and (or_pattern or single):
             self._compiles(name, found)
-            return (found,) if single else found
+            return found if not single else (found,) if found else ()
         if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
             self._expected(name, found, "a list of names" + (" or a pattern" if or_pattern else ""))
             return ()

@@ -129,6 +129,7 @@ def test_everything_that_is_wrong_is_told_at_once(base, adapter):
         ({"modules_to_save": ["norm"]}, "tensor 'model.norm.weight' is missing: modules_to_save"),
         ({"modules_to_save": ["tower"]}, "modules_to_save names 'tower'"),
         ({"rank_pattern": {"q_proj": "two"}}, "expected an integer"),
+        ({"kasa_config": {}}, "kasa_config={} is not implemented"),  # PEFT: on, with defaults
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -271,6 +272,13 @@ def test_patterns_are_read_in_the_order_of_the_document_and_match_ends_of_paths(
     assert ranks == [4, 2, 4]  # layer 11 does not end with ".1.self_attn.q_proj"
     assert config.scaling("model.layers.1.self_attn.q_proj") == 8.0
     assert config.rank("model.layers.1.self_attn.k_proj") == 8
+
+
+def test_what_is_empty_is_off_where_peft_takes_it_so():
+    empty = {"loftq_config": {}, "alora_invocation_tokens": [], "layers_pattern": ""}
+    config, found = read_adapter_config({"peft_type": "LORA", "target_modules": ["q_proj"], **empty})
+    assert found == []
+    assert config.layers_pattern == ()
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, [1]), ([0], [0]), (None, [0, 1])])
