@@ -184,6 +184,9 @@ class Decoding:
     ) -> torch.Tensor:
         """Continue every row of a ragged batch; each as if it were alone, but that a draw depends on the batch's shape.
 
+        Of generation_config.json the tokens that end and fill a row are read, and nothing else: options are those given
+        here, and penalties and the like there are none.
+
         Args:
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
