@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, and not when Python ends, where nobody could tell
         return code
     except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before
-        if argv is None:
-            _give_up(sys.stdout)
+        _give_up(sys.stdout)
         return _told(args.verb, error)
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
         return _told(args.verb, error)
@@ -90,7 +89,7 @@ def _told(verb: str, error: Exception) -> int:
 
 def _give_up(stream: TextIO | None) -> None:
     """What it could not print goes nowhere: Python would try once more when it ends, and end with a code of its own."""
-    if stream is not None:
+    if stream is not None and stream in (sys.__stdout__, sys.__stderr__):  # others are not the process's
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -17,9 +17,9 @@ from typing import BinaryIO, TextIO
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write what ``path`` is to hold. It does when the block ends; else what it held is still there.
 
-    A link is followed. What no file can take the place of gets a copy: a pipe or a device, a file that is somebody
-    else's, has other names, or lies where nothing may be made beside it. Where this process prints it comes behind what
-    has been printed.
+    A link is followed. What no file can take the place of gets a copy, once that is whole: a pipe or a device, a file
+    that is somebody else's, has other names, or lies where nothing may be made beside it. Where this process prints it
+    comes behind what has been printed.
 
     Raises:
         OSError: it cannot be written.
@@ -45,6 +45,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_report(path: str | os.PathLike[str], text: str) -> None:
+    """All or nothing, in UTF-8, and escaped what has none, as bytes of a path that are no text.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with whole_file(path) as whole:
+        whole.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def is_stdout(path: str | os.PathLike[str]) -> bool:
@@ -82,13 +92,3 @@ def _may_be_replaced(path: Path, where: Path) -> bool:
         return True
     found = path.stat()
     return path.is_file() and found.st_nlink == 1 and found.st_uid == os.geteuid()
-
-
-def write_report(path: str | os.PathLike[str], text: str) -> None:
-    """All or nothing, in UTF-8, and escaped what has none, as bytes of a path that are no text.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with whole_file(path) as whole:
-        whole.write_bytes(text.encode("utf-8", "backslashreplace"))
