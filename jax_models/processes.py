@@ -129,14 +129,24 @@ def content_of(*arrays: Any) -> str:
 
 
 def told_by_all(mesh: Mesh | None, text: str) -> dict[int, str]:
-    """Every process's text, its first ``MESSAGE_BYTES``, by its index; all of the mesh have to call this."""
+    """Every process's text, its first ``MESSAGE_BYTES``, by its index; all of the mesh have to call this.
+
+    Raises:
+        RuntimeError: they do not come together, as where their meshes have other devices.
+    """
     if mesh is None or len(processes_of(mesh)) == 1:
         return {jax.process_index(): text}
     raw = text.encode()[:MESSAGE_BYTES]
     row = np.frombuffer(raw.ljust(MESSAGE_BYTES, b"\0"), np.uint8)[None]
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))  # a row for each device
     texts = jax.make_array_from_callback((mesh.size, MESSAGE_BYTES), sharding, lambda _: row)
-    rows = to_host(texts)
+    try:
+        rows = to_host(texts)
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"the processes {processes_of(mesh)} of the mesh do not come together. Has each of them a mesh of the same"
+            f" {mesh.size} devices, in the same order, and makes the same calls? ({str(error).partition(' [')[0]})"
+        ) from error
     owners = [device.process_index for device in mesh.devices.flat]
     return {
         owner: bytes(found).rstrip(b"\0").decode(errors="replace") for owner, found in zip(owners, rows, strict=True)

@@ -17,6 +17,9 @@ from parity.zoo_pictures import pictures
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     devices = np.array(jax.devices())
+    if job.get("turned"):
+        turned = Mesh(devices[::-1] if process else devices, ("tensor",))
+        return {"order": error_of(lambda: jax_models.load(job["checkpoints"][0], mesh=turned))}
     mesh = Mesh(devices, ("tensor",))
     first, second, adapter = job["checkpoints"][0], job["checkpoints"][1], job["adapters"][0]
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}

@@ -129,3 +129,15 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
         assert all("must be the embedding or equal" in found["untied"] for found in both)
     else:
         assert both[0].keys() >= SAID.keys() - ONLY_JAX
+
+
+@pytest.mark.slow  # XLA waits for half a minute
+def test_meshes_of_the_same_devices_in_another_order_are_an_error_that_says_so(tmp_path):
+    job = {
+        "port": free_port(),
+        "checkpoints": [str(make_checkpoint("qwen3", tmp_path / "it", **SIZES))],
+        "turned": True,
+    }
+    program = Path(__file__).parents[1] / PROGRAMS["jax"]
+    for found in run_several(program, job, tmp_path, 2, {"JAX_NUM_CPU_DEVICES": "2"}):
+        assert "RuntimeError: the processes [0, 1] of the mesh do not come together. Has each" in found["order"]
