@@ -15,6 +15,7 @@ _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
 TILE_ROWS = 128
+LANES = 128  # of the innermost axis in HBM, which is padded to whole ones
 _TILE_BYTES = 2**21  # of a block of weights; two of them, rows and results fit 16 MiB of VMEM
 
 
@@ -64,7 +65,8 @@ def grouped_on_tpu(
     """The same by a kernel that reads the stacks as they are stored, and of them only the groups that have rows.
 
     XLA's own ``ragged_dot`` for TPU wants [E, k, n]: it would write a transposed copy of every stack at every step
-    (407 MB a device and step for two layers of Qwen3-30B-A3B on four v5e).
+    (407 MB a device and step for two layers of Qwen3-30B-A3B on four v5e). Where k fills no whole lanes and n does,
+    arrays lie in HBM with n innermost, since nothing is padded so, and are read as [E, k, n], or they would be copied.
     """
     (A, k), n = rows.shape, weights.shape[1]
     tile = min(TILE_ROWS, -(-A // 16) * 16)  # 16 rows of bfloat16 fill a register
@@ -72,4 +74,6 @@ def grouped_on_tpu(
     width = min(k, 4096)
     columns = max(128, _TILE_BYTES // (width * rows.dtype.itemsize) // 128 * 128)
     tiling = (tile, width, min(n, columns))
-    return megablox.gmm(padded, weights, sizes, jnp.dtype(dtype), tiling, None, None, True, interpret)[:A]
+    is_turned = bool(k % LANES) and not n % LANES
+    given = weights.swapaxes(1, 2) if is_turned else weights
+    return megablox.gmm(padded, given, sizes, jnp.dtype(dtype), tiling, None, None, not is_turned, interpret)[:A]

@@ -377,7 +377,7 @@ def test_abstract_models_compile(name, checkpoints):
 @pytest.mark.parametrize(
     ("rows", "sizes"), [(24, [5, 0, 9, 10]), (24, [5, 0, 0, 3]), (7, [0, 7, 0, 0]), (300, [1, 90, 0, 160])]
 )
-@pytest.mark.parametrize(("inner", "outer"), [(40, 48), (24, 40)])
+@pytest.mark.parametrize(("inner", "outer"), [(40, 48), (24, 40), (72, 256), (256, 72)])
 @pytest.mark.parametrize(
     "product", [grouped_matmul, functools.partial(grouped_on_tpu, interpret=True)], ids=["here", "tpu"]
 )
