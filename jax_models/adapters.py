@@ -47,7 +47,7 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
     if problems := whole_overflows(adapter, model.config, _stored(model)):
         raise CheckpointError(uri, problems)
     roster = model.roster.having(adapter, name, model.version + 1)
-    return _with(model, roster, "attach", f"{name}: {adapter.source}", adapter.digest[:16])
+    return _with(model, roster, "attach", f"{name}: {adapter.source}", f"{name} {adapter.digest[:16]}")
 
 
 def detach_lora(model: Model, name: str) -> Model:
@@ -100,9 +100,14 @@ def unmerge_lora(model: Model) -> Model:
     Raises:
         ValueError: nothing is merged.
     """
-    model.check_runnable()
-    if (name := model.roster.merged) is None:
-        raise ValueError("no adapter is merged: there is nothing to undo")
+
+    def merged() -> str:
+        model.check_runnable()
+        if model.roster.merged is None:
+            raise ValueError("no adapter is merged: there is nothing to undo")
+        return model.roster.merged
+
+    name = model.agreed("what is unmerged", merged)
     weights = unflatten(flatten(model.weights) | model.unmerged)
     restored = model.published(weights, "unmerge", name, content=name)
     return dataclasses.replace(restored, roster=dataclasses.replace(model.roster, merged=None), unmerged={})

@@ -18,6 +18,7 @@ from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
 from jax_models.taps import collect
 from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.events import version_of
 from loaders.inputs import ModelInputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
@@ -99,7 +100,8 @@ class Draft:
             return inputs, target.roster.rows(adapter, len(inputs.input_ids))
 
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
-            return f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
+            said = f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
+            return f"{said}, a draft of {version_of(self.source.events)}"
 
         inputs, slot_B = target.agreed("what the draft is called with", checked, summary)
         entry = inputs.input_ids

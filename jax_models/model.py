@@ -24,7 +24,7 @@ from jax_models.ambient import in_own_settings
 from jax_models.batch import Batch, batch_of
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
-from jax_models.processes import agreed, content_of, devices_of, handed_over, placed, processes_of, together
+from jax_models.processes import agreed, content_of, devices_of, handed_over, nth_change, placed, processes_of
 from jax_models.programs import Programs, Weights
 from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
@@ -274,8 +274,10 @@ class Model(Decoding, Adapted, Seeing):
             self.roster.check_unmerged("other weights")
             life.check_same_structure(self.weights, weights)
 
-        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.weights, weights)))
-        together(None if is_traced else self.mesh, check)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.weights, weights))):
+            check()
+        else:
+            self.agreed("what is replaced", check, lambda _: "the model")
         return self.published(life.committed_like(self.weights, weights), "replace")
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -310,7 +312,7 @@ class Model(Decoding, Adapted, Seeing):
         self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = (), content: str = ""
     ) -> Model:
         """The next version, with its event. Weights must have been checked."""
-        event = Event(kind, self.version + 1, detail, ignored, content)
+        event = Event(kind, self.version + 1, detail, ignored, f"{content} {nth_change(self.mesh)}".strip())
         return dataclasses.replace(
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )

@@ -6,6 +6,7 @@ another one, and no two serve different weights.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from loaders.agreement import Result
 from loaders.digest import short_digest
 
 MESSAGE_BYTES = 4096
+_CHANGES: dict[Mesh, itertools.count[int]] = {}
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
@@ -118,11 +120,21 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:
     return agreed(mesh, what, say) if len(processes_of(mesh)) > 1 else ""
 
 
+def nth_change(mesh: Mesh | None) -> str:
+    """Which change of models on a mesh of several processes this is, "" with one: all of them count alike.
+
+    Of arrays that each holds a part of nobody knows all values, and two changes are to be told apart all the same.
+    """
+    if mesh is None or len(processes_of(mesh)) == 1:
+        return ""
+    return f"change {next(_CHANGES.setdefault(mesh, itertools.count(1)))}"
+
+
 def content_of(*arrays: Any) -> str:
-    """Arrays in few words, for ``agreed``; of one that all processes have a part of, its shape."""
+    """Arrays in few words, for ``agreed``; of one that each process has but a part of, its shape."""
 
     def here(array: Any) -> np.ndarray:
-        is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
+        is_shared = isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
         return np.array(array.shape) if is_shared else np.asarray(array)
 
     return short_digest(*map(here, arrays))

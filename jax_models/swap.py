@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_models.processes import check_alike, content_of, placed, to_host, together
+from jax_models.processes import check_alike, content_of, placed, to_host
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
 from loaders.halves import Halves, asked_halves
@@ -49,7 +49,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
             or an adapter is merged into the weights; or processes hand over different values.
     """
-    asked, ignored = together(model.mesh, lambda: _checked_halves(model, embed, head))
+    asked, ignored = model.agreed("what is swapped", lambda: _checked_halves(model, embed, head), lambda _: "the model")
     flat = flatten(model.weights)
     content = check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
     if model.config.tie_word_embeddings and "head" in asked:

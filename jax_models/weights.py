@@ -62,7 +62,7 @@ def update_weights_from_disk(
         RuntimeError: with ``donate``, reading or placing failed the second time; ``model`` cannot run, but can be
             updated again. Of several processes all say so, also one that had given up nothing itself.
     """
-    model.roster.check_unmerged("a reload")
+    model.agreed("what is updated", lambda: model.roster.check_unmerged("a reload"), lambda _: "the model")
     live = flatten(model.weights)
     dtypes = {name: from_numpy(x.dtype) for name, x in live.items()}
     given_up: list[str] = []

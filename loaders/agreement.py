@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 Result = TypeVar("Result")
-DONE = "="  # before what was made; an error has none
+DONE = "="  # before what was asked for, and before what was made; an error has none
 MOST_LETTERS = 500  # of what was made, so that all of it, and words around it, is in a message
 
 
@@ -23,20 +23,20 @@ def agreed(
 
     Args:
         tell: gives every process's text, by its number, for this one's; all of them have to call this.
-        what: has to be the same.
+        what: has to be the same, and called the same.
         work: asks the others for nothing, or for the same as they ask, whether it fails or not.
         say: what it has come to here. Of many words some are told, and a digest of all.
         words: what one of them is called, and what several are.
     Raises:
         Exception: as ``work`` does here.
         RuntimeError: it failed on another one only; with what was raised there.
-        ValueError: they say different things; so do all of them.
+        ValueError: they say different things, or do; so do all of them.
     """
     one, several = words
     result, said, error = None, "", None
     try:
         result = work()
-        said = f"{DONE}{_told(say(result))}"
+        said = f"{DONE}{what}{DONE}{_told(say(result))}"
     except Exception as raised:  # noqa: BLE001 - it is raised again once the others know
         error, said = raised, f"{type(raised).__name__}: {raised}"
     told = tell(said)
@@ -46,8 +46,11 @@ def agreed(
         where = "; ".join(f"{one} {index}: {text}" for index, text in failed.items())
         raise RuntimeError(f"{len(failed)} of {len(told)} {several} failed, so none goes on. {where}")
     if len(set(told.values())) > 1:
-        where = "; ".join(f"{text.removeprefix(DONE)} on {one} {index}" for index, text in told.items())
-        raise ValueError(f"{what} is not the same on all {several}: {where}. Nothing was changed.")
+        asked, made = ({index: text.split(DONE, 2)[part] for index, text in told.items()} for part in (1, 2))
+        is_alike = len(set(asked.values())) == 1
+        where = "; ".join(f"{text} on {one} {index}" for index, text in (made if is_alike else asked).items())
+        differs = what if is_alike else "what is called"
+        raise ValueError(f"{differs} is not the same on all {several}: {where}. Nothing was changed.")
     return result  # pyright: ignore[reportReturnType]
 
 

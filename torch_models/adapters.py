@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -56,15 +56,18 @@ def attach_lora(model: Model, uri: str | os.PathLike[str], name: str) -> Model:
             different adapters.
         RuntimeError: the model must not run; or writing failed, and so did bringing back what was there: none is left.
     """
-    model.check_runnable()
-    _check_alike(model, f"attach {name!r}")
-    check_name(name)
-    model.roster.check_unmerged("another adapter")
+
+    def check() -> None:
+        check_name(name)
+        model.roster.check_unmerged("another adapter")
+
+    _check(model, f"attach {name!r}", check)
     adapter = _opened(model, uri)
     if problems := whole_overflows(adapter, model.config, _stored(model)):
         raise CheckpointError(uri, problems)
     _become(model, model.roster.having(adapter, name, model.version + 1))
-    model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}", content=adapter.digest[:16]))
+    content = f"{name} {adapter.digest[:16]}"
+    model.publish(Event("attach", model.version + 1, f"{name}: {adapter.source}", content=content))
     return model
 
 
@@ -77,9 +80,12 @@ def detach_lora(model: Model, name: str) -> Model:
         ValueError: no adapter is called so, one is merged into the weights, or ranks name different ones.
         RuntimeError: the model must not run.
     """
-    model.check_runnable()
-    _check_alike(model, f"detach {name!r}")
-    model.roster.check_unmerged("taking one away")
+
+    def check() -> None:
+        model.roster.check_unmerged("taking one away")
+        model.roster.lacking(name)
+
+    _check(model, f"detach {name!r}", check)
     _become(model, model.roster.lacking(name))
     model.publish(Event("detach", model.version + 1, name, content=name))
     return model
@@ -98,12 +104,14 @@ def merge_lora(model: Model, name: str) -> Model:
         RuntimeError: the model must not run; or writing failed half-way, and so did bringing back what was there:
             ``unmerge_lora`` tries that again. Where only the first failed, its error, and the weights are as before.
     """
-    model.check_runnable()
-    _check_alike(model, f"merge {name!r}")
-    model.roster.check_unmerged("another one")
+
+    def check() -> None:
+        model.roster.check_unmerged("another one")
+        if problems := merge_problems(model.roster[name].adapter, model.config):
+            raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
+
+    _check(model, f"merge {name!r}", check)
     adapter = model.roster[name].adapter
-    if problems := merge_problems(adapter, model.config):
-        raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     with model.in_company():
         problems = merge_overflows(adapter, _stored(model), lambda param: _read(model, param))
     if problems:
@@ -145,9 +153,14 @@ def unmerge_lora(model: Model) -> Model:
         ValueError: nothing is merged.
         RuntimeError: the model sleeps, or writing failed half-way.
     """
-    check_awake(model)
-    if (name := model.roster.merged) is None:
-        raise ValueError("no adapter is merged: there is nothing to undo")
+
+    def merged() -> str:
+        check_awake(model)
+        if model.roster.merged is None:
+            raise ValueError("no adapter is merged: there is nothing to undo")
+        return model.roster.merged
+
+    name = model.agreed("what is unmerged", merged)
     life.write(model, model.room.unmerged.items(), list(model.room.unmerged))
     model.room.unmerged, model.roster = {}, replace(model.roster, merged=None)
     model.publish(Event("unmerge", model.version + 1, name, content=name))
@@ -238,9 +251,14 @@ def _stored(model: Model) -> dict[str, np.dtype]:
     return {name: to_numpy(NAMES[param.dtype]) for name, param in life.parameters(model).items()}
 
 
-def _check_alike(model: Model, asked: str) -> None:
-    """Raises ValueError where ranks of a mesh ask for different things."""
-    check_alike(model.mesh, "what is asked for", lambda: asked)
+def _check(model: Model, asked: str, check: Callable[[], None]) -> None:
+    """Raises what ``check`` does, on all ranks; ValueError where they ask for different things."""
+
+    def checked() -> None:
+        model.check_runnable()
+        check()
+
+    model.agreed("what is asked for", checked, lambda _: asked)
 
 
 def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:

@@ -128,14 +128,16 @@ class Decoding:
             ValueError: the cache was computed with other weights, is full, or has other rows.
         """
         model = self._model
-        model.check_refusal()
-        if not isinstance(cache, Cache):
-            raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
+
+        def next_ids() -> np.ndarray:
+            model.check_refusal()
+            if not isinstance(cache, Cache):
+                raise ValueError(f"cache is a {type(cache).__name__}, expected what prefill or the last step returned")
+            return model.next_ids(token_ids, cache, rows=len(cache.position))
 
         def said(ids_B1: np.ndarray) -> str:
             return f"tokens {ids_B1[:, 0].tolist()} after {cache.content}"
 
-        next_ids = partial(model.next_ids, token_ids, cache, rows=len(cache.position))
         ids_B1 = model.agreed("what is appended", next_ids, said)
         with torch.inference_mode(), cache.written():  # on a CPU half of an operation's overhead is what autograd asks
             logits_BV = model.decode_step(model.long(ids_B1), cache.with_room(1))
@@ -216,7 +218,7 @@ class Decoding:
         checked = partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
 
         def said(found: SamplingParams) -> str:
-            return f"{found}, {'no draft' if draft is None else version_of(draft.source.events)}"
+            return f"{found}, graphs={graphs}, {'no draft' if draft is None else version_of(draft.source.events)}"
 
         params = model.agreed("what is asked for", checked, said)
         if draft is not None and graphs:

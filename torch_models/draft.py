@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.events import version_of
 from loaders.inputs import ModelInputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
@@ -95,7 +96,8 @@ class Draft:
             return inputs, target.roster.rows(adapter, len(inputs.input_ids))
 
         def summary(found: tuple[ModelInputs, np.ndarray]) -> str:
-            return f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
+            said = f"inputs {found[0].digest}, adapters of rows {found[1].tolist()}"
+            return f"{said}, a draft of {version_of(self.source.events)}"
 
         checked, _ = target.agreed("what the draft is called with", shown_to, summary)
         ids_BT = target.long(checked.input_ids)

@@ -58,6 +58,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
     mesh = model.mesh
+    model.agreed("what is swapped", model.check_runnable, lambda _: "the model")
     if model.parallel is not None:
         names = model.specs.embedding, model.specs.head
         given = tuple(zip(names, (embed, head), strict=True))

@@ -60,9 +60,13 @@ def update_weights_from_disk(
         ValueError: an adapter is merged into the weights, or the budget is too small. Nothing was read.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
-    check_awake(model)
-    if model.refusal is None:
-        model.roster.check_unmerged("a reload")
+
+    def check() -> None:
+        check_awake(model)
+        if model.refusal is None:
+            model.roster.check_unmerged("a reload")
+
+    model.agreed("what is updated", check, lambda _: "the model")
     with DeviceStaging(model.device) as staging:
         return _reloaded(model, uri, host_budget_bytes, staging)
 

@@ -58,7 +58,7 @@ class Stacks:
 
     def looked_up(self, ids_BT: jax.Array, slot: int) -> jax.Array:
         """What it adds to an embedding, float32 [B, T, D]; nothing to an id beyond its table, as placeholders are."""
-        found_BTR = jnp.take(self.a[slot], ids_BT, axis=0, mode="fill", fill_value=0.0)
+        found_BTR = self.a.at[slot, ids_BT].get(mode="fill", fill_value=0.0)  # on a TPU a[slot] would be a copy
         found_BTR = jnp.where((ids_BT >= 0)[..., None], found_BTR, 0.0)  # a negative id counts from the end
         return _linear(found_BTR, self.b[slot]) * self.scaling[slot]
 

@@ -62,6 +62,11 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         one.save(f"{work}/save {name}")
     loaded = [jax_models.load(path, mesh=mesh) for path in (first, second)]  # of one version
     restored = [jax_models.restore(path, mesh) for path in job["saves"]]  # that one process made, of one version
+    both = model.attach_lora(job["adapters"][0], "a").attach_lora(job["adapters"][1], "b")
+    renamed = [both.attach_lora(job["adapters"][0], name) for name in "ab"]
+    replaced = [model.replace(weights=one.weights) for one in (model, swapped)]
+    turned_over = [model.set_embed_and_head(jax.numpy.flip(model.get_embed_and_head()[0], axis)) for axis in (0, 1)]
+    redrafting = drafting.update_weights_from_disk(job["drafting"])
     mine = swapped if process else model  # who forgot to go on with what an update gave
     many = np.full((1000, 2), 101, np.int32)
     _, wide = model.prefill(many, max_new_tokens=4)
@@ -92,6 +97,14 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
         "other models": lambda: mine(**inputs),
         "other checkpoints": lambda: loaded[process](**inputs),
+        "other names of adapters": lambda: renamed[process](**inputs, adapter="b"),
+        "other weights by hand": lambda: replaced[process](**inputs),
+        "other shared halves": lambda: turned_over[process](**inputs),
+        "a draft of others": lambda: [drafting.draft, redrafting.draft.bind(drafting)][process](ids),
+        "other models updated": lambda: mine.update_weights_from_disk(second),
+        "other models swapped": lambda: mine.set_embed_and_head(turned),
+        "other models replaced": lambda: mine.replace(weights=swapped.weights),
+        "another function": lambda: mine.digests() if process else model.export(f"{work}/export"),
         "other saves": lambda: restored[process](**inputs),
         "restored to other axes": lambda: jax_models.restore(job["saves"][0], axes),
         "other models in steps": lambda: mine.prefill(**inputs),

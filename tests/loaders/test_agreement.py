@@ -13,14 +13,14 @@ def one_of_two(other: str, work, say=str):
 
 
 def test_what_all_make_alike_is_returned():
-    assert one_of_two("=seven", lambda: 7, lambda found: "seven") == 7
+    assert one_of_two("=the prompt=seven", lambda: 7, lambda found: "seven") == 7
 
 
 def test_an_error_of_ones_own_is_raised_as_it_is():
     with pytest.raises(ZeroDivisionError):
-        one_of_two("=7", lambda: 1 // 0)
+        one_of_two("=the prompt=7", lambda: 1 // 0)
     with pytest.raises(KeyError):  # also where it cannot be said
-        one_of_two("=7", lambda: 7, lambda found: {}[found])
+        one_of_two("=the prompt=7", lambda: 7, lambda found: {}[found])
 
 
 def test_an_error_of_another_one_names_it():
@@ -31,4 +31,10 @@ def test_an_error_of_another_one_names_it():
 def test_what_is_not_alike_is_said_by_all():
     told = r"the prompt is not the same on all ranks: 7 on rank 0; 8 on rank 1\. Nothing was changed"
     with pytest.raises(ValueError, match=told):
-        one_of_two("=8", lambda: 7)
+        one_of_two("=the prompt=8", lambda: 7)
+
+
+def test_who_does_something_else_is_told_what():
+    told = r"what is called is not the same on all ranks: the prompt on rank 0; what is read on rank 1\. Nothing was"
+    with pytest.raises(ValueError, match=told):
+        one_of_two("=what is read=7", lambda: 7)

@@ -37,6 +37,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     pixels, grid = shown["pixel_values"], shown["image_grid_thw"]
     drafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True)
     drafting.attach_lora(make_adapter(job["drafting"], f"{job['directory']}/of {rank}"), "a")
+    redrafting = torch_models.load(job["drafting"], mesh=mesh, mtp=True).update_weights_from_disk(job["drafting"])
+    merged = torch_models.load(first, mesh=mesh).attach_lora(adapter, "a").merge_lora("a")
     last = torch_models.load(first, mesh=mesh, stage=(1, 2))
     other, like = (torch_models.load(path, mesh=mesh) for path in (second, first))
     begun = [model.prefill(rows)[1] for rows in (inputs["input_ids"], inputs["input_ids"][::-1])]
@@ -69,6 +71,15 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "another history": lambda: model.decode(np.array([3, 5]), gone_on[rank]),
         "another token": lambda: model.decode(np.array([3 + rank, 5]), model.prefill(**inputs, max_new_tokens=4)[1]),
         "other checkpoints": lambda: (other if rank else like)(**inputs),
+        "other models updated": lambda: (other if rank else model).update_weights_from_disk(second),
+        "other models swapped": lambda: (other if rank else model).set_embed_and_head(turned),
+        "other models adapted": lambda: (other if rank else model).attach_lora(adapter, "z"),
+        "a draft of others": lambda: (redrafting.draft.bind(drafting) if rank else drafting.draft)(ids),
+        "another function": lambda: model.digests() if rank else model.export(f"{job['directory']}/export"),
+        "graphs": lambda: model.generate(**inputs, graphs=bool(rank)),
+        "no cache": lambda: model.decode(np.array([3, 5]), None if rank else begun[0]),
+        "not merged": lambda: (model if rank else merged).unmerge_lora(),
+        "merged": lambda: (merged if rank else model).update_weights_from_disk(second),
         "other models": lambda: (other if rank else model)(**inputs),
         "other models in steps": lambda: (other if rank else model).prefill(**inputs),
         "other models exported": lambda: (other if rank else model).export(f"{job['directory']}/export"),
