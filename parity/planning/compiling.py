@@ -112,7 +112,7 @@ def measured(
         "unknown_loops": traffic.unknown_loops,
         "full_vocabulary": []
         if program == "decode"
-        else full_vocabulary(text, config.vocab_size, load.prompt, mesh.size),
+        else full_vocabulary(text, config.vocab_size, config.hidden_size, load.prompt, mesh.size),
         "hlo_lines": text.count("\n"),
     }
 
@@ -166,9 +166,12 @@ def _layer_names(config: ModelConfig) -> Callable[[str], int | None]:
     return layer_of
 
 
-def full_vocabulary(hlo: str, vocab_size: int, length: int, parts: int) -> list[str]:
-    """Arrays that have an axis of the vocabulary (or a device's part of it) and one of the prompt."""
+def full_vocabulary(hlo: str, vocab_size: int, hidden_size: int, length: int, parts: int) -> list[str]:
+    """Arrays that have an axis of the vocabulary (or a device's part of it) and one of the prompt, but its tables."""
+    if length == 1:  # of which the last token is all
+        return []
     vocabulary = {vocab_size, vocab_size // parts}
-    shapes = {f"{kind}[{dims}]" for kind, dims in _ARRAYS.findall(hlo)}
-    sizes = {shape: {int(size) for size in shape[shape.index("[") + 1 : -1].split(",") if size} for shape in shapes}
-    return sorted(shape for shape, found in sizes.items() if found & vocabulary and length in found)
+    arrays = {(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in _ARRAYS.findall(hlo)}
+    tables = {(size, hidden_size) for size in vocabulary}
+    found = [(kind, dims) for kind, dims in arrays if dims not in tables and {*dims} & vocabulary and length in dims]
+    return sorted(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in found)

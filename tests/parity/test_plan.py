@@ -324,6 +324,15 @@ def test_sixteen_layers_of_qwen3_8b_say_what_36_of_them_move(dense):
     assert found["collectives"]["all-reduce"]["count"] == 73
 
 
+def test_logits_of_all_positions_are_told_from_a_table_as_wide_as_the_prompt_is_long():
+    from parity.planning.compiling import full_vocabulary
+
+    hlo = "bf16[37984,1024] f32[8,1024,151936] f32[8,1024,37984] f32[1024,151936] bf16[151936,1024] f32[8,1,151936]"
+    every = ["f32[1024,151936]", "f32[8,1024,151936]", "f32[8,1024,37984]"]
+    assert full_vocabulary(hlo, 151936, 1024, 1024, 4) == every
+    assert full_vocabulary(hlo, 151936, 1024, 1, 4) == full_vocabulary(hlo, 151936, 1024, 512, 4) == []
+
+
 def test_a_program_of_all_layers_is_what_it_is():
     depths = Depths(36, 36, count=36, period=1, typical=range(0))
     found = joined([program(600, 13, 50, SIX)], depths)
