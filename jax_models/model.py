@@ -276,9 +276,10 @@ class Model(Decoding, Adapted, Seeing):
 
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.weights, weights))):
             check()
-        else:
-            self.agreed("what is replaced", check, lambda _: "the model")
-        return self.published(life.committed_like(self.weights, weights), "replace")
+            return self.published(life.committed_like(self.weights, weights), "replace")
+        self.agreed("what is replaced", check, lambda _: "the model")
+        number = nth_change(self.mesh)
+        return self.published(life.committed_like(self.weights, weights), "replace", content=number)
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
@@ -312,7 +313,7 @@ class Model(Decoding, Adapted, Seeing):
         self, weights: Weights, kind: str, detail: str = "", ignored: tuple[str, ...] = (), content: str = ""
     ) -> Model:
         """The next version, with its event. Weights must have been checked."""
-        event = Event(kind, self.version + 1, detail, ignored, f"{content} {nth_change(self.mesh)}".strip())
+        event = Event(kind, self.version + 1, detail, ignored, content)
         return dataclasses.replace(
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )

@@ -6,7 +6,6 @@ another one, and no two serve different weights.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from loaders.agreement import Result
 from loaders.digest import short_digest
 
 MESSAGE_BYTES = 4096
-_CHANGES: dict[Mesh, itertools.count[int]] = {}
+_CHANGES: dict[Mesh, int] = {}  # how many there were on it
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
@@ -121,13 +120,15 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:
 
 
 def nth_change(mesh: Mesh | None) -> str:
-    """Which change of models on a mesh of several processes this is, "" with one: all of them count alike.
+    """Which change of models on a mesh of several processes this is; "" with one. All of the mesh have to call this.
 
     Of arrays that each holds a part of nobody knows all values, and two changes are to be told apart all the same.
+    Where one of them failed and did not count, it goes on from what the others have.
     """
     if mesh is None or len(processes_of(mesh)) == 1:
         return ""
-    return f"change {next(_CHANGES.setdefault(mesh, itertools.count(1)))}"
+    _CHANGES[mesh] = max(map(int, told_by_all(mesh, str(_CHANGES.get(mesh, 0) + 1)).values()))
+    return f"change {_CHANGES[mesh]}"
 
 
 def content_of(*arrays: Any) -> str:

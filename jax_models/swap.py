@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_models.processes import check_alike, content_of, placed, to_host
+from jax_models.processes import check_alike, content_of, nth_change, placed, to_host
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
 from loaders.halves import Halves, asked_halves
@@ -52,6 +52,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     asked, ignored = model.agreed("what is swapped", lambda: _checked_halves(model, embed, head), lambda _: "the model")
     flat = flatten(model.weights)
     content = check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
+    content = f"{content} {nth_change(model.mesh)}".strip()
     if model.config.tie_word_embeddings and "head" in asked:
         _check_tied(head, asked["embed"][1] if "embed" in asked else flat[asked["head"][0]])
         asked = {"embed": asked["embed"]} if "embed" in asked else {}

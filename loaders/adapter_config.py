@@ -177,7 +177,8 @@ class _Reader:
             return ()
         if isinstance(found, str) and (or_pattern or single):
             self._compiles(name, found)
-            return found if not single else (found,) if found else ()
+            names = (found,) if found else ()  # PEFT takes an empty pattern of layers for none
+            return names if single else found
         if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
             self._expected(name, found, "a list of names" + (" or a pattern" if or_pattern else ""))
             return ()

@@ -48,8 +48,8 @@ def agreed(
     if len(set(told.values())) > 1:
         asked, made = ({index: text.split(DONE, 2)[part] for index, text in told.items()} for part in (1, 2))
         is_alike = len(set(asked.values())) == 1
-        where = "; ".join(f"{text} on {one} {index}" for index, text in (made if is_alike else asked).items())
-        differs = what if is_alike else "what is called"
+        differs, texts = (what, made) if is_alike else ("what is called", asked)
+        where = "; ".join(f"{text or 'something else'} on {one} {index}" for index, text in texts.items())
         raise ValueError(f"{differs} is not the same on all {several}: {where}. Nothing was changed.")
     return result  # pyright: ignore[reportReturnType]
 

@@ -16,8 +16,8 @@ class Event:
         version: the version it published.
         detail: what it was made from, for people.
         ignored: what was given but does not live here (a half this stage lacks), named, never silent.
-        content: what it was made from, wherever that lies, in few words; of weights only where processes of a mesh had
-            to agree on them.
+        content: what it was made from, wherever that lies, in few words, by which processes of a mesh tell their models
+            apart; of a load, a reload, a swap and ``replace`` only where there are several.
     """
 
     kind: str

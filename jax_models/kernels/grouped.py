@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
 
 from jax_models.kernels.grouped_on_cpu import derived_from, grouped_on_cpu, one_of
+from jax_models.kernels.heads import LANES
 
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
 TILE_ROWS = 128
-LANES = 128  # of the innermost axis in HBM, which is padded to whole ones
 _TILE_BYTES = 2**21  # of a block of weights; two of them, rows and results fit 16 MiB of VMEM
 
 

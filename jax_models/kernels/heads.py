@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from loaders.axes import LOGICAL_AXES, Cut, axes_of, cut_of, head_cuts
 
-LANES = 128  # of a vector register: what blocks and heads have to be multiples of
+LANES = 128  # of a vector register: what blocks and heads have to be multiples of, and the innermost axis is padded to
 
 _are_left_to_xla: ContextVar[bool] = ContextVar("are_left_to_xla", default=False)
 

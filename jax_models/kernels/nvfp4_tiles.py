@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_models.kernels.heads import LANES
 from loaders.quantization import BLOCK
 
 Ref = Any  # what Pallas hands to a kernel: memory, read and written by index
 Index = Any  # int, or one that is known when the kernel runs
 
-_LANES = 128
 _ROW_PACK = 16  # rows of bfloat16 fill a register
 _OUTPUTS = 512  # of a block of weights; with 1024 bytes of each, two such blocks, rows and results fit 16 MiB of VMEM
 _BYTES = 1024  # of a row: the scales of 1024 bytes are 128, one lane each
@@ -54,10 +54,10 @@ class Blocks(NamedTuple):
 
 def blocks_of(num_rows: int, most_rows: int, N: int, J: int) -> Blocks:
     """A block of outputs divides N if it can; of K it need not, what lies behind a row's end is masked."""
-    unit = _ROW_PACK if num_rows <= _LANES else _LANES
+    unit = _ROW_PACK if num_rows <= LANES else LANES
     rows = min(most_rows, pl.cdiv(num_rows, unit) * unit)
     outputs = _OUTPUTS if N % _OUTPUTS == 0 or N % _GROUP else _GROUP
-    num_bytes = min(_BYTES, pl.cdiv(J, _LANES) * _LANES)
+    num_bytes = min(_BYTES, pl.cdiv(J, LANES) * LANES)
     steps = pl.cdiv(J, num_bytes)
     resident = rows * steps * num_bytes * 2 <= _RESIDENT_BYTES
     return Blocks(rows, min(outputs, pl.cdiv(N, _GROUP) * _GROUP), num_bytes, steps, resident)
@@ -82,7 +82,7 @@ def run(
     """
     A, (_, N, J) = len(halves[0]), packed_ENJ.shape
     packed_ENJ, scale_ENQ = _whole_lanes(packed_ENJ, scale_ENQ)
-    is_narrow = scale_ENQ.shape[-1] < _LANES
+    is_narrow = scale_ENQ.shape[-1] < LANES
     scale = scale_ENQ.swapaxes(1, 2) if is_narrow else scale_ENQ  # as XLA lays out what is narrow, else a copy a call
     # all groups: how many of them have rows is not known here
     num_bytes = packed_ENJ.nbytes + scale_ENQ.nbytes + 2 * halves[0].nbytes + jnp.dtype(dtype).itemsize * A * N
@@ -107,7 +107,7 @@ def run(
 def _whole_lanes(packed_ENJ: jax.Array, scale_ENQ: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A copy, with zeros, of weights narrower than a block whose rows do not fill whole lanes; no real model's."""
     J = packed_ENJ.shape[-1]
-    missing = 0 if J > _BYTES else -J % _LANES
+    missing = 0 if J > _BYTES else -J % LANES
     if not missing:
         return packed_ENJ, scale_ENQ
     padded = jnp.pad(packed_ENJ, ((0, 0), (0, 0), (0, missing)))
@@ -164,7 +164,7 @@ def _grid_spec(
             pltpu.VMEM((num_scales, blocks.bytes), jnp.bfloat16),
             pltpu.VMEM((blocks.outputs, num_scales), jnp.float32),
             pltpu.VMEM((blocks.rows, blocks.outputs), jnp.float32),
-            pltpu.VMEM((_GROUP, min(blocks.rows, _LANES)), jnp.float32),
+            pltpu.VMEM((_GROUP, min(blocks.rows, LANES)), jnp.float32),
         ],
     )
 
@@ -210,7 +210,7 @@ def _kernel(
     is_inside = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1) < num_scales - k * scales.shape[1]
     block = scale[...].astype(jnp.float32).T if is_narrow else scale[...].astype(jnp.float32)
     scales[...] = jnp.where(is_inside, block / _UNIT, 0.0)  # behind a row's end is anything
-    first = pl.multiple_of(k * blocks.bytes, _LANES) if blocks.resident else 0
+    first = pl.multiple_of(k * blocks.bytes, LANES) if blocks.resident else 0
 
     def add(group: Index, _: None) -> None:
         outputs = pl.ds(pl.multiple_of(group * _GROUP, _GROUP), _GROUP)

@@ -56,6 +56,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     shown = pictures(seeing.config)
     pixels, grid = shown["pixel_values"], shown["image_grid_thw"]
     last = jax_models.load(first, mesh=mesh, stage=(1, 2))
+    begin = jax_models.load(first, mesh=mesh, stage=(0, 2))
+    handed = [begin(rows) for rows in (inputs["input_ids"], inputs["input_ids"][::-1])]  # whole on each process
     hidden = np.ones((*ids.shape, model.config.hidden_size), np.float32)
     swapped = model.set_embed_and_head(turned)
     for name, one in (("a", model), ("b", swapped)):
@@ -93,6 +95,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "what goes in": lambda: model.with_taps(**inputs, inject=tap),
         "other values": lambda: model.with_taps(**inputs, inject={"model.layers.0": hidden * process}),
         "other hidden states": lambda: last(hidden_states=hidden + process),
+        "other shared states": lambda: last(hidden_states=handed[process]),
         "other pixels": lambda: seeing.get_image_features(pixels + process, grid),
         "fewer pixels": lambda: seeing.get_image_features(pixels[process:], grid),
         "other models": lambda: mine(**inputs),

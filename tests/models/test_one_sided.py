@@ -86,6 +86,7 @@ SAID = {
     "other values": DIFFERENT,
     "other hidden states": DIFFERENT,
     "other pixels": DIFFERENT,
+    "other shared states": DIFFERENT,
     "fewer pixels": ALONE,
     "a draft": DIFFERENT,
     "rows of a draft": DIFFERENT,
@@ -99,7 +100,13 @@ SAID = {
 }
 # what torch does not have; and what its ranks are not asked about: one that fails tells those that wait for it
 ONLY_JAX = {"axis", "replace", "another save", "no save", "whether it is verified", "restored to an axis"}
-ONLY_JAX |= {"other names of adapters", "other weights by hand", "other shared halves", "other models replaced"}
+ONLY_JAX |= {
+    "other shared states",
+    "other names of adapters",
+    "other weights by hand",
+    "other shared halves",
+    "other models replaced",
+}
 ONLY_TORCH = {"half of it", "other models adapted", "graphs", "no cache", "not merged", "merged", *KERNELS}
 ONLY_JAX |= {"saved nowhere", "what is given up", "other models saved", "other saves", "restored to other axes"}
 
