@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 
+from jax_models.company import leave, told_by
 from loaders import agreement
 from loaders.agreement import Result
 from loaders.digest import short_digest
 
-MESSAGE_BYTES = 4096
 _CHANGES: dict[Mesh, int] = {}  # how many there were on it
 
 
@@ -105,9 +105,19 @@ def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callab
     Raises:
         ValueError: the processes say different things; so do all of them. Or as ``together``.
     """
-    if len(processes_of(mesh)) == 1:
+    if len(processes := processes_of(mesh)) == 1:
         return work()
-    return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("process", "processes"))
+
+    def unless_interrupted() -> Result:
+        try:
+            return work()
+        except Exception:
+            raise
+        except BaseException as error:
+            leave(processes, error)
+            raise
+
+    return agreement.agreed(partial(told_by, processes), what, unless_interrupted, say, words=("process", "processes"))
 
 
 def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:
@@ -142,25 +152,10 @@ def content_of(*arrays: Any) -> str:
 
 
 def told_by_all(mesh: Mesh | None, text: str) -> dict[int, str]:
-    """Every process's text, its first ``MESSAGE_BYTES``, by its index; all of the mesh have to call this.
+    """Every process's text, shortened, by its index; all of the mesh have to call this.
 
     Raises:
-        RuntimeError: they do not come together, as where their meshes have other devices.
+        RuntimeError: see ``jax_models.company.told_by``.
     """
-    if mesh is None or len(processes_of(mesh)) == 1:
-        return {jax.process_index(): text}
-    raw = text.encode()[:MESSAGE_BYTES]
-    row = np.frombuffer(raw.ljust(MESSAGE_BYTES, b"\0"), np.uint8)[None]
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))  # a row for each device
-    texts = jax.make_array_from_callback((mesh.size, MESSAGE_BYTES), sharding, lambda _: row)
-    try:
-        rows = to_host(texts)
-    except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
-            f"the processes {processes_of(mesh)} of the mesh do not come together. Has each of them a mesh of the same"
-            f" {mesh.size} devices, in the same order, and makes the same calls? ({str(error).partition(' [')[0]})"
-        ) from error
-    owners = [device.process_index for device in mesh.devices.flat]
-    return {
-        owner: bytes(found).rstrip(b"\0").decode(errors="replace") for owner, found in zip(owners, rows, strict=True)
-    }
+    processes = processes_of(mesh)
+    return {jax.process_index(): text} if len(processes) == 1 else told_by(processes, text)

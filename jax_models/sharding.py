@@ -42,7 +42,11 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
         return Mesh(mesh.devices, mesh.axis_names)
 
     check_here(mesh)  # who has no part of it is not waited for
-    return agreed(mesh, "the mesh", checked, lambda found: str(dict(found.shape)))
+
+    def said(found: Mesh) -> str:
+        return f"{dict(found.shape)} of devices {[device.id for device in found.devices.flat]}"
+
+    return agreed(mesh, "the mesh", checked, said)
 
 
 def param_spec(spec: ParamSpec, dims: dict[str, Dim], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from loaders.roster import AdapterOfRows, Attached, Roster
 from torch_models import adapters
 from torch_models.adapter_room import Room
+from torch_models.company import in_company
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -33,6 +33,7 @@ class Adapted:
         """What is attached, by name, in the order in which it came: the last one runs where nobody says which."""
         return {one.name: one for one in self.roster.attached}
 
+    @in_company
     def attach_lora(self, uri: str | os.PathLike[str], name: str = "default") -> Model:
         """Attach a PEFT adapter, or put it in the place of another one; see ``torch_models.adapters``.
 
@@ -40,29 +41,25 @@ class Adapted:
         """
         return adapters.attach_lora(self._model, uri, name)
 
+    @in_company
     def detach_lora(self, name: str = "default") -> Model:
         """Take an adapter away; see ``torch_models.adapters``."""
         return adapters.detach_lora(self._model, name)
 
+    @in_company
     def merge_lora(self, name: str = "default") -> Model:
         """Write an adapter into the weights, rounded once; see ``torch_models.adapters``."""
         return adapters.merge_lora(self._model, name)
 
+    @in_company
     def unmerge_lora(self) -> Model:
         """Bring the weights from before back, bit for bit; see ``torch_models.adapters``."""
         return adapters.unmerge_lora(self._model)
 
     def running(self, adapter: AdapterOfRows, batch: Any) -> AbstractContextManager[None]:
         """Inside, each row of ``batch`` [B, ...] runs with its adapter; see ``loaders.roster.Roster.rows``."""
-        found = adapters.running(self._model, adapter, len(batch))
-        return found if self._model.parallel is None else _inside(self._model.in_company(), found)
+        return adapters.running(self._model, adapter, len(batch))
 
     @property
     def _model(self) -> Model:
         return cast("Model", self)
-
-
-@contextmanager
-def _inside(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
-    with outer, inner:
-        yield

@@ -112,8 +112,7 @@ def merge_lora(model: Model, name: str) -> Model:
 
     _check(model, f"merge {name!r}", check)
     adapter = model.roster[name].adapter
-    with model.in_company():
-        problems = merge_overflows(adapter, _stored(model), lambda param: _read(model, param))
+    problems = merge_overflows(adapter, _stored(model), lambda param: _read(model, param))
     if problems:
         raise ValueError(f"adapter {name!r} cannot be merged: {'; '.join(problems)}. Nothing was changed.")
     held, made = life.parameters(model), merged_weights(adapter, lambda param: _read(model, param))
@@ -121,8 +120,8 @@ def merge_lora(model: Model, name: str) -> Model:
     originals = {param: life.stored(model, param).cpu().clone() for param in changes}
     values: Iterable[tuple[str, torch.Tensor]] = ((param, of_host(make())) for param, make in changes.items())
     if (parallel := model.parallel) is not None:  # all before any is written, for it takes all ranks
-        with model.in_company():  # parts of the whole's: a product of parts may round otherwise
-            values = [(param, parallel.part(param, value)) for param, value in values]
+        # parts of the whole's: a product of parts may round otherwise
+        values = [(param, parallel.part(param, value)) for param, value in values]
     try:
         life.write(model, values, list(changes))
     except BaseException as error:
@@ -266,8 +265,7 @@ def _opened(model: Model, uri: str | os.PathLike[str]) -> Adapter:
     held, mesh = life.parameters(model), model.mesh
 
     def read_base(name: str) -> np.ndarray | None:
-        with model.in_company():
-            return _read(model, name) if name in held else None
+        return _read(model, name) if name in held else None
 
     if mesh is None:
         return open_adapter(uri, model.config, read_base=read_base)

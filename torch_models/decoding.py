@@ -17,6 +17,7 @@ from loaders.sampling import SamplingParams, asked_params, check_room
 from loaders.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
+from torch_models.company import in_company
 from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Continuing prompts: base of ``torch_models.model.Model``."""
 
+    @in_company
     @in_own_precision
     def prefill(
         self,
@@ -117,6 +119,7 @@ class Decoding:
         cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
         return x_BTD, seen
 
+    @in_company
     @in_own_precision
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
@@ -166,6 +169,7 @@ class Decoding:
             x_B1D = model.decoder(model.embed(ids_B1), cache.position[:, None].clone(), cache.key_mask, cache)
             return self.last_logits(x_B1D)
 
+    @in_company
     @in_own_precision
     def generate(
         self,
@@ -225,10 +229,8 @@ class Decoding:
             raise ValueError("graphs=True and a draft do not go together: graphs are captured of one token a row")
         prompt = (input_ids, attention_mask, params)
         if draft is None:
-            with model.in_company():
-                return generate(model, *prompt, graphs=graphs, adapter=adapter, **multimodal)
-        with model.in_company(), draft.source.in_company():
-            tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, adapter=adapter, **multimodal)
+            return generate(model, *prompt, graphs=graphs, adapter=adapter, **multimodal)
+        tokens, draft.report = generate_with_draft(model, *prompt, draft=draft, adapter=adapter, **multimodal)
         return tokens
 
     @property

@@ -14,6 +14,7 @@ from loaders.inputs import ModelInputs
 from loaders.roster import AdapterOfRows
 from loaders.speculation import SpeculationReport
 from torch_models.cache import Cache
+from torch_models.company import in_company
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
 from torch_models.layers.vision import Seen
@@ -75,6 +76,7 @@ class Draft:
         logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
+    @in_company
     @in_own_precision
     def with_taps(
         self,
@@ -105,7 +107,7 @@ class Draft:
         step_positions = target.long(checked.position_ids)
         is_pair = mask_BT[:, 1:] & mask_BT[:, :-1]
         step = self._steps(step_positions[..., 1:], is_pair, 0, is_cached=False)
-        with target.running(adapter, ids_BT), self.source.in_company():
+        with target.running(adapter, ids_BT):
             seen = target.seen(checked)
             x_BTD = target.entered(ids_BT, seen)
             # what is shown is shown to the draft too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch_models import sleep, swap
 from torch_models import weights as life
 from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
+from torch_models.company import in_company
 from torch_models.decoding import Decoding
 from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import as_tensor, on_host
@@ -128,6 +128,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
+    @in_company
     @in_own_precision
     def forward(
         self,
@@ -163,6 +164,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         with self.running(adapter, entry):
             return self._run(entry, checked)
 
+    @in_company
     @in_own_precision
     def with_taps(
         self,
@@ -237,26 +239,32 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """
         return swap.get_embed_and_head(self)
 
+    @in_company
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
         """Write another embedding and head in place; see ``torch_models.swap``."""
         return swap.set_embed_and_head(self, embed, head)
 
+    @in_company
     def update_weights_from_disk(self, uri: str | os.PathLike[str], *, host_budget_bytes: int | None = None) -> Model:
         """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
         return life.update_weights_from_disk(self, uri, host_budget_bytes=host_budget_bytes)
 
+    @in_company
     def sleep(self) -> Model:
         """Free the weights' storage, with a copy on the host, and drop all graphs; see ``torch_models.sleep``."""
         return sleep.sleep(self)
 
+    @in_company
     def wake(self) -> Model:
         """Bring the weights back, bit for bit, into the same parameters; see ``torch_models.sleep``."""
         return sleep.wake(self)
 
+    @in_company
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
         return life.export(self, directory)
 
+    @in_company
     def digests(self) -> dict[str, str]:
         """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
         return life.weight_digests(self)
@@ -304,13 +312,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
 
     def agreed(self, what: str, work: Callable[[], Result], say: Callable[[Result], str] = str) -> Result:
         """What all ranks of a mesh make of ``work`` alike, with the same weights; see ``processes.agreed``."""
-        if self.parallel is not None:
-            self.parallel.company.check()
         return agreed(self.mesh, what, work, lambda found: f"{say(found)}, {version_of(self.events)}")
-
-    def in_company(self) -> AbstractContextManager[None]:
-        """Around what all ranks of a mesh run together; see ``torch_models.processes.Company``."""
-        return nullcontext() if self.parallel is None else self.parallel.company.call()
 
     def check_alone(self, what: str) -> None:
         """Raises ValueError on a mesh, for what only whole weights have."""

@@ -22,6 +22,7 @@ from loaders.axes import Cut, axes_of
 from loaders.held import Held, in_blocks
 from loaders.plan import LoadPlan
 from loaders.spec import ParamSpec
+from torch_models.company import company
 from torch_models.layers.attention import Attention
 from torch_models.layers.gated_attention import GatedAttention
 from torch_models.layers.gated_delta import GatedDeltaNet
@@ -30,7 +31,6 @@ from torch_models.layers.moe import Experts
 from torch_models.layers.quantized import NVFP4Linear, QuantizedLinear
 from torch_models.layers.quantized_experts import NVFP4Experts
 from torch_models.layers.step import Entry
-from torch_models.processes import Company
 from torch_models.storage import host_view
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Parallel:
     Attributes:
         held: the part of everything that is here.
         head: the module that has it; None: another stage's.
-        company: of the ranks that run the model, once it is installed.
 
     Args:
         mesh: with named axes among ``expert`` and ``tensor``, of all processes.
@@ -53,8 +52,6 @@ class Parallel:
     Raises:
         ValueError: as ``check_mesh``.
     """
-
-    company: Company
 
     def __init__(self, mesh: DeviceMesh, plan: LoadPlan) -> None:
         names = check_mesh(mesh)
@@ -70,7 +67,6 @@ class Parallel:
 
     def install(self, model: nn.Module) -> None:
         """Tell the layers of a loaded model what they hold, and what joins it. Every rank has loaded it by now."""
-        self.company = Company(self.mesh)
         for path, module in model.named_modules():
             if isinstance(module, Linear | QuantizedLinear):
                 leaf = module.scheme.leaves["codes"] if isinstance(module, NVFP4Linear) else "weight"
@@ -99,7 +95,7 @@ class Parallel:
         def summed(x: torch.Tensor) -> torch.Tensor:
             total = x.float() if x.dtype != torch.float32 else x.clone()
             for group in groups:
-                self.company.finish(dist.all_reduce(total, group=group, async_op=True))
+                company().finish(dist.all_reduce(total, group=group, async_op=True), total.device.type)
             return total.to(x.dtype)
 
         return summed if groups else None
@@ -110,10 +106,11 @@ class Parallel:
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A parameter of its parts, which all ranks have to hand over at the same time."""
-        for axis, (letter, cut) in enumerate(zip(self.params[name].axes, self.cuts[name], strict=True)):
-            if cut:
-                segments = part.split(self.held.segments(letter), dim=axis)
-                part = _side_by_side([self._gather(one, cut, axis) for one in segments], axis)
+        with company().call():
+            for axis, (letter, cut) in enumerate(zip(self.params[name].axes, self.cuts[name], strict=True)):
+                if cut:
+                    segments = part.split(self.held.segments(letter), dim=axis)
+                    part = _side_by_side([self._gather(one, cut, axis) for one in segments], axis)
         return part
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
@@ -192,7 +189,7 @@ class Parallel:
                 torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.sizes[mesh_axis])
             ]
             places, group = [_bytes(one) for one in parts], self.mesh.get_group(mesh_axis)
-            self.company.finish(dist.all_gather(places, _bytes(part), group=group, async_op=True))
+            company().finish(dist.all_gather(places, _bytes(part), group=group, async_op=True), part.device.type)
             part = torch.cat(parts, dim=axis)
         return part
 

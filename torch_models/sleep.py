@@ -48,9 +48,13 @@ def sleep(model: Model) -> Model:
     Raises:
         RuntimeError: an update failed half-way; a mixture of two versions is not kept. Or it failed on another rank.
     """
-    if model.asleep is not None:
+
+    def prepared() -> HostCopy | None:
+        return _prepared(model) if model.asleep is None else None
+
+    asleep = model.agreed("who falls asleep", prepared, lambda found: "slept before" if found is None else "the model")
+    if asleep is None:
         return model
-    asleep = model.agreed("who falls asleep", lambda: _prepared(model), lambda _: "")
     model.graphs.drop(reason="the model was put to sleep")
     model.asleep = asleep  # from here on it refuses to run, wherever this ends; and all that is to come wake does again
     _touch(model)
@@ -72,10 +76,11 @@ def wake(model: Model) -> Model:
     Raises:
         RuntimeError: bytes differ from what was put to sleep. The model sleeps on; so it does when memory runs out.
     """
-    if (asleep := model.asleep) is None:
-        return model
+    asleep = model.asleep
 
     def brought_back() -> None:
+        if asleep is None:
+            return
         wrong = 0
         _move(asleep)
         with page_locked(asleep.memory, model.device):
@@ -86,7 +91,9 @@ def wake(model: Model) -> Model:
         if wrong:
             raise RuntimeError(f"{wrong} of {len(asleep.parts)} storages woke with other bytes. The model sleeps on.")
 
-    model.agreed("who wakes", brought_back)
+    model.agreed("who wakes", brought_back, lambda _: "was awake" if asleep is None else "the model")
+    if asleep is None:
+        return model
     _touch(model)
     model.asleep = None
     return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+from unittest.mock import Mock, patch
 
 import jax
 import numpy as np
@@ -10,16 +12,14 @@ from jax.sharding import Mesh
 from several import answer, asked, error_of
 
 import jax_models
-from jax_models.processes import to_host
+from jax_models import company
+from jax_models.processes import to_host, together
 from parity.zoo_adapters import make_adapter
 from parity.zoo_pictures import pictures
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     devices = np.array(jax.devices())
-    if job.get("turned"):
-        turned = Mesh(devices[::-1] if process else devices, ("tensor",))
-        return {"order": error_of(lambda: jax_models.load(job["checkpoints"][0], mesh=turned))}
     mesh = Mesh(devices, ("tensor",))
     first, second, adapter = job["checkpoints"][0], job["checkpoints"][1], job["adapters"][0]
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
@@ -28,6 +28,9 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["axis"] = error_of(lambda: jax_models.load(first, mesh=Mesh(devices, (axis,))))
     axes = Mesh(devices.reshape(2, 2), ("expert", "fsdp")) if process else mesh
     found["other axes"] = error_of(lambda: jax_models.load(first, mesh=axes))
+    for what, other in (("devices in another order", devices[::-1]), ("other devices", devices[1:])):
+        theirs = Mesh(other if process else devices, ("tensor",))
+        found[what] = error_of(lambda theirs=theirs: jax_models.load(first, mesh=theirs))
     own = Mesh(devices[:2], ("tensor",))
     found["elsewhere"] = error_of(lambda: jax_models.load(first, mesh=own)) if process else ""
     found["other config"] = error_of(lambda: jax_models.load(job["other"] if process else first, mesh=mesh))
@@ -129,6 +132,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "what a draft says": lambda: drafting.mtp_forward(ids, adapter=rows),
     }
     found |= {what: error_of(call) for what, call in calls.items()}
+    found |= gone(mesh, process)
     odd = np.where(np.arange(len(embed))[:, None] == len(embed) - 1, np.float32(np.nan), embed)
     found["not a number"] = error_of(lambda: model.set_embed_and_head(odd))
     unsure = model.set_embed_and_head(head=odd)
@@ -143,6 +147,18 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["tied arrays"] = tied.set_embed_and_head(table, array).digests() == swapped.digests()
     found["untied"] = error_of(lambda: swapped.set_embed_and_head(None, table[::-1].copy()))
     return found
+
+
+def gone(mesh: Mesh, process: int) -> dict[str, str]:
+    """What both are told where one is interrupted, or comes when the other one waits no more."""
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    try:
+        interrupted = error_of(lambda: together(mesh, interrupt if process else lambda: None))
+    except KeyboardInterrupt:
+        interrupted = "interrupted"
+    with patch.object(company, "WAIT_S", 1.0):
+        late = error_of(lambda: together(mesh, lambda: time.sleep(3 * process)))
+    return {"interrupted": interrupted, "late": late}
 
 
 def handed_on(path: str, inputs: dict[str, np.ndarray], expected: np.ndarray) -> list[float]:

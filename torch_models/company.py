@@ -1,0 +1,186 @@
+"""All ranks of torch.distributed, as one of them sees them: who waits for another learns why it does not come."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+WAIT_S = 600.0  # for ranks that do not come; torch.distributed itself waits for half an hour
+LOOK_S = 1.0  # between two looks at whether one of those that are waited for has failed
+GRACE_S = 5.0  # for all ranks to fail alike, as with the same bad input
+MESSAGE_LETTERS = 4096
+Method = TypeVar("Method", bound=Callable[..., Any])
+_COMPANIES: WeakKeyDictionary[dist.ProcessGroup, Company] = WeakKeyDictionary()
+
+
+def company() -> Company:
+    """Of all processes, for as long as torch.distributed is set up."""
+    world = dist.group.WORLD
+    assert world is not None, "a mesh is made of its ranks"
+    if world not in _COMPANIES:
+        _COMPANIES[world] = Company()
+    return _COMPANIES[world]
+
+
+def in_company(method: Method) -> Method:
+    """A method that all ranks of a model's mesh call, which learn of one that fails alone. Its class has ``_model``."""
+
+    @wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._model.mesh is None:
+            return method(self, *args, **kwargs)
+        with company().call():
+            return method(self, *args, **kwargs)
+
+    return called  # pyright: ignore[reportReturnType]
+
+
+class Company:
+    """What ranks know of each other while they make the same calls in the same order.
+
+    Before each call they come together, and a failure is of the time since: what a rank raises in the middle of a call
+    is written where torch's processes meet (their store), where those look that wait. Ranks that are out of step once
+    are so for good, whichever of their models it was: on the wire there are tensors that nobody takes.
+    """
+
+    def __init__(self) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
+        # processes that set torch.distributed up again may meet in the same store; each does so as often as the others
+        self._store = dist.PrefixStore(str(store.add(f"companies of {self._rank}", 1)), store)
+        self._met = self._failed = self._depth = 0
+        self._lost: str | None = None  # why nothing can run any more
+
+    def told(self, text: str, device_type: str) -> dict[int, str]:
+        """Every rank's text, its first ``MESSAGE_LETTERS``, by its number. All have to call this, inside of a ``call``.
+
+        Args:
+            text: this rank's.
+            device_type: of tensors that can be sent if those of the CPU cannot.
+        Raises:
+            RuntimeError: as ``finish``.
+        """
+        if self._is_alike(text, "cpu" if backend_of("cpu") else device_type):
+            # nearly always, and a tenth of the bytes, unpickled, are enough to know
+            told = dict.fromkeys(range(self._size), text[:MESSAGE_LETTERS])
+        else:
+            texts: list[str] = [""] * self._size
+            dist.all_gather_object(texts, text[:MESSAGE_LETTERS])
+            told = dict(enumerate(texts))
+        self._met, self._failed = self._met + 1, 0
+        return told
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around what all ranks run.
+
+        Raises:
+            RuntimeError: a rank failed here and others did not, now or before: some may still wait for it, or have
+                gone on. Nothing runs any more.
+        """
+        if self._depth == 0:
+            self._check()
+        self._depth += 1
+        try:
+            yield
+        except BaseException as error:
+            if self._depth == 1 and self._size > 1 and self._lost is None:
+                self._tell_failure(error)
+            raise
+        finally:
+            self._depth -= 1
+
+    def finish(self, work: dist.Work | None, device_type: str) -> None:
+        """Wait for a collective that was begun, of tensors of such devices.
+
+        Raises:
+            RuntimeError: a rank failed, with what was raised there; or is gone; or nothing came for ``WAIT_S``.
+        """
+        if work is None:  # this rank has no part in it
+            return
+        if backend_of(device_type) != "gloo":  # nccl has a watchdog of its own
+            work.wait()
+            return
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError as error:
+                if (why := self._why(work, error, is_late=time.monotonic() > until)) is None:
+                    continue
+                self._lost = why
+                raise RuntimeError(why) from error
+
+    def _check(self) -> None:
+        """Raises RuntimeError once nothing runs any more; who asked the others would wait for ever."""
+        if self._lost is None and self._has("lost"):
+            self._lost = self._store.get("lost").decode()
+        if self._lost is not None:
+            raise RuntimeError(f"{self._lost}. The ranks are out of step: start them again.")
+
+    def _lose(self, why: str) -> None:
+        """From now on nothing runs on any rank."""
+        self._lost = why
+        self._store.set("lost", why)
+
+    def _why(self, work: dist.Work, error: RuntimeError, *, is_late: bool) -> str | None:
+        """Why what was waited for does not come; None: it still may."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        try:
+            if failed := [rank for rank in others if self._has(self._here(rank))]:
+                told = self._store.get(self._here(failed[0])).decode()
+                return f"rank {failed[0]} failed in the middle of a call: {told}"
+            if self._has("lost"):
+                return self._store.get("lost").decode()
+            if work.is_completed():
+                return f"a rank is gone: {error}"
+            self._store.set(f"waits {self._here(self._rank)}", "")
+            if not is_late:
+                return None
+            absent = [rank for rank in others if not self._has(f"waits {self._here(rank)}")]
+        except RuntimeError as gone:
+            return f"the rank that the others meet at is gone: {gone}"
+        who = f"ranks {absent} did not come" if absent else "nothing came from the other ranks"
+        self._lose(f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?")
+        return self._lost
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Say that this rank failed, and find out whether all did."""
+        text = f"{type(error).__name__}: {error}"[:MESSAGE_LETTERS]
+        self._store.set(self._here(self._rank), text)
+        keys, until = [self._here(rank) for rank in range(self._size)], time.monotonic() + GRACE_S
+        while isinstance(error, Exception) and time.monotonic() < until:
+            if self._store.check(keys):
+                self._failed += 1
+                return
+            time.sleep(0.02)
+        self._lose(f"rank {self._rank} failed alone in the middle of a call: {text}")
+
+    def _here(self, rank: int) -> str:
+        """Where a rank writes that it failed, while it is where this one is."""
+        return f"{self._met}.{self._failed}/{rank}"
+
+    def _has(self, key: str) -> bool:
+        return self._store.check([key])
+
+    def _is_alike(self, text: str, device_type: str) -> bool:
+        """Whether all ranks have this text, by its digest."""
+        mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device_type)
+        theirs = [torch.empty_like(mine) for _ in range(self._size)]
+        self.finish(dist.all_gather(theirs, mine, async_op=True), device_type)
+        return bool((torch.stack(theirs) == mine).all())
+
+
+def backend_of(device_type: str) -> str:
+    """What carries tensors of such devices between ranks; "": nothing does."""
+    return dict(pair.split(":") for pair in dist.get_backend_config().split(",")).get(device_type, "")
