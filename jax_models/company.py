@@ -42,6 +42,11 @@ def leave(processes: Sequence[int], error: BaseException) -> None:
     _say(tuple(processes), f"{_GAVE_UP}gave up: {type(error).__name__}")
 
 
+def times_together(processes: Sequence[int]) -> int:
+    """How often they have come together, which all count alike."""
+    return _TIMES.get(tuple(processes), 0)
+
+
 def _say(here: tuple[int, ...], text: str, *, again: bool = False) -> None:
     service, me = _service(), jax.process_index()
     if not again:

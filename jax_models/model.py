@@ -278,8 +278,8 @@ class Model(Decoding, Adapted, Seeing):
             check()
             return self.published(life.committed_like(self.weights, weights), "replace")
         self.agreed("what is replaced", check, lambda _: "the model")
-        number = nth_change(self.mesh)
-        return self.published(life.committed_like(self.weights, weights), "replace", content=number)
+        merged = life.committed_like(self.weights, weights)
+        return self.published(merged, "replace", content=nth_change(self.mesh))
 
     def get_embed_and_head(self) -> tuple[jax.Array | None, jax.Array | None]:
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""

@@ -15,12 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
-from jax_models.company import leave, told_by
+from jax_models.company import leave, times_together, told_by
 from loaders import agreement
 from loaders.agreement import Result
 from loaders.digest import short_digest
-
-_CHANGES: dict[Mesh, int] = {}  # how many there were on it
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
@@ -130,15 +128,12 @@ def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:
 
 
 def nth_change(mesh: Mesh | None) -> str:
-    """Which change of models on a mesh of several processes this is; "" with one. All of the mesh have to call this.
+    """Tells apart changes of models on a mesh of several processes, alike on all that have just agreed; "" with one.
 
     Of arrays that each holds a part of nobody knows all values, and two changes are to be told apart all the same.
-    Where one of them failed and did not count, it goes on from what the others have.
     """
-    if mesh is None or len(processes_of(mesh)) == 1:
-        return ""
-    _CHANGES[mesh] = max(map(int, told_by_all(mesh, str(_CHANGES.get(mesh, 0) + 1)).values()))
-    return f"change {_CHANGES[mesh]}"
+    processes = processes_of(mesh)
+    return f"change {times_together(processes)}" if len(processes) > 1 else ""
 
 
 def content_of(*arrays: Any) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_models.processes import check_alike, content_of, nth_change, placed, to_host
+from jax_models.processes import content_of, nth_change, placed, processes_of, to_host
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
 from loaders.halves import Halves, asked_halves
@@ -49,9 +49,13 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         ValueError: listing wrong shapes and dtypes, a head that a tied model cannot have, or one that is quantised;
             or an adapter is merged into the weights; or processes hand over different values.
     """
-    asked, ignored = model.agreed("what is swapped", lambda: _checked_halves(model, embed, head), lambda _: "the model")
     flat = flatten(model.weights)
-    content = check_alike(model.mesh, "what is handed over", lambda: _said(asked, flat))
+
+    def checked() -> tuple[Halves, tuple[str, ...], str]:
+        asked, ignored = _checked_halves(model, embed, head)
+        return asked, ignored, "" if len(processes_of(model.mesh)) == 1 else _said(asked, flat)
+
+    asked, ignored, content = model.agreed("what is swapped", checked, lambda found: found[2])
     content = f"{content} {nth_change(model.mesh)}".strip()
     if model.config.tie_word_embeddings and "head" in asked:
         _check_tied(head, asked["embed"][1] if "embed" in asked else flat[asked["head"][0]])

@@ -11,7 +11,6 @@ import torch
 from loaders.digest import tensor_digest
 from loaders.events import Event
 from loaders.halves import Halves, asked_halves
-from torch_models.processes import check_alike, together
 from torch_models.sleep import check_awake
 from torch_models.storage import host_view, is_freed, of_host, same_bits
 from torch_models.weights import write
@@ -57,16 +56,18 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
             or an adapter is merged into the weights; or ranks hand over different values. Nothing was changed.
         RuntimeError: an update failed half-way; two good halves do not make the rest good.
     """
-    mesh = model.mesh
-    model.agreed("what is swapped", model.check_runnable, lambda _: "the model")
+    names = model.specs.embedding, model.specs.head
+    given = tuple(zip(names, (embed, head), strict=True))
+    model.agreed("what is swapped", model.check_runnable, lambda _: ", ".join(_kind(model, *half) for half in given))
     if model.parallel is not None:
-        names = model.specs.embedding, model.specs.head
-        given = tuple(zip(names, (embed, head), strict=True))
-        check_alike(mesh, "what is handed over", lambda: ", ".join(_kind(model, *half) for half in given))
         # the memory of live parameters is copied before any of it is written
         embed, head = (_handed(model, *half) for half in given)
-    asked, ignored = together(mesh, lambda: _checked_halves(model, embed, head))
-    content = check_alike(mesh, "what is handed over", lambda: _said(model, asked))
+
+    def checked() -> tuple[Halves, tuple[str, ...], str]:
+        asked, ignored = _checked_halves(model, embed, head)
+        return asked, ignored, "" if model.mesh is None else _said(model, asked)
+
+    asked, ignored, content = model.agreed("what is handed over", checked, lambda found: found[2])
     if model.config.tie_word_embeddings and "head" in asked:
         name, value = asked.pop("head")
         live = model.get_parameter(name)
