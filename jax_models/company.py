@@ -1,11 +1,16 @@
 """What the processes of a mesh tell each other, where JAX's processes meet: its coordination service.
 
 No device takes part in it. So it works whatever meshes, guards and compilers they have, and those that do not come are
-known by their number.
+known by their number. JAX itself ends all processes when one has died, after ``heartbeat_timeout_seconds``; those that
+wait for it here are told before, so that they can take away what they had begun.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import itertools
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +18,11 @@ from typing import Any
 import jax
 
 WAIT_S = 600.0  # for processes that do not come
+BEAT_S = 1.0  # between two signs of life; the longest that anybody waits before looking at those of others
+STILL_S = 20.0  # without one of them
 MESSAGE_LETTERS = 4096
 _GAVE_UP = "!"  # before what is said by one that takes no part
+_LIFE = "tandem/life/"
 _TIMES: dict[tuple[int, ...], int] = {}  # how often these processes have come together
 
 
@@ -22,9 +30,10 @@ def told_by(processes: Sequence[int], text: str) -> dict[int, str]:
     """Every process's text, its first ``MESSAGE_LETTERS``, by its index. All of them have to call this.
 
     Raises:
-        RuntimeError: one did not come within ``WAIT_S``, or gave up itself, as where it was interrupted.
+        RuntimeError: one did not come within ``WAIT_S``, is gone, or gave up itself, as where it was interrupted.
     """
     here = tuple(processes)
+    _Life.begin()
     _say(here, text[:MESSAGE_LETTERS])
     try:
         told = _read(here)
@@ -59,19 +68,71 @@ def _say(here: tuple[int, ...], text: str, *, again: bool = False) -> None:
 def _read(here: tuple[int, ...]) -> dict[int, str]:
     """What all have said, this time."""
     service, place = _service(), _place(here, _TIMES[here])
-    until = time.monotonic() + WAIT_S
+    until, signs = time.monotonic() + WAIT_S, _Signs()
     while True:
-        found = {int(key.rpartition("/")[2]): said for key, said in service.key_value_dir_get(place)}
+        found = _told_at(place)
         if not (missing := [process for process in here if process not in found]):
             return {process: found[process] for process in here}
-        try:
-            left_ms = int((until - time.monotonic()) * 1000)
-            service.blocking_key_value_get(f"{place}{missing[0]}", max(left_ms, 1))
-        except jax.errors.JaxRuntimeError as error:
+        if time.monotonic() > until:
             raise RuntimeError(
                 f"processes {missing} of {list(here)} did not come within {WAIT_S:g} s. Did one fail elsewhere, or does"
-                f" it something else? ({str(error).partition(' [')[0]})"
-            ) from error
+                " it something else?"
+            )
+        try:
+            service.blocking_key_value_get(f"{place}{missing[0]}", int(1000 * min(BEAT_S, WAIT_S)))
+        except jax.errors.JaxRuntimeError as error:  # it is still not there
+            if gone := signs.ceased(missing):
+                why = f"processes {gone} of {list(here)} are gone: no sign of life for {STILL_S:g} s"
+                raise RuntimeError(why) from error
+
+
+class _Signs:
+    """The signs of life of other processes, as they are seen from here."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[str, float]] = {}  # what it was, and since when
+
+    def ceased(self, processes: Sequence[int]) -> list[int]:
+        """Of these processes those that gave some, and none for ``STILL_S``."""
+        now, seen = time.monotonic(), _told_at(_LIFE)
+        for process in processes:
+            if process in seen and self._last.get(process, ("", now))[0] != seen[process]:
+                self._last[process] = seen[process], now
+        return [one for one in processes if one in self._last and now - self._last[one][1] > STILL_S]
+
+
+class _Life(threading.Thread):
+    """Gives a sign of this process's life from time to time, once it has begun to talk to others."""
+
+    _lives: _Life | None = None
+
+    def __init__(self) -> None:
+        super().__init__(name="tandem signs of life", daemon=True)
+        self._ends = threading.Event()
+
+    @classmethod
+    def begin(cls) -> None:
+        """Once, and again after JAX's processes have met anew."""
+        if cls._lives is None or not cls._lives.is_alive():
+            cls._lives = cls()
+            cls._lives.start()
+            atexit.register(cls._lives.end)
+
+    def end(self) -> None:
+        """Before Python is taken down, which a thread in the middle of a call does not survive."""
+        self._ends.set()
+        self.join(10)
+
+    def run(self) -> None:
+        with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):  # jax.distributed was shut down
+            for beat in itertools.count():
+                _service().key_value_set(f"{_LIFE}{jax.process_index()}", str(beat), allow_overwrite=True)
+                if self._ends.wait(BEAT_S):
+                    return
+
+
+def _told_at(place: str) -> dict[int, str]:
+    return {int(key.rpartition("/")[2]): said for key, said in _service().key_value_dir_get(place)}
 
 
 def _place(here: tuple[int, ...], times: int) -> str:
