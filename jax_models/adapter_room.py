@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_models.layers.install import module_at
-from jax_models.layers.linear import Embedding, Linear
+from jax_models.layers.linear import Embedding, Linear, project
 from jax_models.layers.lora import (
     ExpertsWithLoRA,
     LinearWithLoRA,
@@ -162,7 +163,7 @@ def wrap(model: Any, adapters: RowAdapters, config: ModelConfig) -> None:
             methods = frozenset({"project"} if module == HEAD else {"__call__"})
         layer = module_at(model, path)
         kind = RouterWithCopies if isinstance(unwrapped(layer), TopKRouter) else ModuleWithCopies
-        _put(model, path, kind(layer, _layers(unwrapped(layer), copies), copies.places, methods))
+        _put(model, path, kind(layer, layers_of(unwrapped(layer), copies), copies.places, methods))
     whole = {sites.layer(module) for module in adapters.copies}
     by_layer: dict[str, dict[str, Stacks]] = {
         path: {} for path in whole if isinstance(unwrapped(module_at(model, path)), Embedding)
@@ -184,13 +185,30 @@ def _with_lora(layer: Any, path: str, found: Mapping[str, Stacks]) -> Wrapper:
     return LinearWithLoRA(layer, found[path])
 
 
-def _layers(base: Any, copies: Copies) -> list[Any]:
+def layers_of(base: Any, copies: Copies) -> list[Any]:
     """Layers like ``base`` with tensors of their own; of a quantised one, plain."""
     if isinstance(base, QuantizedLinear):
         base = Linear(base.in_features, base.out_features, bias=base.has_bias)
     graphdef, _ = nnx.split(base)
     places = len(next(iter(copies.tensors.values())))
+    if isinstance(base, Embedding):
+        return [_Table(copies.tensors["weight"], place) for place in range(places)]
     return [nnx.merge(graphdef, {leaf: x[place] for leaf, x in copies.tensors.items()}) for place in range(places)]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An embedding like ``layers.linear.Embedding`` whose table is one of several, [places, V, D]."""
+
+    tables: jax.Array
+    place: int
+
+    def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        # on a TPU tables[place] would be a copy of all of it; not where it is multiplied
+        return self.tables.at[self.place, ids_BT].get(mode="fill", fill_value=jnp.nan).astype(dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        return project(x, self.tables[self.place])
 
 
 def _put(model: Any, path: str, layer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run as a program: what adapters add to an embedding, compiled for one chip, and what it takes as JSON.
+"""Run as a program: what adapters do to an embedding, compiled for one chip, and what it takes as JSON.
 
 python tests/jax_models/compile_adapters.py CHIP RESULT
 """
@@ -17,8 +17,11 @@ os.environ.update(compiler_environment(os.environ))  # before jax is imported
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_models.adapter_room import Copies, layers_of
+from jax_models.layers.linear import Embedding
 from jax_models.layers.lora import Stacks
 from parity.planning.chips import chip_of
 from parity.planning.compiling import mesh_on
@@ -37,9 +40,18 @@ def main() -> None:
         return stacks.looked_up(ids_BT, 0) + stacks.looked_up(ids_BT, 1)
 
     stacks: Any = Stacks(given(SLOTS, VOCABULARY, RANK), given(SLOTS, WIDTH, RANK), given(SLOTS))  # of no values
-    found = jax.jit(added).lower(stacks, given(8, 1, dtype=jnp.int32)).compile().memory_analysis()
-    assert found is not None
-    result.write_text(json.dumps({"temp_bytes": found.temp_size_in_bytes}), encoding="utf-8")
+    copies: Any = Copies({"weight": given(SLOTS, VOCABULARY, WIDTH, dtype=jnp.bfloat16)}, given(SLOTS + 1))
+
+    def brought(copies: Copies, ids_BT: jax.Array) -> jax.Array:
+        tables = layers_of(nnx.eval_shape(lambda: Embedding(VOCABULARY, WIDTH)), copies)
+        return tables[0](ids_BT, jnp.bfloat16) + tables[1](ids_BT, jnp.bfloat16)
+
+    found = {}
+    for what, program, given_ in (("added", added, stacks), ("brought", brought, copies)):
+        took = jax.jit(program).lower(given_, given(8, 1, dtype=jnp.int32)).compile().memory_analysis()
+        assert took is not None
+        found[what] = took.temp_size_in_bytes
+    result.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
