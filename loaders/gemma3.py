@@ -175,6 +175,8 @@ def _ropes(document: dict[str, Any]) -> tuple[dict[str, RopeParameters], list[st
         if base is not None and given.setdefault("rope_theta", base) != base:
             problems.append(f"config.json: two bases for {kind}: {brief(base)} and {brief(given['rope_theta'])}")
         given.setdefault("rope_theta", THETA[kind])
+        if given.get("truncate") is False:  # which transformers looks for beside the kinds: there it counts as true
+            problems.append(f"config.json: rope option truncate is false for {kind}, which transformers does not read")
         longest = document.get("max_position_embeddings", Gemma3Config.max_position_embeddings)
         rope, more = read_rope({"rope_parameters": given, "max_position_embeddings": longest})
         problems += [f"{problem} ({kind})" for problem in more]

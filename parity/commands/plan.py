@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from parity.commands.options import output_file
 from parity.whole_file import write_report
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: it fits; 1: it does not."""
+    """0: it fits; 1: it does not, and where no slice would hold it, nothing is compiled or written."""
     from parity.planning.chips import chip_of
     from parity.planning.environment import check_installed
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         chip.num_devices(args.topology)
     check_installed()
     from parity.planning.meshes import Workload, parse_mesh
-    from parity.planning.plan import Request, plan
+    from parity.planning.plan import NoSliceHoldsIt, Request, plan
     from parity.planning.subject import planned
     from parity.planning.text import plan_text
 
@@ -62,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
     prompt, dtype = args.prompt or min(args.context, 1024), args.dtype or subject.dtype
     load = Workload(args.batch, args.context, prompt, dtype, subject.plain, subject.stored)
     request = Request(args.checkpoint, subject.config, args.quant, chip, load, is_exact=args.exact)
-    found = plan(request, args.topology, sizes)
+    try:
+        found = plan(request, args.topology, sizes)
+    except NoSliceHoldsIt as error:
+        print(f"tandem plan: {error}", file=sys.stderr)
+        return DOES_NOT_FIT
     if args.json:
         write_report(args.json, json.dumps(found, indent=2) + "\n")
     print(plan_text(found))

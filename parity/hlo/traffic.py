@@ -31,6 +31,7 @@ _FREE = frozenset(
     " optimization-barrier iota copy-done send-done recv-done".split()
 )
 _FREE_CALLS = ("ConcatBitcast", "ResizeBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+_WHOLE_IN_ONE = "all-reduce-scatter"  # fusions of that name, whose collectives all have one channel
 _VIEWS = ("bitcast", "reshape")
 
 
@@ -102,7 +103,9 @@ class Walk:
         inside = self.module.computations[name]
         repeated, begun = _fetched_again(inside), set[str]()
         for one in inside.instructions.values():
-            for inner, _, _ in self.sent_inside(one) if one.opcode == "fusion" else ():
+            for inner, _, called in self.sent_inside(one) if one.opcode == "fusion" else ():
+                if called.name.startswith(_WHOLE_IN_ONE):
+                    continue
                 channel = inner.attribute("channel_id")
                 if channel in begun:
                     self.continued.add(inner.name)

@@ -1,7 +1,8 @@
 """TPU generations: what one device of each has, and the slices they come in.
 
 A device is what JAX counts: a chip, but of tpu7x half of one. Sizes and rates are per device, from Google's public
-specifications (cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x).
+specifications (cloud.google.com/tpu/docs: v5e, v5p, v6e, tpu7x), but v5p's HBM, which is 95 GB there and 96 to JAX and
+libtpu.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Chip:
 
     Attributes:
         hbm_bytes: of a device.
-        reserved_bytes: what the compiler leaves to the runtime.
+        reserved_bytes: what the compiler leaves to the runtime; of what is left libtpu says so where it does not do.
         bandwidth: of HBM, bytes a second.
         flops: products and sums in bfloat16, a second.
         devices: of a chip.
@@ -64,9 +65,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", 16 * GIB, GIB // 4, 819e9, 197e12, 1, _PLANE, "2x2"),
-        Chip("v5p", 95 * GIB, GIB // 4, 2765e9, 459e12, 1, _CUBE, "2x2x1"),
-        Chip("v6e", 32 * GIB, GIB // 4, 1640e9, 918e12, 1, _PLANE, "2x2"),
-        Chip("tpu7x", 96 * GIB, GIB // 4, 3690e9, 1153e12, 2, _CUBE, "2x2x1"),
+        Chip("v5p", 96 * GIB, 27 * GIB // 100, 2765e9, 459e12, 1, _CUBE, "2x2x1"),
+        Chip("v6e", 32 * GIB, 3 * GIB // 4, 1640e9, 918e12, 1, _PLANE, "2x2"),
+        Chip("tpu7x", 96 * GIB, 5 * GIB // 4, 3690e9, 1153e12, 2, _CUBE, "2x2x1"),
     )
 }
 

@@ -42,6 +42,10 @@ from parity.planning.minimum import Minimum, minimum_of
 BF16_PASSES = 6  # of a product in float32, as JAX's precision "highest" has it, which models of that dtype run at
 
 
+class NoSliceHoldsIt(ValueError):
+    """No slice's devices have room for weights and cache, so that nothing was compiled."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to plan. ``subject``: a checkpoint or a config.json; ``quant``: as ``load(quantize=)``."""
@@ -64,12 +68,12 @@ def plan(request: Request, topology: str | None, sizes: dict[str, int] | None) -
         sizes: of the mesh; None: ``default_mesh``. One that does not fit stays what is planned, and a slice that does
             with ``default_mesh`` is suggested.
     Raises:
-        ValueError: topology and mesh do not fit each other, or no slice is large enough.
+        NoSliceHoldsIt: no slice is large enough.
+        ValueError: topology and mesh do not fit each other.
     """
     named = topology or (smallest(request) if sizes is None else _holding(request.chip, math.prod(sizes.values())))
     if named is None:
-        advice = "another chip" if request.quant else "another chip or --quant"
-        raise ValueError(f"no slice of {request.chip.name} holds it: {_least(request)}. Use {advice}")
+        raise NoSliceHoldsIt(_least(request))
     found, fitting = _planned(request, named, sizes), None
     if sizes is None or not found["fits"]:
         is_default = sizes is None or found["mesh"] == _default(request, request.chip.num_devices(named))
@@ -150,10 +154,20 @@ def _weight(request: Request, devices: int) -> int:
 
 
 def _least(request: Request) -> str:
-    topology = request.chip.topologies[-1]
-    size = _weight(request, request.chip.num_devices(topology))
-    room = request.chip.usable_bytes / 1e9
-    return f"on {topology} a device would hold {size / 1e9:.1f} GB of {room:.1f}, with all of them in a mesh"
+    """How much too large it is for the slice whose devices hold the least, and what would make it smaller."""
+    chip, room = request.chip, request.chip.usable_bytes
+    topology = min(chip.topologies, key=lambda topology: _weight(request, chip.num_devices(topology)))
+    weights, cache = held(request.config, request.load, _default(request, chip.num_devices(topology)))
+    ways = ["another chip"]
+    if weights < room:
+        ways.append("a smaller --batch or --context")
+    if cache < room and request.quant is None and request.config.quantization is None:
+        ways.append("--quant nvfp4")
+    return (
+        f"it does not fit on any slice of {chip.name}: on {topology}, where a device would hold the least, that is"
+        f" {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} of cache, and it has {room / 1e9:.1f} for a program."
+        f" Use {' or '.join(ways)}"
+    )
 
 
 def _too_few(chip: Chip, topology: str, used: int) -> str:

@@ -200,6 +200,10 @@ def vars_of(rope: RopeParameters) -> dict[str, Any]:
             {"rope_parameters": {SLIDING: LOCAL | {"partial_rotary_factor": 0.5}}},
             "rope option 'partial_rotary_factor' = 0.5 is not implemented for rope_type 'default' (sliding_attention)",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "rope option truncate is false for full_attention, which transformers does not read",
+        ),
         ({"rope_theta": "1e6"}, "rope_theta is '1e6', expected a number (full_attention)"),
         ({"rope_local_base_freq": 1}, "rope option rope_theta is 1.0, expected more than 1 (sliding_attention)"),
         ({"rope_scaling": LINEAR | {"type": "yarn"}}, "rope type 'yarn' and rope_type 'linear' disagree"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from parity.cli import main
+from parity.commands.plan import DOES_NOT_FIT
 from parity.planning.environment import compiler_environment, deep_stack
 from parity.planning.meshes import parse_mesh
 from parity.planning.subject import planned
@@ -45,6 +46,22 @@ def test_a_mesh_that_is_not_understood_is_refused(text):
 def test_bad_options_are_refused_before_anything_is_compiled(options, said, capsys):
     assert main(["plan", str(CONFIGS / "qwen3-8b.json"), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        (["--context", str(2**24)], "Use another chip or a smaller --batch or --context\n"),
+        (["--context", "905000"], "Use another chip or a smaller --batch or --context or --quant nvfp4\n"),
+        (["--quant", "nvfp4", "--context", str(2**24)], "Use another chip or a smaller --batch or --context\n"),
+    ],
+)
+def test_what_no_slice_holds_does_not_fit_and_it_says_what_would_make_it_smaller(options, ways, capsys, monkeypatch):
+    monkeypatch.setattr("parity.planning.environment.check_installed", lambda: None)
+    assert main(["plan", str(CONFIGS / "qwen3-8b.json"), *options]) == DOES_NOT_FIT
+    told = capsys.readouterr().err
+    assert "it does not fit on any slice of v5e: on 8x8" in told
+    assert told.endswith(ways)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):

@@ -127,3 +127,35 @@ def test_what_is_sent_beside_several_fusions_is_sent_once():
     assert found.collectives == {"all-gather": {"count": 1, "bytes": 16 * 128 * BF16}}
     assert found.read_bytes == (8 + 4) * 128 * BF16
     assert found.written_bytes == (16 + 4) * 128 * BF16
+
+
+SUMMED_AND_CUT = """HloModule cut, is_scheduled=true
+
+%all-reduce-scatter (p.1: f32[8,128]) -> f32[2,128] {
+  %p.1 = f32[8,128]{1,0} parameter(0)
+  %sum.1 = f32[8,128]{1,0} all-reduce(%p.1), channel_id=1, to_apply=%add
+  %zero.1 = u32[] constant(0)
+  ROOT %part.1 = f32[2,128]{1,0} dynamic-slice(%sum.1, %zero.1, %zero.1), dynamic_slice_sizes={2,128}
+}
+
+%all-reduce-scatter.1 (p.2: f32[8,128]) -> f32[2,128] {
+  %p.2 = f32[8,128]{1,0} parameter(0)
+  %sum.2 = f32[8,128]{1,0} all-reduce(%p.2), channel_id=1, to_apply=%add
+  %zero.2 = u32[] constant(0)
+  ROOT %part.2 = f32[2,128]{1,0} dynamic-slice(%sum.2, %zero.2, %zero.2), dynamic_slice_sizes={2,128}
+}
+
+ENTRY %main (p: f32[8,128], q: f32[8,128]) -> (f32[2,128], f32[2,128]) {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[8,128]{1,0} parameter(1)
+  %first = f32[2,128]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
+  %second = f32[2,128]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %both = (f32[2,128]{1,0}, f32[2,128]{1,0}) tuple(%first, %second)
+}
+"""
+
+
+def test_sums_of_which_parts_are_kept_are_sent_each():
+    """libtpu gives all of them one channel, as it does what goes on beside several fusions."""
+    found = traffic_of(SUMMED_AND_CUT)
+    assert found.collectives == {"all-reduce": {"count": 2, "bytes": 2 * 8 * 128 * 4}}
