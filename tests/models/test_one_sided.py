@@ -70,6 +70,7 @@ SAID = {
     "other models replaced": DIFFERENT,
     "other models adapted": DIFFERENT,
     "another function": DIFFERENT,
+    "asleep or awake": DIFFERENT,
     "graphs": DIFFERENT,
     "no cache": ALONE,
     "not merged": ALONE,
@@ -109,7 +110,16 @@ ONLY_JAX |= {
     "other shared halves",
     "other models replaced",
 }
-ONLY_TORCH = {"half of it", "other models adapted", "graphs", "no cache", "not merged", "merged", *KERNELS}
+ONLY_TORCH = {
+    "half of it",
+    "other models adapted",
+    "asleep or awake",
+    "graphs",
+    "no cache",
+    "not merged",
+    "merged",
+    *KERNELS,
+}
 ONLY_JAX |= {
     "devices in another order",
     "other devices",

@@ -76,6 +76,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "other models adapted": lambda: (other if rank else model).attach_lora(adapter, "z"),
         "a draft of others": lambda: (redrafting.draft.bind(drafting) if rank else drafting.draft)(ids),
         "another function": lambda: model.digests() if rank else model.export(f"{job['directory']}/export"),
+        "asleep or awake": lambda: model.sleep() if rank else model.wake(),
         "graphs": lambda: model.generate(**inputs, graphs=bool(rank)),
         "no cache": lambda: model.decode(np.array([3, 5]), None if rank else begun[0]),
         "not merged": lambda: (model if rank else merged).unmerge_lora(),
