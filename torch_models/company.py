@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 WAIT_S = 600.0  # for ranks that do not come; torch.distributed itself waits for half an hour
 LOOK_S = 1.0  # between two looks at whether one of those that are waited for has failed
-GRACE_S = 5.0  # for all ranks to fail alike, as with the same bad input
+GRACE_S = 60.0  # for all ranks to fail alike, as with the same bad input; those that wait for it end it sooner
 MESSAGE_LETTERS = 4096
 Method = TypeVar("Method", bound=Callable[..., Any])
 _COMPANIES: WeakKeyDictionary[dist.ProcessGroup, Company] = WeakKeyDictionary()
@@ -110,16 +110,18 @@ class Company:
         if backend_of(device_type) != "gloo":  # nccl has a watchdog of its own
             work.wait()
             return
-        until = time.monotonic() + WAIT_S
+        until, why = time.monotonic() + WAIT_S, None
         while True:
             try:
                 work.wait(timedelta(seconds=LOOK_S))
                 return
             except RuntimeError as error:
-                if (why := self._why(work, error, is_late=time.monotonic() > until)) is None:
-                    continue
-                self._lost = why
-                raise RuntimeError(why) from error
+                # what a rank sent before it failed still comes: so there is another look
+                is_last = why is not None or work.is_completed()
+                why = why or self._why(is_late=time.monotonic() > until)
+                if is_last:
+                    self._lose(why or f"a rank is gone: {error}")
+                    raise RuntimeError(self._lost) from error
 
     def _check(self) -> None:
         """Raises RuntimeError once nothing runs any more; who asked the others would wait for ever."""
@@ -131,9 +133,10 @@ class Company:
     def _lose(self, why: str) -> None:
         """From now on nothing runs on any rank."""
         self._lost = why
-        self._store.set("lost", why)
+        with suppress(RuntimeError):  # the rank that the others meet at is gone
+            self._store.set("lost", why)
 
-    def _why(self, work: dist.Work, error: RuntimeError, *, is_late: bool) -> str | None:
+    def _why(self, *, is_late: bool) -> str | None:
         """Why what was waited for does not come; None: it still may."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         try:
@@ -142,8 +145,6 @@ class Company:
                 return f"rank {failed[0]} failed in the middle of a call: {told}"
             if self._has("lost"):
                 return self._store.get("lost").decode()
-            if work.is_completed():
-                return f"a rank is gone: {error}"
             self._store.set(f"waits {self._here(self._rank)}", "")
             if not is_late:
                 return None
@@ -151,8 +152,7 @@ class Company:
         except RuntimeError as gone:
             return f"the rank that the others meet at is gone: {gone}"
         who = f"ranks {absent} did not come" if absent else "nothing came from the other ranks"
-        self._lose(f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?")
-        return self._lost
+        return f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?"
 
     def _tell_failure(self, error: BaseException) -> None:
         """Say that this rank failed, and find out whether all did."""
@@ -163,6 +163,8 @@ class Company:
             if self._store.check(keys):
                 self._failed += 1
                 return
+            if self._has("lost"):  # others waited for it
+                break
             time.sleep(0.02)
         self._lose(f"rank {self._rank} failed alone in the middle of a call: {text}")
 
