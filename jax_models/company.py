@@ -32,11 +32,13 @@ def told_by(processes: Sequence[int], text: str) -> dict[int, str]:
     Raises:
         RuntimeError: one did not come within ``WAIT_S``, is gone, or gave up itself, as where it was interrupted.
     """
-    here = tuple(processes)
-    _Life.begin()
-    _say(here, text[:MESSAGE_LETTERS])
+    here, text = tuple(processes), text[:MESSAGE_LETTERS]
+    life = _Life.begin()
+    _say(here, text)
+    # all have come to the time before, so nobody reads any more what was said before that
+    life.unread.append(f"{_place(here, _TIMES[here] - 2)}{jax.process_index()}")
     try:
-        told = _read(here)
+        told = _read(here, text)
     except BaseException as error:
         # those that are yet to come must not take it that this one goes on
         _say(here, f"{_GAVE_UP}gave up: {type(error).__name__}", again=True)
@@ -57,33 +59,29 @@ def times_together(processes: Sequence[int]) -> int:
 
 
 def _say(here: tuple[int, ...], text: str, *, again: bool = False) -> None:
-    service, me = _service(), jax.process_index()
     if not again:
         _TIMES[here] = _TIMES.get(here, 0) + 1
-        # all have come to the time before, so nobody reads any more what was said before that
-        service.key_value_delete(f"{_place(here, _TIMES[here] - 2)}{me}")
-    service.key_value_set(f"{_place(here, _TIMES[here])}{me}", text, allow_overwrite=again)
+    _service().key_value_set(f"{_place(here, _TIMES[here])}{jax.process_index()}", text, allow_overwrite=again)
 
 
-def _read(here: tuple[int, ...]) -> dict[int, str]:
-    """What all have said, this time."""
-    service, place = _service(), _place(here, _TIMES[here])
+def _read(here: tuple[int, ...], text: str) -> dict[int, str]:
+    """What all have said, this time; this one ``text``."""
+    service, place, found = _service(), _place(here, _TIMES[here]), {jax.process_index(): text}
     until, signs = time.monotonic() + WAIT_S, _Signs()
-    while True:
-        found = _told_at(place)
-        if not (missing := [process for process in here if process not in found]):
-            return {process: found[process] for process in here}
+    while missing := [process for process in here if process not in found]:
         if time.monotonic() > until:
             raise RuntimeError(
                 f"processes {missing} of {list(here)} did not come within {WAIT_S:g} s. Did one fail elsewhere, or does"
                 " it something else?"
             )
         try:
-            service.blocking_key_value_get(f"{place}{missing[0]}", int(1000 * min(BEAT_S, WAIT_S)))
+            told = service.blocking_key_value_get(f"{place}{missing[0]}", int(1000 * min(BEAT_S, WAIT_S)))
+            found = found | {missing[0]: told} if len(missing) == 1 else _told_at(place)
         except jax.errors.JaxRuntimeError as error:  # it is still not there
             if gone := signs.ceased(missing):
                 why = f"processes {gone} of {list(here)} are gone: no sign of life for {STILL_S:g} s"
                 raise RuntimeError(why) from error
+    return {process: found[process] for process in here}
 
 
 class _Signs:
@@ -102,21 +100,26 @@ class _Signs:
 
 
 class _Life(threading.Thread):
-    """Gives a sign of this process's life from time to time, once it has begun to talk to others."""
+    """Gives a sign of this process's life from time to time, once it has begun to talk to others.
+
+    ``unread``: what nobody reads any more of what it said, which it takes away then.
+    """
 
     _lives: _Life | None = None
 
     def __init__(self) -> None:
         super().__init__(name="tandem signs of life", daemon=True)
         self._ends = threading.Event()
+        self.unread: list[str] = []
 
     @classmethod
-    def begin(cls) -> None:
+    def begin(cls) -> _Life:
         """Once, and again after JAX's processes have met anew."""
         if cls._lives is None or not cls._lives.is_alive():
             cls._lives = cls()
             cls._lives.start()
             atexit.register(cls._lives.end)
+        return cls._lives
 
     def end(self) -> None:
         """Before Python is taken down, which a thread in the middle of a call does not survive."""
@@ -127,6 +130,8 @@ class _Life(threading.Thread):
         with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):  # jax.distributed was shut down
             for beat in itertools.count():
                 _service().key_value_set(f"{_LIFE}{jax.process_index()}", str(beat), allow_overwrite=True)
+                while self.unread:
+                    _service().key_value_delete(self.unread.pop())
                 if self._ends.wait(BEAT_S):
                     return
 
