@@ -1,77 +1,29 @@
 """Quantisation documents, in every spelling that is about, and every one that is wrong."""
 
-import json
-
 import pytest
 import torch
 from compressed_tensors.utils import match_targets
+from recipes import (
+    ATTENTION,
+    CT,
+    FOUR,
+    FP8,
+    GATE_UP,
+    QKV,
+    W4A4,
+    W4A16,
+    beside,
+    compressed,
+    excluded,
+    inside,
+    mixed,
+    problems_of,
+    resolved,
+)
 
-from loaders import CheckpointError, open_checkpoint
-from loaders.config import config_from_json
-from loaders.plan import plan_load
 from loaders.quantization import Scheme
 from loaders.quantization_config import read_recipes
 from loaders.quantization_patterns import patterns
-from loaders.stage import Stage
-from loaders.writer import write_checkpoint
-from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, zoo_config
-
-FOUR = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-CT = {**FOUR, "strategy": "tensor_group", "symmetric": True}
-W4A4, W4A16 = Scheme("nvfp4", True), Scheme("nvfp4", False)
-FP8 = Scheme("fp8", True)
-SMALL = {"num_hidden_layers": 2}
-HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-
-
-def inside(algorithm="NVFP4", **changes):
-    group = {"input_activations": FOUR, "weights": FOUR, "targets": ["Linear"]}
-    groups = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
-    return groups | {"quant_algo": algorithm, "quant_method": "modelopt"} | changes
-
-
-def beside(algorithm="NVFP4", **changes):
-    said = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
-    return {"producer": {"name": "modelopt"}, "quantization": said | changes}
-
-
-def compressed(group=None, **changes):
-    own = {"weights": CT, "input_activations": CT | {"dynamic": "local"}, "targets": ["Linear"]} | (group or {})
-    document = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"]}
-    return document | {"config_groups": {"group_0": own}} | changes
-
-
-def mixed(layers, **changes):
-    return inside("MIXED_PRECISION", quantized_layers=layers, ignore=[], **changes)
-
-
-def resolved(document, beside=None, *, name="qwen3", found=(), **sizes):
-    """The table of schemes that documents mean for a zoo model of the tensors ``found``, and problems."""
-    sizes = block_sizes(name) | (HYBRID if "qwen3_5" in name else SMALL) | sizes
-    config_document = zoo_config(name, **sizes) | ({} if document is None else {"quantization_config": document})
-    config, problems = config_from_json(config_document, beside=beside, found=found)
-    return ({} if config is None or config.quantization is None else config.quantization.table), problems
-
-
-def excluded(names, **options):
-    """Modules of a zoo model that a list of names leaves alone."""
-    found, problems = resolved(inside(ignore=names), **options)
-    assert problems == []
-    return sorted(resolved(inside(ignore=[]), **options)[0].keys() - found.keys())
-
-
-def problems_of(document, beside=None):
-    recipes, problems = read_recipes(document, beside)
-    assert (not recipes) == (bool(problems) or (document is None and beside is None))
-    return problems
-
-
-ATTENTION = [f"model.layers.0.self_attn.{name}" for name in ("k_proj", "o_proj", "q_proj", "v_proj")]
-
-
-QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "kqv"]
-GATE_UP = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
-
 
 # --- names, in all their spellings ---
 
@@ -226,62 +178,6 @@ def test_kv_scales_are_found_in_either_spelling():
         assert all(recipe.kv_cache for recipe in recipes.values())
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        "NVFP4",
-        "INT8",
-        {"num_bits": 8, "type": "int", "dynamic": False},
-        {"num_bits": 8, "type": "float", "dynamic": True},
-    ]
-    + [{}, [], 8],
-)
-def test_other_kv_schemes_are_refused_by_name(scheme):
-    assert "KV cache scheme" in problems_of(inside(kv_cache_scheme=scheme))[0]
-
-
-@pytest.mark.parametrize(
-    "algorithm",
-    ["NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8"]
-    + ["W4A16_AWQ", "nvfp4", "", None, 4, ["NVFP4"], {"NVFP4": 1}],
-)
-def test_an_algorithm_that_is_not_implemented_is_an_error_and_never_a_plain_model(algorithm):
-    for found in (problems_of(inside(algorithm)), problems_of(None, beside(algorithm))):
-        assert any("quant_algo" in problem and "is not implemented" in problem for problem in found)
-    layers = {"model.layers.0.mlp.up_proj": {"quant_algo": algorithm}}
-    assert any("is not implemented" in problem for problem in problems_of(mixed(layers)))
-
-
-@pytest.mark.parametrize("size", [32, 128, "16", 0, [16]])
-def test_blocks_of_another_size_are_refused_wherever_they_are_said(size):
-    groups = {"group_0": {"weights": FOUR | {"group_size": size}, "targets": ["Linear"], "input_activations": FOUR}}
-    for document, other in (
-        (inside(group_size=size), None),
-        (inside(config_groups=groups), None),
-        (None, beside(group_size=size)),
-        (compressed({"weights": CT | {"group_size": size}}), None),
-    ):
-        assert any("group_size is" in problem for problem in problems_of(document, other))
-
-
-def test_documents_that_disagree_are_refused():
-    def told(document, other):
-        (problem,) = resolved(document, other)[1]
-        assert problem.endswith("Which one is meant?")
-        return problem
-
-    both = "by config.json: quantization_config (and 13 more)"
-    assert f"hf_quant_config.json: model.layers.0.mlp.down_proj is {FP8}, expected {W4A4} {both}" in told(
-        inside(), beside("FP8")
-    )
-    assert "an FP8 cache with scales" in told(inside(kv_cache_scheme="FP8"), beside())
-    other = beside(exclude_modules=["lm_head", ATTENTION[0]])
-    assert f"hf_quant_config.json: {ATTENTION[0]} is not quantised, expected {W4A4}" in told(inside(), other)
-    a, b = ({ATTENTION[0]: {"quant_algo": one}, ATTENTION[1]: {"quant_algo": "FP8"}} for one in ("FP8", "NVFP4"))
-    other = beside("MIXED_PRECISION", quantized_layers=b, exclude_modules=[])
-    assert f"{ATTENTION[0]} is {W4A4}, expected {FP8}" in told(mixed(a), other)
-
-
 def test_documents_that_mean_the_same_may_say_it_in_other_words():
     names = ["lm_head", "model.layers.0.self_attn*"]
     expected, problems = resolved(inside(ignore=names))
@@ -400,222 +296,3 @@ def test_experts_that_are_plain_though_all_linears_are_meant_are_plain(stored):
 @pytest.mark.parametrize("value", [{}, {"format": "dense", "targets": []}, None])
 def test_sparsity_that_is_none_is_accepted(value):
     assert problems_of(compressed(sparsity_config=value)) == []
-
-
-@pytest.mark.parametrize(
-    ("document", "words"),
-    [
-        (compressed({"weights": CT | {"strategy": "channel"}}), "strategy is 'channel'"),
-        (compressed({"weights": CT | {"num_bits": 8}}), "num_bits is 8"),
-        (compressed({"weights": CT | {"type": "int"}}), "type is 'int'"),
-        (compressed({"weights": CT | {"symmetric": False}}), "symmetric is False"),
-        (compressed({"weights": CT | {"dynamic": True}}), "dynamic is True"),
-        (compressed({"input_activations": CT | {"dynamic": True}}), "dynamic is True"),
-        (compressed({"input_activations": CT}), "dynamic is False"),
-        (compressed({"input_activations": CT | {"dynamic": "local", "num_bits": 8}}), "num_bits is 8"),
-        (compressed({"output_activations": CT}), "output_activations"),
-        (compressed({"targets": []}), "targets is []"),
-        (compressed({"targets": None}), "targets is None"),
-        (compressed({"targets": "Linear"}), "targets is 'Linear'"),
-        (compressed(format="float-quantized"), "format 'float-quantized'"),
-        (compressed({"format": "pack-quantized"}), "format 'pack-quantized'"),
-        (compressed(format=None), "format None"),
-        (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
-        (compressed(transform_config={"config_groups": {}}), "transform_config"),
-        (compressed(quantization_status="frozen"), "quantization_status"),
-    ],
-)
-def test_what_compressed_tensors_can_say_and_is_not_implemented_is_refused_by_name(document, words):
-    found = problems_of(document)
-    assert len(found) == 1
-    assert words in found[0]
-
-
-# --- documents that are no such thing ---
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "modelopt_fp8", None, 3, ["modelopt"]])
-def test_a_method_that_is_unknown_is_an_error(method):
-    assert "quant_method" in problems_of(inside(quant_method=method))[0]
-
-
-ODD = (None, [], {}, "x", 3, True, [1], {"a": 1}, [[]], {"a": []}, {"a": {"weights": 3}}, ["re:("], ["re:(?i)x", "["])
-KEYS = ("config_groups", "ignore", "exclude_modules", "quant_algo", "kv_cache_scheme", "quantized_layers", "group_size")
-KEYS += ("quantization", "format", "sparsity_config", "quantization_status", "quant_method", "kv_cache_quant_algo")
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("value", ODD, ids=repr)
-def test_whatever_stands_under_a_key_is_read_or_refused_and_never_crashes(key, value):
-    layers = {"a": {"quant_algo": "NVFP4"}}
-    for document in (inside(), compressed(), mixed(layers), {"quant_method": "modelopt", **beside()}):
-        problems_of(document | {key: value})
-        problems_of(document | {key: value}, beside())
-        resolved(document | {key: value}, beside())
-    problems_of(None, {"quantization": beside()["quantization"] | {key: value}})
-    problems_of(None, beside() | {key: value})
-    problems_of(None, value)
-    problems_of(value, None)
-
-
-@pytest.mark.parametrize(
-    "layers", [{"a": {"quant_algo": "FP8"}, "re:(": {"quant_algo": "FP8"}}, {}, {"a": 1}, [], None]
-)
-def test_a_table_of_layers_that_is_none_is_refused(layers):
-    assert "quantized_layers" in problems_of(mixed(layers))[0]
-
-
-@pytest.mark.parametrize("group", [3, None, [], {}, {"weights": None}, {"weights": []}])
-def test_a_group_that_is_none_is_refused(group):
-    document = compressed()
-    document["config_groups"]["group_0"] = group
-    assert problems_of(document)
-
-
-def test_every_problem_is_told_at_once():
-    document = compressed({"weights": CT | {"num_bits": 8, "type": "int"}}, kv_cache_scheme={"a": 1}, ignore=["re:("])
-    assert len(problems_of(document)) == 4
-
-
-# --- whole checkpoints ---
-
-
-def written(tmp_path, change, *, name="qwen3", quantization=None):
-    """A quantised zoo model with its tensors and documents changed: ``change(tensors, config, beside)``."""
-    layers = HYBRID if "qwen3_5" in name else SMALL
-    how = quantization or ZooQuantization()
-    whole = open_checkpoint(make_checkpoint(name, tmp_path / "whole", quantization=how, **block_sizes(name) | layers))
-    tensors = {tensor: whole.read(tensor) for tensor in whole.tensors}
-    types = dict(whole.tensors)
-    config, other = json.loads(json.dumps(whole.config_document)), json.loads(json.dumps(whole.quantization_document))
-    change(types, config, other)
-    return write_checkpoint(
-        tmp_path / "changed", types, lambda tensor: tensors[tensor], config=config, quantization=other or None
-    )
-
-
-def test_scales_that_are_missing_or_too_many_are_listed_all_at_once(tmp_path):
-    q, k = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
-
-    def change(types, config, other):
-        del types[f"{q}.weight_scale"], types[f"{q}.weight_scale_2"], types[f"{k}.input_scale"]
-        other["quantization"]["exclude_modules"].append("model.layers.0.mlp.up_proj")
-        config["quantization_config"]["ignore"] = other["quantization"]["exclude_modules"]
-
-    with pytest.raises(CheckpointError) as caught:
-        plan_load(open_checkpoint(written(tmp_path, change)), Stage())
-    text = "\n".join(caught.value.problems)
-    for name in (f"{q}.weight_scale'", f"{q}.weight_scale_2'", f"{k}.input_scale'"):
-        assert f"tensor '{name} is missing" in text
-    for leaf in ("weight_scale", "weight_scale_2", "input_scale"):
-        assert f"tensor 'model.layers.0.mlp.up_proj.{leaf}' of model.safetensors is unexpected" in text
-    assert "tensor 'model.layers.0.mlp.up_proj.weight' is U8" in text
-
-
-def test_experts_of_which_one_projection_is_plain_are_refused_in_one_line(tmp_path):
-    """As ModelOpt writes them where a pattern switches off every down_proj; its list of exclusions has no expert."""
-
-    def change(types, config, other):
-        for tensor in list(types):
-            if "experts" in tensor and ".down_proj." in tensor and not tensor.endswith(".weight"):
-                del types[tensor]
-
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(written(tmp_path, change, name="qwen3-moe"))
-    (problem,) = caught.value.problems
-    assert f"model.layers.0.mlp.experts are {W4A4} and not quantised, as stored (0.down_proj)" in problem
-    assert "One scheme for all is implemented." in problem
-
-
-def test_a_cache_without_any_scale_is_cast_and_one_that_lacks_some_is_not_whole(tmp_path):
-    """ModelOpt writes no scales where the largest magnitude is constant (448, so that they would be 1)."""
-    scales = [f"model.layers.{layer}.self_attn.{one}_proj.{one}_scale" for layer in range(2) for one in "kv"]
-    how = ZooQuantization(kv_cache=True)
-    for count in (4, 3):
-
-        def change(types, config, other, count=count):
-            for name in scales[:count]:
-                del types[name]
-
-        checkpoint = open_checkpoint(written(tmp_path / str(count), change, quantization=how))
-        assert checkpoint.config.quantization.kv_cache == ("cast" if count == 4 else "scaled")
-        if count == 4:
-            cast = checkpoint.config.quantization
-            assert not any("k_scale" in spec.name for spec in plan_load(checkpoint, Stage()).specs)
-            continue
-        with pytest.raises(CheckpointError) as caught:
-            plan_load(checkpoint, Stage())
-        assert [name for name in scales if name in "".join(caught.value.problems)] == scales[:3]
-    scaled = open_checkpoint(tmp_path / "4" / "whole").config.quantization
-    assert scaled.differences(cast) == ["it has an FP8 cache with scales, expected an FP8 cache without scales"]
-
-
-def test_a_quantised_head_of_a_tied_model_is_refused_by_what_it_is(tmp_path):
-    def change(types, config, other):
-        config["tie_word_embeddings"] = True
-
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(written(tmp_path, change, quantization=ZooQuantization(head=True)))
-    assert [problem for problem in caught.value.problems if "tie_word_embeddings is true" in problem]
-    assert len(caught.value.problems) == 1
-
-
-def test_a_wrapped_config_may_say_it_twice(tmp_path):
-    def change(types, config, other):
-        config["text_config"]["quantization_config"] = config["quantization_config"]
-
-    directory = written(tmp_path, change, name="qwen3_5-wrapped")
-    assert open_checkpoint(directory).config.quantization == open_checkpoint(tmp_path / "whole").config.quantization
-
-    def differ(types, config, other):
-        config["text_config"]["quantization_config"] = config["quantization_config"] | {"quant_algo": "FP8"}
-
-    with pytest.raises(CheckpointError, match="quantization_config"):
-        open_checkpoint(written(tmp_path / "b", differ, name="qwen3_5-wrapped"))
-
-
-def test_codes_without_a_document_are_never_a_plain_model(tmp_path):
-    def change(types, config, other):
-        del config["quantization_config"]
-        other.clear()
-
-    with pytest.raises(CheckpointError) as caught:
-        plan_load(open_checkpoint(written(tmp_path, change)), Stage())
-    assert any("is U8" in problem for problem in caught.value.problems)
-
-
-def test_a_document_over_plain_weights_is_an_error(tmp_path):
-    plain = open_checkpoint(make_checkpoint("qwen3", tmp_path / "p", **block_sizes("qwen3") | SMALL))
-    config = plain.config_document | {"quantization_config": inside()}
-    directory = write_checkpoint(tmp_path / "q", plain.tensors, plain.read, config=config)
-    with pytest.raises(CheckpointError) as caught:
-        plan_load(open_checkpoint(directory), Stage())
-    assert any("weight_scale_2' is missing" in problem for problem in caught.value.problems)
-    assert any("expected U8" in problem for problem in caught.value.problems)
-
-
-def test_a_router_and_a_draft_that_the_document_forgot_are_plain(tmp_path):
-    def change(types, config, other):
-        for names in (config["quantization_config"]["ignore"], other["quantization"]["exclude_modules"]):
-            names[:] = [name for name in names if not name.endswith("mlp.gate")]
-            assert not any("mtp" in name for name in names)
-
-    checkpoint = open_checkpoint(written(tmp_path, change, name="qwen3_5-moe"))
-    assert not any(path.startswith("mtp.") for path in checkpoint.config.quantization.table)
-    plan = plan_load(checkpoint, Stage(mtp=True))
-    assert plan.dtypes["mtp.layers.0.self_attn.q_proj.weight"] == "F32"
-
-
-def test_inputs_that_are_no_multiple_of_16_cannot_be_quantised_and_say_whose_size_it_is():
-    _, problems = resolved(inside(), intermediate_size=100)
-    assert len(problems) == 2
-    assert "model.layers.0.mlp.down_proj has 100 inputs (intermediate_size)" in problems[0]
-
-
-@pytest.mark.parametrize("text", [b"[1]", b"{", b'{"a": 1, "a": 2}'])
-def test_a_broken_hf_quant_config_is_a_problem_of_the_checkpoint(text, tmp_path):
-    directory = make_checkpoint("qwen3", tmp_path / "q", quantization=ZooQuantization(), **block_sizes("qwen3") | SMALL)
-    (directory / "hf_quant_config.json").write_bytes(text)
-    with pytest.raises(CheckpointError, match="hf_quant_config.json"):
-        open_checkpoint(directory)
