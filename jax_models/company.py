@@ -32,12 +32,9 @@ def told_by(processes: Sequence[int], text: str) -> dict[int, str]:
     Raises:
         RuntimeError: one did not come within ``WAIT_S``, is gone, or gave up itself, as where it was interrupted.
     """
-    here, text = tuple(processes), text[:MESSAGE_LETTERS]
-    life = _Life.begin()
-    _say(here, text)
-    # all have come to the time before, so nobody reads any more what was said before that
-    life.unread.append(f"{_place(here, _TIMES[here] - 2)}{jax.process_index()}")
+    here, text = _next(processes), text.encode(errors="backslashreplace").decode()[:MESSAGE_LETTERS]
     try:
+        _say(here, text)
         told = _read(here, text)
     except BaseException as error:
         # those that are yet to come must not take it that this one goes on
@@ -50,7 +47,7 @@ def told_by(processes: Sequence[int], text: str) -> dict[int, str]:
 
 def leave(processes: Sequence[int], error: BaseException) -> None:
     """Take no part in what the others come together for next, and do not wait for them: they are told of it."""
-    _say(tuple(processes), f"{_GAVE_UP}gave up: {type(error).__name__}")
+    _say(_next(processes), f"{_GAVE_UP}gave up: {type(error).__name__}", again=True)
 
 
 def times_together(processes: Sequence[int]) -> int:
@@ -58,9 +55,17 @@ def times_together(processes: Sequence[int]) -> int:
     return _TIMES.get(tuple(processes), 0)
 
 
+def _next(processes: Sequence[int]) -> tuple[int, ...]:
+    """The processes, which come together once more."""
+    here = tuple(processes)
+    _Life.begin()
+    _TIMES[here] = _TIMES.get(here, 0) + 1
+    return here
+
+
 def _say(here: tuple[int, ...], text: str, *, again: bool = False) -> None:
-    if not again:
-        _TIMES[here] = _TIMES.get(here, 0) + 1
+    if not again:  # all have come to the time before, so nobody reads any more what was said before that
+        _Life.begin().unread.append(f"{_place(here, _TIMES[here] - 2)}{jax.process_index()}")
     _service().key_value_set(f"{_place(here, _TIMES[here])}{jax.process_index()}", text, allow_overwrite=again)
 
 
@@ -89,10 +94,13 @@ class _Signs:
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[str, float]] = {}  # what it was, and since when
+        self._clock, self._looked = 0.0, time.monotonic()  # the first stands still where this process does
 
     def ceased(self, processes: Sequence[int]) -> list[int]:
         """Of these processes those that gave some, and none for ``STILL_S``."""
-        now, seen = time.monotonic(), _told_at(_LIFE)
+        looked, seen = time.monotonic(), _told_at(_LIFE)
+        self._clock += min(looked - self._looked, 2 * BEAT_S)
+        self._looked, now = looked, self._clock
         for process in processes:
             if process in seen and self._last.get(process, ("", now))[0] != seen[process]:
                 self._last[process] = seen[process], now
@@ -109,12 +117,15 @@ class _Life(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="tandem signs of life", daemon=True)
-        self._ends = threading.Event()
+        self._ends, self._service, self._me = threading.Event(), _service(), jax.process_index()
         self.unread: list[str] = []
 
     @classmethod
     def begin(cls) -> _Life:
         """Once, and again after JAX's processes have met anew."""
+        if cls._lives is not None and cls._lives._service is not _service():
+            cls._lives.end()
+            _TIMES.clear()  # they meet elsewhere, and one of them may have been started anew
         if cls._lives is None or not cls._lives.is_alive():
             cls._lives = cls()
             cls._lives.start()
@@ -129,9 +140,11 @@ class _Life(threading.Thread):
     def run(self) -> None:
         with contextlib.suppress(ValueError, jax.errors.JaxRuntimeError):  # jax.distributed was shut down
             for beat in itertools.count():
-                _service().key_value_set(f"{_LIFE}{jax.process_index()}", str(beat), allow_overwrite=True)
+                if _service() is not self._service:  # another one, which need not be connected yet
+                    return
+                self._service.key_value_set(f"{_LIFE}{self._me}", str(beat), allow_overwrite=True)
                 while self.unread:
-                    _service().key_value_delete(self.unread.pop())
+                    self._service.key_value_delete(self.unread.pop())
                 if self._ends.wait(BEAT_S):
                     return
 

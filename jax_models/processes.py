@@ -7,7 +7,6 @@ another one, and no two serve different weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -106,16 +105,19 @@ def agreed(mesh: Mesh | None, what: str, work: Callable[[], Result], say: Callab
     if len(processes := processes_of(mesh)) == 1:
         return work()
 
-    def unless_interrupted() -> Result:
-        try:
-            return work()
-        except Exception:
-            raise
-        except BaseException as error:
-            leave(processes, error)
-            raise
+    has_told = False
 
-    return agreement.agreed(partial(told_by, processes), what, unless_interrupted, say, words=("process", "processes"))
+    def tell(text: str) -> dict[int, str]:
+        nonlocal has_told
+        has_told = True
+        return told_by(processes, text)
+
+    try:
+        return agreement.agreed(tell, what, work, say, words=("process", "processes"))
+    except BaseException as error:
+        if not has_told:  # it was interrupted
+            leave(processes, error)
+        raise
 
 
 def check_alike(mesh: Mesh | None, what: str, say: Callable[[], str]) -> str:

@@ -58,6 +58,7 @@ class Company:
         # processes that set torch.distributed up again may meet in the same store; each does so as often as the others
         self._store = dist.PrefixStore(str(store.add(f"companies of {self._rank}", 1)), store)
         self._met = self._failed = self._depth = 0
+        self._known: BaseException | None = None  # what all raise, and know of each other
         self._lost: str | None = None  # why nothing can run any more
 
     def told(self, text: str, device_type: str) -> dict[int, str]:
@@ -69,13 +70,13 @@ class Company:
         Raises:
             RuntimeError: as ``finish``.
         """
-        if self._is_alike(text, "cpu" if backend_of("cpu") else device_type):
-            # nearly always, and a tenth of the bytes, unpickled, are enough to know
+        where, text = "cpu" if backend_of("cpu") else device_type, _printable(text)
+        digest = hashlib.sha256(text.encode()).digest()
+        if {*self._gathered(digest, where)} == {digest}:  # nearly always, and few bytes are enough to know
             told = dict.fromkeys(range(self._size), text[:MESSAGE_LETTERS])
         else:
-            texts: list[str] = [""] * self._size
-            dist.all_gather_object(texts, text[:MESSAGE_LETTERS])
-            told = dict(enumerate(texts))
+            data = text[:MESSAGE_LETTERS].encode().ljust(4 * MESSAGE_LETTERS, b"\0")
+            told = dict(enumerate(one.rstrip(b"\0").decode() for one in self._gathered(data, where)))
         self._met, self._failed = self._met + 1, 0
         return told
 
@@ -93,11 +94,23 @@ class Company:
         try:
             yield
         except BaseException as error:
-            if self._depth == 1 and self._size > 1 and self._lost is None:
+            if self._depth == 1 and self._size > 1 and self._lost is None and error is not self._known:
                 self._tell_failure(error)
             raise
         finally:
             self._depth -= 1
+            if self._depth == 0:
+                self._known = None
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around what raises on all ranks or on none, once they have told each other: then nobody fails alone."""
+        met = self._met
+        try:
+            yield
+        except Exception as error:
+            self._known = error if self._met > met else None
+            raise
 
     def finish(self, work: dist.Work | None, device_type: str) -> None:
         """Wait for a collective that was begun, of tensors of such devices.
@@ -112,12 +125,13 @@ class Company:
             return
         until, why = time.monotonic() + WAIT_S, None
         while True:
+            is_done = work.is_completed()  # and may yet be done while this one looks, which is no failure
             try:
                 work.wait(timedelta(seconds=LOOK_S))
                 return
             except RuntimeError as error:
                 # what a rank sent before it failed still comes: so there is another look
-                is_last = why is not None or work.is_completed()
+                is_last = why is not None or is_done
                 why = why or self._why(is_late=time.monotonic() > until)
                 if is_last:
                     self._lose(why or f"a rank is gone: {error}")
@@ -156,17 +170,20 @@ class Company:
 
     def _tell_failure(self, error: BaseException) -> None:
         """Say that this rank failed, and find out whether all did."""
-        text = f"{type(error).__name__}: {error}"[:MESSAGE_LETTERS]
+        text = _printable(f"{type(error).__name__}: {error}")[:MESSAGE_LETTERS]
         self._store.set(self._here(self._rank), text)
         keys, until = [self._here(rank) for rank in range(self._size)], time.monotonic() + GRACE_S
-        while isinstance(error, Exception) and time.monotonic() < until:
-            if self._store.check(keys):
-                self._failed += 1
-                return
-            if self._has("lost"):  # others waited for it
-                break
-            time.sleep(0.02)
-        self._lose(f"rank {self._rank} failed alone in the middle of a call: {text}")
+        is_alone = True
+        try:
+            # where others waited for it they have said so
+            while isinstance(error, Exception) and time.monotonic() < until and not self._has("lost"):
+                if self._store.check(keys):
+                    self._failed, is_alone = self._failed + 1, False
+                    return
+                time.sleep(0.02)
+        finally:  # also where this is interrupted
+            if is_alone:
+                self._lose(f"rank {self._rank} failed alone in the middle of a call: {text}")
 
     def _here(self, rank: int) -> str:
         """Where a rank writes that it failed, while it is where this one is."""
@@ -175,12 +192,17 @@ class Company:
     def _has(self, key: str) -> bool:
         return self._store.check([key])
 
-    def _is_alike(self, text: str, device_type: str) -> bool:
-        """Whether all ranks have this text, by its digest."""
-        mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device_type)
+    def _gathered(self, data: bytes, device_type: str) -> list[bytes]:
+        """Every rank's, which are of one length."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device_type)
         theirs = [torch.empty_like(mine) for _ in range(self._size)]
         self.finish(dist.all_gather(theirs, mine, async_op=True), device_type)
-        return bool((torch.stack(theirs) == mine).all())
+        return [one.cpu().numpy().tobytes() for one in theirs]
+
+
+def _printable(text: str) -> str:
+    """The names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def backend_of(device_type: str) -> str:

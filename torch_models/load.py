@@ -101,14 +101,15 @@ def load(
                 param = nn.Parameter(staging.placed(value), requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, param)
                 del value  # before the next one is read
-        return filling.finish()
+        report = filling.finish()
+        if parallel is not None:
+            model.parallel = parallel
+            parallel.install(model)
+        allocate_derived(model, torch.device(device))
+        return report
 
     model.report = together(mesh, read)
     log.info("place: %d parameters on %s", len(plan.specs.params), device)
-    if parallel is not None:
-        model.parallel = parallel
-        parallel.install(model)
-    allocate_derived(model, torch.device(device))
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source), content=content))
     return model

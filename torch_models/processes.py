@@ -44,7 +44,7 @@ def agreed(
     """
     if mesh is None:
         return work()
-    with company().call():
+    with company().call(), company().telling():
         return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("rank", "ranks"))
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
 
-from jax_models.kernels.grouped_on_cpu import derived_from, grouped_on_cpu, one_of
+from jax_models.derivatives import derived_from
+from jax_models.kernels.grouped_on_cpu import grouped_on_cpu, one_of
 from jax_models.kernels.heads import LANES
 
 # [A, k] x [E, n, k] -> [A, n], rows in groups along A

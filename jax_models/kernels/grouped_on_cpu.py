@@ -7,7 +7,6 @@ as much as 64 (60 times what they do here), and an infinite weight of one makes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ _MOST_ROWS = 128  # of a tile
 def grouped_on_cpu(rows_AK: jax.Array, sizes_E: jax.Array, weight_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Rows times the transposed matrix of their group -> float32 [A, N]; rows behind the last group are anything.
 
-    It has no derivative of its own, as nothing that loops so has: see ``derived_from``.
+    It has no derivative of its own, as nothing that loops so has: see ``jax_models.derivatives``.
 
     Args:
         rows_AK: group after group.
@@ -48,14 +47,3 @@ def one_of(stack: jax.Array, group: jax.Array) -> jax.Array:
     """One matrix of a stack [E, ...], inside of a loop: of bfloat16 XLA would cast the whole stack in front of it."""
     stack, group = jax.lax.optimization_barrier((stack, group))
     return jax.lax.dynamic_index_in_dim(stack, group, keepdims=False)
-
-
-def derived_from(slow: Callable[..., jax.Array], fast: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """``fast``, whose derivatives are those of ``slow``: the same function in other words."""
-    run: Any = jax.custom_jvp(fast)
-
-    @run.defjvp
-    def tangent(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        return run(*primals), jax.jvp(slow, primals, tangents)[1]
-
-    return run

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-from jax_models.kernels.grouped_on_cpu import derived_from
+from jax_models.derivatives import derived_from
 from jax_models.kernels.nvfp4_reference import (
     check_alphas,
     check_rows,

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_models.derivatives import derived_from
 from jax_models.taps import tap
 
 _rows: ContextVar[jax.Array | None] = ContextVar("rows", default=None)
@@ -73,7 +74,18 @@ def added(y: jax.Array, deltas: Sequence[jax.Array], slot_B: jax.Array) -> jax.A
     delta = jnp.zeros_like(deltas[0])
     for slot, one in enumerate(deltas):
         delta = of_rows(slot_B == slot, one, delta)
-    return jnp.where(delta != 0, (y.astype(jnp.float32) + delta).astype(y.dtype), y)  # -0 + 0 would be 0
+    return _sum(y, delta)
+
+
+def _plain_sum(y: jax.Array, delta: jax.Array) -> jax.Array:
+    return (y.astype(jnp.float32) + delta).astype(y.dtype)
+
+
+def _sum_where_any(y: jax.Array, delta: jax.Array) -> jax.Array:
+    return jnp.where(delta != 0, _plain_sum(y, delta), y)  # -0 + 0 would be 0
+
+
+_sum = derived_from(_plain_sum, _sum_where_any)  # an update that is still zero has a gradient
 
 
 @jax.tree_util.register_dataclass

@@ -80,6 +80,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other weights": lambda: model.update_weights_from_disk(second if process else first),
         "a short embedding": lambda: model.set_embed_and_head(turned[:-1] if process else turned),
         "another embedding": lambda: model.set_embed_and_head(turned if process else embed),
+        "a name that is no UTF-8": lambda: model.attach_lora("/gr\udcfc" if process else adapter, "a"),
         "no adapter": lambda: model.attach_lora(job["other"] if process else adapter, "a"),
         "another adapter": lambda: model.attach_lora(job["adapters"][process], "a"),
         "another name": lambda: model.attach_lora(adapter, "ab"[process]),

@@ -44,6 +44,7 @@ SAID = {
     "another embedding": DIFFERENT,
     "half of it": DIFFERENT,
     "no adapter": ALONE,
+    "a name that is no UTF-8": ALONE,
     "another adapter": DIFFERENT,
     "another name": DIFFERENT,
     "detach": ALONE,

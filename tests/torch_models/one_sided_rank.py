@@ -88,6 +88,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "the last of many tokens": lambda: model.decode(last_row, model.prefill(many, max_new_tokens=4)[1]),
         "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=rank),
         "an end": lambda: model.generate(**inputs, ignore_eos=bool(rank)),
+        "a name that is no UTF-8": lambda: model.attach_lora("/gr\udcfc" if rank else adapter, "a"),
         "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),
         "another adapter": lambda: model.attach_lora(job["adapters"][rank], "a"),
         "another name": lambda: model.attach_lora(adapter, "ab"[rank]),
