@@ -102,6 +102,7 @@ def load(
                 setattr(model.get_submodule(owner), leaf, param)
                 del value  # before the next one is read
         report = filling.finish()
+        log.info("place: %d parameters on %s", len(plan.specs.params), device)
         if parallel is not None:
             model.parallel = parallel
             parallel.install(model)
@@ -109,7 +110,6 @@ def load(
         return report
 
     model.report = together(mesh, read)
-    log.info("place: %d parameters on %s", len(plan.specs.params), device)
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source), content=content))
     return model
