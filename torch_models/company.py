@@ -94,7 +94,8 @@ class Company:
         try:
             yield
         except BaseException as error:
-            if self._depth == 1 and self._size > 1 and self._lost is None and error is not self._known:
+            is_news = self._size > 1 and self._lost is None and not self._is_known(error)
+            if is_news and self._depth == 1:
                 self._tell_failure(error)
             raise
         finally:
@@ -167,6 +168,12 @@ class Company:
             return f"the rank that the others meet at is gone: {gone}"
         who = f"ranks {absent} did not come" if absent else "nothing came from the other ranks"
         return f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?"
+
+    def _is_known(self, error: BaseException | None) -> bool:
+        """Whether it is, or came of, what all ranks raise and have told each other: they may say more in other words."""
+        while error is not None and error is not self._known:
+            error = error.__cause__ or error.__context__
+        return error is not None
 
     def _tell_failure(self, error: BaseException) -> None:
         """Say that this rank failed, and find out whether all did."""
