@@ -170,7 +170,7 @@ class Company:
         return f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?"
 
     def _is_known(self, error: BaseException | None) -> bool:
-        """Whether it is, or came of, what all ranks raise and have told each other: they may say more in other words."""
+        """Whether it is, or came of, what all ranks raise and have told each other; they may say more of it each."""
         while error is not None and error is not self._known:
             error = error.__cause__ or error.__context__
         return error is not None
