@@ -29,6 +29,10 @@ _TIMES: dict[tuple[int, ...], int] = {}  # how often these processes have come t
 def told_by(processes: Sequence[int], text: str) -> dict[int, str]:
     """Every process's text, its first ``MESSAGE_LETTERS``, by its index. All of them have to call this.
 
+    Args:
+        processes: indices as JAX counts them, this one's among them, in the order that all give.
+        text: this process's; what UTF-8 lacks is escaped.
+
     Raises:
         RuntimeError: one did not come within ``WAIT_S``, is gone, or gave up itself, as where it was interrupted.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo_adapters import DENSE, EXPERTS, TABLES, make_adapter
 from parity.zoo_draft import make_drafting_checkpoint
 from parity.zoo_pictures import pictures
+from torch_models.company import Company
 
 FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES
 PROGRAM = Path(__file__).with_name("one_rank.py")
@@ -412,6 +414,21 @@ def alone(tmp_path_factory):
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_what_comes_while_one_looks_why_it_does_not_is_no_failure(alone):
+    """It is done when it is asked again, and says so itself; where it failed, it says that."""
+    late = RuntimeError("timed out")
+    come = Mock(**{"is_completed.side_effect": [False, True], "wait.side_effect": [late, None]})
+    Company().finish(come, "cpu")
+    gone = Mock(
+        **{"is_completed.side_effect": [False, True], "wait.side_effect": [late, RuntimeError("closed by peer")]}
+    )
+    lost = Company()
+    with pytest.raises(RuntimeError, match="a rank is gone: closed by peer"):
+        lost.finish(gone, "cpu")
+    with pytest.raises(RuntimeError, match="out of step"), lost.call():
+        pass
 
 
 def test_a_mesh_of_one_rank_cuts_nothing(alone, tmp_path):
