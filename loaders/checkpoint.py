@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from loaders.regions import Region, check_region
 from loaders.slices import Slice, in_parts
 from loaders.sources import Source, Unreachable
 from loaders.spec import ModelConfig
-from loaders.stream import Arrivals, Begun, Request, Result
+from loaders.stream import Arrivals, Begun, Result
 
 DEFAULT_BUDGET_BYTES = 128 << 20
 NUM_SAMPLES, SAMPLE_BYTES = 16, 256  # of a fingerprint
@@ -152,7 +152,7 @@ class Checkpoint:
                 ``into`` when it is asked for. Or ``names`` is one name, or given beside ``lots``.
             CheckpointError: as ``read``.
         """
-        wanted = [[Slice(name) for name in self._sorted(lot)] for lot in self.lots_of(names, lots)]
+        wanted = self._whole(self.lots_of(names, lots))
         given = None if into is None else lambda part: into(part.name)
         check_budget(host_budget_bytes)
         return _named(self._stream(wanted, given, host_budget_bytes))
@@ -204,16 +204,12 @@ class Checkpoint:
         check_budget(host_budget_bytes)
         num_bytes = 0 if host_budget_bytes is None else 1
 
-        def begin(name: str) -> Begun[tuple[str, list[np.ndarray]]]:
-            regions = self.regions(name, wanted)
-            arrays = [part.out for part in regions]
-            return Begun((name, arrays), regions, num_bytes * sum(array.nbytes for array in arrays))
+        def begin(part: Slice) -> Begun[tuple[str, list[np.ndarray]]]:
+            regions = self.regions(part.name, wanted)
+            arrays = [region.out for region in regions]
+            return Begun((part.name, arrays), regions, num_bytes * sum(array.nbytes for array in arrays))
 
-        requests = [
-            [Request(name, self.tensors[name].num_bytes, partial(begin, name)) for name in self._sorted(lot)]
-            for lot in lots
-        ]
-        return self._arrivals(requests, host_budget_bytes or DEFAULT_BUDGET_BYTES)
+        return self._arrivals(self._whole(lots), begin, host_budget_bytes or DEFAULT_BUDGET_BYTES)
 
     def regions(self, name: str, wanted: Callable[[str], list[Region]]) -> list[Region]:
         """What is wanted of a tensor. Raises ValueError: a region that is no part of it, or fits no destination."""
@@ -278,9 +274,9 @@ class Checkpoint:
             raise ValueError("names and lots are given, expected one of them")
         return map(self.names_of, lots)
 
-    def _sorted(self, names: Collection[str]) -> list[str]:
-        """In file order. Raises KeyError: no such tensor."""
-        return sorted(names, key=self._order.__getitem__)
+    def _whole(self, lots: Iterable[Collection[str]]) -> list[list[Slice]]:
+        """Tensors by name, each lot in file order. Raises KeyError: no such tensor."""
+        return [[Slice(name) for name in sorted(lot, key=self._order.__getitem__)] for lot in lots]
 
     @cached_property
     def _order(self) -> dict[str, int]:
@@ -322,11 +318,12 @@ class Checkpoint:
             region = part.region(self.stored_shape(part.name), out)
             return Begun((part, out), [region], out.nbytes if given is None else 0)
 
-        requests = [[Request(part.name, self.num_bytes_of(part), partial(begin, part)) for part in lot] for lot in lots]
-        return self._arrivals(requests, budget)
+        return self._arrivals(lots, begin, budget)
 
-    def _arrivals(self, lots: list[list[Request[Result]]], budget: int) -> Iterator[Result]:
-        yield from Arrivals(self.files, self.tensors, lots, budget)
+    def _arrivals(
+        self, lots: list[list[Slice]], begin: Callable[[Slice], Begun[Result]], budget: int
+    ) -> Iterator[Result]:
+        yield from Arrivals(self.files, self.tensors, lots, begin, self.num_bytes_of, budget)
 
     def destination(self, wanted: str | Slice, out: np.ndarray | None = None, budget: int | None = None) -> np.ndarray:
         """Memory that a tensor, or a part of it, may be read into: ``out``, or new memory of at most ``budget`` bytes.

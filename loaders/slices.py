@@ -71,8 +71,8 @@ class Slice:
 
     def region(self, shape: Sequence[int], out: np.ndarray) -> Region:
         """The part of a tensor of this shape, and ``out`` of the part's, as what is read."""
-        place = out[(*(slice(None) if isinstance(one, slice) else None for one in self.index), ...)]
-        return Region(tuple(shape), self.bounds(shape), place)
+        kept = (slice(None) if isinstance(one, slice) else None for one in self.index)
+        return Region(tuple(shape), self.bounds(shape), out[(*kept, ...)] if self.index else out)
 
 
 def _is_index(found: object) -> bool:

@@ -18,6 +18,7 @@ from loaders.files import PinnedFiles
 from loaders.header import TensorInfo
 from loaders.memory import as_bools
 from loaders.regions import Piece, Region, pieces_of
+from loaders.slices import Slice
 from loaders.sources import OpenFile, PieceError
 
 WINDOW_BYTES = 64 << 20  # on its way at any moment, or as many stretches as keep the session busy
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class Begun(NamedTuple, Generic[Result]):
-    """What a request turns into as its reading begins.
+    """What a part of a tensor turns into as its reading begins.
 
     Attributes:
         result: what is yielded when it is read.
@@ -40,20 +41,6 @@ class Begun(NamedTuple, Generic[Result]):
     result: Result
     regions: list[Region]
     cost: int
-
-
-class Request(NamedTuple, Generic[Result]):
-    """What is wanted of one tensor.
-
-    Attributes:
-        name: of the tensor.
-        num_bytes: the most that beginning it takes.
-        begin: called when it is about to be read.
-    """
-
-    name: str
-    num_bytes: int
-    begin: Callable[[], Begun[Result]]
 
 
 @dataclass
@@ -118,24 +105,29 @@ class Arrivals(Generic[Result]):
         files: what is read.
         tensors: name -> where in them it lies.
         lots: what is wanted, each in file order; nothing of one is begun before all of the last was yielded.
-        budget: bytes of our own that may be held, unless one request alone takes more.
+        begin: called of a part when it is about to be read.
+        num_bytes: the most that beginning a part takes.
+        budget: bytes of our own that may be held, unless one part alone takes more.
     """
 
     def __init__(
         self,
         files: PinnedFiles,
         tensors: Mapping[str, TensorInfo],
-        lots: Sequence[Sequence[Request[Result]]],
+        lots: Sequence[Sequence[Slice]],
+        begin: Callable[[Slice], Begun[Result]],
+        num_bytes: Callable[[Slice], int],
         budget: int,
     ) -> None:
         self._files, self._tensors, self._budget = files, tensors, budget
+        self._begin_reading, self._num_bytes = begin, num_bytes
         self._session = files.session()
         self._gap_bytes, self._stretch_bytes = files.source.gap_bytes, self._session.stretch_bytes
         self._is_dear_to_ask = files.source.is_dear_to_ask
         self._window = min(max(WINDOW_BYTES, self._session.num_stretches * self._stretch_bytes), budget)
         self._process = os.getpid()
         self._lots = deque(map(deque, lots))
-        self._waiting: deque[Request[Result]] = deque()
+        self._waiting: deque[Slice] = deque()
         self._begun: _Tensor[Result] | None = None  # whose pieces are being asked for
         self._flying: dict[int, _Stretch] = {}
         self._done: deque[_Tensor[Result]] = deque()
@@ -231,12 +223,12 @@ class Arrivals(Generic[Result]):
 
     def _begin(self) -> bool:
         """Take up the next tensor, unless it would go beyond the budget while others may still be let go of."""
-        if not self._waiting or (self._held and self._held + self._waiting[0].num_bytes > self._budget):
+        if not self._waiting or (self._held and self._held + self._num_bytes(self._waiting[0]) > self._budget):
             return False
-        name, _, begin = self._waiting.popleft()
-        begun = begin()
+        part = self._waiting.popleft()
+        begun = self._begin_reading(part)
         self._held += begun.cost
-        tensor = _Tensor(name, begun, pieces_of(begun.regions, self._gap_bytes))
+        tensor = _Tensor(part.name, begun, pieces_of(begun.regions, self._gap_bytes))
         if begun.regions:
             self._begun = tensor
         else:
