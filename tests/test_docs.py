@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -30,8 +31,8 @@ CODE_SPAN = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def snippets(language: str) -> list[str]:
-    return [body for found, body in FENCE.findall(README) if found == language]
+def snippets(language: str, text: str = README) -> list[str]:
+    return [body for found, body in FENCE.findall(text) if found == language]
 
 
 def prose(text: str) -> str:
@@ -48,8 +49,11 @@ def verbs_named(text: str) -> list[str]:
     return [match[1] for line in lines if (match := re.match(r"tandem ([a-z][\w-]*)", line))]
 
 
-@pytest.mark.parametrize("snippet", snippets("python"))
-def test_every_python_snippet_of_the_readme_runs(snippet, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name in TEXT for number, _ in enumerate(snippets("python", TEXT[name]))]
+)
+def test_every_python_snippet_of_a_document_runs(name, number, tmp_path):
+    snippet = snippets("python", TEXT[name])[number]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -57,7 +61,12 @@ def test_every_python_snippet_of_the_readme_runs(snippet, tmp_path):
 def test_the_command_lines_of_the_readme_run_and_the_backends_agree(tmp_path, monkeypatch):
     checkpoint = make_checkpoint("qwen3", tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
-    lines = [line.split() for body in snippets("sh") for line in body.splitlines() if line.startswith("tandem ")]
+    lines = [
+        shlex.split(line, comments=True)
+        for body in snippets("sh")
+        for line in body.splitlines()
+        if line.startswith("tandem ")
+    ]
     assert len(lines) >= 3
     for _, *arguments in lines:
         assert main([str(checkpoint) if argument == "CKPT" else argument for argument in arguments]) == 0, arguments
