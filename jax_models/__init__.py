@@ -1,4 +1,4 @@
-"""Qwen3 in Flax NNX: pure functions over weight pytrees."""
+"""Qwen3, Qwen3.5, Qwen3-VL and Gemma 3 in Flax NNX: pure functions over weight pytrees."""
 
 from jax_models.load import load
 from jax_models.model import Model

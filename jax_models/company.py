@@ -80,8 +80,8 @@ def _read(here: tuple[int, ...], text: str) -> dict[int, str]:
     while missing := [process for process in here if process not in found]:
         if time.monotonic() > until:
             raise RuntimeError(
-                f"processes {missing} of {list(here)} did not come within {WAIT_S:g} s. Did one fail elsewhere, or does"
-                " it something else?"
+                f"processes {missing} of {list(here)} did not come within {WAIT_S:g} s. Did it fail earlier,"
+                " or is it making another call? See its log."
             )
         try:
             told = service.blocking_key_value_get(f"{place}{missing[0]}", int(1000 * min(BEAT_S, WAIT_S)))

@@ -157,15 +157,17 @@ class Decoding:
         top_p: float | None = None,
         seed: int = 0,
         ignore_eos: bool = False,
+        graphs: bool = False,
         draft: Draft | None = None,
         draft_tokens: int | None = None,
         adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> jax.Array:
-        """Continue every row of a ragged batch; each as if it were alone, but that a draw depends on the batch's shape.
+        """Continue each row of a batch of prompts of different lengths.
 
-        Of generation_config.json the tokens that end and fill a row are read, and nothing else: options are those given
-        here, and penalties and the like there are none.
+        A row's tokens do not depend on the other rows, except that what is sampled depends on the batch's shape. Of
+        generation_config.json only the end and pad tokens are used: options are those given here, and there are no
+        penalties.
 
         Args:
             input_ids: integers [B, T].
@@ -176,6 +178,7 @@ class Decoding:
             top_p: sample among the best tokens that together reach this probability, in (0, 1].
             seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
             ignore_eos: go on after an end-of-sequence token.
+            graphs: refused; JAX has no need of them, for every step is one compiled program already.
             draft: guesses tokens, and those that the model would have said are kept; ``draft.report`` says what it was
                 worth. See ``jax_models.speculative``.
             draft_tokens: guesses in each round; 3 where there is a draft.
@@ -189,6 +192,8 @@ class Decoding:
             FloatingPointError: logits are NaN or infinite.
         """
         model = self._model
+        if graphs:
+            raise ValueError("graphs=True is torch's: in JAX every step is one compiled program already. Leave it out.")
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
         checked = partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
@@ -241,7 +246,11 @@ class Decoding:
         """Raises ValueError on a pipeline stage."""
         model = self._model
         if model.stage.count > 1:
-            raise ValueError(f"prefill needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+            which = f"stage {model.stage.index} of {model.stage.count}"
+            raise ValueError(
+                f"this takes the whole model, and this is {which}. Load it without stage=, or call each stage with what"
+                " the one before returned (hidden_states=)."
+            )
 
     @property
     def _model(self) -> Model:

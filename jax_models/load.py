@@ -31,8 +31,8 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     stage: tuple[int, int] | None = None,
-    mtp: bool = False,
     *,
+    mtp: bool = False,
     vision: bool = True,
     activation_quantization: bool | None = None,
     quantize: str | None = None,
@@ -40,7 +40,7 @@ def load(
 ) -> Model:
     """Load a checkpoint.
 
-    Parameters keep the checkpoint's dtypes; ``dtype`` is what is computed in.
+    Parameters keep the checkpoint's dtypes; ``dtype`` is that of the computation.
 
     Args:
         uri: the checkpoint's directory or address, see ``loaders.open_checkpoint``.

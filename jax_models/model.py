@@ -251,8 +251,9 @@ class Model(Decoding, Adapted, Seeing):
             entry, checked = self._checked(input_ids, attention_mask, position_ids, hidden_states, multimodal)
             with left_to_xla():
                 return self.programs.apply(weights, self.batch(checked, jnp.asarray(entry)), adapters)
-        entry = input_ids if self.stage.is_first else hidden_states
-        assert entry is not None, "the first stage takes input_ids, later ones hidden_states"
+        self.stage.check_entry(input_ids, hidden_states)
+        entry = input_ids if input_ids is not None else hidden_states
+        assert entry is not None
         mask_BT = (
             jnp.ones(entry.shape[:2], bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
         )

@@ -158,8 +158,11 @@ def _document(where: str) -> dict[str, Any]:
     except ImportError as error:
         raise CheckpointError(where, [f"such an address takes a package that is not installed: {error}"]) from error
     except Exception as error:
-        what = f"it is no complete save of a model: {_first_line(error)}"
-        raise CheckpointError(where, [f"{what}. Was it cut short? Take the one before."]) from error
+        if "://" not in where and not os.path.exists(where):
+            raise CheckpointError(where, ["there is nothing there, expected a directory that save wrote"]) from error
+        why = _first_line(error).rstrip(".")
+        problem = f"it is no complete save of a model ({why}). If it was cut short, restore an earlier one."
+        raise CheckpointError(where, [problem]) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise CheckpointError(where, [f"its format is {brief(found)}, expected {FORMAT}"])

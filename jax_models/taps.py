@@ -57,9 +57,11 @@ class Taps:
         return jnp.asarray(value).astype(dtype)
 
     def check(self) -> None:
-        """Raises ValueError: values were handed in that fit nothing; lists all of them."""
+        """Raises ValueError: nothing is found where it was looked for, or values fit nothing; lists all of those."""
         unknown = sorted(set(self.inject) - self.met)
         problems = self.problems + [f"{path} is no tap of this run" for path in unknown]
+        if self.within is not None and not self.found:
+            raise ValueError(f"within={self.within!r} names nothing that this run has at level={self.level!r}")
         if problems:
             raise ValueError(f"cannot inject: {'; '.join(problems)}. Taps with level='operations' name what there is.")
 

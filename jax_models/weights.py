@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jax_models.model import Model
     from jax_models.programs import Weights
 
+MOST_SHOWN = 20  # of what is wrong with new weights: a model has thousands
+
 
 def flatten(weights: Weights) -> dict[str, jax.Array]:
     """Parameters by checkpoint name."""
@@ -45,11 +47,11 @@ def update_weights_from_disk(
 ) -> Model:
     """A new version with the weights of another checkpoint of the same config, without compiling anything.
 
-    The checkpoint is checked whole before a byte is read, then read whole into new buffers, then published. Until then,
-    and after any failure, the old model serves unchanged; after it, too, at the price of its memory. With ``donate`` it
-    gives its memory up: everything is read once to see that it can be, then again, and each old parameter is deleted
-    as its successor is complete, so that memory holds one of them twice at most. A model that was loaded with
-    ``quantize`` quantises again.
+    The checkpoint is checked whole before a byte is read, then read whole into new buffers, then published. If anything
+    fails the old model goes on serving, unchanged; after a success it stays usable too, at the cost of its memory. With
+    ``donate`` its memory is used again: the checkpoint is read once to see that all of it can be, then a second time,
+    and each old parameter is deleted as its successor is complete, so that memory holds at most one of them twice. A
+    model that was loaded with ``quantize`` quantises again.
 
     Args:
         model: the model to start from.
@@ -151,7 +153,8 @@ def check_same_structure(live: Weights, new: Weights) -> None:
         elif not isinstance(found, Tracer) and not found.sharding.is_equivalent_to(old.sharding, old.ndim):
             problems.append(f"{name} is sharded as {found.sharding}, expected {old.sharding}")
     if problems:
-        raise ValueError("; ".join(problems) + ". Nothing was changed.")
+        shown = problems[:MOST_SHOWN] + [f"and {len(problems) - MOST_SHOWN} more"] * (len(problems) > MOST_SHOWN)
+        raise ValueError("; ".join(shown) + ". Nothing was changed.")
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:

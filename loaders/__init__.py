@@ -2,8 +2,22 @@
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
+from loaders.events import Event
 from loaders.header import TensorInfo
 from loaders.opening import open_checkpoint
+from loaders.plan import LoadReport
+from loaders.quantize import quantized
+from loaders.slices import Slice
 from loaders.stage import Stage
 
-__all__ = ["Checkpoint", "CheckpointError", "Stage", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Event",
+    "LoadReport",
+    "Slice",
+    "Stage",
+    "TensorInfo",
+    "open_checkpoint",
+    "quantized",
+]

@@ -1,4 +1,4 @@
-"""What several processes do alike, or none of them does. How they tell each other is their framework's affair."""
+"""Do something on all processes, and fail on all if it fails on one or they differ. Each backend brings the wire."""
 
 from __future__ import annotations
 

@@ -174,7 +174,8 @@ class Checkpoint:
             KeyError, IndexError: no such tensor, or no such part of it; said before anything is read.
             ValueError, CheckpointError: as ``stream``.
         """
-        order = self._order
+        order, slices = self._order, list(slices)
+        self._check_known({one.name for one in slices if one.name not in order})
         found = sorted(
             (order[one.name], one.bounds(self.stored_shape(one.name)), at, one) for at, one in enumerate(slices)
         )
@@ -262,9 +263,12 @@ class Checkpoint:
     def names_of(self, names: Iterable[str] | None) -> Collection[str]:
         """Those that are asked for, by default all. Raises KeyError: no such tensor; ValueError: it is one name."""
         chosen = self.tensors.keys() if names is None else set(_several(names))
-        if unknown := chosen - self.tensors.keys():
-            raise KeyError(min(unknown))
+        self._check_known(chosen - self.tensors.keys())
         return chosen
+
+    def _check_known(self, unknown: Collection[str]) -> None:
+        if unknown:
+            raise KeyError(f"{self.source} has no tensor {min(unknown)!r}")
 
     def lots_of(self, names: Iterable[str] | None, lots: Iterable[Collection[str]] | None) -> Iterable[Collection[str]]:
         """What is asked for, by default all in one lot. Raises as ``names_of``; ValueError: both are given."""

@@ -50,7 +50,7 @@ class Claim:
             self._empty()
             if self.final.exists() and not (self._over_empty and self.final.is_dir() and not any(self.final.iterdir())):
                 self.temporary.rmdir()
-                raise FileExistsError(f"{self.final} exists by now: another has written it. Nothing of it was changed.")
+                raise FileExistsError(f"{self.final} exists now: another process wrote it. It was not changed.")
         except BaseException:
             self.release()
             raise

@@ -144,7 +144,8 @@ def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:
         if key in read or key in INERT:
             continue
         if key not in OFF:
-            problems.append(f"config.json: option {brief(key)} = {brief(value)} is not implemented")
+            found = f"option {brief(key)} = {brief(value)}"
+            problems.append(f"config.json: {found} is not implemented. Remove it if no result depends on it.")
         elif value not in OFF[key]:
             found = f"option {key!r} = {brief(value)}"
             problems.append(f"config.json: {found} is not implemented, expected {OFF[key][0]!r}")

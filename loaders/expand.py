@@ -133,7 +133,7 @@ def _tensors(candidate: Candidate) -> list[str]:
 
 def _on_stage(rule: Rule, config: ModelConfig, stage: Stage) -> bool:
     # a tied head reads the embedding, and so does a draft: the last stage holds a copy that every update refreshes
-    holds_embedding = stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp))
+    holds_embedding = stage.holds_embedding(is_tied=config.tie_word_embeddings)
     has_tower = stage.has_tower and config.vision is not None
     return {
         "visual": has_tower,

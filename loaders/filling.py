@@ -1,4 +1,4 @@
-"""What a load has to account for while it reads: every tensor once, every parameter whole, scales that can be."""
+"""Checks while a load reads: each tensor arrives once, each parameter is complete, scales are positive and finite."""
 
 from __future__ import annotations
 

@@ -91,17 +91,20 @@ def check_text(
         raise ValueError(f"input_ids is {ids.dtype} {ids.shape}, expected integers [B, T] with B, T >= 1")
     problems = _unknown_ids("input_ids", ids, config)
     mask = np.ones(ids.shape, bool) if attention_mask is None else as_array("attention_mask", attention_mask)
-    if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
-        problems.append(f"attention_mask {mask.shape} must be 0 or 1 and have the shape of input_ids {ids.shape}")
+    if mask.shape != ids.shape:
+        problems.append(f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}")
+        mask = np.ones(ids.shape, bool)
+    elif not np.isin(mask, (0, 1)).all():
+        problems.append(f"attention_mask holds {mask[~np.isin(mask, (0, 1))][0]}, expected 0 (padding) or 1 (real)")
         mask = np.ones(ids.shape, bool)
     mask = mask.astype(bool)
     positions = positions_of(mask) if position_ids is None else as_array("position_ids", position_ids)
     shapes = [ids.shape, (3, *ids.shape), (4, *ids.shape)] if config.is_multi_axis else [ids.shape]
-    if positions.shape not in shapes or positions.dtype.kind not in "iu" or not _fit(positions):
-        problems.append(
-            f"position_ids is {positions.dtype} {positions.shape}, expected int32 values >= 0 of the shape of input_ids"
-            f" {' or '.join(map(str, shapes))}"
-        )
+    if positions.shape not in shapes or positions.dtype.kind not in "iu":
+        expected = " or ".join(map(str, shapes))
+        problems.append(f"position_ids is {positions.dtype} {positions.shape}, expected integers {expected}")
+    elif not _fit(positions):
+        problems.append(f"position_ids holds {positions.min()} to {positions.max()}, expected 0 to {2**31 - 1}")
     if problems:
         raise ValueError("; ".join(problems))
     axes = positions[-3:] if positions.ndim == 3 else positions

@@ -55,7 +55,10 @@ def shown_of(given: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]
         TypeError: an input by a name that is none of ``NAMES``.
     """
     if unknown := sorted(set(given) - set(NAMES)):
-        raise TypeError(f"unexpected inputs {unknown}, expected some of {', '.join(NAMES)}")
+        raise TypeError(
+            f"unexpected keyword {', '.join(map(repr, unknown))}. Beside the call's own options only images and videos"
+            f" are taken: {', '.join(NAMES)}"
+        )
     shown = {name: value for name, value in given.items() if value is not None}
     if set(shown) == {TYPES}:
         types = as_array(TYPES, shown[TYPES])
@@ -141,10 +144,10 @@ def check_inputs(
         checked = check_text(config, ids, attention_mask, position_ids)
         return _prompt(config, checked) if is_prompt else checked
     if config.vision is None or not has_tower:
-        why = (
-            "was loaded without its vision tower" if config.vision is not None else f"({config.architecture}) has none"
-        )
-        raise ValueError(f"{', '.join(shown)} given, but the model {why}")
+        why = f"{config.architecture} has no vision tower"
+        if config.vision is not None:
+            why = "the vision tower is not held here: load the model without vision=False, and give these to stage 0"
+        raise ValueError(f"{', '.join(shown)} given, but {why}")
     types_BT, problems = placeholders(config.vision, ids, shown.get(TYPES))
     # a placeholder's own embedding is never used: any number will do, the lookup must only be legal
     legal = np.where(types_BT != TEXT, np.clip(ids, 0, config.vocab_size - 1), ids)

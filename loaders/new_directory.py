@@ -47,9 +47,9 @@ def new_directory(directory: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file, expected a directory that is new or empty.")
     if target.is_dir() and target.samefile(os.curdir):
-        raise FileExistsError(f"{target} is the working directory, and would be another one. Name a directory in it.")
+        raise FileExistsError(f"{target} is the working directory and cannot be replaced. Name a directory in it.")
     if os.path.ismount(target):
-        raise FileExistsError(f"{target} is where a file system is mounted, and stays it. Name a directory in it.")
+        raise FileExistsError(f"{target} is a mount point and cannot be replaced. Name a directory in it.")
     parent = next(one for one in target.parents if one.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file, expected a directory to make {target} in.")

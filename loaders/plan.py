@@ -185,7 +185,8 @@ def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
     if found == expected:
         return []
     if found.architecture != expected.architecture:
-        return [f"config.json: architecture is {found.architecture}, expected {expected.architecture} as it is live"]
+        differs = f"architecture is {found.architecture}, expected {expected.architecture} as it is live"
+        return [f"config.json: {differs}. Load it as a new model."]
     problems = []
     if found.quantization != expected.quantization:
         ways = ["it is not quantised, and the model is"]
@@ -243,7 +244,8 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
     left_out = tuple(name for name in unclaimed if any(pattern.fullmatch(name) for pattern in patterns))
     problems += repeated_parts(whole, [name for name in unclaimed if name in whole.rivals and name not in left_out])
     problems += [
-        f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} has no such weight"
+        f"tensor {name!r} of {found[name].file} is unexpected: {config.architecture} with"
+        f" num_hidden_layers={config.num_hidden_layers} has no such weight"
         for name in unclaimed
         if name not in left_out and name not in whole.rivals
     ]

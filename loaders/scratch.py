@@ -27,7 +27,7 @@ ShapesOf = Callable[[ParamSpec], Iterable[Shape]]
 
 
 class Staging:
-    """Where parameters are on their way elsewhere: nobody has one any more when the next is asked for."""
+    """Host buffers that are used again: a parameter in them is valid only until the next one is asked for."""
 
     def empty(self, num_bytes: int) -> np.ndarray:
         """Memory for so many bytes, uint8."""

@@ -63,7 +63,7 @@ class ModelConfig(Protocol):
 
     @property
     def needs_whole_rows(self) -> bool:
-        """Whether a masked token among a row's others is not the same as none: a window counts it, a state goes by."""
+        """Whether masking a token differs from leaving it out: a window counts it, a recurrent state steps over it."""
         ...
 
     @property

@@ -50,6 +50,10 @@ class Stage:
     def has_draft(self) -> bool:
         return self.mtp and self.is_last
 
+    def holds_embedding(self, *, is_tied: bool) -> bool:
+        """Whether this stage holds the embedding, which a tied head and a draft read too."""
+        return self.is_first or (self.is_last and (is_tied or self.mtp))
+
     @property
     def has_tower(self) -> bool:
         """Whether this stage holds the vision tower of a model that has one."""
@@ -57,6 +61,10 @@ class Stage:
 
     def check_entry(self, input_ids: object, hidden_states: object) -> None:
         """See that this stage is given what it takes, and nothing else. Raises ValueError."""
+        if self.count == 1 and input_ids is None:
+            raise ValueError("input_ids are missing")
+        if self.count == 1 and hidden_states is not None:
+            raise ValueError("hidden_states go to later stages of a pipeline, and this is the whole model")
         if self.is_first and (input_ids is None or hidden_states is not None):
             raise ValueError("this stage is the first of the pipeline: give input_ids, not hidden_states")
         if not self.is_first and (hidden_states is None or input_ids is not None):

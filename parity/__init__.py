@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from parity.model_backend import ModelBackend
     from parity.trace import Trace
 
-# Public name -> the module that defines it. One line per name.
+# Public name -> the module that defines it. A new one is added here, to __all__, and above for type checkers.
 _PUBLIC = {
     "Backend": "parity.backend",
     "BackendInfo": "parity.backend",

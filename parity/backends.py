@@ -106,19 +106,20 @@ def open_backend(name: str, device: str | None = None) -> Framework:
     try:
         return _open_torch(device or "cpu") if name == "torch" else _open_jax(device)
     except ModuleNotFoundError as error:
-        raise DeviceNotFound(f"backend {name} needs the package {error.name}: pip install 'tandem[{name}]'") from error
+        install = f"pip install '.[{name}]' in Tandem's own directory"
+        raise DeviceNotFound(f"backend {name} needs the package {error.name}: {install}") from error
 
 
 def _open_torch(device: str) -> Framework:
     import torch
 
     import torch_models
+    from torch_models.load import usable_device
 
     try:
-        place = torch.device(device)
-        torch.empty(1, device=place).cpu()  # "meta" has no memory to bring anything from
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeviceNotFound(f"torch has no device {device!r}: {str(error).splitlines()[0]}") from error
+        place = usable_device(device)
+    except ValueError as error:
+        raise DeviceNotFound(str(error)) from error
     called = torch.cuda.get_device_name(place) if place.type == "cuda" else device
     return Framework("torch", torch_models, called, place)
 

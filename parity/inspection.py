@@ -57,6 +57,9 @@ def open_subject(path: str) -> Subject:
     """
     given = Path(path)
     try:
+        if path.endswith(".safetensors"):
+            problem = "this is one file of a checkpoint, expected its directory, or a config.json"
+            raise CheckpointError(path, [problem])
         if "://" not in path and given.is_file():  # also where it is a link to elsewhere
             return _of_config(path, given.name, partial(LocalFile, given), open_source(given.absolute().parent))
         try:

@@ -150,9 +150,12 @@ def rerun(a: ModelBackend, b: ModelBackend, inputs: Inputs, path: str) -> Trace:
     """What ``b`` computes on ``inputs`` with ``a``'s value at ``path`` (``model.layers.7``) in the place of its own.
 
     Raises:
-        ValueError: ``a`` or ``b`` has no such tap.
+        ValueError: ``a`` or ``b`` has no such tap, or takes no such inputs.
     """
-    found = a.taps(inputs, level="operations", within=path)
+    try:
+        found = a.taps(inputs, level="operations", within=path)
+    except ValueError as error:
+        raise ValueError(f"{a.name}: {error}") from error
     if path not in found:
         raise ValueError(f"{a.name} has no tap {path!r}. Taps with level='operations' name what there is.")
     return record_backend(replace(b, inject={path: found[path]}), inputs)

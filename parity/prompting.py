@@ -88,7 +88,8 @@ def _read(directory: Path, config: ModelConfig, text: str, images: Sequence[str 
     token_ids = tokenizer(_spelled(tokenizer, config, text, pad, len(images)), add_special_tokens=False)["input_ids"]
     if not token_ids:
         raise ValueError(
-            f"the prompt is no token at all. Is there a tokenizer in {os.fspath(directory)}, and any text?"
+            f"the prompt has no tokens. Is it empty, or does {os.fspath(directory)} lack its tokenizer's files"
+            " (tokenizer.json)? Copy them there, or give --prompt-ids"
         )
     if not images or tower is None:
         return Prompt({"input_ids": np.array([token_ids], np.int64)}, tokenizer)
@@ -124,7 +125,7 @@ def _libraries(directory: str | os.PathLike[str]) -> tuple[Any, Any]:
         from transformers import AutoImageProcessor, AutoTokenizer
     except ModuleNotFoundError as error:
         raise DeviceNotFound(
-            f"text and images need the package {error.name}: pip install 'tandem[processor]'"
+            f"text and images need the package {error.name}: pip install '.[processor]' in Tandem's own directory"
         ) from error
 
     def open_images(files: Sequence[str | os.PathLike[str]]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Qwen3 in PyTorch: modules whose weights change in place."""
+"""Qwen3, Qwen3.5, Qwen3-VL and Gemma 3 in PyTorch: modules whose weights change in place."""
 
 from torch_models.census import pointer_census
 from torch_models.derived import alias_or_bind_derived_param, copy_or_rebind_param

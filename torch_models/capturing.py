@@ -1,4 +1,4 @@
-"""What may be captured, to be run again without Python, asks the host nothing; what else may is said here."""
+"""Which code may synchronise with the host: none of what runs inside a captured graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks of torch.distributed, as one of them sees them: who waits for another learns why it does not come."""
+"""The ranks of torch.distributed: one that waits for another learns why it does not come, and does not hang."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Company:
         except RuntimeError as gone:
             return f"the rank that the others meet at is gone: {gone}"
         who = f"ranks {absent} did not come" if absent else "nothing came from the other ranks"
-        return f"{who} within {WAIT_S:g} s. Did one fail elsewhere, or does it something else?"
+        return f"{who} within {WAIT_S:g} s. Did it fail earlier, or is it making another call? See its log."
 
     def _is_known(self, error: BaseException | None) -> bool:
         """Whether it is, or came of, what all ranks raise and have told each other; they may say more of it each."""

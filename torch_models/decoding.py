@@ -188,16 +188,17 @@ class Decoding:
         adapter: AdapterOfRows = None,
         **multimodal: Any,
     ) -> torch.Tensor:
-        """Continue every row of a ragged batch; each as if it were alone, but that a draw depends on the batch's shape.
+        """Continue each row of a batch of prompts of different lengths.
 
-        Of generation_config.json the tokens that end and fill a row are read, and nothing else: options are those given
-        here, and penalties and the like there are none.
+        A row's tokens do not depend on the other rows, except that what is sampled depends on the batch's shape. Of
+        generation_config.json only the end and pad tokens are used: options are those given here, and there are no
+        penalties.
 
         Args:
             input_ids: integers [B, T].
             attention_mask: [B, T], padding on either side.
             max_new_tokens: at most so many per row.
-            temperature: 0 = the best token; else the softmax temperature.
+            temperature: 0 = the best token (the lowest id among equals); else the softmax temperature.
             top_k: sample among the best k only.
             top_p: sample among the best tokens that together reach this probability, in (0, 1].
             seed: of the sampling, 0 to 2**63 - 1; ignored at temperature 0.
@@ -271,7 +272,11 @@ class Decoding:
         """Raises ValueError on a pipeline stage."""
         model = self._model
         if model.stage.count > 1:
-            raise ValueError(f"prefill needs the whole model; this is stage {model.stage.index} of {model.stage.count}")
+            which = f"stage {model.stage.index} of {model.stage.count}"
+            raise ValueError(
+                f"this takes the whole model, and this is {which}. Load it without stage=, or call each stage with what"
+                " the one before returned (hidden_states=)."
+            )
 
     @property
     def _model(self) -> Model:

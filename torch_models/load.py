@@ -38,8 +38,8 @@ def load(
     dtype: Any = None,
     device: str | torch.device = "cpu",
     stage: tuple[int, int] | None = None,
-    mtp: bool = False,
     *,
+    mtp: bool = False,
     vision: bool = True,
     activation_quantization: bool | None = None,
     quantize: str | None = None,
@@ -49,7 +49,7 @@ def load(
 ) -> Model:
     """Load a checkpoint.
 
-    Parameters keep the checkpoint's dtypes; ``dtype`` is what is computed in.
+    Parameters keep the checkpoint's dtypes; ``dtype`` is that of the computation.
 
     Args:
         uri: the checkpoint's directory or address, see ``loaders.open_checkpoint``.
@@ -71,15 +71,16 @@ def load(
             reads and holds its part, and an error of one is raised by all; see ``torch_models.parallel``.
     Raises:
         CheckpointError: the checkpoint cannot be used; lists everything.
-        ValueError: a dtype, stage, kernel, budget or mesh that makes no sense.
+        ValueError: a dtype, device, stage, kernel, budget or mesh that makes no sense.
     """
     if mesh is not None:
         check_mesh(mesh)
 
     def prepared() -> tuple[LoadPlan, Parallel | None, Model]:
+        place = usable_device(device)
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
-        plan = plan.within(host_budget_bytes, staged=torch.device(device).type != "cpu")
-        model = _built(plan, dtype, torch.device(device), activation_quantization, kernel)
+        plan = plan.within(host_budget_bytes, staged=place.type != "cpu")
+        model = _built(plan, dtype, place, activation_quantization, kernel)
         return plan, None if mesh is None else Parallel(mesh, plan), model
 
     plan, parallel, model = together(mesh, prepared)
@@ -113,6 +114,17 @@ def load(
     model.checkpoint = checkpoint
     model.publish(Event("load", 1, str(checkpoint.source), content=content))
     return model
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises ValueError: there is no such device here, or none whose memory can be read."""
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place).cpu()  # "meta" has no memory to bring anything from
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"torch has no device {str(device)!r}: {why}. Expected cpu, cuda or cuda:N.") from error
+    return place
 
 
 def _built(

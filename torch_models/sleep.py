@@ -39,7 +39,7 @@ class HostCopy(NamedTuple):
 @torch.inference_mode(False)
 @torch.no_grad()
 def sleep(model: Model) -> Model:
-    """Free the storage of every parameter and buffer, with a copy on the host. Twice is once.
+    """Free the storage of every parameter and buffer, with a copy on the host. Calling it again does nothing.
 
     Adapters stay where they are: they are small. All graphs are dropped, and every cache computed before is refused by
     ``decode`` from now on. Until ``wake`` the model refuses to run, to change and to be exported. On a mesh all ranks
@@ -69,7 +69,7 @@ def sleep(model: Model) -> Model:
 @torch.inference_mode(False)
 @torch.no_grad()
 def wake(model: Model) -> Model:
-    """Give every storage its memory and its bytes back, and compare them. Twice is once.
+    """Give every storage its memory and its bytes back, and compare them. Calling it again does nothing.
 
     The addresses may be others than before, so graphs are captured anew when next asked for.
 

@@ -43,7 +43,7 @@ class GatedAttention(nnx.Module):
         self.k_norm = GemmaRMSNorm(head_dim, eps=eps)
         self.head_dim = head_dim
         self.mesh = mesh
-        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
+        self.kv_cache: KVCache | None = None  # keys and values go through FP8
 
     def __call__(
         self, x_BTD: jax.Array, step: Step, cache: LayerCache | None = None
@@ -57,8 +57,8 @@ class GatedAttention(nnx.Module):
         q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
         k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
         k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
-        if self.rounds_cache:
-            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+        if self.kv_cache:
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.kv_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BTKH, v_BTKH = cut_as_kept(k_BTKH, v_BTKH, cache, self.mesh)
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh))

@@ -74,4 +74,4 @@ def install_cache(model: nnx.Module, specs: Specs, kv_cache: KVCache | None, *, 
         if leaf in KV_LEAVES:
             setattr(module_at(model, path), leaf, nnx.Param(jnp.zeros(())))
         if honoured and kv_leaf(path) is not None and specs.rules[spec.placements[0].tensor].on == "layer":
-            module_at(model, path.rpartition(".")[0]).rounds_cache = kv_cache
+            module_at(model, path.rpartition(".")[0]).kv_cache = kv_cache

@@ -39,7 +39,7 @@ class Device(ctypes.Structure):
 
 def install(scheme: str) -> str:
     """What to do where something is not installed that addresses of ``scheme`` need."""
-    return f"Install the extra: pip install 'tandem[{EXTRAS[scheme]}]'"
+    return f"Install the extra: pip install '.[{EXTRAS[scheme]}]' in Tandem's own directory"
 
 
 def find_library(scheme: str) -> Path:

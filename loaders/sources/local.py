@@ -41,8 +41,13 @@ class LocalDirectory:
         self.scheme = scheme
         if not path:
             raise OSError("it names no directory, and is not taken for the current one. Give '.' for that.")
+        if not self.path.exists():
+            raise OSError(
+                f"{self._written} is not a directory that exists. Directories, s3:// and gs:// are read, and nothing"
+                " is downloaded from the Hugging Face Hub: hf download NAME --local-dir DIR does that"
+            )
         if not self.path.is_dir():
-            raise OSError(f"{self._written} is not a directory")
+            raise OSError(f"{self._written} is not a directory but a file. Give the directory it is in")
         if scheme == LOCAL:
             find_library(LOCAL)  # what is not installed is said before anything is read
 

@@ -144,7 +144,7 @@ def before_rotation() -> list[Any]:
 
         def rotate(x: Any, *angles: Any) -> Any:
             now["turn"] += 1
-            is_key = now["turn"] == 2 and now["attention"].rounds_cache
+            is_key = now["turn"] == 2 and now["attention"].kv_cache
             return original(round_(x, now["attention"].k_proj.k_scale[...]) if is_key else x, *angles)
 
         return rotate

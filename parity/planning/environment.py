@@ -60,5 +60,6 @@ def check_installed() -> None:
     missing = [name for name in ("jax", "flax", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceNotFound(
-            f"{' and '.join(missing)} not installed, which compiling for a TPU takes: pip install '.[jax,tpu-compiler]'"
+            f"{' and '.join(missing)} not installed, which compiling for a TPU takes:"
+            " pip install '.[jax,tpu-compiler]' in Tandem's own directory"
         )

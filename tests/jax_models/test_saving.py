@@ -289,7 +289,7 @@ def test_of_two_saves_to_one_directory_one_is_there_whole_and_the_other_is_told(
 
     monkeypatch.setattr(orbax_files, "together", stepped)
     save("first")
-    assert "save exists by now" in errors["first"] if winner == "second" else "by another" in errors["second"]
+    assert "save exists now" in errors["first"] if winner == "second" else "by another" in errors["second"]
     assert len(errors) == 1
     assert jax_models.restore(tmp_path / "save").digests() == models[winner].digests()
     assert [path.name for path in tmp_path.iterdir()] == ["save"]

@@ -250,7 +250,7 @@ def test_all_problems_of_a_checkpoint_are_in_one_error(tmp_path: Path) -> None:
         "config.json: vocab_size is missing. Is the file complete?",
         "config.json: hidden_size is 'eight', expected an integer",
         "config.json: layer_types is 3, expected a list, each a string",
-        "config.json: option 'new_option' = 1 is not implemented",
+        "config.json: option 'new_option' = 1 is not implemented. Remove it if no result depends on it.",
         "generation_config.json: eos_token_id is 'two', expected an integer of 32 bits",
         f"extra.safetensors is in the directory but not in {INDEX}. Remove it, or write an index that covers it.",
         f"{B}: tensor 'c' has unknown dtype 'F31'. Known: {', '.join(sorted(dtypes.NAMES))}",

@@ -60,7 +60,7 @@ def test_within_a_process_too_and_what_is_let_go_of_may_be_taken(tmp_path: Path)
 def test_what_is_finished_is_left_alone(tmp_path: Path) -> None:
     one = claim(tmp_path)
     one.final.mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="exists by now"):
+    with pytest.raises(FileExistsError, match="exists now: another process wrote it"):
         one.take()
     assert not one.temporary.exists()
     assert not one.is_held

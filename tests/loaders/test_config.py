@@ -86,8 +86,9 @@ def test_one_missing_key_is_one_problem(key: str) -> None:
 
 def test_unknown_keys_are_all_named() -> None:
     assert problems_of(CONFIG | {"attn_logit_softcap": 50.0, "mystery": [1, {"deep": [[[[]]]]}]}) == [
-        "config.json: option 'attn_logit_softcap' = 50.0 is not implemented",
-        "config.json: option 'mystery' = [1, {'deep': [[[[]]]]}] is not implemented",
+        "config.json: option 'attn_logit_softcap' = 50.0 is not implemented. Remove it if no result depends on it.",
+        "config.json: option 'mystery' = [1, {'deep': [[[[]]]]}] is not implemented."
+        " Remove it if no result depends on it.",
     ]
 
 
@@ -209,10 +210,10 @@ def test_problems_of_every_kind_are_reported_together() -> None:
     assert problems_of(document) == [
         "config.json: rope_type 'su' is not implemented. Known: default, linear, dynamic, yarn",
         "config.json: vocab_size is missing. Is the file complete?",
-        "config.json: option 'mystery' = 1 is not implemented",
+        "config.json: option 'mystery' = 1 is not implemented. Remove it if no result depends on it.",
     ]
     assert problems_of(CONFIG | {"mystery": 1, "head_dim": 3, "hidden_act": "relu"}) == [
-        "config.json: option 'mystery' = 1 is not implemented",
+        "config.json: option 'mystery' = 1 is not implemented. Remove it if no result depends on it.",
         "config.json: head_dim=3 is odd; rotary embedding needs pairs",
         "config.json: hidden_act 'relu' is not implemented, expected 'silu'",
     ]

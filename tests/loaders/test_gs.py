@@ -152,7 +152,7 @@ def test_a_header_that_is_replaced_while_it_is_read_is_an_error(server: Server, 
 
 def test_without_the_streamers_part_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(library.PARTS, "gs", (library.PARTS["gs"][0], "libnone.so"))
-    with pytest.raises(CheckpointError, match=r"runai-model-streamer-gcs is not installed\. .*'tandem\[gs\]'"):
+    with pytest.raises(CheckpointError, match=r"runai-model-streamer-gcs is not installed\. .*'\.\[gs\]'"):
         open_checkpoint("gs://ckpt/x")
 
 

@@ -287,7 +287,8 @@ def test_without_the_extra_one_error_names_it(directory: Path, monkeypatch: Any,
         open_checkpoint(uri.format(directory=directory))
     (problem,) = caught.value.problems
     assert problem == (
-        "cannot be opened: runai-model-streamer is not installed. Install the extra: pip install 'tandem[runai]'"
+        "cannot be opened: runai-model-streamer is not installed."
+        " Install the extra: pip install '.[runai]' in Tandem's own directory"
     )
 
 
@@ -307,7 +308,7 @@ def test_a_package_without_its_s3_part_is_told_which_to_install(directory: Path,
 
     load = runai.library_of
     monkeypatch.setattr(runai, "library_of", lambda scheme: Partial(load(scheme)))
-    with pytest.raises(CheckpointError, match=r"Error loading object storage plugin .* pip install 'tandem\[runai\]'"):
+    with pytest.raises(CheckpointError, match=r"Error loading object storage plugin .* pip install '\.\[runai\]'"):
         list(open_checkpoint(f"runai://{directory}").stream())
 
 

@@ -166,7 +166,7 @@ def test_what_one_process_does_alone_is_an_error_of_both(backend, tmp_path):
             "RuntimeError: process 1 gave up: KeyboardInterrupt",
             "interrupted",
         ]
-        assert "RuntimeError: processes [1] of [0, 1] did not come within 1 s. Did one" in both[0]["late"]
+        assert "RuntimeError: processes [1] of [0, 1] did not come within 1 s. Did it" in both[0]["late"]
         assert both[1]["late"] == "RuntimeError: process 0 gave up: RuntimeError"
         assert "expected some of this one, 1" in both[1]["elsewhere"]
         assert all("max_new_tokens" in found["an option"] for found in both)

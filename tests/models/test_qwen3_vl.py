@@ -181,7 +181,7 @@ def test_text_alone_is_loaded_without_the_tower_and_says_so(seeing, side, tmp_pa
     assert len(model.report.left_out) == sum(
         name.startswith("model.visual.") for name in loaders.open_checkpoint(seeing("vl")).tensors
     )
-    with pytest.raises(ValueError, match="without its vision tower"):
+    with pytest.raises(ValueError, match="the vision tower is not held here: load the model without vision=False"):
         model(**batch_of(seeing("vl"), "right"))
     model.export(tmp_path / "export")  # whole: what was left out is copied
     assert (

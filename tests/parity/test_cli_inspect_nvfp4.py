@@ -196,7 +196,11 @@ def test_what_is_no_json_is_not_read_and_not_waited_for(tmp_path, capsys):
     assert f"{tmp_path}: 1 problem" in said
     assert "config.json cannot be read: it is not a regular file" in said
     shard = tmp_path / "model-00001-of-00002.safetensors"
-    shard.touch()
-    os.truncate(shard, 1 << 40)
+    large = tmp_path / "large.json"
+    for file in (shard, large):
+        file.touch()
+        os.truncate(file, 1 << 40)
     assert main(["inspect", str(shard)]) == 2
-    assert f"{shard.name} cannot be read: it has 1099511627776 bytes, expected at most" in capsys.readouterr().err
+    assert "this is one file of a checkpoint, expected its directory, or a config.json" in capsys.readouterr().err
+    assert main(["inspect", str(large)]) == 2
+    assert "large.json cannot be read: it has 1099511627776 bytes, expected at most" in capsys.readouterr().err

@@ -390,7 +390,7 @@ def test_a_rank_that_fails_alone_is_an_error_of_all_within_seconds(backend, tmp_
     [
         ("interrupted", "rank 1 failed in the middle of a call: KeyboardInterrupt"),
         ("with its part done", "rank 1 failed in the middle of a call: RuntimeError: out of memory"),
-        ("late", "ranks [1] did not come within 3 s. Did one fail elsewhere, or does it something else?"),
+        ("late", "ranks [1] did not come within 3 s. Did it fail earlier, or is it making another call? See its log."),
         ("killed", "a rank is gone"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_stage_takes_what_is_its_own(make: Make) -> None:
         last(IDS)
     with pytest.raises(ValueError, match=r"expected \[B, T, 40\]"):
         last(hidden_states=np.zeros((1, 2, D + 1), np.float32))
-    with pytest.raises(ValueError, match="prefill needs the whole model; this is stage 0 of 2"):
+    with pytest.raises(ValueError, match="this takes the whole model, and this is stage 0 of 2"):
         first.generate(IDS)
     for stage in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="must be"):

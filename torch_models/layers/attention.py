@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = scale
         self.softcap = softcap
-        self.rounds_cache: KVCache | None = None  # keys and values go through FP8
+        self.kv_cache: KVCache | None = None  # keys and values go through FP8
 
     def hold(self, asked: Asked) -> None:
         """On a mesh: keep of keys and values those alone that the query heads here ask for."""
@@ -141,8 +141,8 @@ class Attention(nn.Module):
         q_BTNH = tap(self.path, "q_rotated", rotate(q_BTNH, step.cos_BTR, step.sin_BTR))
         k_BTKH = tap(self.path, "k_norm", self.k_norm(k_BTKH))
         k_BTKH = tap(self.path, "k_rotated", rotate(k_BTKH, step.cos_BTR, step.sin_BTR))
-        if self.rounds_cache:
-            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.rounds_cache)
+        if self.kv_cache:
+            k_scale, v_scale = cache_scales(self.k_proj, self.v_proj, self.kv_cache)
             k_BTKH, v_BTKH = fp8_kept(k_BTKH, k_scale), fp8_kept(v_BTKH, v_scale)
         k_BSKH, v_BSKH = remembered(k_BTKH, v_BTKH, step, cache)
         keys_values = evened(k_BSKH, self.asked), evened(v_BSKH, self.asked)

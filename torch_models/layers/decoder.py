@@ -28,8 +28,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Any, stage: Stage, layers: Mapping[int, nn.Module], norm: nn.Module) -> None:
         super().__init__()
-        # a tied head and a draft read the embedding too
-        if stage.is_first or (stage.is_last and (config.tie_word_embeddings or stage.mtp)):
+        if stage.holds_embedding(is_tied=config.tie_word_embeddings):
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(layer): module for layer, module in layers.items()})
         if stage.is_last:

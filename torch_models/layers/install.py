@@ -77,4 +77,4 @@ def install_cache(model: nn.Module, specs: Specs, kv_cache: KVCache | None, *, h
             setattr(model.get_submodule(path), leaf, empty_param())
         if honoured and kv_leaf(path) is not None and specs.rules[spec.placements[0].tensor].on == "layer":
             attention: Any = model.get_submodule(path.rpartition(".")[0])
-            attention.rounds_cache = kv_cache
+            attention.kv_cache = kv_cache
