@@ -33,7 +33,7 @@ from loaders.remembered import described, remembered
 from loaders.spec import Specs
 from loaders.stage import Stage
 
-FORMAT = 3
+FORMAT = 4
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax writes
 
 

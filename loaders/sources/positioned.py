@@ -30,15 +30,13 @@ PIECES_ON_THEIR_WAY = 16
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class FileIdentity:
     """What must not change between opening a checkpoint and reading it.
 
     Attributes:
         changed_ns: when the file or its attributes changed: unlike ``modified_ns`` nobody can set it back. Whether it
-            was also written to nobody can tell then, so it counts as that; but a file that was replaced or removed
-            loses a link, and is still what it was.
-        links: how many names it has.
+            was also written to nobody can tell then, so it counts as that, also where the file only lost its name.
     """
 
     device: int
@@ -46,22 +44,6 @@ class FileIdentity:
     num_bytes: int
     modified_ns: int
     changed_ns: int = field(repr=False)
-    links: int = field(repr=False)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FileIdentity):
-            return NotImplemented
-        if self._content != other._content:
-            return False
-        before, after = sorted((self, other), key=lambda one: one.changed_ns)
-        return before.changed_ns == after.changed_ns or after.links < before.links
-
-    def __hash__(self) -> int:
-        return hash(self._content)
-
-    @property
-    def _content(self) -> tuple[int, ...]:
-        return self.device, self.inode, self.num_bytes, self.modified_ns
 
 
 class LocalFile:
@@ -102,8 +84,7 @@ class LocalFile:
 
     def identity(self) -> FileIdentity:
         found = os.fstat(self.descriptor)
-        content = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        return FileIdentity(*content, found.st_ctime_ns, found.st_nlink)
+        return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def read_into(self, out: memoryview, position: int) -> None:
         """Fill ``out`` (flat bytes) from byte ``position`` on. Raises OSError when the file ends before."""

@@ -183,7 +183,7 @@ def test_every_array_that_is_damaged_is_named(saved, copy):
         ("a digit of the document", "what it says of the model is damaged"),
         ("half a document", "it is no complete save"),
         ("no document", "it is no complete save"),
-        ("another format", "its format is 7, expected 3"),
+        ("another format", "its format is 7, expected 4"),
         ("no arrays", "its arrays cannot be read"),
     ],
 )
