@@ -51,16 +51,24 @@ def cut_as_kept(k_BTKH: jax.Array, v_BTKH: jax.Array, cache: LayerCache | None, 
     return [jax.lax.with_sharding_constraint(new, cuts) for new in (k_BTKH, v_BTKH)]
 
 
-def in_turn(out_BTNH: jax.Array, cache: LayerCache | None, step: Step) -> tuple[jax.Array, LayerCache | None]:
-    """What attention gives and the cache after it, as they are; on a TPU the cache is written before any use of them.
+def in_turn(
+    out_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, step: Step, cache: LayerCache | None
+) -> tuple[jax.Array, LayerCache | None]:
+    """What attention gives, and the cache with these keys and values; on a TPU in that order, and before any use.
 
-    Otherwise XLA writes every layer's cache when all of them are done: rows wait in HBM for it, and caches in VMEM,
-    from which they are then written back whole.
+    Otherwise XLA may write a cache before it is read, and reads a copy of it; or it writes every layer's when all of
+    them are done: rows wait in HBM for it, and caches in VMEM, from which they are then written back whole.
     """
     if cache is None or step.is_first:
-        return out_BTNH, cache
-    ways = {"tpu": lambda *both: jax.lax.optimization_barrier(both), "default": lambda *both: both}
-    return jax.lax.platform_dependent(out_BTNH, cache, **ways)
+        return out_BTNH, remembered(k_BTKH, v_BTKH, step, cache)
+
+    def by_xla(out_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, LayerCache | None]:
+        return out_BTNH, remembered(k_BTKH, v_BTKH, step, cache)
+
+    def on_tpu(*given: jax.Array) -> tuple[jax.Array, LayerCache | None]:
+        return jax.lax.optimization_barrier(by_xla(*jax.lax.optimization_barrier(given)))
+
+    return jax.lax.platform_dependent(out_BTNH, k_BTKH, v_BTKH, tpu=on_tpu, default=by_xla)
 
 
 def attend(
@@ -214,5 +222,5 @@ class Attention(nnx.Module):
         k_BTKH, v_BTKH = cut_as_kept(k_BTKH, v_BTKH, cache, self.mesh)
         options = {"scale": self.scale, "softcap": self.softcap}
         out_BTNH = tap(self.path, "attention", attend_cached(q_BTNH, k_BTKH, v_BTKH, step, cache, self.mesh, **options))
-        out_BTNH, cache = in_turn(out_BTNH, remembered(k_BTKH, v_BTKH, step, cache), step)
+        out_BTNH, cache = in_turn(out_BTNH, k_BTKH, v_BTKH, step, cache)
         return tap(self.path, "o_proj", self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))), cache

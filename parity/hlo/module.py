@@ -77,6 +77,12 @@ class Instruction:
         return found[1] if found else ""
 
     @property
+    def stated_bytes(self) -> int | None:
+        """What a custom call says that it reads and writes, in HBM or not; None: it says nothing."""
+        found = re.search(r'"bytes_accessed":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    @property
     def source(self) -> str:
         """What the program called it: JAX's name of the operation, with the functions around it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)

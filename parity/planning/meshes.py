@@ -22,7 +22,7 @@ from loaders.stage import Stage
 
 PROGRAMS = ("prefill", "decode")
 AXES = ("data", FSDP, "expert", "tensor")  # outermost first
-LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle
+LANES = 128  # of a vector register: narrower parts of an expert leave the multiplier idle, and are copied to be padded
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def held(config: ModelConfig, load: Workload, sizes: dict[str, int], stage: Stag
 def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> dict[str, int]:
     """The cut that leaves the least on each device, which is also the least that a decode step reads.
 
-    Experts are spread before they are cut, and not into parts narrower than a register unless nothing else leaves each
-    device the ``room`` that it has, in bytes; rows are spread where heads no longer can be: keys and values that no
-    axis cuts lie on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are used:
-    libtpu compiles for part of a slice or does not, six of eight v5e for one.
+    Experts are spread before they are cut, and not into parts whose rows fill no whole registers unless nothing else
+    leaves each device the ``room`` that it has, in bytes; rows are spread where heads no longer can be: keys and values
+    that no axis cuts lie on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are
+    used: libtpu compiles for part of a slice or does not, six of eight v5e for one.
     """
     return dict(_default_mesh(config, devices, load, room))
 
@@ -140,7 +140,9 @@ def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -
 def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> Mapping[str, int]:
     """See ``default_mesh``; kept, for a plan asks of every slice again and again."""
     dims = config.dims()
-    widths = [dims[letter].size for letter in ("M",) if letter in dims]
+    # of the rows of experts, as they are stored: two codes lie in a byte
+    parts = {axis.partition("/")[2] or "1" for *_, axis in _stacks(config) if axis in ("M", "M/2")}
+    widths = [dims["M"].size // int(part) for part in parts]
 
     def cost(sizes: dict[str, int]) -> tuple[Any, ...]:
         tensor, size = sizes.get("tensor", 1), sum(held(config, load, sizes))
@@ -152,6 +154,11 @@ def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) 
     if not cost(usual)[0] or sum(held(config, load, {})) > room * devices:  # there is room, or cannot be
         return usual
     return min([usual, *_cuts(devices, devices, experts, rows_by=FSDP)], key=cost)
+
+
+def _stacks(config: ModelConfig) -> Iterator[tuple[str, ...]]:
+    """The axes of every parameter that has one matrix of each expert."""
+    return (spec.axes for spec in specs_for(config, Stage()) if spec.axes[:1] == ("E",))
 
 
 def _cuts(devices: int, rows: int, experts: int, rows_by: str = "data") -> Iterator[dict[str, int]]:

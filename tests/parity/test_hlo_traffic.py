@@ -159,3 +159,30 @@ def test_sums_of_which_parts_are_kept_are_sent_each():
     """libtpu gives all of them one channel, as it does what goes on beside several fusions."""
     found = traffic_of(SUMMED_AND_CUT)
     assert found.collectives == {"all-reduce": {"count": 2, "bytes": 2 * 8 * 128 * 4}}
+
+
+# two devices hold both heads of keys and values, and the queries of each ask for one
+OF_SOME_HEADS = """HloModule held, is_scheduled=true
+
+ENTRY %main (q: f32[8,1,8,128], k: bf16[8,2,1024,128], v: bf16[8,2,1024,128]) -> f32[8,1,8,128] {
+  %q = f32[8,1,8,128]{3,2,1,0:T(8,128)} parameter(0)
+  %k = bf16[8,2,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %v = bf16[8,2,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %NAME.1 = f32[8,1,8,128]{3,2,1,0:T(8,128)} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1","bytes_accessed":"STATED"}}}
+}
+"""
+
+
+def test_of_a_cache_the_kernel_over_it_reads_what_it_says_and_any_other_all():
+    one_head, queries = 8 * 1024 * 128 * BF16, 8 * 8 * 128 * 4
+    stated = 2 * one_head + 2 * queries
+    ours, other = (
+        traffic_of(OF_SOME_HEADS.replace("NAME", name).replace("STATED", str(stated)))
+        for name in ("attend_held", "somebody_elses")
+    )
+    assert (ours.read_bytes, ours.written_bytes) == (stated, queries)
+    assert (other.read_bytes, other.written_bytes) == (4 * one_head + queries, queries)
+    assert ours.heaviest["attend_held.1"] == stated + queries
+    more = traffic_of(OF_SOME_HEADS.replace("NAME", "attend_held").replace("STATED", str(10**9)))
+    assert more.read_bytes == other.read_bytes  # what lies in VMEM is stated, too

@@ -242,6 +242,15 @@ def test_narrow_parts_of_experts_are_better_than_none_that_fit():
     assert smallest(Request("odd", config, None, chip_of("v5e"), load)) == "2x2"
 
 
+def test_of_codes_two_lie_in_a_byte_and_parts_are_narrow_sooner():
+    """Qwen3-235B-A22B on sixteen: 384 elements of an expert are three registers in bfloat16, and 192 bytes of codes."""
+    load, room = dataclasses.replace(LOAD, rows=8, context=8192), 15 * 10**9
+    config = planned(str(CONFIGS / "qwen3-235b-a22b.json"), "nvfp4").config
+    assert default_mesh(config, 16, load, room) == {"expert": 8, "tensor": 2}
+    plain = planned(str(CONFIGS / "qwen3-235b-a22b.json"), None).config
+    assert default_mesh(plain, 16, load, 60 * GB) == {"expert": 4, "tensor": 4}
+
+
 def test_where_none_fits_none_is_suggested(compiling):
     slices = dict.fromkeys(chip_of("v5e").topologies, 20 * GB)
     found, _ = compiling("2x2", slices)

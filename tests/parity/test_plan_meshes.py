@@ -293,3 +293,16 @@ def test_of_a_mesh_alone_the_smallest_slice_with_its_devices_is_planned(said, ca
     assert (found["topology"], asked) == ("2x4", [("2x4", {"tensor": 8})])
     assert main(["plan", DENSE, "--mesh", "data=512"]) == 2
     assert "the mesh takes 512 devices, but v5e:16x16 has 256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu-compiler]'")
+@pytest.mark.parametrize("mesh", ["expert=4", "expert=2,tensor=2"])
+def test_no_step_of_many_layers_copies_a_cache(mesh, tmp_path):
+    """Of few layers XLA writes each cache behind the kernel that reads it by itself; of sixteen it wrote one before."""
+    document = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text()) | {"num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    options = ["--topology", "2x2", "--mesh", mesh, "--context", "8192", "--quant", "nvfp4", "--exact"]
+    assert main(["plan", str(tmp_path), *options, "--json", str(tmp_path / "plan.json")]) == 0
+    decode = json.loads((tmp_path / "plan.json").read_text())["programs"]["decode"]
+    assert decode["ratio"] < 1.05
