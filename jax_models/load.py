@@ -91,10 +91,12 @@ def load(
     weights, report = together(mesh, read)
     devices = {device for array in weights.values() for device in array.devices()}
     log.info("place: %d parameters on %s", len(weights), ", ".join(sorted(map(str, devices))))
+    event = Event("load", 1, str(checkpoint.source), content=content)
+    log.info("publish: version %d (%s)", event.version, event.kind)
     return Model(
         config=checkpoint.config,
         weights=unflatten(weights),
-        version=1,
+        version=event.version,
         programs=programs,
         quantize=quantize,
         stage=plan.stage,
@@ -102,5 +104,5 @@ def load(
         checkpoint=checkpoint,
         specs=plan.specs,
         report=report,
-        events=(Event("load", 1, str(checkpoint.source), content=content),),
+        events=(event,),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from loaders.roster import AdapterOfRows, Roster
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
 from loaders.stepwise import stepwise
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -315,6 +318,7 @@ class Model(Decoding, Adapted, Seeing):
     ) -> Model:
         """The next version, with its event. Weights must have been checked."""
         event = Event(kind, self.version + 1, detail, ignored, content)
+        log.info("publish: version %d (%s)", event.version, event.kind)
         return dataclasses.replace(
             self, weights=weights, version=self.version + 1, events=(*self.events, event), weights_id=object()
         )

@@ -6,6 +6,7 @@ quarter of the devices reads about a quarter of the checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -55,7 +56,7 @@ def dry_run(plan: LoadPlan, mesh: Mesh | None) -> None:
     Raises:
         CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
     """
-    filling = Filling(plan)
+    filling = Filling(dataclasses.replace(plan, phase="check"))
     if mesh is None:
         deque(read_whole(filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
     else:

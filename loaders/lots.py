@@ -58,7 +58,7 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
     num_bytes = sum(tensors[name].num_bytes for name in plan.tensors)
     lots = lots_of_plan(plan) if plan.staged else [plan.tensors]
     stream = plan.checkpoint.stream(plan.host_budget_bytes, lots=lots, into=into)
-    yield from reported(stream, num_bytes, str(plan.checkpoint.source))
+    yield from reported(stream, num_bytes, str(plan.checkpoint.source), phase=plan.phase)
 
 
 def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from loaders.checkpoint import Checkpoint
@@ -49,6 +49,7 @@ class LoadPlan:
     other_stages: int
     host_budget_bytes: int | None = None  # see ``within``
     staged: bool = True  # likewise
+    phase: str = "read"  # what the log calls it
 
     def within(self, host_budget_bytes: int | None, *, staged: bool) -> LoadPlan:
         """The same plan under a hard limit of what it holds on the host beside parameters that stay there.
@@ -156,9 +157,14 @@ def plan_reload(checkpoint: Checkpoint, config: ModelConfig, stage: Stage, live:
         CheckpointError: listing every difference in config.json that changes the computation, and every tensor that is
             missing, unexpected, or of another shape or dtype than the live parameter.
     """
-    problems = _config_differences(checkpoint.config, config)
     plan, found = _match(checkpoint, config, stage)
-    problems += found
+    held = {spec.name.rpartition(".")[0] for spec in plan.specs}
+    ours, theirs = (one.quantization and one.quantization.of_modules(held) for one in (config, checkpoint.config))
+    if ours == theirs and config.quantization != checkpoint.config.quantization:
+        # what is not held may be quantised otherwise, and its tensors have other names then
+        alike = dataclasses.replace(config, quantization=checkpoint.config.quantization)  # pyright: ignore[reportArgumentType]
+        plan, found = _match(checkpoint, alike, stage)
+    problems = _config_differences(checkpoint.config, config, held) + found
     for name, dtype in plan.dtypes.items():
         if dtype != live[name]:
             problems.append(f"parameter {name!r} is {dtype} in the checkpoint, expected {live[name]} as it is live")
@@ -181,16 +187,17 @@ def _log(plan: LoadPlan) -> None:
     )
 
 
-def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
+def _config_differences(found: ModelConfig, expected: ModelConfig, held: Collection[str]) -> list[str]:
+    """What tells two models apart; of how they are quantised the modules that are ``held`` alone."""
     if found == expected:
         return []
     if found.architecture != expected.architecture:
         differs = f"architecture is {found.architecture}, expected {expected.architecture} as it is live"
         return [f"config.json: {differs}. Load it as a new model."]
     problems = []
-    if found.quantization != expected.quantization:
-        ways = ["it is not quantised, and the model is"]
-        ways = ways if found.quantization is None else found.quantization.differences(expected.quantization)
+    here, live = (one and one.of_modules(held) for one in (found.quantization, expected.quantization))
+    if here != live:
+        ways = ["it is not quantised, and the model is"] if here is None else here.differences(live)
         problems = [f"quantisation: {way}, as it is live. Load it as a new model." for way in ways]
         assert problems, "two quantisations differ, and nothing says in what"
     ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(found)  # pyright: ignore[reportArgumentType]
@@ -233,10 +240,12 @@ def _match(checkpoint: Checkpoint, config: ModelConfig, stage: Stage) -> tuple[L
                     f"tensor {placement.tensor!r} is {found[placement.tensor].dtype}, expected {first} like the other"
                     f" parts of {spec.name!r}"
                 )
-    verified = {tied.tensor: tied.same_as for tied in specs.tied if tied.tensor in found}
-    for tied in specs.tied:
-        if tied.tensor in found:
-            problems += _tensor_problems(checkpoint, tied.tensor, tied.shape, (), specs)
+    # wherever the table is, or the first stage of a pipeline would take what the last one refuses
+    params = {spec.name for spec in specs}
+    ties = [tied for tied in whole.tied if tied.same_as in params and tied.tensor in found]
+    verified = {tied.tensor: tied.same_as for tied in ties}
+    for tied in ties:
+        problems += _tensor_problems(checkpoint, tied.tensor, tied.shape, (), whole)
     claimed = whole.tensors()
     unclaimed = [name for name in found if name not in claimed]
     # what was asked for is not left out, so whatever else goes by such a name is a mistake

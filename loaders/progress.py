@@ -19,7 +19,7 @@ Read = TypeVar("Read", np.ndarray, list[np.ndarray])
 
 
 def reported(
-    tensors: Iterator[tuple[str, Read]], num_bytes: int, what: str, stream: TextIO | None = None
+    tensors: Iterator[tuple[str, Read]], num_bytes: int, what: str, stream: TextIO | None = None, phase: str = "read"
 ) -> Iterator[tuple[str, Read]]:
     """The same tensors, whole or in the parts that are held here, counted as they pass.
 
@@ -31,6 +31,7 @@ def reported(
         num_bytes: of all of them.
         what: is read, for people.
         stream: where the bar goes; default: stderr as it is now.
+        phase: what the log calls it.
     """
     done, consumer_s, start = 0, 0.0, time.perf_counter()
     with _bar(num_bytes, what, sys.stderr if stream is None else stream) as advance:
@@ -46,7 +47,8 @@ def reported(
         finally:
             seconds = time.perf_counter() - start
             log.info(
-                "read: %.3f of %.3f GB of %s in %.2f s, %.2f GB/s, and %.2f s to place them",
+                "%s: %.3f of %.3f GB of %s in %.2f s, %.2f GB/s, and %.2f s to place them",
+                phase,
                 done / 1e9,
                 num_bytes / 1e9,
                 what,

@@ -7,8 +7,8 @@ documents that mean the same are equal and nothing behind this file knows a patt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 BLOCK = 16  # weights that share a block scale, consecutive ones of the last axis
@@ -126,6 +126,12 @@ class Quantization:
     def has_activations(self) -> bool:
         """Whether the inputs of any layer are quantised."""
         return any(scheme.activations for _, scheme in self.schemes)
+
+    def of_modules(self, paths: Collection[str]) -> Quantization | None:
+        """The same of these modules alone, and of keys and values that they make; None: none of it."""
+        schemes = tuple((path, scheme) for path, scheme in self.schemes if path in paths)
+        kv_cache = self.kv_cache if any(path.endswith(".k_proj") for path in paths) else None
+        return replace(self, schemes=schemes, kv_cache=kv_cache) if schemes or kv_cache else None
 
     def differences(self, other: Quantization | None) -> list[str]:
         """What this is and ``other`` is not, one line a module; of another exporter's words, that alone."""

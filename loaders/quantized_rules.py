@@ -107,7 +107,7 @@ def resolve(
                 problems[_split(module, table[module], scheme)] = None
         problems |= dict.fromkeys(_problems(rule, module, table.get(module), dims, experts))
     schemes = {path: scheme for path, scheme in table.items() if scheme is not None}
-    kv_cache = _kv_cache(found) if recipe.kv_cache else None
+    kv_cache = _kv_cache(rules, found) if recipe.kv_cache else None
     return Quantization.of(schemes, kv_cache=kv_cache, spelling=recipe.spelling), list(problems)
 
 
@@ -155,8 +155,11 @@ def _is_quantized(leaves: set[str], scheme: Scheme) -> bool:
     return not leaves.isdisjoint({*scheme.leaves.values()} - {"weight"})  # plain ones have that, too
 
 
-def _kv_cache(found: Collection[str]) -> KVCache:
-    has_keys = any(".k_proj." in name for name in found)  # else it is a configuration without weights
+def _kv_cache(rules: Sequence[Rule], found: Collection[str]) -> KVCache:
+    """How the layers keep keys and values; a draft's have no say."""
+    apart = tuple(rule.tensor.partition("{")[0] for rule in rules if rule.on == "mtp")
+    # else it is a configuration without weights, or a stage without attention
+    has_keys = any(".k_proj." in name and not name.startswith(apart) for name in found)
     return "cast" if has_keys and not any(name.endswith(KV_LEAVES) for name in found) else "scaled"
 
 

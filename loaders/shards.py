@@ -80,7 +80,7 @@ def read_shards(
 
     tensors = plan.checkpoint.stream_regions(lots_of_plan(plan), wanted, plan.host_budget_bytes)
     num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
-    tensors = reported(tensors, num_bytes, str(plan.checkpoint.source))
+    tensors = reported(tensors, num_bytes, str(plan.checkpoint.source), phase=plan.phase)
     for spec, placement, parts, is_complete in filling.receive(memory.releasing(tensors)):
         filling.check(spec, placement, parts)
         if is_complete:

@@ -288,11 +288,15 @@ class Arrivals(Generic[Result]):
     def _failure(self, stretch: _Stretch, error: OSError) -> CheckpointError:
         first, last = stretch.names[0], stretch.names[-1]
         which = f"tensor {first!r}" if first == last else f"one of tensors {first!r} to {last!r}"
-        said = reason(error)
+        said = reason(error).rstrip(".")
         if self._is_dear_to_ask:
             try:  # what streams says only that it failed; the server may say why
                 self._files.check([stretch.file])
+                with self._files.open(stretch.file) as file:
+                    file.read(stretch.position, min(stretch.num_bytes, 1))
             except CheckpointError as found:
                 said = f"{said}; {'; '.join(found.problems)}"
+            except OSError as found:
+                said = f"{said}; asked for a byte of it the server says: {reason(found)}"
         problem = f"{which} of {stretch.file} cannot be read: {said}"
         return CheckpointError(self._files.source, [problem])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ from torch_models.seeing import Seeing
 from torch_models.stepwise import read_stepwise
 from torch_models.storage import host_view, parameters_of
 from torch_models.taps import Level, collect
+
+log = logging.getLogger(__name__)
 
 
 class Model(nn.Module, Decoding, Adapted, Seeing):
@@ -278,8 +281,11 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
 
     def publish(self, event: Event) -> None:
         """Make a finished change the serving version. The last step of every change."""
+        is_new = event.version != self.version
         self.version = event.version
         self.events = (*self.events, event)
+        if is_new:
+            log.info("publish: version %d (%s)", event.version, event.kind)
         self.refusal = None
 
     # torch's own ways to a module's weights, which end the process, or copy nothing, where their storage is freed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 
@@ -48,7 +49,7 @@ def dry_run(plan: LoadPlan, parallel: Parallel | None, staging: Staging) -> Load
     Raises:
         CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
     """
-    filling = Filling(plan)
+    filling = Filling(dataclasses.replace(plan, phase="check"))
     deque(read_params(filling, parallel, staging=staging), maxlen=0)  # a loop would keep one while it reads on
     return filling.finish()
 

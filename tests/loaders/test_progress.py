@@ -92,17 +92,28 @@ def test_an_abandoned_one_says_how_far_it_came_and_holds_nothing(caplog: pytest.
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_both_loads_log_a_line_per_phase_and_write_nothing_else(
+def test_loads_and_reloads_log_a_line_per_phase_and_write_nothing_else(
     backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
 ) -> None:
     path = make_checkpoint("qwen3", tmp_path / "c", num_hidden_layers=1)
     caplog.set_level(logging.INFO)
-    import_module(f"{backend}_models").load(path)
-    ours = [record.getMessage() for record in caplog.records if record.name.split(".")[0] in (*sys_modules(),)]
-    phases = [message.partition(":")[0] for message in ours]
-    assert phases == ["plan", "read", "place", *(["derive"] if backend == "torch" else [])]
+    model = import_module(f"{backend}_models").load(path)
+    derive = ["derive"] if backend == "torch" else []
+    ours, phases = told(caplog)
+    assert phases == ["plan", "read", "place", *derive, "publish"]
     assert str(path) in ours[0]
+    caplog.clear()
+    model.update_weights_from_disk(path, donate=True)
+    ours, phases = told(caplog)
+    assert phases == ["plan", "check", "read", *derive, "publish"]
+    assert ours[-1] == "publish: version 2 (reload)"
     assert capfd.readouterr() == ("", "")
+
+
+def told(caplog: pytest.LogCaptureFixture) -> tuple[list[str], list[str]]:
+    """Lines of our own, and the phase that each is of."""
+    ours = [record.getMessage() for record in caplog.records if record.name.split(".")[0] in (*sys_modules(),)]
+    return ours, [message.partition(":")[0] for message in ours]
 
 
 def sys_modules() -> set[str]:

@@ -214,3 +214,22 @@ def test_wrong_credentials_are_not_printed(uri: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     with pytest.raises(CheckpointError, match="redential"):
         open_checkpoint(uri)
+
+
+def test_what_the_server_says_of_an_object_that_it_gives_no_more_is_told(
+    uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the streamer comes that it failed, and nothing else; of the object's identity that it is what it was."""
+    refuses: list[str] = []
+
+    def refusal(path: str) -> int | None:
+        return 403 if refuses and path.startswith("GET") and ".safetensors" in path else None
+
+    with refusing_server(server.url, refusal) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        checkpoint = open_checkpoint(uri)
+        refuses.append("from now on")
+        problem = ends_within(40, lambda: list(checkpoint.stream()))
+    assert "cannot be read: " in problem
+    assert "; asked for a byte of it the server says: " in problem
+    assert "403" in problem
