@@ -15,6 +15,7 @@ from loaders.families import family_module
 from loaders.header import TensorInfo
 from loaders.memory import check_budget
 from loaders.parts import missing_parts, repeated_parts
+from loaders.quantization import Quantization
 from loaders.spec import ModelConfig, ParamSpec, Placement, Specs
 from loaders.stage import Stage
 
@@ -159,12 +160,11 @@ def plan_reload(checkpoint: Checkpoint, config: ModelConfig, stage: Stage, live:
     """
     plan, found = _match(checkpoint, config, stage)
     held = {spec.name.rpartition(".")[0] for spec in plan.specs}
-    ours, theirs = (one.quantization and one.quantization.of_modules(held) for one in (config, checkpoint.config))
-    if ours == theirs and config.quantization != checkpoint.config.quantization:
+    theirs, ours = _quantized_in(checkpoint.config, held), _quantized_in(config, held)
+    if theirs.quantization == ours.quantization and checkpoint.config.quantization != config.quantization:
         # what is not held may be quantised otherwise, and its tensors have other names then
-        alike = dataclasses.replace(config, quantization=checkpoint.config.quantization)  # pyright: ignore[reportArgumentType]
-        plan, found = _match(checkpoint, alike, stage)
-    problems = _config_differences(checkpoint.config, config, held) + found
+        plan, found = _match(checkpoint, _with(config, checkpoint.config.quantization), stage)
+    problems = _config_differences(theirs, ours) + found
     for name, dtype in plan.dtypes.items():
         if dtype != live[name]:
             problems.append(f"parameter {name!r} is {dtype} in the checkpoint, expected {live[name]} as it is live")
@@ -187,17 +187,25 @@ def _log(plan: LoadPlan) -> None:
     )
 
 
-def _config_differences(found: ModelConfig, expected: ModelConfig, held: Collection[str]) -> list[str]:
-    """What tells two models apart; of how they are quantised the modules that are ``held`` alone."""
+def _quantized_in(config: ModelConfig, modules: Collection[str]) -> ModelConfig:
+    """The same, as if of how modules are quantised it said only what becomes of these."""
+    return _with(config, config.quantization and config.quantization.of_modules(modules))
+
+
+def _with(config: ModelConfig, quantization: Quantization | None) -> ModelConfig:
+    return dataclasses.replace(config, quantization=quantization)  # pyright: ignore[reportArgumentType]
+
+
+def _config_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
     if found == expected:
         return []
     if found.architecture != expected.architecture:
         differs = f"architecture is {found.architecture}, expected {expected.architecture} as it is live"
         return [f"config.json: {differs}. Load it as a new model."]
     problems = []
-    here, live = (one and one.of_modules(held) for one in (found.quantization, expected.quantization))
-    if here != live:
-        ways = ["it is not quantised, and the model is"] if here is None else here.differences(live)
+    if found.quantization != expected.quantization:
+        ways = ["it is not quantised, and the model is"]
+        ways = ways if found.quantization is None else found.quantization.differences(expected.quantization)
         problems = [f"quantisation: {way}, as it is live. Load it as a new model." for way in ways]
         assert problems, "two quantisations differ, and nothing says in what"
     ours, theirs = dataclasses.asdict(expected), dataclasses.asdict(found)  # pyright: ignore[reportArgumentType]
