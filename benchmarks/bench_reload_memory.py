@@ -26,7 +26,7 @@ how, reloads, *paths = sys.argv[1:]
 if how == "torch":
     import torch_models
     from torch_models.census import tensors_of
-    from torch_models.lodging import remembered_bytes
+    from torch_models.aliased_storage import remembered_bytes
     model = torch_models.load(paths[0])
     def resident(model):
         storages = [tensor.untyped_storage() for _, tensor in tensors_of(model)]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from loaders.claims import Claim, remove_abandoned
+from loaders.directory_lock import Claim, remove_abandoned
 
 NAME_LETTERS = 40  # of a directory's name in that of what is written beside it, which must not be too long
 

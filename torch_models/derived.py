@@ -5,8 +5,8 @@ write weights only.
 
 A derived tensor as large as its source may take the source's storage: block scales in the order a kernel wants them
 cost no second copy (15 GiB a rank of a large mixture of experts). The storage then holds derived bytes, and deriving
-from them once more would corrupt them. ``torch_models.lodging`` knows which of the two it holds, so that a repeated,
-partial or failed update is refused, never derived.
+from them once more would corrupt them. ``torch_models.aliased_storage`` knows which of the two it holds, so that a
+repeated, partial or failed update is refused, never derived.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import torch
 from torch import nn
 
-from torch_models.lodging import (
+from torch_models.aliased_storage import (
     check_loaded,
     holds_derived,
     is_derived,

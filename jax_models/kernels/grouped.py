@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
 
-from jax_models.derivatives import derived_from
+from jax_models.jvp import with_jvp_of
 from jax_models.kernels.grouped_on_cpu import grouped_on_cpu, one_of
 from jax_models.kernels.heads import LANES
 
@@ -35,7 +35,7 @@ def grouped_matmul(
         dtype: of what is returned.
     """
     on_tpu, elsewhere = partial(grouped_on_tpu, dtype=dtype), partial(_ragged, dtype=dtype)
-    on_cpu = derived_from(elsewhere, partial(_tiled, dtype=dtype))
+    on_cpu = with_jvp_of(elsewhere, partial(_tiled, dtype=dtype))
     return jax.lax.platform_dependent(rows, weights, sizes, tpu=on_tpu, cpu=on_cpu, default=elsewhere)
 
 

@@ -17,7 +17,7 @@ _MOST_ROWS = 128  # of a tile
 def grouped_on_cpu(rows_AK: jax.Array, sizes_E: jax.Array, weight_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Rows times the transposed matrix of their group -> float32 [A, N]; rows behind the last group are anything.
 
-    It has no derivative of its own, as nothing that loops so has: see ``jax_models.derivatives``.
+    It has no derivative of its own, as nothing that loops so has: see ``jax_models.jvp``.
 
     Args:
         rows_AK: group after group.

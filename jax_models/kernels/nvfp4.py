@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-from jax_models.derivatives import derived_from
+from jax_models.jvp import with_jvp_of
 from jax_models.kernels.nvfp4_reference import (
     check_alphas,
     check_rows,
@@ -64,7 +64,7 @@ def nvfp4_grouped_matmul(
     Arguments as of ``grouped_matmul``.
     """
     on_tpu, elsewhere = (partial(product, dtype=dtype) for product in (grouped_matmul, reference_grouped_matmul))
-    on_cpu = derived_from(elsewhere, partial(elsewhere, by_tiles=True))
+    on_cpu = with_jvp_of(elsewhere, partial(elsewhere, by_tiles=True))
     given = (x_UK, packed_ENJ, scale_ENQ, alphas_EH, sizes_E, *(() if row_A is None else (row_A,)))
     return jax.lax.platform_dependent(*given, tpu=on_tpu, cpu=on_cpu, default=elsewhere)
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_models.derivatives import derived_from
+from jax_models.jvp import with_jvp_of
 from jax_models.taps import tap
 
 _rows: ContextVar[jax.Array | None] = ContextVar("rows", default=None)
@@ -85,7 +85,7 @@ def _sum_where_any(y: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.where(delta != 0, _plain_sum(y, delta), y)  # -0 + 0 would be 0
 
 
-_sum = derived_from(_plain_sum, _sum_where_any)  # an update that is still zero has a gradient
+_sum = with_jvp_of(_plain_sum, _sum_where_any)  # an update that is still zero has a gradient
 
 
 @jax.tree_util.register_dataclass

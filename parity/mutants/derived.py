@@ -114,7 +114,7 @@ def _other_form(derived: Any) -> Iterator[str]:
 
 def _coarse(original: Any, tensor: Any) -> Any:
     flat = tensor.detach().contiguous().view(-1).view(import_module("torch").uint8)
-    return (import_module("torch_models.lodging")._hashed(flat, max(1, len(flat))),)
+    return (import_module("torch_models.aliased_storage")._hashed(flat, max(1, len(flat))),)
 
 
 def _per_module(original: Any, module: Any, name: str) -> Any:
@@ -147,9 +147,17 @@ def _of(name: str, source: str, plant: Callable[[], Any], says: str, subject: Su
 
 
 DERIVED: list[Mutant] = [
-    _of("part_of_a_tile", "law 4", wrapped("lodging:_hashes", _coarse), "any byte that changes counts as a whole load"),
     _of(
-        "per_module", "law 10", wrapped("lodging:lodger_of", _per_module), "each of two modules derives what they share"
+        "part_of_a_tile",
+        "law 4",
+        wrapped("aliased_storage:_hashes", _coarse),
+        "any byte that changes counts as a whole load",
+    ),
+    _of(
+        "per_module",
+        "law 10",
+        wrapped("aliased_storage:lodger_of", _per_module),
+        "each of two modules derives what they share",
     ),
     _of("in_inference_mode", "law 5", _in_the_callers_mode, "bound in the mode of whoever calls"),
     _of("moves_with_strides", "law 5", _strides_kept, "a transposed value moves the pointer at every update"),

@@ -147,7 +147,7 @@ NVFP4_LIFE: list[Mutant] = [
     _of(
         "nothing_remembered",
         "law 4",
-        wrapped("lodging:_hashed", lambda hashed, flat, run: hashed(flat, run) * 0),
+        wrapped("aliased_storage:_hashed", lambda hashed, flat, run: hashed(flat, run) * 0),
         "all loads look as if nothing had been written",
         ALIGNED,
         detector=nvfp4_derived,

@@ -25,7 +25,7 @@ from handmade import CONFIG
 from safetensors.torch import save_file
 
 from loaders import dtypes, new_directory, open_checkpoint
-from loaders.claims import Claim
+from loaders.directory_lock import Claim
 from loaders.writer import TensorType, write_checkpoint
 
 INDEX = "model.safetensors.index.json"

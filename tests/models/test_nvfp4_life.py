@@ -22,10 +22,10 @@ from parity.lifecycle import run_lifecycle
 from parity.live_model import differing
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from torch_models import pointer_census
+from torch_models.aliased_storage import remembered_bytes
 from torch_models.census import moved, tensors_of
 from torch_models.derived import derive, holds_derived
 from torch_models.kernels.nvfp4_blackwell import swizzled
-from torch_models.lodging import remembered_bytes
 
 pytestmark = pytest.mark.usefixtures("young_heap")
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from torch_models import alias_or_bind_derived_param, copy_or_rebind_param
+from torch_models.aliased_storage import remembered_bytes
 from torch_models.derived import holds_derived, is_derived, mark_source
 from torch_models.kernels.nvfp4_blackwell import swizzled
-from torch_models.lodging import remembered_bytes
 
 
 def scales(*shape, seed=0):

@@ -1,4 +1,4 @@
-"""Functions that are differentiated as others are."""
+"""Functions whose derivatives are those of others: two ways to compute one thing, of which one has no good ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 
-def derived_from(slow: Callable[..., jax.Array], fast: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def with_jvp_of(slow: Callable[..., jax.Array], fast: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """``fast``, whose derivatives are those of ``slow``: the same function in other words."""
     run: Any = jax.custom_jvp(fast)
 
