@@ -154,6 +154,12 @@ def test_the_table_of_what_exists_says_what_the_models_have(column, package, tmp
     assert {row[0]: row[column] for row in rows} == {row[0]: "yes" if hasattr(model, row[0]) else "no" for row in rows}
 
 
+def test_the_readme_says_what_every_extra_is_for():
+    extras = {name for name in PROJECT["optional-dependencies"] if name not in ("test", "check")}
+    rows = re.findall(r"^\| (`[\w-]+`(?:, `[\w-]+`)*) \| ", README[: README.index("## First steps")], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"[\w-]+", row)} == extras
+
+
 def test_the_readme_names_every_architecture_that_opens():
     assert set(re.findall(r"`(\w+For(?:CausalLM|ConditionalGeneration))`", README)) == set(FAMILIES)
 
