@@ -192,11 +192,13 @@ class Decoding:
             FloatingPointError: logits are NaN or infinite.
         """
         model = self._model
-        if graphs:
-            raise ValueError("graphs=True is torch's: in JAX every step is one compiled program already. Leave it out.")
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"seed": seed, "ignore_eos": ignore_eos}
-        checked = partial(asked_params, draft, draft_tokens, model=model, kind=Draft, **options)
+
+        def checked() -> SamplingParams:  # by all processes together, also where one alone asks for what there is not
+            if graphs:
+                raise ValueError("graphs=True is torch's: here every step is one compiled program already. Drop it.")
+            return asked_params(draft, draft_tokens, model=model, kind=Draft, **options)
 
         def said(found: SamplingParams) -> str:
             return f"{found}, {'no draft' if draft is None else version_of(draft.source.events)}"

@@ -267,6 +267,7 @@ class Checkpoint:
         return chosen
 
     def _check_known(self, unknown: Collection[str]) -> None:
+        """Raises KeyError: some of what was asked for is not there."""
         if unknown:
             raise KeyError(f"{self.source} has no tensor {min(unknown)!r}")
 

@@ -163,7 +163,7 @@ def plan_reload(checkpoint: Checkpoint, config: ModelConfig, stage: Stage, live:
     theirs, ours = _quantized_in(checkpoint.config, held), _quantized_in(config, held)
     if theirs.quantization == ours.quantization and checkpoint.config.quantization != config.quantization:
         # what is not held may be quantised otherwise, and its tensors have other names then
-        plan, found = _match(checkpoint, _with(config, checkpoint.config.quantization), stage)
+        plan, found = _match(checkpoint, _quantized_as(config, checkpoint.config.quantization), stage)
     problems = _config_differences(theirs, ours) + found
     for name, dtype in plan.dtypes.items():
         if dtype != live[name]:
@@ -189,10 +189,10 @@ def _log(plan: LoadPlan) -> None:
 
 def _quantized_in(config: ModelConfig, modules: Collection[str]) -> ModelConfig:
     """The same, as if of how modules are quantised it said only what becomes of these."""
-    return _with(config, config.quantization and config.quantization.of_modules(modules))
+    return _quantized_as(config, config.quantization and config.quantization.of_modules(modules))
 
 
-def _with(config: ModelConfig, quantization: Quantization | None) -> ModelConfig:
+def _quantized_as(config: ModelConfig, quantization: Quantization | None) -> ModelConfig:
     return dataclasses.replace(config, quantization=quantization)  # pyright: ignore[reportArgumentType]
 
 

@@ -251,13 +251,8 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
     def update_weights_from_disk(
         self, uri: str | os.PathLike[str], *, donate: bool = True, host_budget_bytes: int | None = None
     ) -> Model:
-        """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``.
-
-        ``donate=False``, which in JAX keeps the old version beside the new one, is refused: there is one memory.
-        """
-        if not donate:
-            raise ValueError("donate=False: PyTorch reloads in place and cannot keep the old version. Leave it out.")
-        return life.update_weights_from_disk(self, uri, host_budget_bytes=host_budget_bytes)
+        """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
+        return life.update_weights_from_disk(self, uri, donate=donate, host_budget_bytes=host_budget_bytes)
 
     @in_company
     def sleep(self) -> Model:

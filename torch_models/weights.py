@@ -39,7 +39,7 @@ def parameters(model: Model) -> dict[str, nn.Parameter]:
 
 
 def update_weights_from_disk(
-    model: Model, uri: str | os.PathLike[str], *, host_budget_bytes: int | None = None
+    model: Model, uri: str | os.PathLike[str], *, donate: bool = True, host_budget_bytes: int | None = None
 ) -> Model:
     """Reload all weights from another checkpoint of the same config, in place: no pointer moves.
 
@@ -53,15 +53,19 @@ def update_weights_from_disk(
     Args:
         model: the model to change.
         uri: the new checkpoint.
+        donate: False, which in JAX keeps the old version beside the new one, is refused: there is one memory.
         host_budget_bytes: the most that is held on the host beside the live weights, one parameter at least; None: what
             the largest needs.
     Raises:
         CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
-        ValueError: an adapter is merged into the weights, or the budget is too small. Nothing was read.
+        ValueError: an adapter is merged into the weights, the budget is too small, or ``donate`` is False. Nothing was
+            read.
         RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
     """
 
     def check() -> None:
+        if not donate:
+            raise ValueError("donate=False: PyTorch reloads in place and cannot keep the old version. Leave it out.")
         check_awake(model)
         if model.refusal is None:
             model.roster.check_unmerged("a reload")
