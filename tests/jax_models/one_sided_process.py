@@ -93,6 +93,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
         "other room": lambda: model.prefill(**inputs, max_new_tokens=4 + 400 * process),
         "other rows": lambda: adapted.prefill(**inputs, adapter=["a", (None, "a")[process]]),
         "another prompt": lambda: model.prefill(inputs["input_ids"][:, : 8 + process]),
+        "no graphs": lambda: model.generate(**inputs, graphs=bool(process)),
         "an end": lambda: model.generate(**inputs, ignore_eos=bool(process)),
         "rows of a call": lambda: adapted(**inputs, adapter=rows),
         "a level": lambda: model.with_taps(**inputs, level=("layers", "modules")[process]),

@@ -101,6 +101,8 @@ SAID = {
     "other devices": DIFFERENT,
     "saved nowhere": ALONE,
     "what is given up": DIFFERENT,
+    "no graphs": ALONE,
+    "kept beside": ALONE,
 }
 # what torch does not have; and what its ranks are not asked about: one that fails tells those that wait for it
 ONLY_JAX = {"axis", "replace", "another save", "no save", "whether it is verified", "restored to an axis"}
@@ -112,6 +114,7 @@ ONLY_JAX |= {
     "other models replaced",
 }
 ONLY_TORCH = {
+    "kept beside",
     "half of it",
     "other models adapted",
     "asleep or awake",
@@ -126,6 +129,7 @@ ONLY_JAX |= {
     "other devices",
     "saved nowhere",
     "what is given up",
+    "no graphs",
     "other models saved",
     "other saves",
     "restored to other axes",

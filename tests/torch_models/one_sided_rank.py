@@ -87,6 +87,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "other models read": lambda: (other if rank else model).digests(),
         "the last of many tokens": lambda: model.decode(last_row, model.prefill(many, max_new_tokens=4)[1]),
         "a seed": lambda: model.generate(**inputs, temperature=1.0, seed=rank),
+        "kept beside": lambda: model.update_weights_from_disk(second, donate=not rank),
         "an end": lambda: model.generate(**inputs, ignore_eos=bool(rank)),
         "a name that is no UTF-8": lambda: model.attach_lora("/gr\udcfc" if rank else adapter, "a"),
         "no adapter": lambda: model.attach_lora(job["other"] if rank else adapter, "a"),
