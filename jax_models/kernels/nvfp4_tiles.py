@@ -105,7 +105,7 @@ def run(
 
 
 def _whole_lanes(packed_ENJ: jax.Array, scale_ENQ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A copy, with zeros, of weights narrower than a block whose rows do not fill whole lanes: as Qwen3-235B's on tensor=4."""
+    """A copy, with zeros, of narrow weights whose rows do not fill whole lanes, as of Qwen3-235B on tensor=4."""
     J = packed_ENJ.shape[-1]
     missing = 0 if J > _BYTES else -J % LANES
     if not missing:
