@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from loading import PIECE, Case, Run, sections, write_noise
 
-from loaders.memory import aligned_empty
+from loaders.reading.memory import aligned_empty
 from parity.zoo import zoo_config
 
 CONFIG = {

@@ -60,7 +60,7 @@ def write(directory: Path, gib: float, experts: str | None) -> tuple[int, int]:
     from loaders.config import config_from_json
     from loaders.expand import expand
     from loaders.families import family_module
-    from loaders.writer import TensorType, write_checkpoint
+    from loaders.writing.writer import TensorType, write_checkpoint
     from parity.zoo import zoo_config
 
     name = "qwen3_5-moe" if experts else "qwen3"

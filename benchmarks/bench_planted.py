@@ -20,18 +20,18 @@ from typing import Any
 from benchmarks.planted import BUGS
 from benchmarks.planted.plant import Bug, Weight, planted, with_weights
 from loaders import open_checkpoint
-from loaders.adapters import open_adapter
+from loaders.adapters.opening import open_adapter
 from parity.backends import open_backend
 from parity.bisect import bisect
 from parity.compare import compare
-from parity.comparison import Comparison
-from parity.lifecycle import run_lifecycle
+from parity.comparison.outcome import Comparison
+from parity.lifecycle.run import run_lifecycle
 from parity.model_backend import ModelBackend
 from parity.pairs import DECODE
 from parity.record import default_inputs, record_model, row_alone
 from parity.record_oracle import record_oracle
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 SIDES = ("jax", "torch")
 

@@ -51,10 +51,10 @@ print(json.dumps(found))
 def write(directory: Path, mib: int, seed: int) -> tuple[int, int]:
     """An NVFP4 mixture of experts of random codes; its bytes, and those of its largest layer."""
     from loaders.config import config_from_json
-    from loaders.plan import specs_of
-    from loaders.quantize import quantized
+    from loaders.quantization.quantize import quantized
+    from loaders.reading.plan import specs_of
     from loaders.stage import Stage
-    from loaders.writer import TensorType, write_checkpoint
+    from loaders.writing.writer import TensorType, write_checkpoint
     from parity.zoo import zoo_config
 
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from parity.backends import open_backend
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 4096}
 

@@ -19,11 +19,11 @@ from loaders.config import config_from_json
 from loaders.dtypes import to_numpy
 from loaders.expand import expand
 from loaders.families import family_module
-from loaders.memory import aligned_empty
-from loaders.place import place_of
-from loaders.plan import plan_load
+from loaders.reading.memory import aligned_empty
+from loaders.reading.place import place_of
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 
 Run = Callable[[], list[np.ndarray]]
 PIECE = 8 << 20

@@ -13,7 +13,7 @@ import numpy as np
 import jax_models
 import torch_models
 from parity.zoo import make_checkpoint
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 PROMPT = [3, 14, 15, 92, 65]
 

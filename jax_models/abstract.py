@@ -18,7 +18,7 @@ from jax_models.programs import Weights, model_class
 from jax_models.sharding import param_sharding, row_sharding
 from jax_models.weights import unflatten
 from loaders.dtypes import to_numpy
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 

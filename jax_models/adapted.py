@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_models import adapters
 from jax_models.adapter_room import Room, RowAdapters
-from loaders.roster import NONE, AdapterOfRows, Attached, Roster
+from loaders.adapters.roster import NONE, AdapterOfRows, Attached, Roster
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -48,7 +48,7 @@ class Adapted:
     def of_rows(self, adapter: AdapterOfRows, rows: int) -> dict[str, RowAdapters]:
         """What a program is given for a batch of ``rows``: ``{"adapters": ...}``, or nothing where no row has one.
 
-        Then the base's own program runs. Raises ValueError, see ``loaders.roster.Roster.rows``.
+        Then the base's own program runs. Raises ValueError, see ``loaders.adapters.roster.Roster.rows``.
         """
         return self.of_slots(self.roster.rows(adapter, rows))
 

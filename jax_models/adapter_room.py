@@ -34,8 +34,8 @@ from jax_models.layers.quantized import QuantizedLinear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from jax_models.processes import placed
 from jax_models.sharding import param_spec
-from loaders.adapter_sites import HEAD, Site, Sites, sites_of
-from loaders.roster import NONE, Roster, padded
+from loaders.adapters.roster import NONE, Roster, padded
+from loaders.adapters.sites import HEAD, Site, Sites, sites_of
 from loaders.spec import ModelConfig
 
 _EVERY = frozenset({"__call__", "project", "add_norm", "logits"})

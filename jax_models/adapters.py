@@ -17,11 +17,11 @@ import numpy as np
 from jax_models.adapter_room import Room, room_for
 from jax_models.processes import check_alike, placed, processes_of, to_host, together
 from jax_models.weights import flatten, unflatten
-from loaders.adapter_updates import Adapter
-from loaders.adapters import open_adapter, open_on_all
+from loaders.adapters.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
+from loaders.adapters.opening import open_adapter, open_on_all
+from loaders.adapters.roster import Roster, check_name
+from loaders.adapters.updates import Adapter
 from loaders.errors import CheckpointError
-from loaders.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
-from loaders.roster import Roster, check_name
 
 if TYPE_CHECKING:
     from jax_models.model import Model

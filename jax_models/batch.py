@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jax_models.frames import VisionArrays, vision_arrays
-from loaders.inputs import ModelInputs
+from loaders.host.inputs import ModelInputs
 from loaders.spec import ModelConfig
 
 

@@ -15,12 +15,12 @@ from jax_models.draft import Draft
 from jax_models.generate import generate
 from jax_models.processes import processes_of
 from jax_models.speculative import generate_with_draft
+from loaders.adapters.roster import AdapterOfRows
 from loaders.digest import digest_after
 from loaders.events import version_of
-from loaders.inputs import ModelInputs, bucket, check_next
-from loaders.multimodal import check_inputs
-from loaders.roster import AdapterOfRows
-from loaders.sampling import SamplingParams, asked_params, check_room
+from loaders.host.inputs import ModelInputs, bucket, check_next
+from loaders.host.multimodal import check_inputs
+from loaders.host.sampling import SamplingParams, asked_params, check_room
 
 if TYPE_CHECKING:
     from jax_models.model import Model

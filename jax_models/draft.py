@@ -17,11 +17,11 @@ from jax_models.cache import Cache
 from jax_models.layers.step import LayerCache, steps
 from jax_models.layers.vision import Seen
 from jax_models.taps import collect
-from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.adapters.roster import AdapterOfRows
 from loaders.events import version_of
-from loaders.inputs import ModelInputs
-from loaders.roster import AdapterOfRows
-from loaders.speculation import SpeculationReport
+from loaders.host.drafting import check_binding, check_drafted, shared_with
+from loaders.host.inputs import ModelInputs
+from loaders.host.speculation import SpeculationReport
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -57,7 +57,7 @@ class Draft:
 
     @property
     def shared(self) -> dict[str, str]:
-        """What it reads of its target; see ``loaders.drafting``."""
+        """What it reads of its target; see ``loaders.host.drafting``."""
         return shared_with(self.target)
 
     @property
@@ -114,7 +114,7 @@ class Draft:
         """The same draft for another model of its config.
 
         Raises:
-            ValueError: see ``loaders.drafting.check_binding``.
+            ValueError: see ``loaders.host.drafting.check_binding``.
         """
         apart = ["they are on different meshes"] if self.source.mesh != target.mesh else []
         check_binding(self.source, target, apart)

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jax_models.layers.vision import NO_FRAME, Shown
-from loaders.multimodal import VisionInputs
+from loaders.host.multimodal import VisionInputs
+from loaders.host.vision_grid import Patches
 from loaders.vision import VisionConfig
-from loaders.vision_grid import Patches
 
 FEWEST_TOKENS = 4  # of a row, after merging
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_models.processes import to_host
-from loaders.sampling import NO_TOKEN, SamplingParams, check_chosen, seed_bits
+from loaders.host.sampling import NO_TOKEN, SamplingParams, check_chosen, seed_bits
 
 if TYPE_CHECKING:
     from jax_models.model import Model

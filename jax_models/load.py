@@ -17,10 +17,10 @@ from jax_models.programs import Programs, programs_for
 from jax_models.sharding import usable_mesh
 from jax_models.weights import flatten, unflatten
 from loaders.events import Event
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
-from loaders.quantization import activations_of
-from loaders.quantize import open_to_load
+from loaders.quantization.quantize import open_to_load
+from loaders.quantization.schemes import activations_of
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load(
         activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
             checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
-            reload; see ``loaders.quantize``.
+            reload; see ``loaders.quantization.quantize``.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
             its way to devices, or matrices that share a scale while they are quantised (which takes 8 MiB beside);
             None: what the largest needs. What is on its way from files or stores comes on top: see

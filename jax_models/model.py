@@ -31,16 +31,16 @@ from jax_models.seeing import Seeing
 from jax_models.sharding import row_sharding
 from jax_models.stepwise import read_stepwise
 from jax_models.taps import Level
-from loaders.agreement import Result
+from loaders.adapters.roster import AdapterOfRows, Roster
 from loaders.checkpoint import Checkpoint
 from loaders.events import Event, version_of
-from loaders.inputs import ModelInputs, as_array, check_experts, check_values
-from loaders.multimodal import check_hidden, check_inputs
-from loaders.plan import LoadReport
-from loaders.roster import AdapterOfRows, Roster
+from loaders.host.agreement import Result
+from loaders.host.inputs import ModelInputs, as_array, check_experts, check_values
+from loaders.host.multimodal import check_hidden, check_inputs
+from loaders.host.stepwise import stepwise
+from loaders.reading.plan import LoadReport
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
-from loaders.stepwise import stepwise
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class Model(Decoding, Adapted, Seeing):
         return life.update_weights_from_disk(self, uri, donate=donate, host_budget_bytes=host_budget_bytes)
 
     def export(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
+        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export``."""
         return life.export(self, directory)
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.path import atomicity_defaults
 
 from jax_models.processes import processes_of, together
-from loaders.directory_lock import Claim
+from loaders.writing.directory_lock import Claim
 
 WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
 QUIET_S, MOST_S = 0.5, 10.0  # that nothing comes any more in the directory of a failed save; that this is waited for

@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from jax_models.company import leave, times_together, told_by
-from loaders import agreement
-from loaders.agreement import Result
 from loaders.digest import short_digest
+from loaders.host import agreement
+from loaders.host.agreement import Result
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:

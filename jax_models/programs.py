@@ -30,8 +30,8 @@ from jax_models.sharding import row_sharding
 from jax_models.stepwise import StepwisePrograms
 from jax_models.taps import Level, collect, name_modules
 from loaders.families import FAMILIES
-from loaders.plan import specs_of
-from loaders.quantization import WEIGHTS_ONLY, Activations
+from loaders.quantization.schemes import WEIGHTS_ONLY, Activations
+from loaders.reading.plan import specs_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 

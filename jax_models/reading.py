@@ -15,13 +15,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jax_models.sharding import param_spec
-from loaders.filling import Filling
-from loaders.plan import LoadPlan
-from loaders.regions import Box, box_of
-from loaders.scratch import Staging
-from loaders.shards import Shards, read_shards
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan
+from loaders.reading.regions import Box, box_of
+from loaders.reading.scratch import Staging
+from loaders.reading.shards import Shards, read_shards
+from loaders.reading.whole import read_whole
 from loaders.spec import Dim, ParamSpec
-from loaders.whole import read_whole
 
 
 def stays_on_host(mesh: Mesh | None) -> bool:

@@ -27,9 +27,9 @@ from loaders.checkpoint import Checkpoint
 from loaders.dtypes import to_numpy
 from loaders.errors import CheckpointError, brief
 from loaders.events import Event
-from loaders.plan import LoadReport, specs_of
-from loaders.quantization import Activations
-from loaders.remembered import described, remembered
+from loaders.files.remembered import described, remembered
+from loaders.quantization.schemes import Activations
+from loaders.reading.plan import LoadReport, specs_of
 from loaders.spec import Specs
 from loaders.stage import Stage
 

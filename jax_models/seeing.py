@@ -10,8 +10,8 @@ import numpy as np
 from jax_models.ambient import in_own_settings
 from jax_models.frames import framed
 from jax_models.processes import content_of
-from loaders.multimodal import check_shown, rope_index
-from loaders.vision_grid import Patches
+from loaders.host.multimodal import check_shown, rope_index
+from loaders.host.vision_grid import Patches
 
 if TYPE_CHECKING:
     from jax_models.model import Model

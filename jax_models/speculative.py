@@ -11,10 +11,10 @@ import numpy as np
 
 from jax_models.generate import best
 from jax_models.processes import to_host
-from loaders.inputs import bucket
-from loaders.roster import AdapterOfRows
-from loaders.sampling import SamplingParams
-from loaders.speculation import Rows, Speculation, SpeculationReport
+from loaders.adapters.roster import AdapterOfRows
+from loaders.host.inputs import bucket
+from loaders.host.sampling import SamplingParams
+from loaders.host.speculation import Rows, Speculation, SpeculationReport
 
 if TYPE_CHECKING:
     from jax_models.draft import Draft

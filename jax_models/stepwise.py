@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jax_models.cache import Cache
 from jax_models.taps import Level, collect
-from loaders.roster import AdapterOfRows
-from loaders.stepwise import Stepwise, in_all
+from loaders.adapters.roster import AdapterOfRows
+from loaders.host.stepwise import Stepwise, in_all
 
 if TYPE_CHECKING:
     from jax_models.adapter_room import RowAdapters

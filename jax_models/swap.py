@@ -14,8 +14,8 @@ from jax.core import Tracer
 
 from jax_models.processes import content_of, nth_change, placed, processes_of, to_host
 from jax_models.weights import flatten, unflatten
-from loaders.embed_head import Halves, asked_halves
 from loaders.events import Event
+from loaders.host.embed_head import Halves, asked_halves
 
 if TYPE_CHECKING:
     from jax_models.model import Model

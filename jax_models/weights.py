@@ -20,10 +20,10 @@ from jax_models import reading
 from jax_models.processes import check_alike, processes_of, to_host, together, told_by_all
 from loaders.digest import digests
 from loaders.dtypes import from_numpy
-from loaders.export import TensorReader, export_checkpoint, export_together
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, plan_reload
-from loaders.quantize import open_to_load
+from loaders.quantization.quantize import open_to_load
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, LoadReport, plan_reload
+from loaders.writing.export import TensorReader, export_checkpoint, export_together
 
 if TYPE_CHECKING:
     from jax_models.model import Model
@@ -158,7 +158,7 @@ def check_same_structure(live: Weights, new: Weights) -> None:
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``.
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export.export_checkpoint``.
 
     Of a mesh of several processes all call this: the first one writes, and the others hand it their parts.
     """

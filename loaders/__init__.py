@@ -3,11 +3,11 @@
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
 from loaders.events import Event
-from loaders.header import TensorInfo
-from loaders.opening import open_checkpoint
-from loaders.plan import LoadReport
-from loaders.quantize import quantized
-from loaders.slices import Slice
+from loaders.files.header import TensorInfo
+from loaders.files.opening import open_checkpoint
+from loaders.quantization.quantize import quantized
+from loaders.reading.plan import LoadReport
+from loaders.reading.slices import Slice
 from loaders.stage import Stage
 
 __all__ = [

@@ -14,11 +14,11 @@ import numpy as np
 
 from loaders import dtypes
 from loaders.errors import CheckpointError, reason
-from loaders.files import PinnedFiles
-from loaders.header import TensorInfo
-from loaders.memory import aligned_empty, check_budget
-from loaders.regions import Region, check_region
-from loaders.slices import Slice, in_parts
+from loaders.files.header import TensorInfo
+from loaders.files.together import PinnedFiles
+from loaders.reading.memory import aligned_empty, check_budget
+from loaders.reading.regions import Region, check_region
+from loaders.reading.slices import Slice, in_parts
 from loaders.sources import Source, Unreachable
 from loaders.spec import ModelConfig
 from loaders.stream import Arrivals, Begun, Result
@@ -112,7 +112,7 @@ class Checkpoint:
 
         Args:
             name: checkpoint tensor name.
-            index: integers, and slices of step 1; see ``loaders.slices.Slice``.
+            index: integers, and slices of step 1; see ``loaders.reading.slices.Slice``.
             out: array of the part's shape to read into; by default memory of its own.
         Raises:
             KeyError, IndexError: no such tensor, or no such part of it.
@@ -167,7 +167,7 @@ class Checkpoint:
         """Parts of tensors, as ``stream`` has whole ones: of a file little more is read than what they are.
 
         Args:
-            slices: what is wanted, see ``loaders.slices.Slice``; also several parts of one tensor, ``slices`` has such.
+            slices: what is wanted, see ``loaders.Slice``; also several parts of one tensor, ``slices`` has such.
             host_budget_bytes: as ``stream``.
             into: likewise.
         Raises:

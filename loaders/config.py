@@ -14,8 +14,8 @@ from typing import Any
 
 from loaders.errors import brief
 from loaders.families import FAMILIES, family_module
-from loaders.quantization_config import KEY, read_recipes
-from loaders.quantized_rules import agreed
+from loaders.quantization.documents import KEY, read_recipes
+from loaders.quantization.rules import agreed
 from loaders.spec import ModelConfig
 
 # Keys that never change what the model computes.

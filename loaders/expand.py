@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
-from loaders.quantization import Scheme
-from loaders.quantized_rules import module_of, spelled_path, stored_as
+from loaders.quantization.rules import module_of, spelled_path, stored_as
+from loaders.quantization.schemes import Scheme
 from loaders.spec import Dim, ModelConfig, ParamSpec, Placement, Rule, Specs, TiedSpec, shape_of
 from loaders.stage import Stage
 

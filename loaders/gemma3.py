@@ -19,7 +19,7 @@ from loaders.checks import (
 )
 from loaders.config import RopeParameters, read_fields, read_rope
 from loaders.errors import brief
-from loaders.quantization import Quantization
+from loaders.quantization.schemes import Quantization
 from loaders.spec import Dim, Rule
 
 FULL, SLIDING = "full_attention", "sliding_attention"

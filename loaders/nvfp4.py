@@ -2,7 +2,7 @@
 
 Two libraries write this format and round differently on the way. ModelOpt multiplies: w = code * block * global.
 compressed-tensors divides (``divide=True`` here): w = code * (block / global). Each is followed operation by operation,
-so the bytes are theirs. Layouts that kernels want are in ``loaders.nvfp4_layout``.
+so the bytes are theirs. Layouts that kernels want are in ``loaders.quantization.nvfp4_layout``.
 
 Source: nvidia-modelopt 0.47 ``NVFP4QTensor``; compressed-tensors 0.20 ``generate_gparam``, ``calculate_qparams``,
 ``quantize``, ``dequantize``, as llm-compressor 0.14 calls them. Checked against both in tests/loaders/test_nvfp4.py.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from loaders.quantization import BLOCK
+from loaders.quantization.schemes import BLOCK
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0

@@ -30,7 +30,7 @@ from loaders.config import (
 )
 from loaders.errors import brief
 from loaders.expert_rules import expert_rules
-from loaders.quantization import Quantization
+from loaders.quantization.schemes import Quantization
 from loaders.spec import Dim, Rule, always
 from loaders.vision import WRAPPER_KEYS, VisionConfig, read_vision, vision_rules
 

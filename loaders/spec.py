@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from loaders.quantization import BLOCK, Quantization, Scheme
+from loaders.quantization.schemes import BLOCK, Quantization, Scheme
 
 if TYPE_CHECKING:
     from loaders.vision import VisionConfig

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from loaders import memory
 from loaders.errors import CheckpointError, reason
-from loaders.files import PinnedFiles
-from loaders.header import TensorInfo
-from loaders.memory import as_bools
-from loaders.regions import Piece, Region, pieces_of
-from loaders.slices import Slice
+from loaders.files.header import TensorInfo
+from loaders.files.together import PinnedFiles
+from loaders.reading import memory
+from loaders.reading.memory import as_bools
+from loaders.reading.regions import Piece, Region, pieces_of
+from loaders.reading.slices import Slice
 from loaders.sources import OpenFile, PieceError
 
 WINDOW_BYTES = 64 << 20  # on its way at any moment, or as many stretches as keep the session busy

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from parity.bisect import bisect, local_errors
     from parity.bisection import Bisection
     from parity.compare import compare
-    from parity.comparison import Comparison
+    from parity.comparison.outcome import Comparison
     from parity.events import EventResult
-    from parity.lifecycle import run_lifecycle
-    from parity.live_pairs import LivePair, live_pair, rerun
+    from parity.lifecycle.live_pairs import LivePair, live_pair, rerun
+    from parity.lifecycle.run import run_lifecycle
     from parity.model_backend import ModelBackend
     from parity.trace import Trace
 
@@ -27,20 +27,20 @@ _PUBLIC = {
     "Backend": "parity.backend",
     "BackendInfo": "parity.backend",
     "Bisection": "parity.bisection",
-    "Comparison": "parity.comparison",
+    "Comparison": "parity.comparison.outcome",
     "EventResult": "parity.events",
-    "LivePair": "parity.live_pairs",
+    "LivePair": "parity.lifecycle.live_pairs",
     "ModelBackend": "parity.model_backend",
     "Oracle": "parity.asserting",
     "Trace": "parity.trace",
     "assert_parity": "parity.asserting",
     "bisect": "parity.bisect",
     "compare": "parity.compare",
-    "live_pair": "parity.live_pairs",
+    "live_pair": "parity.lifecycle.live_pairs",
     "local_errors": "parity.bisect",
     "record_backend": "parity.backend",
-    "rerun": "parity.live_pairs",
-    "run_lifecycle": "parity.lifecycle",
+    "rerun": "parity.lifecycle.live_pairs",
+    "run_lifecycle": "parity.lifecycle.run",
 }
 
 __all__ = [

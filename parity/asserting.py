@@ -18,7 +18,7 @@ from loaders import Checkpoint, open_checkpoint
 from parity.assertion_text import failure
 from parity.backend import Backend, Inputs, record_backend
 from parity.compare import compare
-from parity.comparison import Comparison
+from parity.comparison.outcome import Comparison
 from parity.trace import Trace, input_hash
 from parity.watching import tell
 

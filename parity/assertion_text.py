@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from parity.comparison import Comparison
-from parity.findings import Divergence, Top1
-from parity.nearest import outstanding
+from parity.comparison.findings import Divergence, Top1
+from parity.comparison.nearest import outstanding
+from parity.comparison.outcome import Comparison
 from parity.wording import number, share, times
 
 WIDTH = 110

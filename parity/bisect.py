@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
-from loaders.adapter_updates import Adapter
+from loaders.adapters.updates import Adapter
 from parity.backend import HEAD, Tapped
 from parity.bisection import Bisection, Step
 from parity.errors import NotComparable

@@ -107,7 +107,7 @@ class Bisection:
         return self.to_text()
 
     def _repr_html_(self) -> str:
-        from parity.report_tables import bisection_tables
+        from parity.report.tables import bisection_tables
 
         return bisection_tables(self)
 

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 
 from parity import trace_layout
-from parity.case import Case
-from parity.comparability import find_reasons
-from parity.comparison import Comparison
-from parity.decidable import LOGITS, compare_generated, count_top1, picks
-from parity.divergence import first_divergence
-from parity.findings import Probe, TensorRow
-from parity.nearest import parts_of
-from parity.profile import profile
+from parity.comparison.case import Case
+from parity.comparison.comparability import find_reasons
+from parity.comparison.decidable import LOGITS, compare_generated, count_top1, picks
+from parity.comparison.divergence import first_divergence
+from parity.comparison.findings import Probe, TensorRow
+from parity.comparison.nearest import parts_of
+from parity.comparison.outcome import Comparison
+from parity.comparison.profile import profile
+from parity.comparison.router_flips import Router, study
+from parity.comparison.rows import judge_tensor
+from parity.comparison.sensitivity import study_probes
+from parity.comparison.verdict import Evidence, decide
 from parity.reproduce import bisect_command
-from parity.router_flips import Router, study
-from parity.rows import judge_tensor
-from parity.sensitivity import study_probes
 from parity.trace import Trace
-from parity.verdict import Evidence, decide
 from parity.wording import joined
 
 Given = Trace | str | os.PathLike[str]

@@ -18,14 +18,14 @@ from loaders.axes import axes_of, param_cuts, replicated
 from loaders.config import config_from_json
 from loaders.dtypes import bits
 from loaders.errors import brief, reason
-from loaders.opening import CONFIG
-from loaders.plan import plan_load, specs_of
-from loaders.quantization import summary
-from loaders.quantization_config import DOCUMENT
+from loaders.files.opening import CONFIG
+from loaders.files.strict_json import BadJson, parse_object
+from loaders.quantization.documents import DOCUMENT
+from loaders.quantization.schemes import summary
+from loaders.reading.plan import plan_load, specs_of
 from loaders.sources import OpenFile, Source, open_source, small_file
 from loaders.sources.positioned import LocalFile
 from loaders.spec import ModelConfig, ParamSpec, Specs
-from loaders.strict_json import BadJson, parse_object
 
 PLAIN = "BF16"
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", None: PLAIN}  # config.json's words

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
-from loaders.adapter_updates import Adapter
-from loaders.inputs import left_aligned
-from loaders.multimodal import NAMES as MULTIMODAL
-from loaders.multimodal import TYPES, check_inputs, placeholders, shown_of
+from loaders.adapters.updates import Adapter
+from loaders.host.inputs import left_aligned
+from loaders.host.multimodal import NAMES as MULTIMODAL
+from loaders.host.multimodal import TYPES, check_inputs, placeholders, shown_of
 from parity.backend import HEAD, BackendInfo, Inputs
 from parity.backends import Framework
 

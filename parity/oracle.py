@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from loaders import Checkpoint
-from loaders.adapter_updates import Adapter
+from loaders.adapters.updates import Adapter
 from loaders.families import FAMILIES
 from parity.oracles.fault import Fault
 from parity.oracles.inputs import checked_inputs, checked_routing

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.multimodal import NAMES as MULTIMODAL
-from loaders.multimodal import check_inputs
-from loaders.stepwise import stepwise
+from loaders.host.multimodal import NAMES as MULTIMODAL
+from loaders.host.multimodal import check_inputs
+from loaders.host.stepwise import stepwise
 from parity.asserting import Oracle
 from parity.backends import Framework
 from parity.compare import compare
-from parity.comparison import Comparison
+from parity.comparison.outcome import Comparison
 from parity.record import default_inputs, load_model, record_model, row_alone
 from parity.trace import Trace
 

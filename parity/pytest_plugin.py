@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from parity.plugin_names import file_name
+from parity.plugin.names import file_name
 from parity.watching import watching
 
 if TYPE_CHECKING:
     from parity.asserting import Held, Oracle
     from parity.events import EventResult
-    from parity.plugin_fixtures import BackendPair, Golden, Lifecycle, ParityMark, Ruler, TinyModels
+    from parity.plugin.fixtures import BackendPair, Golden, Lifecycle, ParityMark, Ruler, TinyModels
 
 MARKERS = (
     "parity(model='qwen3', a='jax', b='torch', dtype='float32', seed=0): what backend_pair and oracle are of",
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
-        from parity.plugin_needs import lacking
+        from parity.plugin.needs import lacking
 
         try:
             reason = lacking(*mark.args, **mark.kwargs)
@@ -107,7 +107,7 @@ class _Collector:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         path = self._config.option.parity_html
         if path is not None and not self._config.option.collectonly:
-            from parity.plugin_report import write
+            from parity.plugin.report import write
 
             try:
                 write(path, self._entries, command=shlex.join(["pytest", *self._config.invocation_params.args]))
@@ -133,7 +133,7 @@ def _on_comparison(item: pytest.Item, held: Held) -> str | None:
         item.user_properties.append((f"{name}.margin", f"{min(margins):.6g}"))
     again = None if found.verdict == "PASS" or not held.is_asserted else _keep(item, held)
     if item.config.option.parity_html is not None:
-        from parity.plugin_report import of_comparison
+        from parity.plugin.report import of_comparison
 
         item.stash[FOUND].append(of_comparison(held, item.nodeid, again, _alone(item)))
     return again
@@ -172,7 +172,7 @@ def _keep(item: pytest.Item, held: Held) -> str | None:
 
 def _mark(request: pytest.FixtureRequest) -> ParityMark:
     """What the nearest ``@pytest.mark.parity`` says; the default without one."""
-    from parity.plugin_fixtures import ParityMark
+    from parity.plugin.fixtures import ParityMark
 
     mark = request.node.get_closest_marker("parity")
     try:
@@ -184,7 +184,7 @@ def _mark(request: pytest.FixtureRequest) -> ParityMark:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Checkpoints of the zoo: ``tiny_model("qwen3-moe", seed=1, dtype="BF16")`` is a directory, made once."""
-    from parity.plugin_fixtures import TinyModels
+    from parity.plugin.fixtures import TinyModels
 
     return TinyModels(tmp_path_factory.mktemp)
 
@@ -193,7 +193,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def backend_pair(request: pytest.FixtureRequest, tiny_model: TinyModels) -> BackendPair:
     """Two backends of one tiny checkpoint, as ``@pytest.mark.parity`` says: ``assert_parity(*backend_pair)``."""
     from parity.errors import DeviceNotFound
-    from parity.plugin_fixtures import BackendPair
+    from parity.plugin.fixtures import BackendPair
 
     mark = _mark(request)
     try:
@@ -211,7 +211,7 @@ def oracle(request: pytest.FixtureRequest, tiny_model: TinyModels) -> Oracle:
 @pytest.fixture
 def ruler() -> Ruler:
     """``ruler(a, b, oracle)`` is the comparison, whatever its verdict."""
-    from parity.plugin_fixtures import Ruler
+    from parity.plugin.fixtures import Ruler
 
     return Ruler()
 
@@ -219,7 +219,7 @@ def ruler() -> Ruler:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
     """``golden(run)`` holds a run against the trace that is kept beside the tests; ``--parity-update`` writes it."""
-    from parity.plugin_fixtures import Golden
+    from parity.plugin.fixtures import Golden
 
     item, config = request.node, request.config
     directory = item.path.parent / config.getini("parity_goldens") / item.path.stem
@@ -232,7 +232,7 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
 @pytest.fixture
 def lifecycle(request: pytest.FixtureRequest, tmp_path: Path) -> Lifecycle:
     """``lifecycle(a, b)`` takes our models through every event, ``lifecycle.foreign(model, a, b)`` anybody's module."""
-    from parity.plugin_fixtures import Lifecycle
+    from parity.plugin.fixtures import Lifecycle
 
     item = request.node
 
@@ -241,7 +241,7 @@ def lifecycle(request: pytest.FixtureRequest, tmp_path: Path) -> Lifecycle:
             count = sum(result.verdict == verdict for result in results)
             item.user_properties.append((f"parity.lifecycle.{verdict}", str(count)))
         if item.config.option.parity_html is not None:
-            from parity.plugin_report import of_events
+            from parity.plugin.report import of_events
 
             item.stash[FOUND].append(of_events(results, item.nodeid))
 
@@ -249,6 +249,6 @@ def lifecycle(request: pytest.FixtureRequest, tmp_path: Path) -> Lifecycle:
 
 
 def _checkpoint(mark: ParityMark, tiny_model: TinyModels) -> Path:
-    from parity.plugin_fixtures import DTYPES
+    from parity.plugin.fixtures import DTYPES
 
     return tiny_model(mark.model, seed=mark.seed, dtype=DTYPES[mark.dtype])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.multimodal import NAMES as MULTIMODAL
+from loaders.host.multimodal import NAMES as MULTIMODAL
 from parity.backend import Inputs, record_backend
 from parity.backends import Framework
 from parity.model_backend import ModelBackend
 from parity.trace import Trace, check_is_file
 from parity.zoo import prompts
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", *MULTIMODAL)
 

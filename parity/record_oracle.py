@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
-from loaders.adapter_updates import Adapter
-from loaders.adapters import open_adapter
-from loaders.plan import plan_load
+from loaders.adapters.opening import open_adapter
+from loaders.adapters.updates import Adapter
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
 from parity.backend import BackendInfo, record_backend
+from parity.comparison.probes import places, probe
 from parity.oracle import oracle_forward
 from parity.oracles.fault import Fault
 from parity.oracles.inputs import replayable
 from parity.oracles.taps import Taps
-from parity.probes import places, probe
 from parity.trace import Trace
 from parity.trace_layout import AMPLIFICATION, ANGLE_ERROR, activations, hidden_layers
 
@@ -84,7 +84,7 @@ def record_oracle(
 ) -> Trace:
     """What the oracle says about ``inputs``; see ``OracleBackend``.
 
-    ``probes``: at how many places to try faults of one percent, two passes each; see ``parity.probes.places``.
+    ``probes``: at how many places to try faults of one percent, two passes each; see ``comparison.probes.places``.
     """
     backend = OracleBackend(checkpoint, like, mtp, adapter)
     trace = record_backend(backend, inputs)

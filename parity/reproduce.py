@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from parity.case import Case
-from parity.findings import Divergence
+from parity.comparison.case import Case
+from parity.comparison.findings import Divergence
 from parity.trace_layout import MTP
 
 RECORDABLE = ("jax", "torch")
@@ -46,7 +46,9 @@ def bisect_command(case: Case, divergence: Divergence | None) -> str | None:
 def live_command(divergence: Divergence | None, *, has_adapter: bool = False) -> str:
     """The same of two models that live in this process, as a notebook calls it: files do not have their bugs."""
     options = ["checkpoint=pair.checkpoint"]
-    options += ["adapter=loaders.adapters.open_adapter(pair.adapter, pair.checkpoint.config)"] if has_adapter else []
+    options += (
+        ["adapter=loaders.adapters.opening.open_adapter(pair.adapter, pair.checkpoint.config)"] if has_adapter else []
+    )
     layer = _layer(divergence)
     options += [f"layer={layer - 1}"] if layer else []
     return f"parity.bisect(pair.a, pair.b, pair.inputs, {', '.join(options)})"

@@ -20,7 +20,7 @@ from loaders import Checkpoint, Stage, open_checkpoint
 from loaders.digest import digests, root_digest
 from loaders.dtypes import from_numpy
 from loaders.families import family_module
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from parity.backends import NAMES, open_backend
 from parity.trace import read_meta
 from parity.weight_diff import TensorDiff, diff_tensors, find_accident, is_constant

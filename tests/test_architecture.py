@@ -26,7 +26,7 @@ OPTIONAL = {"parity/prompting.py": {"transformers"}, "parity/foreign/transformer
 # what compares traces runs where neither backend is installed, and what prints help must answer at once
 FRAMEWORK_FREE_PARITY = [
     *("parity", "parity.asserting", "parity.backend", "parity.cli", "parity.compare", "parity.pytest_plugin"),
-    *("parity.report", "parity.ruler", "parity.trace"),
+    *("parity.report.page", "parity.ruler", "parity.trace"),
 ]
 
 # run with: names that cannot be imported; modules to import

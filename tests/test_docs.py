@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decode_table
-from loaders import quantizable
 from loaders.families import FAMILIES
+from loaders.quantization import quantizable
 from parity.cli import EXIT_CODES, VERBS, main
 from parity.zoo import make_checkpoint
 

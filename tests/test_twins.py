@@ -11,7 +11,7 @@ import pytest
 
 from loaders import Stage, open_checkpoint
 from loaders.families import FAMILIES
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from parity.zoo import ZOO, make_checkpoint
 
 ROOT = Path(__file__).parents[1]

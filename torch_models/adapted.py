@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
-from loaders.roster import AdapterOfRows, Attached, Roster
+from loaders.adapters.roster import AdapterOfRows, Attached, Roster
 from torch_models import adapters
 from torch_models.adapter_room import Room
 from torch_models.company import in_company
@@ -57,7 +57,7 @@ class Adapted:
         return adapters.unmerge_lora(self._model)
 
     def running(self, adapter: AdapterOfRows, batch: Any) -> AbstractContextManager[None]:
-        """Inside, each row of ``batch`` [B, ...] runs with its adapter; see ``loaders.roster.Roster.rows``."""
+        """Inside, each row of ``batch`` [B, ...] runs with its adapter; see ``loaders.adapters.roster.Roster.rows``."""
         return adapters.running(self._model, adapter, len(batch))
 
     @property

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from loaders.adapter_sites import HEAD, Site, Sites, sites_of
-from loaders.adapter_updates import Adapter, LowRank
-from loaders.roster import NONE, Roster, padded
+from loaders.adapters.roster import NONE, Roster, padded
+from loaders.adapters.sites import HEAD, Site, Sites, sites_of
+from loaders.adapters.updates import Adapter, LowRank
 from loaders.spec import ParamSpec
 from torch_models.layers.linear import Embedding, Linear
 from torch_models.layers.lora import (

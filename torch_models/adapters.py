@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loaders.adapter_updates import Adapter
-from loaders.adapters import open_adapter, open_on_all
+from loaders.adapters.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
+from loaders.adapters.opening import open_adapter, open_on_all
+from loaders.adapters.roster import NONE, AdapterOfRows, Roster, check_name
+from loaders.adapters.updates import Adapter
 from loaders.dtypes import to_numpy
 from loaders.errors import CheckpointError
 from loaders.events import Event
-from loaders.merging import merge_overflows, merge_problems, merged_weights, whole_overflows
-from loaders.roster import NONE, AdapterOfRows, Roster, check_name
 from torch_models import weights as life
 from torch_models.adapter_room import Changes, Room, write
 from torch_models.layers.lora import active_rows
@@ -167,7 +167,7 @@ def unmerge_lora(model: Model) -> Model:
 
 
 def slots_of(model: Model, adapter: AdapterOfRows, rows: int) -> torch.Tensor:
-    """Slot of each row's adapter, int64 [B], -1 for none; see ``loaders.roster.Roster.rows``."""
+    """Slot of each row's adapter, int64 [B], -1 for none; see ``loaders.adapters.roster.Roster.rows``."""
     return torch.from_numpy(model.roster.rows(adapter, rows)).to(model.device, torch.int64)
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from loaders.adapters.roster import AdapterOfRows
 from loaders.digest import digest_after
 from loaders.events import version_of
-from loaders.inputs import ModelInputs, bucket, check_next
-from loaders.multimodal import check_inputs
-from loaders.roster import AdapterOfRows
-from loaders.sampling import SamplingParams, asked_params, check_room
-from loaders.speculation import positions_beyond
+from loaders.host.inputs import ModelInputs, bucket, check_next
+from loaders.host.multimodal import check_inputs
+from loaders.host.sampling import SamplingParams, asked_params, check_room
+from loaders.host.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.company import in_company

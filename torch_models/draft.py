@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.drafting import check_binding, check_drafted, shared_with
+from loaders.adapters.roster import AdapterOfRows
 from loaders.events import version_of
-from loaders.inputs import ModelInputs
-from loaders.roster import AdapterOfRows
-from loaders.speculation import SpeculationReport
+from loaders.host.drafting import check_binding, check_drafted, shared_with
+from loaders.host.inputs import ModelInputs
+from loaders.host.speculation import SpeculationReport
 from torch_models.cache import Cache
 from torch_models.company import in_company
 from torch_models.host import on_host
@@ -58,7 +58,7 @@ class Draft:
 
     @property
     def shared(self) -> dict[str, str]:
-        """What it reads of its target; see ``loaders.drafting``."""
+        """What it reads of its target; see ``loaders.host.drafting``."""
         return shared_with(self.target)
 
     def __call__(
@@ -123,7 +123,7 @@ class Draft:
         """The same draft for another model of its config.
 
         Raises:
-            ValueError: see ``loaders.drafting.check_binding``.
+            ValueError: see ``loaders.host.drafting.check_binding``.
         """
         ours, theirs, apart = self.source, target, []
         if ours.mesh != theirs.mesh:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loaders.sampling import NO_TOKEN, SamplingParams, check_chosen, seed_bits
+from loaders.host.sampling import NO_TOKEN, SamplingParams, check_chosen, seed_bits
 from torch_models.graphs import Batch
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from loaders.inputs import bucket
-from loaders.roster import AdapterOfRows
-from loaders.sampling import check_room
+from loaders.adapters.roster import AdapterOfRows
+from loaders.host.inputs import bucket
+from loaders.host.sampling import check_room
 from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.capturing import capturing
@@ -197,7 +197,7 @@ class DecodeGraphs:
 
         Args:
             rows: rounded up to a bucket, see ``row_bucket``.
-            capacity: slots, prompt and new tokens; rounded up, see ``loaders.inputs.bucket``.
+            capacity: slots, prompt and new tokens; rounded up, see ``loaders.host.inputs.bucket``.
         Raises:
             CannotCapture: the model's step does what no graph can.
             ValueError: rows or capacity below 1, or a pipeline stage.

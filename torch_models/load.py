@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.events import Event
 from loaders.families import FAMILIES
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, compute_dtype, plan_load
-from loaders.quantization import activations_of, has_nvfp4
-from loaders.quantize import open_to_load
+from loaders.quantization.quantize import open_to_load
+from loaders.quantization.schemes import activations_of, has_nvfp4
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, LoadReport, compute_dtype, plan_load
 from loaders.stage import Stage
 from torch_models import reading
 from torch_models.derived import allocate_derived
@@ -61,7 +61,7 @@ def load(
         activation_quantization: None: inputs of quantised layers are quantised, and keys and values kept in FP8, if the
             checkpoint says so; False: neither is, weights only; True: inputs must be.
         quantize: ``"nvfp4"``: quantise the weights of an unquantised checkpoint while they are read, now and at every
-            reload; see ``loaders.quantize``.
+            reload; see ``loaders.quantization.quantize``.
         kernel: what computes quantised products; see ``torch_models.kernels.choice``; None: the device's best.
         host_budget_bytes: the most that is held on the host beside parameters that stay there, such as one parameter on
             its way to a device, or matrices that share a scale while they are quantised (which takes 8 MiB beside);

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from loaders.adapters.roster import AdapterOfRows
 from loaders.checkpoint import Checkpoint
 from loaders.digest import short_digest, tensor_digest
 from loaders.events import Event, version_of
-from loaders.inputs import ModelInputs, as_array, check_experts, check_values
-from loaders.multimodal import check_hidden, check_inputs
-from loaders.plan import LoadReport
-from loaders.roster import AdapterOfRows
+from loaders.host.inputs import ModelInputs, as_array, check_experts, check_values
+from loaders.host.multimodal import check_hidden, check_inputs
+from loaders.host.stepwise import stepwise
+from loaders.reading.plan import LoadReport
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
-from loaders.stepwise import stepwise
 from torch_models import sleep, swap
 from torch_models import weights as life
 from torch_models.adapted import Adapted
@@ -266,7 +266,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
 
     @in_company
     def export(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export``."""
+        """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export``."""
         return life.export(self, directory)
 
     @in_company

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.axes import Cut, axes_of
-from loaders.held import Held, in_blocks
-from loaders.plan import LoadPlan
+from loaders.reading.held import Held, in_blocks
+from loaders.reading.plan import LoadPlan
 from loaders.spec import ParamSpec
 from torch_models.company import company
 from torch_models.layers.attention import Attention

@@ -11,8 +11,8 @@ from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from loaders import agreement
-from loaders.agreement import Result
+from loaders.host import agreement
+from loaders.host.agreement import Result
 from torch_models.company import company
 
 

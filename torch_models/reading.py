@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport
-from loaders.scratch import Staging
-from loaders.shards import Shards, read_shards
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, LoadReport
+from loaders.reading.scratch import Staging
+from loaders.reading.shards import Shards, read_shards
+from loaders.reading.whole import read_whole
 from loaders.spec import ParamSpec
-from loaders.whole import read_whole
 from torch_models.parallel import Parallel
 from torch_models.storage import over_host
 

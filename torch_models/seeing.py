@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from loaders.digest import short_digest
-from loaders.inputs import ModelInputs
-from loaders.multimodal import check_shown, rope_index
-from loaders.vision_grid import Patches
+from loaders.host.inputs import ModelInputs
+from loaders.host.multimodal import check_shown, rope_index
+from loaders.host.vision_grid import Patches
 from torch_models.company import in_company
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen, Shown

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from loaders.memory import ALIGNMENT, aligned_empty
+from loaders.reading.memory import ALIGNMENT, aligned_empty
 from torch_models.census import tensors_of
 from torch_models.staging import page_locked, pieces
 from torch_models.storage import is_freed, parameters_of

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.inputs import bucket
-from loaders.roster import AdapterOfRows
-from loaders.sampling import SamplingParams
-from loaders.speculation import Rows, Speculation, SpeculationReport
+from loaders.adapters.roster import AdapterOfRows
+from loaders.host.inputs import bucket
+from loaders.host.sampling import SamplingParams
+from loaders.host.speculation import Rows, Speculation, SpeculationReport
 from torch_models.generate import best
 
 if TYPE_CHECKING:

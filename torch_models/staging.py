@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from loaders.memory import thread_count
-from loaders.scratch import Staging
+from loaders.reading.memory import thread_count
+from loaders.reading.scratch import Staging
 
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 PAGE_BYTES = 4096

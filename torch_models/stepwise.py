@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.roster import AdapterOfRows
-from loaders.stepwise import Stepwise, in_all
+from loaders.adapters.roster import AdapterOfRows
+from loaders.host.stepwise import Stepwise, in_all
 from torch_models import adapters as lora
 from torch_models.taps import Level, collect
 

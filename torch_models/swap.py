@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from loaders.digest import tensor_digest
-from loaders.embed_head import Halves, asked_halves
 from loaders.events import Event
+from loaders.host.embed_head import Halves, asked_halves
 from torch_models.sleep import check_awake
 from torch_models.storage import host_view, is_freed, of_host, same_bits
 from torch_models.weights import write

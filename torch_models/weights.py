@@ -15,10 +15,10 @@ from torch import nn
 from loaders import CheckpointError
 from loaders.digest import digests
 from loaders.events import Event
-from loaders.export import TensorReader, export_checkpoint, export_together
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, LoadReport, plan_reload
-from loaders.quantize import open_to_load
+from loaders.quantization.quantize import open_to_load
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, LoadReport, plan_reload
+from loaders.writing.export import TensorReader, export_checkpoint, export_together
 from torch_models import reading
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
@@ -175,7 +175,7 @@ def stored(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def export(model: Model, directory: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.export.export_checkpoint``.
+    """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export.export_checkpoint``.
 
     Raises:
         RuntimeError: an update failed half-way; a mixture of two versions is not written.

@@ -114,7 +114,7 @@ BUGS = (
          "torch.where(delta != 0, (y.float() + delta).to(y.dtype), y)", "(y.float() + delta * 1.01).to(y.dtype)"),
         event="lifecycle",
     ),
-    *bugs("both", "loaders.place.place_of",
+    *bugs("both", "loaders.reading.place.place_of",
         ("expert_place", "qwen3-moe", 2,
          "    if not spec",
          "    import dataclasses\n    placement = dataclasses.replace(placement, expert_id={1: 2, 2: 1}.get(placement.expert_id, placement.expert_id)) if 'layers.2' in spec.name else placement\n    if not spec"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_models.kernels.grouped import ragged_matmul
 from jax_models.kernels.grouped_on_cpu import grouped_on_cpu, one_of
-from loaders.quantization import BLOCK
+from loaders.quantization.schemes import BLOCK
 
 
 def dequantized(packed: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_models.kernels.heads import LANES
-from loaders.quantization import BLOCK
+from loaders.quantization.schemes import BLOCK
 
 Ref = Any  # what Pallas hands to a kernel: memory, read and written by index
 Index = Any  # int, or one that is known when the kernel runs

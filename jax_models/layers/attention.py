@@ -18,7 +18,7 @@ from jax_models.layers.rotary import rotate
 from jax_models.layers.step import Entry, LayerCache, Step
 from jax_models.sharding import entry_sharding
 from jax_models.taps import tap
-from loaders.quantization import KVCache
+from loaders.quantization.schemes import KVCache
 
 
 def key_value_entries(rows: int, capacity: int, num_kv_heads: int, head_dim: int) -> dict[str, Entry]:

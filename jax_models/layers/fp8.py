@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_models.kernels.activations import divided
-from loaders.quantization import KVCache
+from loaders.quantization.schemes import KVCache
 
 E4M3_MAX = 448.0
 

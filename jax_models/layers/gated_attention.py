@@ -13,7 +13,7 @@ from jax_models.layers.norm import GemmaRMSNorm
 from jax_models.layers.rotary import rotate
 from jax_models.layers.step import LayerCache, Step
 from jax_models.taps import tap
-from loaders.quantization import KVCache
+from loaders.quantization.schemes import KVCache
 
 
 class GatedAttention(nnx.Module):

@@ -14,7 +14,7 @@ from jax_models.layers.products import Cuts
 from jax_models.layers.quantized import FP8Linear, NVFP4Linear
 from jax_models.layers.quantized_experts import NVFP4Experts
 from loaders.axes import gathered, param_cuts
-from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
+from loaders.quantization.schemes import KV_LEAVES, KVCache, Scheme, kv_leaf
 from loaders.spec import Dim, Specs
 
 

@@ -17,7 +17,7 @@ from jax_models.kernels.nvfp4 import dequantized
 from jax_models.layers.fp8 import fp8_rounded
 from jax_models.layers.linear import Linear
 from jax_models.layers.products import Cuts, matmul
-from loaders.quantization import BLOCK, Scheme
+from loaders.quantization.schemes import BLOCK, Scheme
 
 
 def multiplier(scale: jax.Array, scheme: Scheme) -> jax.Array:

@@ -18,7 +18,7 @@ from jax_models.layers.moe import Experts, update_specs
 from jax_models.layers.quantized import exact_weight, multiplier
 from jax_models.sharding import expert_specs
 from jax_models.taps import tap_rows
-from loaders.quantization import BLOCK, Scheme
+from loaders.quantization.schemes import BLOCK, Scheme
 
 
 class NVFP4Experts(nnx.Module):

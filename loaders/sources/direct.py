@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loaders import memory
-from loaders.memory import aligned_empty
-from loaders.regions import Piece
+from loaders.reading import memory
+from loaders.reading.memory import aligned_empty
+from loaders.reading.regions import Piece
 from loaders.sources.positioned import LocalFile, PositionedSession
 from loaders.sources.source import OpenFile
 

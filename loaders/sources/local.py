@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from loaders.memory import physical_bytes
+from loaders.reading.memory import physical_bytes
 from loaders.sources.direct import DirectSession
 from loaders.sources.library import LOCAL, find_library
 from loaders.sources.positioned import LocalFile, PositionedSession

@@ -20,10 +20,10 @@ from types import TracebackType
 
 import numpy as np
 
-from loaders import memory
 from loaders.errors import reason
-from loaders.memory import aligned_empty, thread_count
-from loaders.regions import Piece
+from loaders.reading import memory
+from loaders.reading.memory import aligned_empty, thread_count
+from loaders.reading.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
 
 PIECES_ON_THEIR_WAY = 16

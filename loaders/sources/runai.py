@@ -20,9 +20,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from loaders import memory
-from loaders.memory import STAGING_BYTES, aligned_empty
-from loaders.regions import Piece
+from loaders.reading import memory
+from loaders.reading.memory import STAGING_BYTES, aligned_empty
+from loaders.reading.regions import Piece
 from loaders.sources.library import Device, install, library_of
 from loaders.sources.source import OpenFile, PieceError
 from loaders.sources.streamers import streamers_of

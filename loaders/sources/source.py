@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from loaders.regions import Piece
+from loaders.reading.regions import Piece
 
 MAX_JSON_BYTES = 64 << 20  # an index of 400 000 tensors
 

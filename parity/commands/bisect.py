@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
-    from loaders.adapters import open_adapter
+    from loaders.adapters.opening import open_adapter
     from parity.backends import open_backend
     from parity.bisect import bisect
-    from parity.comparison import jsonable
+    from parity.comparison.outcome import jsonable
     from parity.model_backend import ModelBackend
     from parity.record import default_inputs, read_inputs, row_alone
 

@@ -12,7 +12,7 @@ from parity.commands.options import output_file
 from parity.whole_file import write_report
 
 if TYPE_CHECKING:
-    from parity.comparison import Comparison
+    from parity.comparison.outcome import Comparison
     from parity.events import EventResult
 
 REPORT = Path("demo-report/index.html")
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from parity.events import render_text
-    from parity.export_results import overall
-    from parity.report import render_html
+    from parity.report.page import render_html
+    from parity.report.results import overall
 
     output = args.output or REPORT
     if args.output is None:
@@ -72,7 +72,7 @@ def _one_model(name: str, title: str, scratch: Path) -> tuple[list[tuple[str, Co
     from loaders import open_checkpoint
     from parity.backends import open_backend
     from parity.compare import compare
-    from parity.lifecycle import run_lifecycle
+    from parity.lifecycle.run import run_lifecycle
     from parity.record import default_inputs, record
     from parity.record_oracle import record_oracle
     from parity.zoo import ZooQuantization, block_sizes, make_checkpoint

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from loaders.new_directory import new_directory
+    from loaders.writing.new_directory import new_directory
     from parity.backends import open_backend
 
     new_directory(args.output)  # what is wrong with it is said before a checkpoint is loaded

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from parity.backends import NAMES
     from parity.commands.reports import write_reports
     from parity.events import render_text
-    from parity.lifecycle import run_lifecycle
+    from parity.lifecycle.run import run_lifecycle
 
     backends = NAMES if args.backend == "both" else (args.backend,)
     with tempfile.TemporaryDirectory(prefix="tandem-", dir=args.scratch) as scratch:

@@ -108,7 +108,7 @@ def output_file(text: str) -> OutputFile:
     """
     path = OutputFile(text)
     if ":/" in text:  # else `compare` would import the loaders for it
-        from loaders.new_directory import local_path
+        from loaders.writing.new_directory import local_path
 
         try:
             local_path(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.quantized import QuantizedCheckpoint
+    from loaders.quantization.quantized import QuantizedCheckpoint
     from parity.calibrate import Calibration
 
 
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
-    from loaders.companions import companions
-    from loaders.new_directory import new_directory
-    from loaders.quantize import quantized
-    from loaders.writer import write_checkpoint
+    from loaders.files.companions import companions
+    from loaders.quantization.quantize import quantized
+    from loaders.writing.new_directory import new_directory
+    from loaders.writing.writer import write_checkpoint
 
     new_directory(args.output)  # what is wrong with it is said before a calibration that takes minutes
     plain = open_checkpoint(args.checkpoint)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(checkpoint: QuantizedCheckpoint, calibration: Calibration | None) -> dict[str, Any]:
     """What was quantised, what was left alone and why, and what it is worth in bytes."""
-    from loaders.quantization import summary
+    from loaders.quantization.schemes import summary
 
     before, after = checkpoint.plain.num_bytes, checkpoint.num_bytes
     found = {

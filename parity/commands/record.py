@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from loaders import open_checkpoint
-    from loaders.plan import plan_load, plan_reload
+    from loaders.reading.plan import plan_load, plan_reload
     from loaders.stage import Stage
     from parity.backends import open_backend
     from parity.record import check_quantized, default_inputs, read_inputs, record

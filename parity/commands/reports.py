@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from parity.comparison import Comparison
+from parity.comparison.outcome import Comparison
 from parity.events import EventResult
 from parity.whole_file import write_report
 
@@ -18,10 +18,10 @@ def write_reports(
     facts: dict[str, str],
 ) -> None:
     """Write every report that was asked for."""
-    from parity import export_results
+    from parity.report import results as export_results
 
     if args.html:
-        from parity.report import render_html
+        from parity.report.page import render_html
 
         page = render_html(title, comparisons=comparisons, events=list(events), facts=facts)
         write_report(args.html, page)

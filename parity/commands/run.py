@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from parity.backends import open_backend
     from parity.commands.reports import write_reports
-    from parity.comparison import EXIT_CODES
-    from parity.export_results import overall
+    from parity.comparison.outcome import EXIT_CODES
     from parity.pairs import run_pair
     from parity.record import read_inputs
+    from parity.report.results import overall
 
     inputs = read_inputs(args.inputs) if args.inputs else None
     sides = (open_backend(args.a, args.device_a or args.device), open_backend(args.b, args.device_b or args.device))

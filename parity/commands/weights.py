@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from parity.comparison import jsonable
+    from parity.comparison.outcome import jsonable
 
     found = _compared(args)
     # the worst first: what differs, then what could not be compared

@@ -13,7 +13,7 @@ from torch import nn
 
 from parity.events import EventResult, Skipped
 from parity.foreign.live import Checkpoint, ForeignLife, ForeignModel, Stream, cold, cold_logits, stream
-from parity.live_model import expect, some
+from parity.lifecycle.live_model import expect, some
 from torch_models.storage import same_bits
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parity.live_model import expect, some
+from parity.lifecycle.live_model import expect, some
 from torch_models.census import moved, pointer_census
 from torch_models.recording import CannotCapture, Recording
 from torch_models.storage import same_bits

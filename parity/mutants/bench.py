@@ -19,13 +19,13 @@ import numpy as np
 from loaders import open_checkpoint
 from loaders.checkpoint import Checkpoint
 from loaders.digest import digests
-from loaders.writer import TensorType, write_checkpoint
-from parity.comparison import Comparison
+from loaders.writing.writer import TensorType, write_checkpoint
+from parity.comparison.outcome import Comparison
 from parity.model_backend import trace_names
 from parity.oracle import oracle_forward
 from parity.trace import Trace, input_hash, make_meta
 from parity.zoo import make_checkpoint, prompts
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 BACKENDS = ("torch", "jax")
 PEER = "torch"  # whose clean run any trial is held against: it compiles nothing
@@ -42,7 +42,7 @@ class Subject:
         model: its name.
         changes: config overrides, as pairs so that it can be a key.
         dtype: of what is stored.
-        is_drafting: with a draft that is often right (``parity.zoo_draft``).
+        is_drafting: with a draft that is often right (``parity.zoo.draft``).
     """
 
     model: str

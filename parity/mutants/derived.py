@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import Any
 
 from loaders import open_checkpoint
+from parity.lifecycle.staged_memory import counted, largest_layer
 from parity.mutants import Mutant, Patch
 from parity.mutants.bench import Bench, Subject
 from parity.mutants.nvfp4_bench import ALIGNED
 from parity.mutants.plants import BOTH, of, wrapped
-from parity.staged_memory import counted, largest_layer
 from parity.zoo import ZooQuantization, block_sizes
 
 _SIZES = {**block_sizes("qwen3-moe", aligned=True), "num_hidden_layers": 5, "mlp_only_layers": ()}
@@ -166,7 +166,7 @@ DERIVED: list[Mutant] = [
     _of(
         "all_begun_at_once",
         "issue 4",
-        wrapped("loaders.whole:stream_parameters", _all_at_once),
+        wrapped("loaders.reading.whole:stream_parameters", _all_at_once),
         "a reload reads in the order of the file, and holds all parameters that it began",
         DEEP_EXPERTS,
         detector=reload_memory,

@@ -12,12 +12,12 @@ import numpy as np
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import tensor_digest
-from loaders.filling import Filling
-from loaders.plan import plan_load
+from loaders.reading.filling import Filling
+from loaders.reading.plan import plan_load
 from loaders.spec import Form
 from loaders.stage import Stage
-from loaders.writer import TensorType, write_checkpoint
-from parity.lending import lent
+from loaders.writing.writer import TensorType, write_checkpoint
+from parity.lifecycle.lending import lent
 from parity.mutants.bench import Bench, Subject, differences, load
 from parity.zoo import make_checkpoint
 
@@ -88,7 +88,7 @@ def _counts(bench: Bench, subject: Subject) -> Iterator[str]:
 
 
 def _rank(weight: np.ndarray) -> Iterator[str]:
-    loader = import_module("loaders.place").weight_loader
+    loader = import_module("loaders.reading.place").weight_loader
     param = np.zeros((2, *weight.shape), weight.dtype)
     filled = [loader(param, weight, expert_id=one, experts=range(3, 5), return_success=True) for one in (2, 4, 5)]
     if filled != [False, True, False] or param[0].any() or param[1].tobytes() != weight.tobytes():

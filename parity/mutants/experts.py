@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loaders import CheckpointError
-from loaders.writer import TensorType
+from loaders.writing.writer import TensorType
 from parity.mutants import Mutant, Patch
 from parity.mutants.bench import Detector
 from parity.mutants.expert_bench import expert_counts, expert_forms
@@ -48,7 +48,7 @@ def _kept_past_its_step() -> list[Patch]:
 
         return late
 
-    return [Patch("loaders.regions:Piece.take", make)]
+    return [Patch("loaders.reading.regions:Piece.take", make)]
 
 
 def _only_once(begin: Any, self: Any) -> None:
@@ -89,13 +89,13 @@ EXPERT_MUTANTS: list[Mutant] = [
     ),
     _of(
         "experts_read_as_if_turned",
-        wrapped("loaders.whole:place_of", _not_turned),
+        wrapped("loaders.reading.whole:place_of", _not_turned),
         "transposed experts are taken for what their bytes are not",
         backends=BOTH,
     ),
     _of(
         "expert_halves_swapped",
-        wrapped("loaders.filling:Filling.write", _halves_swapped),
+        wrapped("loaders.reading.filling:Filling.write", _halves_swapped),
         "up is written before gate",
         backends=BOTH,
     ),
@@ -111,16 +111,20 @@ EXPERT_MUTANTS: list[Mutant] = [
         "a borrowed buffer is read after the step it was lent for",
         backends=BOTH,
     ),
-    _counted("repeated_expert_unnoticed", wrapped("loaders.plan:repeated_parts", _none), "a repeated expert passes"),
-    _counted("missing_expert_unnoticed", wrapped("loaders.plan:missing_parts", _none), "a missing expert passes"),
+    _counted(
+        "repeated_expert_unnoticed", wrapped("loaders.reading.plan:repeated_parts", _none), "a repeated expert passes"
+    ),
+    _counted(
+        "missing_expert_unnoticed", wrapped("loaders.reading.plan:missing_parts", _none), "a missing expert passes"
+    ),
     _counted(
         "expert_counters_not_reset",
-        wrapped("loaders.filling:Filling._begin", _only_once),
+        wrapped("loaders.reading.filling:Filling._begin", _only_once),
         "a second load goes on counting where the first ended",
     ),
     _counted(
         "rank_offset_lost",
-        wrapped("loaders.place:weight_loader", _offset_lost),
+        wrapped("loaders.reading.place:weight_loader", _offset_lost),
         "a rank writes experts that others hold",
     ),
 ]

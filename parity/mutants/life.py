@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from loaders import CheckpointError, filling, open_checkpoint
+from loaders import CheckpointError, open_checkpoint
 from loaders.checkpoint import Checkpoint, aligned_empty
+from loaders.reading import filling
 from parity.mutants.bench import Bench, Subject, differences, load, logits
 
 

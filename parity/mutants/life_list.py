@@ -9,7 +9,7 @@ from typing import Any
 
 from loaders import open_checkpoint
 from loaders.events import Event
-from loaders.export import export_checkpoint
+from loaders.writing.export import export_checkpoint
 from parity.mutants import Mutant, Patch
 from parity.mutants.bench import Subject
 from parity.mutants.life import life
@@ -55,7 +55,7 @@ def _forgiving(commit: Any, model: Any, values: Pairs, names: list[str], *stagin
 def _write_as_it_reads(update: Any, model: Any, uri: Any, **options: Any) -> Any:
     from torch_models.storage import NAMES, host_view
 
-    plan_module = import_module("loaders.plan")
+    plan_module = import_module("loaders.reading.plan")
     live = {name: NAMES[param.dtype] for name, param in model.named_parameters()}
     plan = plan_module.plan_reload(open_checkpoint(uri), model.config, model.stage, live)
     for tensor, array in plan.checkpoint.stream(names=plan.tensors):
@@ -72,7 +72,7 @@ def _publish_first(update: Any, model: Any, uri: Any, **options: Any) -> Any:
 
 
 def _lenient(plan_reload: Any, checkpoint: Any, config: Any, stage: Any, live: Any) -> Any:
-    plan = import_module("loaders.plan")._match(checkpoint, config, stage)[0]
+    plan = import_module("loaders.reading.plan")._match(checkpoint, config, stage)[0]
     held = {spec.name for spec, _ in plan.targets.values()}  # whoever counts what arrived would miss the others
     params = tuple(spec for spec in plan.specs.params if spec.name in held)
     return dataclasses.replace(plan, specs=dataclasses.replace(plan.specs, params=params))
@@ -305,7 +305,7 @@ LIFE: list[Mutant] = [
     _of(
         "positional_ids_lost",
         "law 3",
-        wrapped("loaders.filling:weight_loader", _any_id),
+        wrapped("loaders.reading.filling:weight_loader", _any_id),
         "a shard_id given by position is swallowed",
     ),
 ]

@@ -15,8 +15,8 @@ from parity.mutants.life_list import any_version
 from parity.mutants.lora_bench import adapted, adapter_life
 from parity.mutants.plants import BOTH, DENSE, HALF, MOE, TIED, of, wrapped
 
-_SCALING = "loaders.adapter_config:AdapterConfig.scaling"
-_ROWS = "loaders.roster:Roster.rows"
+_SCALING = "loaders.adapters.config:AdapterConfig.scaling"
+_ROWS = "loaders.adapters.roster:Roster.rows"
 _OPEN = "adapters:open_adapter"
 _STACKS, _TABLE = "layers.lora:Stacks", "layers.lora:VocabParallelEmbeddingWithLoRA"
 _LINEAR = "layers.lora:LinearWithLoRA"
@@ -137,7 +137,7 @@ def _registered(init: Any, self: Any, base_layer: Any) -> None:
 
 
 def _subtracted(unmerge: Any, model: Any) -> Any:
-    from loaders.merging import merged_weights
+    from loaders.adapters.merging import merged_weights
     from torch_models.storage import host_view, of_host
 
     low_rank = model.adapters[model.roster.merged].adapter.low_rank

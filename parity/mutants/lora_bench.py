@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from loaders import open_checkpoint
-from loaders.adapter_sites import sites_of
-from loaders.adapters import open_adapter
+from loaders.adapters.opening import open_adapter
+from loaders.adapters.sites import sites_of
 from parity.mutants.bench import Bench, Subject, differences, load
 from parity.oracle import oracle_forward
 from parity.zoo import prompts
-from parity.zoo_adapters import DENSE, EXPERTS, TABLES, make_adapter
+from parity.zoo.adapters import DENSE, EXPERTS, TABLES, make_adapter
 
 BOUND, MERGED = 2e-5, 3e-2  # relative error of logits in float32, and after merged weights were rounded to bfloat16
 _ROWS = ("a", None, "b")

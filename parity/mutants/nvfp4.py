@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loaders.nvfp4_layout import swizzle
+from loaders.quantization.nvfp4_layout import swizzle
 from parity.mutants import Mutant
 from parity.mutants import nvfp4_plants as plants
 from parity.mutants.nvfp4_bench import (

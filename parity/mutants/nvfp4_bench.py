@@ -17,7 +17,7 @@ import numpy as np
 from loaders import open_checkpoint
 from loaders.checkpoint import Checkpoint
 from loaders.nvfp4 import decode, dequantize, quantize_activations
-from loaders.quantization import Scheme
+from loaders.quantization.schemes import Scheme
 from parity.mutants import _hasty_compiler
 from parity.mutants.bench import Bench, Subject, differences
 from parity.oracles.quantized import widened

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.quantization_patterns import FUSED
+from loaders.quantization.patterns import FUSED
 from parity.mutants import Mutant, Patch
 from parity.mutants.bench import Subject
 from parity.mutants.nvfp4_load import (
@@ -53,7 +53,7 @@ def _kept_amax() -> list[Patch]:
         note_amax(self, group, weights)
         self._amax[group] = known.setdefault(group, self._amax[group])
 
-    return wrapped("loaders.quantized:QuantizedCheckpoint._note_amax", note)()
+    return wrapped("loaders.quantization.quantized:QuantizedCheckpoint._note_amax", note)()
 
 
 def _kept_codes() -> list[Patch]:
@@ -63,7 +63,7 @@ def _kept_codes() -> list[Patch]:
         known.append(original(checkpoint, *args, **kwargs))
         return known[0]
 
-    return wrapped("loaders.quantize:quantized", quantized)()
+    return wrapped("loaders.quantization.quantize:quantized", quantized)()
 
 
 def _of(
@@ -93,7 +93,7 @@ def _excused(excused: str) -> Callable[[], list[Patch]]:
         found = original(rule, shape)
         return None if found and excused in found else found
 
-    return wrapped("loaders.quantizable:_reason", reason)
+    return wrapped("loaders.quantization.quantizable:_reason", reason)
 
 
 def _one_fused_name(expanded: Any, given: Any) -> list[str]:
@@ -125,7 +125,7 @@ NVFP4_LOADING: list[Mutant] = [
     _on_load(
         "scales_apart",
         "parity 58",
-        wrapped("loaders.quantizable:_group", lambda group, module: module),
+        wrapped("loaders.quantization.quantizable:_group", lambda group, module: module),
         "q, k and v get scales of their own where exporters give them one",
     ),
     _on_load("amax_latched", "law 5", _kept_amax, "a reload quantises under the scales of the first load"),
@@ -140,43 +140,43 @@ NVFP4_LOADING: list[Mutant] = [
     ),
     _document(
         "patterns_ignored",
-        wrapped("loaders.quantization_config:patterns", lambda patterns, given, **how: lambda names: False),
+        wrapped("loaders.quantization.documents:patterns", lambda patterns, given, **how: lambda names: False),
         "exclude_modules is not read",
         backends=BOTH,
     ),
     _document(
         "fused_not_expanded",
-        wrapped("loaders.quantization_patterns:_expanded", lambda expanded, given: list(given)),
+        wrapped("loaders.quantization.patterns:_expanded", lambda expanded, given: list(given)),
         "qkv_proj is a name of its own, and of no module",
     ),
     _document(
         "one_fused_name_expanded",
-        wrapped("loaders.quantization_patterns:_expanded", _one_fused_name),
+        wrapped("loaders.quantization.patterns:_expanded", _one_fused_name),
         "of two fused names in a pattern the second is left as it is",
     ),
     _document(
         "names_not_prefixes",
-        wrapped("loaders.quantization_patterns:_within", lambda within, name, sizes: [name]),
+        wrapped("loaders.quantization.patterns:_within", lambda within, name, sizes: [name]),
         "a name stands for itself, not for what is below it",
     ),
     _document(
         "unknown_algorithm_taken",
-        wrapped("loaders.quantization_config:_algorithm", lambda known, where, name: (known(where, name)[0], [])),
+        wrapped("loaders.quantization.documents:_algorithm", lambda known, where, name: (known(where, name)[0], [])),
         "an algorithm nobody knows is a bfloat16 model",
     ),
     _document(
         "group_size_not_read",
-        wrapped("loaders.quantization_config:_size_problems", lambda problems, *args: []),
+        wrapped("loaders.quantization.documents:_size_problems", lambda problems, *args: []),
         "blocks of 32 are read as blocks of 16",
     ),
     _document(
         "unknown_cache_taken",
-        wrapped("loaders.quantization_config:_kv_cache", lambda read, *args: (read(*args)[0], [])),
+        wrapped("loaders.quantization.documents:_kv_cache", lambda read, *args: (read(*args)[0], [])),
         "a cache in INT8 is one in bfloat16",
     ),
     _document(
         "no_inputs_not_read",
-        wrapped("loaders.quantization_config:_is_weight_only", lambda is_, groups: False),
+        wrapped("loaders.quantization.documents:_is_weight_only", lambda is_, groups: False),
         "NVFP4 whose groups name no input has input scales all the same",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Makes the library of ``parity.nearest``: what a comparison sees of every mutant that changes a forward pass.
+"""Makes the library of ``parity.comparison.nearest``: what is seen of every mutant that changes a forward pass.
 
 In torch, in float32, against a clean run and the oracle under the mutant's own expert choices, on models of two depths.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from loaders import open_checkpoint
+from parity.comparison.nearest import parts_of
 from parity.mutants import Mutant, all_mutants
 from parity.mutants.bench import Subject, as_trace, forward, load, record
-from parity.nearest import parts_of
 from parity.oracle import oracle_forward
 from parity.trace import Trace
 from parity.zoo import make_checkpoint, prompts
@@ -78,7 +78,7 @@ def profiled() -> list[Mutant]:
 
 
 def make_library(mutants: Iterable[Mutant], settings: Sequence[tuple[int, int]] = SETTINGS) -> dict[str, Any]:
-    """Profiles of ``mutants`` in every setting, as ``parity.nearest.as_library`` takes them."""
+    """Profiles of ``mutants`` in every setting, as ``parity.comparison.nearest.as_library`` takes them."""
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
     parts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -16,7 +16,7 @@ from parity.oracle import oracle_forward
 from parity.record_oracle import amplification
 from parity.trace import Trace
 from parity.trace_layout import AMPLIFICATION
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 SEEING, HYBRID = Subject("qwen3_vl"), Subject("qwen3_5-wrapped")
 BOTH = ("torch", "jax")
@@ -90,7 +90,7 @@ def _positions(change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable
         positions, delta_B, problems = original(config, types_BT, mask_BT, grids)
         return (*change(positions, delta_B, types_BT, mask_BT), problems)
 
-    return wrapped("loaders.multimodal:_positions", counted)
+    return wrapped("loaders.host.multimodal:_positions", counted)
 
 
 def _as_text(positions: Any, delta_B: Any, types_BT: Any, mask_BT: Any) -> Any:
@@ -138,7 +138,7 @@ def _taps(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
     def learned(original: Any, side: int, grid: Any, place: np.ndarray) -> Any:
         return change(*original(side, grid, place))
 
-    return wrapped("loaders.vision_grid:_learned", learned)
+    return wrapped("loaders.host.vision_grid:_learned", learned)
 
 
 def _half_pixels(original: Any, side: int, grid: Any, place: np.ndarray) -> Any:
@@ -193,18 +193,20 @@ VISION_MUTANTS: list[Mutant] = [
     ),
     _of(
         "whole_videos",
-        wrapped("loaders.multimodal:_frames", _whole_videos),
+        wrapped("loaders.host.multimodal:_frames", _whole_videos),
         "a video counted as one image, its timestamps forgotten",
         refusal=ValueError,
     ),
     _of(
         "patches_row_by_row",
-        wrapped("loaders.vision_grid:Grid.places", lambda places, self, config: np.sort(places(self, config), axis=0)),
+        wrapped(
+            "loaders.host.vision_grid:Grid.places", lambda places, self, config: np.sort(places(self, config), axis=0)
+        ),
         "places of patches in order of rows, not of tokens",
     ),
     _of(
         "patch_places_swapped",
-        wrapped("loaders.vision_grid:Grid.places", lambda places, self, config: places(self, config)[:, ::-1]),
+        wrapped("loaders.host.vision_grid:Grid.places", lambda places, self, config: places(self, config)[:, ::-1]),
         "row and column of a patch exchanged",
         backends=BOTH,
     ),
@@ -215,7 +217,7 @@ VISION_MUTANTS: list[Mutant] = [
     ),
     _of(
         "learned_grid_shares_moved",
-        wrapped("loaders.vision_grid:_learned", _half_pixels),
+        wrapped("loaders.host.vision_grid:_learned", _half_pixels),
         "shares of the learned grid given to the wrong neighbours",
     ),
     _of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.adapter_updates import Adapter, LowRank
+from loaders.adapters.updates import Adapter, LowRank
 
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj")
 

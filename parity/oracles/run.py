@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loaders import Checkpoint, CheckpointError, dtypes
-from loaders.adapter_updates import Adapter
+from loaders.adapters.updates import Adapter
 from loaders.config import RopeParameters
 from parity.oracles.adapted import Adapted
 from parity.oracles.fault import Fault

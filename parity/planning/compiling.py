@@ -24,7 +24,7 @@ from jax_models.abstract import abstract_cache, abstract_rows, abstract_weights
 from jax_models.batch import Batch
 from jax_models.programs import programs_for
 from loaders.dtypes import to_numpy
-from loaders.quantization import activations_of
+from loaders.quantization.schemes import activations_of
 from loaders.spec import ModelConfig
 from loaders.stage import Stage
 from parity.hlo.layers import traffic_by_layer

@@ -16,7 +16,7 @@ from jax_models.abstract import abstract_cache
 from jax_models.sharding import param_sharding
 from loaders.axes import FSDP, LOGICAL_AXES, axes_of, cut_of
 from loaders.dtypes import bits, to_numpy
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from loaders.spec import Dim, ModelConfig, ParamSpec, Specs
 from loaders.stage import Stage
 

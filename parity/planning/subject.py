@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from loaders import CheckpointError, Stage
 from loaders.config import config_from_json
-from loaders.plan import compute_dtype, plan_load, specs_of
-from loaders.quantizable import config_documents
-from loaders.quantization import BLOCK
-from loaders.quantization_config import KEY
+from loaders.quantization.documents import KEY
+from loaders.quantization.quantizable import config_documents
+from loaders.quantization.schemes import BLOCK
+from loaders.reading.plan import compute_dtype, plan_load, specs_of
 from loaders.spec import ModelConfig
 from parity.inspection import PLAIN, Subject, open_subject, stored_as
 

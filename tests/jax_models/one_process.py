@@ -16,9 +16,9 @@ import jax_models
 from jax_models.processes import to_host, together
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
-from loaders.filling import Filling
-from loaders.plan import plan_load
-from loaders.shards import read_shards
+from loaders.reading.filling import Filling
+from loaders.reading.plan import plan_load
+from loaders.reading.shards import read_shards
 from loaders.stage import Stage
 
 

@@ -14,8 +14,8 @@ from several import answer, asked, error_of
 import jax_models
 from jax_models import company
 from jax_models.processes import to_host, together
-from parity.zoo_adapters import make_adapter
-from parity.zoo_pictures import pictures
+from parity.zoo.adapters import make_adapter
+from parity.zoo.pictures import pictures
 
 
 def main(job: dict[str, Any], process: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from jax.sharding import AxisType
 
 import jax_models
 from parity.zoo import block_sizes, make_checkpoint, prompts
-from parity.zoo_draft import make_drafting_checkpoint
-from parity.zoo_pictures import pictures
+from parity.zoo.draft import make_drafting_checkpoint
+from parity.zoo.pictures import pictures
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 

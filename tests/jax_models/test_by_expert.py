@@ -16,7 +16,7 @@ from jax_models.layers import by_expert
 from jax_models.layers.by_expert import of_those_here, weighed
 from jax_models.sharding import MESH_AXES
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 EXPERTS = {"vocab_size": 208, "num_experts": 8, "num_hidden_layers": 2}
 MODELS = {

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 import jax_models
 from parity.zoo import make_checkpoint, prompts
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 

@@ -13,7 +13,7 @@ import pytest
 
 from parity.planning.environment import deep_stack
 from parity.planning.meshes import PROGRAMS
-from parity.zoo_models import ZOO, zoo_config
+from parity.zoo.models import ZOO, zoo_config
 
 ROOT = Path(__file__).parents[2]
 CHIPS = ["v5e", "v6e", "tpu7x"]

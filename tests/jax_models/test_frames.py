@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax_models.frames import framed, side_by_side
 from jax_models.layers.vision import NO_FRAME, frame_attention
 from loaders import open_checkpoint
-from loaders.vision_grid import Grid, patches_of
+from loaders.host.vision_grid import Grid, patches_of
 from parity.zoo import make_checkpoint
 
 

@@ -14,10 +14,10 @@ import jax_models
 from jax_models.processes import processes_of, to_host, together
 from loaders import open_checkpoint
 from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
-from loaders.multimodal import check_inputs
+from loaders.host.multimodal import check_inputs
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
-from parity.zoo_pictures import pictures
+from parity.zoo.adapters import make_adapter
+from parity.zoo.pictures import pictures
 
 FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES
 PROGRAM = Path(__file__).with_name("one_process.py")

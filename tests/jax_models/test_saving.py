@@ -28,7 +28,7 @@ from jax_models import orbax_files
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 
 def mesh_of(**axes: int) -> Mesh:

@@ -13,20 +13,20 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
-import loaders.scratch
+import loaders.reading.scratch
 from jax_models.reading import dry_run
 from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.axes import replicated
 from loaders.dtypes import to_numpy
-from loaders.memory import aligned_empty
-from loaders.plan import plan_load, specs_of
-from loaders.regions import Region
+from loaders.reading.memory import aligned_empty
+from loaders.reading.plan import plan_load, specs_of
+from loaders.reading.regions import Region
 from loaders.stage import Stage
+from parity.lifecycle.staged_memory import counted
 from parity.oracle import oracle_forward
-from parity.staged_memory import counted
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 SMALL = {"vocab_size": 208}
 NVFP4 = {"quantization": ZooQuantization()}
@@ -212,7 +212,7 @@ def test_on_cpu_what_was_read_into_is_what_the_devices_hold(checkpoints, monkeyp
         made[buffer.ctypes.data] = buffer.nbytes
         return buffer
 
-    monkeypatch.setattr(loaders.scratch, "aligned_empty", noted)
+    monkeypatch.setattr(loaders.reading.scratch, "aligned_empty", noted)
     model = jax_models.load(checkpoints("qwen3 moe")[0], mesh=mesh_of("expert2 fsdp2 tensor2"))
     held = [shard.data for array in flatten(model.weights).values() for shard in array.addressable_shards]
     assert {one.unsafe_buffer_pointer() for one in held} == set(made)  # copies of a shard are one buffer

@@ -23,7 +23,7 @@ from jax_models.sharding import MESH_AXES, param_spec
 from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.axes import replicated
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint, prompts
 

@@ -27,7 +27,7 @@ from small_checkpoints import (
 import jax_models
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
-from loaders.place import weight_loader
+from loaders.reading.place import weight_loader
 from parity.zoo import make_checkpoint
 
 # load

@@ -1,8 +1,8 @@
 """Quantisation documents for tests: what exporters write, and what is made of it."""
 
 from loaders.config import config_from_json
-from loaders.quantization import Scheme
-from loaders.quantization_config import read_recipes
+from loaders.quantization.documents import read_recipes
+from loaders.quantization.schemes import Scheme
 from parity.zoo import block_sizes, zoo_config
 
 FOUR = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}

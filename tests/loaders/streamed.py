@@ -11,7 +11,7 @@ import numpy as np
 from handmade import CONFIG
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 
 KIB = 1024
 # names out of alphabetical order, sizes out of order, several dtypes

@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.adapter_config import read_adapter_config
-from loaders.adapter_keys import Nested
-from loaders.adapter_sites import sites_of
-from loaders.adapters import open_adapter
+from loaders.adapters.config import read_adapter_config
+from loaders.adapters.keys import Nested
+from loaders.adapters.opening import open_adapter
+from loaders.adapters.sites import sites_of
 from parity.zoo import make_checkpoint
-from parity.zoo_adapters import ATTENTION, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, TABLES, make_adapter
 
 PREFIX = "base_model.model."
 SINGLE = ("gate_proj", "up_proj", "down_proj")

@@ -11,16 +11,16 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.adapter_config import read_adapter_config
-from loaders.adapter_files import AdapterFiles
-from loaders.adapter_sites import sites_of
-from loaders.adapters import open_adapter
-from loaders.merging import merged
-from loaders.roster import NONE, Roster
+from loaders.adapters.config import read_adapter_config
+from loaders.adapters.files import AdapterFiles
+from loaders.adapters.merging import merged
+from loaders.adapters.opening import open_adapter
+from loaders.adapters.roster import NONE, Roster
+from loaders.adapters.sites import sites_of
 from loaders.sources import LocalDirectory, Unreachable
 from loaders.sources.positioned import LocalFile
 from parity.zoo import make_checkpoint
-from parity.zoo_adapters import ATTENTION, EXPERTS, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, EXPERTS, TABLES, make_adapter
 
 PREFIX = "base_model.model."
 
@@ -186,8 +186,8 @@ def test_a_file_that_is_replaced_while_the_others_are_read_is_an_error(base, ada
 def test_an_adapter_read_in_blocks_is_the_same(base, adapter, monkeypatch, size, kept):
     config = open_checkpoint(base).config
     expected = open_adapter(adapter, config)
-    monkeypatch.setattr("loaders.adapter_files.BLOCK_BYTES", size)
-    monkeypatch.setattr("loaders.adapter_files.BLOCKS_KEPT", kept)
+    monkeypatch.setattr("loaders.adapters.files.BLOCK_BYTES", size)
+    monkeypatch.setattr("loaders.adapters.files.BLOCKS_KEPT", kept)
     held, block = [], AdapterFiles._block
 
     def counted(files, index):

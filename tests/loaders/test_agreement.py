@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loaders.agreement import agreed
+from loaders.host.agreement import agreed
 
 
 def one_of_two(other: str, work, say=str):

@@ -1,6 +1,7 @@
 """Streams of a source that reads many files at once: any order, one borrowed buffer, budgets, abandoned iterators.
 
-The source here is the worst there could be (``parity.lending``); runai-model-streamer itself is in test_runai.py.
+The source here is the worst there could be (``parity.lifecycle.lending``); runai-model-streamer itself is in
+test_runai.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from handmade import CONFIG, entry, open_files, safetensors, write
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
 from loaders.sources import LocalDirectory
-from loaders.writer import TensorType, write_checkpoint
-from parity.lending import Lending, lent
+from loaders.writing.writer import TensorType, write_checkpoint
+from parity.lifecycle.lending import Lending, lent
 
 KIB = 1024
 SIZES = {"f": 40, "b": 8, "e": 64, "a": 24, "d": 1, "c": 56, "g": 16, "empty": 0}  # KiB
@@ -42,7 +43,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 5 * KIB + 3)  # in the middle of an element
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 5 * KIB + 3)  # in the middle of an element
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from handmade import CONFIG, ONE_TENSOR, RIGHT_MAP, TWO_FILES, A, B, entry, indexed, refusal, safetensors, tensor, write
 
-from loaders import CheckpointError, dtypes, open_checkpoint, opening
-from loaders.index import read_headers
+from loaders import CheckpointError, dtypes, open_checkpoint
+from loaders.files import opening
+from loaders.files.index import read_headers
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,7 +11,7 @@ from handmade import CONFIG
 
 from loaders import open_checkpoint
 from loaders.digest import digests, root_digest, tensor_digest
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 
 ONES = np.ones((2, 3), np.float32)
 

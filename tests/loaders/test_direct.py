@@ -15,10 +15,10 @@ import pytest
 from handmade import CONFIG, open_files
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.memory import STAGING_BYTES
-from loaders.regions import Piece, Region, Taker
+from loaders.reading.memory import STAGING_BYTES
+from loaders.reading.regions import Piece, Region, Taker
 from loaders.sources import direct
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.zoo import make_checkpoint
 
 MIB = 1 << 20

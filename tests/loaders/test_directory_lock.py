@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from loaders.directory_lock import Claim
+from loaders.writing.directory_lock import Claim
 
 HOLDS = """
 import sys
 from pathlib import Path
-from loaders.directory_lock import Claim
+from loaders.writing.directory_lock import Claim
 final, temporary = map(Path, sys.argv[1:])
 Claim(final, temporary).take()
 print("held", flush=True)

@@ -12,7 +12,7 @@ from loaders.expert_rules import expert_rules
 from loaders.families import family_module
 from loaders.spec import ModelConfig, Specs
 from loaders.stage import Stage
-from loaders.writer import TensorType
+from loaders.writing.writer import TensorType
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3_5MoeForCausalLM"],

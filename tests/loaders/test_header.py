@@ -13,7 +13,7 @@ from handmade import entry, framed, safetensors
 from safetensors.numpy import save
 
 from loaders import TensorInfo
-from loaders.header import Header, read_header
+from loaders.files.header import Header, read_header
 from loaders.sources.local import LocalFile
 
 

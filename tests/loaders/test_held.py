@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loaders import open_checkpoint
-from loaders.held import Held, in_blocks
-from loaders.plan import plan_load
+from loaders.reading.held import Held, in_blocks
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 

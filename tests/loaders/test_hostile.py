@@ -22,7 +22,7 @@ import pytest
 from handmade import CONFIG, entry, framed, indexed, safetensors, write
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.plan import plan_load
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint
 
@@ -232,7 +232,7 @@ def test_a_file_that_changes_in_the_middle_of_a_tensor_is_an_error_and_none_is_a
         file: safetensors({one: entry("U8", [6 << 20], 0, 6 << 20)}, content) for one, file in (("a", A), ("b", B))
     }
     directory = write(tmp_path / "c", {**indexed(files, {"a": A, "b": B}), "config.json": CONFIG})
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 1 << 16)  # so are stretches of a quarter MiB
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 1 << 16)  # so are stretches of a quarter MiB
     monkeypatch.setattr("loaders.stream.WINDOW_BYTES", 1 << 20)
     checkpoint = open_checkpoint(directory)
     real, done = os.preadv, []

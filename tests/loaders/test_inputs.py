@@ -2,7 +2,7 @@
 
 import pytest
 
-from loaders.inputs import bucket
+from loaders.host.inputs import bucket
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from loaders import open_checkpoint
-from loaders.header import TensorInfo
-from loaders.lots import Unit, lots_of, stream_parameters
-from loaders.plan import plan_load
-from loaders.quantize import quantized
+from loaders.files.header import TensorInfo
+from loaders.quantization.quantize import quantized
+from loaders.reading.lots import Unit, lots_of, stream_parameters
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
 from parity.zoo import block_sizes, make_checkpoint
 

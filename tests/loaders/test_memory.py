@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loaders.memory import HUGE_PAGE_BYTES, LARGE_BYTES, aligned_empty, fill, prefer_huge_pages
+from loaders.reading.memory import HUGE_PAGE_BYTES, LARGE_BYTES, aligned_empty, fill, prefer_huge_pages
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(

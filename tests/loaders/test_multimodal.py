@@ -12,10 +12,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from loaders.config import config_from_json
-from loaders.multimodal import check_inputs, check_shown, rope_index
-from loaders.vision_grid import Grid
+from loaders.host.multimodal import check_inputs, check_shown, rope_index
+from loaders.host.vision_grid import Grid
 from parity.zoo import zoo_config
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 CONFIG, _ = config_from_json(zoo_config("qwen3_vl"))
 assert CONFIG is not None

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loaders.nvfp4_layout import (
+from loaders.quantization.nvfp4_layout import (
     padded,
     shuffle_gated_rows,
     shuffle_rows,

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loaders.place import load_fused_expert_weights, place_of, weight_loader
+from loaders.reading.place import load_fused_expert_weights, place_of, weight_loader
 from loaders.spec import ParamSpec, Placement
 
 E, M, D = 3, 6, 8
@@ -91,7 +91,7 @@ def test_what_already_lies_in_its_place_is_not_copied(monkeypatch: pytest.Monkey
     def forbidden(array: np.ndarray) -> np.ndarray:
         raise AssertionError("it was copied")
 
-    monkeypatch.setattr("loaders.place.bits", forbidden)
+    monkeypatch.setattr("loaders.reading.place.bits", forbidden)
     param = numbered(E, 2, M, D)
     load_fused_expert_weights(param, param.reshape(E, 2 * M, D), num_shards=2)
     load_fused_expert_weights(param, param.reshape(E, 2 * M, D).swapaxes(1, 2), num_shards=2)

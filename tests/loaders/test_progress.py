@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.progress import reported
+from loaders.reading.progress import reported
 from parity.zoo import make_checkpoint
 
 
@@ -83,7 +83,7 @@ def test_nothing_is_shown_where_nobody_looks_or_rich_is_not_installed(monkeypatc
 
 
 def test_an_abandoned_one_says_how_far_it_came_and_holds_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "loaders.progress")
+    caplog.set_level(logging.INFO, "loaders.reading.progress")
     passing = reported(tensors(), 1 << 20, "c", Terminal())
     next(passing)
     next(passing)

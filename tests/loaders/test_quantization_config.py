@@ -21,9 +21,9 @@ from recipes import (
     resolved,
 )
 
-from loaders.quantization import Scheme
-from loaders.quantization_config import read_recipes
-from loaders.quantization_patterns import patterns
+from loaders.quantization.documents import read_recipes
+from loaders.quantization.patterns import patterns
+from loaders.quantization.schemes import Scheme
 
 # --- names, in all their spellings ---
 

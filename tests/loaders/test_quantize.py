@@ -9,13 +9,13 @@ import pytest
 from loaders import CheckpointError, open_checkpoint
 from loaders import checkpoint as checkpoint_module
 from loaders.nvfp4 import global_scale, quantize
-from loaders.plan import plan_load
-from loaders.quantization import Scheme
-from loaders.quantize import open_to_load, quantized
-from loaders.regions import Region
-from loaders.slices import Slice
+from loaders.quantization.quantize import open_to_load, quantized
+from loaders.quantization.schemes import Scheme
+from loaders.reading.plan import plan_load
+from loaders.reading.regions import Region
+from loaders.reading.slices import Slice
 from loaders.stage import Stage
-from loaders.writer import write_checkpoint
+from loaders.writing.writer import write_checkpoint
 from parity.zoo import block_sizes, make_checkpoint
 
 HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}

@@ -6,9 +6,9 @@ import pytest
 from recipes import HYBRID, SMALL, W4A4, inside, resolved
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.plan import plan_load
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
-from loaders.writer import write_checkpoint
+from loaders.writing.writer import write_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 

@@ -16,7 +16,7 @@ from loaders.expand import expand
 from loaders.qwen3_5 import RULES, Qwen3_5Config, Qwen3_5MoeConfig
 from loaders.stage import Stage
 from loaders.vision import VisionConfig
-from loaders.writer import TensorType
+from loaders.writing.writer import TensorType
 
 FULL, LINEAR = "full_attention", "linear_attention"
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

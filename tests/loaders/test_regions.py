@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.dtypes import to_numpy
-from loaders.filling import Filling
-from loaders.memory import STAGING_BYTES
-from loaders.plan import plan_load
-from loaders.quantize import quantized
-from loaders.regions import Region, box_of, pieces_of, sizes_of
-from loaders.shards import read_shards, region_of
+from loaders.quantization.quantize import quantized
+from loaders.reading.filling import Filling
+from loaders.reading.memory import STAGING_BYTES
+from loaders.reading.plan import plan_load
+from loaders.reading.regions import Region, box_of, pieces_of, sizes_of
+from loaders.reading.shards import read_shards, region_of
 from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.spec import ParamSpec, Placement
 from loaders.stage import Stage
@@ -72,7 +72,7 @@ def test_pieces_together_are_the_plain_index(case, gap_bytes, is_strided, most_b
         parts.append(Region(shape, box, out))
     raw, read, position = whole.reshape(-1).view(np.uint8), 0, 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loaders.memory.STAGING_BYTES", most_bytes)
+        patch.setattr("loaders.reading.memory.STAGING_BYTES", most_bytes)
         for piece in pieces_of(parts, gap_bytes):
             assert position <= piece.position
             assert piece.num_bytes <= most_bytes

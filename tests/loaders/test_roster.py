@@ -9,8 +9,8 @@ import sys
 PROGRAM = """
 import sys
 import numpy as np
-from loaders.adapter_updates import Adapter
-from loaders.roster import Roster
+from loaders.adapters.updates import Adapter
+from loaders.adapters.roster import Roster
 
 whole = {f"layer{number}.weight": np.ones(2, np.float32) for number in range(12)}
 roster = Roster().having(Adapter("it", {}, whole), "a", 1)

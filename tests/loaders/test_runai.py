@@ -23,7 +23,7 @@ from handmade import CONFIG, entry, safetensors, write
 
 from loaders import Checkpoint, CheckpointError, dtypes, open_checkpoint
 from loaders.sources import runai
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.zoo import make_checkpoint
 
 SIZE = 300 << 10
@@ -70,7 +70,7 @@ def test_it_is_what_the_plain_reader_gives_in_every_dtype(tmp_path: Path) -> Non
 
 def test_a_tensor_larger_than_all_buffers_together_is_read(checkpoint: Checkpoint, monkeypatch: Any) -> None:
     monkeypatch.setattr("loaders.stream.WINDOW_BYTES", 16 << 10)
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 8 << 10)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 8 << 10)
     monkeypatch.setattr(runai, "STAGING_BYTES", 8 << 10)
     assert all(array.tobytes() == content(name).tobytes() for name, array in checkpoint.stream())
 
@@ -78,7 +78,7 @@ def test_a_tensor_larger_than_all_buffers_together_is_read(checkpoint: Checkpoin
 def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(
     directory: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", SIZE)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", SIZE)
     monkeypatch.setattr("loaders.stream.MOST_STRETCHES", 2)  # else all is asked for before it can be replaced
     checkpoint = open_checkpoint(f"runai://{directory}")
     stream = checkpoint.stream()
@@ -172,7 +172,7 @@ def test_an_interrupt_is_over_when_all_that_was_asked_for_is_answered(
     checkpoint: Checkpoint, function: str, number: int, monkeypatch: Any
 ) -> None:
     """Before, the library writes to memory that may be anybody's; and for more than that nobody may wait."""
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", SIZE)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", SIZE)
     streamers = runai.streamers_of("runai")
     library = Interrupted(runai.library_of("runai"), function, number)
     monkeypatch.setattr(runai, "library_of", lambda _: library)

@@ -1,6 +1,6 @@
 """What generation is asked for."""
 
-from loaders.sampling import seed_bits
+from loaders.host.sampling import seed_bits
 
 
 def test_every_bit_of_a_seed_counts():

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import CheckpointError, open_checkpoint, scratch
+from loaders import CheckpointError, open_checkpoint
 from loaders.checkpoint import Checkpoint
-from loaders.filling import Filling
-from loaders.lots import lots_of_plan
-from loaders.memory import aligned_empty
-from loaders.plan import LoadPlan, plan_load
-from loaders.quantize import open_to_load
-from loaders.regions import Box
-from loaders.scratch import Scratch, Staging
-from loaders.shards import read_shards
+from loaders.quantization.quantize import open_to_load
+from loaders.reading import scratch
+from loaders.reading.filling import Filling
+from loaders.reading.lots import lots_of_plan
+from loaders.reading.memory import aligned_empty
+from loaders.reading.plan import LoadPlan, plan_load
+from loaders.reading.regions import Box
+from loaders.reading.scratch import Scratch, Staging
+from loaders.reading.shards import read_shards
+from loaders.reading.whole import read_whole
 from loaders.spec import ParamSpec
 from loaders.stage import Stage
-from loaders.whole import read_whole
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 KINDS = ("qwen3-moe", "qwen3-tied", "nvfp4", "quantize")

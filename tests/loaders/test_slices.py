@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.quantize import quantized
-from loaders.slices import Slice, in_parts
+from loaders.quantization.quantize import quantized
+from loaders.reading.slices import Slice, in_parts
 from loaders.sources import LocalDirectory, direct
-from parity.lending import lent
+from parity.lifecycle.lending import lent
 from parity.zoo import block_sizes, make_checkpoint
 
 SHAPES = {"a": (5, 4, 6), "b": (7,), "c": (), "d": (0, 3), "e": (40, 300), "f": (3, 1, 2, 5)}
@@ -71,7 +71,7 @@ HELD: dict[str, Checkpoint] = {}
 def held(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """For hypothesis, which makes no fixtures; and pieces so small that runs are cut."""
     HELD["checkpoint"] = checkpoint
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 101)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 101)
 
 
 def test_parts_come_in_file_order_and_go_where_they_should(checkpoint: Checkpoint) -> None:
@@ -148,7 +148,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return real(descriptor, buffers, position)
 
     monkeypatch.setattr(os, "preadv", watched)
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 8 << 20)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 8 << 20)
     return found
 
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from loaders.acceptance import accept_greedy, accept_sampled, distribution, draw
-from loaders.speculation import Rows, SpeculationReport
+from loaders.host.acceptance import accept_greedy, accept_sampled, distribution, draw
+from loaders.host.speculation import Rows, SpeculationReport
 
 V, K, ROWS = 5, 3, 20_000
 LIMIT = {24: 66.0, 4: 24.0}  # chi-square of so many degrees of freedom exceeds this once in 100 000 times

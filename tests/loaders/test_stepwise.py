@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from loaders import open_checkpoint
-from loaders.multimodal import check_inputs
-from loaders.stepwise import stepwise
+from loaders.host.multimodal import check_inputs
+from loaders.host.stepwise import stepwise
 from parity.zoo import make_checkpoint
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 IDS = np.arange(1, 22).reshape(3, 7)
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]])

@@ -20,7 +20,8 @@ PREPARE = """
 import os, sys
 from pathlib import Path
 import gs_server, s3_server
-from loaders import CheckpointError, memory, open_checkpoint
+from loaders import CheckpointError, open_checkpoint
+from loaders.reading import memory
 from loaders.digest import digests
 from loaders.sources import gs, runai
 

@@ -22,10 +22,10 @@ from streamed import KIB, SIZES, content, reader_threads, seven_tensors, truncat
 
 import loaders.checkpoint
 from loaders import Checkpoint, CheckpointError, open_checkpoint
-from loaders.memory import thread_count
-from loaders.slices import Slice
+from loaders.reading.memory import thread_count
+from loaders.reading.slices import Slice
 from loaders.sources import LocalDirectory, positioned
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(
     """A reload makes them then, and has let go of the first ones before it comes to the last."""
     size = 4 * KIB  # four are a stretch: one has come, four are on their way, and one tensor is the next
     monkeypatch.setattr("loaders.stream.WINDOW_BYTES", 8 * size)
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", size)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", size)
     plan = {f"t{number:02}": TensorType("F32", (size // 4,)) for number in range(40)}
     zeros = np.zeros(size // 4, np.float32)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
@@ -219,7 +219,7 @@ def test_destinations_are_asked_for_when_they_are_needed_and_not_kept(
 def test_more_is_read_at_once_straight_into_place_than_through_staging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_transposed: bool, expected: int
 ) -> None:
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 4 * KIB)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 4 * KIB)
     plan = {f"t{number}": TensorType("F32", (32, 32)) for number in range(8)}
     ones = np.ones((32, 32), np.float32)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: ones, config=CONFIG))
@@ -310,7 +310,7 @@ def test_one_tensor_is_read_by_whoever_asks_and_several_by_threads(
     assert len(readers) >= len(SIZES)
     assert all(readers)
     readers.clear()
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 64 * KIB)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 64 * KIB)
     assert [name for name, _ in checkpoint.stream()] == FILE_ORDER
     assert readers
     assert not any(readers)  # nor the first, which waited for the second
@@ -341,7 +341,7 @@ def test_closing_waits_for_the_pieces_that_are_being_read_and_no_others(
     zeros = np.zeros(64 * KIB, np.uint8)
     plan = {f"t{number:02}": TensorType("U8", (64 * KIB,)) for number in range(64)}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", plan, lambda name: zeros, config=CONFIG))
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 64 * KIB)
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 64 * KIB)
     real, started = os.preadv, []
 
     def slow(*arguments: Any) -> int:

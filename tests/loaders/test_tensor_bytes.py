@@ -111,7 +111,7 @@ def test_a_tensor_that_is_stored_transposed_reads_into_memory_that_is_not(
     file = safetensors({"a": entry("F32", [2, 5, 3], 0, stored.nbytes)}, stored.tobytes())
     checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": file}))
     for staging_bytes in (1, 24, 36, 1 << 20):  # a row at a time at least, all rows of a matrix at most
-        monkeypatch.setattr("loaders.memory.STAGING_BYTES", staging_bytes)
+        monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", staging_bytes)
         memory = np.full((2, 3, 5), -1, np.float32)
         found = checkpoint.read("a", out=memory.swapaxes(1, 2))
         assert np.shares_memory(found, memory)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import memory, open_checkpoint, scratch, stream, whole
-from loaders.filling import Filling
-from loaders.plan import plan_load
+from loaders import open_checkpoint, stream
+from loaders.reading import memory, scratch, whole
+from loaders.reading.filling import Filling
+from loaders.reading.plan import plan_load
 from loaders.sources.positioned import LocalFile
 from loaders.stage import Stage
 from parity.zoo import make_checkpoint

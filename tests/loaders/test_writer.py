@@ -24,9 +24,10 @@ import torch
 from handmade import CONFIG
 from safetensors.torch import save_file
 
-from loaders import dtypes, new_directory, open_checkpoint
-from loaders.directory_lock import Claim
-from loaders.writer import TensorType, write_checkpoint
+from loaders import dtypes, open_checkpoint
+from loaders.writing import new_directory
+from loaders.writing.directory_lock import Claim
+from loaders.writing.writer import TensorType, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 ARRAYS = {
@@ -346,7 +347,7 @@ def test_a_writer_that_was_killed_is_followed_by_one_that_leaves_nothing_of_it(t
     program = """if True:
         import os, signal, sys
         import numpy as np
-        from loaders.writer import TensorType, write_checkpoint
+        from loaders.writing.writer import TensorType, write_checkpoint
 
         def read(name):
             os.kill(os.getpid(), getattr(signal, sys.argv[2]))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from loaders import open_checkpoint
 from parity.zoo import make_checkpoint, prompts
-from parity.zoo_adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
 
 TWO = {"num_hidden_layers": 2}
 HYBRID = TWO | {"layer_types": ["linear_attention", "full_attention"]}

@@ -6,10 +6,10 @@ from importlib import import_module
 
 from loaders import open_checkpoint
 from parity.backends import open_backend
-from parity.lifecycle import LIVE
-from parity.live_bench import Bench
+from parity.lifecycle.live_bench import Bench
+from parity.lifecycle.run import LIVE
 from parity.zoo import make_checkpoint
-from parity.zoo_quantized import ZooQuantization, block_sizes
+from parity.zoo.quantized import ZooQuantization, block_sizes
 
 BACKENDS = ("jax", "torch")
 _LINEAR, _SLIDING, _FULL = "linear_attention", "sliding_attention", "full_attention"

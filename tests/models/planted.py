@@ -6,7 +6,7 @@ import numpy as np
 
 import jax_models
 import torch_models
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "pad_token_id": 5}
 PACKAGES = {"jax": jax_models, "torch": torch_models}

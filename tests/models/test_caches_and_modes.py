@@ -14,7 +14,7 @@ import jax_models
 import torch_models
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 IDS = [[3, 14, 15, 92, 65]]
 

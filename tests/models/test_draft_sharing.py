@@ -7,10 +7,10 @@ from planted import PACKAGES, TWO_LAYERS
 
 import jax_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.writer import write_checkpoint
-from parity.live_jax import JaxLive
+from loaders.writing.writer import write_checkpoint
+from parity.lifecycle.live_jax import JaxLive
 from parity.zoo import make_checkpoint
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 IDS = np.array([[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]])
 MASK = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

@@ -42,7 +42,7 @@ def test_what_was_left_out_is_copied_in_the_order_of_the_new_files(package, room
         save_file(found | {name: found[name].astype("float32") for name in wide}, file, metadata={"format": "pt"})
     model = PACKAGES[package].load(path, vision=False)
     assert len({model.checkpoint.tensors[name].file for name in model.report.left_out}) > 1
-    monkeypatch.setattr("loaders.export.DEFAULT_BUDGET_BYTES", room)
+    monkeypatch.setattr("loaders.writing.export.DEFAULT_BUDGET_BYTES", room)
     lots, stream = [], Checkpoint.stream
 
     def noted(self, *args, **options):

@@ -19,10 +19,10 @@ import torch_models
 from loaders import CheckpointError
 from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
-from loaders.filling import Filling
-from loaders.place import weight_loader
+from loaders.reading.filling import Filling
+from loaders.reading.place import weight_loader
 from loaders.sources.local import LocalFile
-from parity.faults import (
+from parity.lifecycle.faults import (
     FAULTS,
     MATCHING,
     OPENING,
@@ -32,7 +32,7 @@ from parity.faults import (
     other_architecture,
     other_config,
 )
-from parity.live_model import LiveModel, same_bits
+from parity.lifecycle.live_model import LiveModel, same_bits
 from parity.zoo import make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("young_heap")
@@ -129,7 +129,7 @@ def test_another_config_or_architecture_is_a_good_config_and_the_checkpoint_keep
 def test_whichever_read_fails_the_old_model_serves_on(life, monkeypatch):
     """A disk error at the first read of tensor bytes, at the second, ... at the last."""
     original = LocalFile.scatter_into
-    monkeypatch.setattr("loaders.memory.STAGING_BYTES", 1 << 10)  # else all of it is read at once
+    monkeypatch.setattr("loaders.reading.memory.STAGING_BYTES", 1 << 10)  # else all of it is read at once
     reads = {"left": -1, "done": 0}
 
     def scatter_into(self, outs, position):

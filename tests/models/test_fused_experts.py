@@ -18,12 +18,12 @@ from loaders.config import config_from_json
 from loaders.digest import digests
 from loaders.expand import expand
 from loaders.families import family_module
-from loaders.filling import Filling
-from loaders.plan import LoadPlan, plan_load
+from loaders.reading.filling import Filling
+from loaders.reading.plan import LoadPlan, plan_load
 from loaders.spec import Form
 from loaders.stage import Stage
-from loaders.writer import TensorType, write_checkpoint
-from parity.lending import lent
+from loaders.writing.writer import TensorType, write_checkpoint
+from parity.lifecycle.lending import lent
 from parity.zoo import make_checkpoint, zoo_config
 
 FORMS: tuple[Form, ...] = ("fused", "fused transposed", "per expert")

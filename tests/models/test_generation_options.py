@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 from torch_models.generate import sample
 
 IDS = np.array([[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]])

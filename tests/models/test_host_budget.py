@@ -12,7 +12,7 @@ import pytest
 from lives import BACKENDS
 
 from loaders import Checkpoint, open_checkpoint
-from parity.staged_memory import counted
+from parity.lifecycle.staged_memory import counted
 from parity.zoo import block_sizes, make_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("young_heap"), pytest.mark.parametrize("backend", BACKENDS)]
@@ -111,7 +111,7 @@ def test_the_stream_is_told(backend, paths, monkeypatch):
 @pytest.mark.parametrize("form", ["one by one", "transposed"])
 def test_what_is_quantised_takes_no_more_than_it_may(backend, form, tmp_path, monkeypatch):
     """Measured: tracemalloc sees NumPy's memory, all of which is to come from there."""
-    monkeypatch.setattr("loaders.memory.LARGE_BYTES", 1 << 60)
+    monkeypatch.setattr("loaders.reading.memory.LARGE_BYTES", 1 << 60)
     sizes = {"hidden_size": 1024, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": 1, "vocab_size": 160}
     if form == "one by one":

@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 import torch_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.adapter_sites import sites_of
-from loaders.adapter_updates import Adapter, LowRank
-from loaders.merging import merge_overflows, merged, whole_overflows
+from loaders.adapters.merging import merge_overflows, merged, whole_overflows
+from loaders.adapters.sites import sites_of
+from loaders.adapters.updates import Adapter, LowRank
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import ATTENTION, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, TABLES, make_adapter
 
 BACKENDS = ("torch", "jax")
 

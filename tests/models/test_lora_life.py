@@ -14,8 +14,9 @@ from interrupts import interrupt_at, interrupting
 
 import jax_models
 import torch_models
-from loaders import CheckpointError, merging, open_checkpoint
-from loaders.adapters import open_adapter
+from loaders import CheckpointError, open_checkpoint
+from loaders.adapters import merging
+from loaders.adapters.opening import open_adapter
 from parity import cli
 from parity.backends import open_backend
 from parity.compare import compare
@@ -24,7 +25,7 @@ from parity.record import record
 from parity.record_oracle import record_oracle
 from parity.trace import Trace
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, DENSE, EXPERTS, TABLES, make_adapter
 from torch_models.census import pointer_census
 from torch_models.layers.lora import Wrapper as TorchWrapper
 

@@ -13,9 +13,9 @@ import torch_models
 from jax_models.layers.install import module_at
 from jax_models.layers.lora import active_rows as jax_rows
 from jax_models.layers.lora import unwrapped as jax_unwrapped
-from loaders.adapter_sites import sites_of
+from loaders.adapters.sites import sites_of
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
-from parity.zoo_adapters import ATTENTION, EXPERTS, TABLES, make_adapter
+from parity.zoo.adapters import ATTENTION, EXPERTS, TABLES, make_adapter
 from torch_models.layers.lora import Wrapper, active_rows, unwrapped
 
 OPTIONS = {

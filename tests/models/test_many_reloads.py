@@ -10,7 +10,7 @@ import pytest
 import torch
 from lives import BACKENDS, Benches
 
-from parity.live_model import LiveModel, differing, same_bits
+from parity.lifecycle.live_model import LiveModel, differing, same_bits
 
 pytestmark = pytest.mark.usefixtures("young_heap")
 

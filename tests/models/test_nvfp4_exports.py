@@ -11,11 +11,11 @@ from nvfp4_cases import KINDS, WRITERS, Exports
 
 from loaders import nvfp4, open_checkpoint
 from loaders.digest import digests
-from loaders.plan import plan_load
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
 from parity.backends import NAMES, open_backend
 from parity.compare import compare
-from parity.comparison_text import render
+from parity.comparison.text import render
 from parity.oracle import oracle_forward
 from parity.record import record
 from parity.record_oracle import record_oracle

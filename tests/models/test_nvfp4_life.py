@@ -14,12 +14,12 @@ from lives import BACKENDS, Benches
 import jax_models
 import torch_models
 from loaders import Checkpoint, CheckpointError, open_checkpoint
-from loaders.plan import specs_of
-from loaders.quantize import quantized
-from loaders.writer import write_checkpoint
+from loaders.quantization.quantize import quantized
+from loaders.reading.plan import specs_of
+from loaders.writing.writer import write_checkpoint
 from parity.backends import open_backend
-from parity.lifecycle import run_lifecycle
-from parity.live_model import differing
+from parity.lifecycle.live_model import differing
+from parity.lifecycle.run import run_lifecycle
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from torch_models import pointer_census
 from torch_models.aliased_storage import remembered_bytes

@@ -11,9 +11,9 @@ from lives import BACKENDS
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
-from loaders.plan import plan_load
+from loaders.reading.plan import plan_load
 from loaders.stage import Stage
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.backends import open_backend
 from parity.record import record
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts

@@ -18,7 +18,7 @@ from vision_cases import EXPERTS, HYBRID, Case, reference, write
 import loaders
 import torch_models
 from parity.oracle import oracle_forward
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 DEEP = {"deepstack_visual_indexes": [0, 2]}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}

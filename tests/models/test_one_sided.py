@@ -11,8 +11,8 @@ from several import free_port, run_several
 import jax_models
 from loaders import open_checkpoint
 from parity.zoo import block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.adapters import make_adapter
+from parity.zoo.draft import make_drafting_checkpoint
 
 SIZES = {"vocab_size": 208, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 PROGRAMS = {"jax": "jax_models/one_sided_process.py", "torch": "torch_models/one_sided_rank.py"}

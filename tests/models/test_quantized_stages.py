@@ -12,7 +12,7 @@ import pytest
 import jax_models
 import torch_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 FULL, DELTA = "full_attention", "linear_attention"

@@ -17,7 +17,7 @@ import jax_models
 import torch_models
 from loaders import CheckpointError
 from parity.zoo import make_checkpoint
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 BOUND = 2e-5
 MODELS = {"jax": jax_models, "torch": torch_models}

@@ -22,11 +22,11 @@ import jax_models
 import loaders
 import torch_models
 from jax_models.sharding import MESH_AXES
-from loaders.inputs import left_aligned
+from loaders.host.inputs import left_aligned
 from parity.oracle import oracle_forward
 from parity.zoo import make_checkpoint
-from parity.zoo_draft import make_drafting_checkpoint
-from parity.zoo_pictures import pictures
+from parity.zoo.draft import make_drafting_checkpoint
+from parity.zoo.pictures import pictures
 
 BAR = 2e-5
 SIDES = {"jax": jax_models, "torch": torch_models}

@@ -15,7 +15,7 @@ from lives import BACKENDS
 from safetensors.torch import load_file, save_file
 
 from loaders import open_checkpoint
-from parity.staged_memory import counted, largest_layer
+from parity.lifecycle.staged_memory import counted, largest_layer
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("young_heap")

@@ -8,9 +8,9 @@ import pytest
 import jax_models
 import torch_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.quantize import quantized
+from loaders.quantization.quantize import quantized
 from parity.zoo import block_sizes, make_checkpoint
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 
 @pytest.fixture(scope="module")

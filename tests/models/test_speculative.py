@@ -12,9 +12,9 @@ from shape_suffixes import checked_shape_suffixes
 
 import jax_models
 import jax_models.draft
-import loaders.speculation
+import loaders.host.speculation
 import torch_models.draft
-from loaders.acceptance import accept_greedy
+from loaders.host.acceptance import accept_greedy
 
 MODELS = ("qwen3_5", "qwen3_5-tied", "qwen3_5-moe", "qwen3_5-wrapped")
 LONGEST = 90
@@ -56,7 +56,7 @@ def accepted_counts(monkeypatch):
         counts.append(found[0])
         return found
 
-    monkeypatch.setattr(loaders.speculation, "accept_greedy", spy)
+    monkeypatch.setattr(loaders.host.speculation, "accept_greedy", spy)
     return counts
 
 
@@ -186,7 +186,9 @@ def test_what_lies_in_rejected_slots_is_never_seen(model, plain, package, monkey
     """Whatever finite value: a masked key has weight 0, and 0 NaN is NaN; only what a model computed lies there."""
     plant(monkeypatch, model, plain)
     said = []
-    monkeypatch.setattr(loaders.speculation, "accept_greedy", lambda *args: said.append(args) or accept_greedy(*args))
+    monkeypatch.setattr(
+        loaders.host.speculation, "accept_greedy", lambda *args: said.append(args) or accept_greedy(*args)
+    )
     model.generate(*batch("left"), LONGEST, ignore_eos=True, draft=model.draft)
     clean = list(said)
     said.clear()
@@ -242,4 +244,6 @@ def test_shape_suffixes_tell_the_truth_while_speculating(model, temperature):
     with checked_shape_suffixes("jax_models", "torch_models", "loaders") as seen:
         model.generate(*batch("left"), 24, temperature, ignore_eos=True, draft=model.draft)
         model.mtp_forward(*batch("right"))
-    assert {"loaders.acceptance.accept_sampled" if temperature else "loaders.acceptance.accept_greedy"} <= seen
+    assert {
+        "loaders.host.acceptance.accept_sampled" if temperature else "loaders.host.acceptance.accept_greedy"
+    } <= seen

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from planted import PACKAGES, TWO_LAYERS
 
-import loaders.speculation
-from loaders.acceptance import distribution, draw
-from parity.zoo_draft import make_drafting_checkpoint
+import loaders.host.speculation
+from loaders.host.acceptance import distribution, draw
+from parity.zoo.draft import make_drafting_checkpoint
 
 V, ROWS, PROMPT = 19, 3000, [3, 14, 15, 9, 2, 6]
 BATCH = np.tile(PROMPT, (ROWS, 1))
@@ -62,7 +62,7 @@ def test_the_test_would_see_a_rule_that_always_accepts(model, monkeypatch):
         count_B = np.full(len(drafted_BK), drafted_BK.shape[1])
         return count_B, draw(target_BTV[:, -1], rng)
 
-    monkeypatch.setattr(loaders.speculation, "accept_sampled", always)
+    monkeypatch.setattr(loaders.host.speculation, "accept_sampled", always)
     assert excess(model, (1.0, None, None))[0] > 20
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity.lifecycle import run_lifecycle
+from parity.lifecycle.run import run_lifecycle
 from parity.zoo import make_checkpoint
 
 

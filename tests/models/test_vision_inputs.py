@@ -11,13 +11,13 @@ from test_qwen3_vl import BAR, SIDES, numpy, without_text
 
 import torch_models
 from loaders import open_checkpoint
-from loaders.inputs import left_aligned
+from loaders.host.inputs import left_aligned
 from parity.backends import open_backend
 from parity.oracle import oracle_forward
 from parity.record import read_inputs, record_model
 from parity.record_oracle import record_oracle
 from parity.zoo import make_checkpoint, prompts
-from parity.zoo_pictures import pictures
+from parity.zoo.pictures import pictures
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from parity.record import record
 from parity.record_oracle import record_oracle
 from parity.trace import Trace
 from parity.zoo import make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from loaders import open_checkpoint
 from parity.backends import open_backend
 from parity.bisect import bisect, local_errors
 from parity.cli import main
-from parity.live_pairs import rerun
+from parity.lifecycle.live_pairs import rerun
 from parity.local import Judge, Said
 from parity.model_backend import ModelBackend
 from parity.mutants import all_mutants
@@ -23,7 +23,7 @@ from parity.mutants.layer import in_layer
 from parity.mutants.plants import MOE, wrapped
 from parity.record import default_inputs, record_model
 from parity.zoo import ZOO, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 MUTANTS = all_mutants()
 # mutant, layer, the step that is to be named

@@ -115,7 +115,7 @@ def test_neither_framework_nor_the_loaders_are_imported_by_a_whole_comparison(tr
     a, b, oracle = traces
     outputs = [f"--{kind}={tmp_path / kind}" for kind in ("html", "junit", "json", "md")]
     modules = in_a_process(code, "compare", a, b, "--oracle", oracle, *outputs).splitlines()[-1].split()
-    assert "parity.report" in modules
+    assert "parity.report.page" in modules
     assert not set(FORBIDDEN) & {name.partition(".")[0] for name in modules}
 
 

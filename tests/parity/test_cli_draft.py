@@ -9,7 +9,7 @@ from planted import TWO_LAYERS
 from parity.cli import main
 from parity.trace import Trace
 from parity.zoo import make_checkpoint
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.draft import make_drafting_checkpoint
 
 PROMPT = ["--prompt-ids", "3,14,15", "--prompt-ids", "92,65", "--max-new-tokens", "12", "--ignore-eos"]
 

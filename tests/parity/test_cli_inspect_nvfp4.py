@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loaders import open_checkpoint
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from loaders.stage import Stage
 from parity.cli import main
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, zoo_config

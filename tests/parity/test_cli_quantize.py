@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.nvfp4 import dequantize, global_scale
-from loaders.writer import write_checkpoint
+from loaders.writing.writer import write_checkpoint
 from parity.calibrate import calibrate, rows_of
 from parity.cli import main
 from parity.oracle import oracle_forward

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import jax_models
 import torch_models
 from loaders import open_checkpoint
-from loaders.stepwise import stepwise
+from loaders.host.stepwise import stepwise
 from parity.asserting import Oracle
 from parity.backends import open_backend
 from parity.bisect import bisect

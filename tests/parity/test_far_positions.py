@@ -12,7 +12,7 @@ from parity.backend import record_backend
 from parity.backends import open_backend
 from parity.bisect import bisect
 from parity.compare import compare
-from parity.comparison import Comparison
+from parity.comparison.outcome import Comparison
 from parity.model_backend import ModelBackend
 from parity.record_oracle import record_oracle
 from parity.ruler import LIMITS

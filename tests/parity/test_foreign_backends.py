@@ -19,7 +19,7 @@ from parity.foreign.jax_function import JaxFunction
 from parity.foreign.torch_module import TorchModule
 from parity.foreign.transformers import TransformersModel
 from parity.model_backend import ModelBackend
-from parity.plugin_fixtures import BackendPair, ParityMark
+from parity.plugin.fixtures import BackendPair, ParityMark
 from parity.record import default_inputs
 from parity.record_oracle import OracleBackend
 from parity.zoo import make_checkpoint, prompts

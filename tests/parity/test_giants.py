@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loaders import Stage
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from parity.cli import main
 from parity.planning.chips import CHIPS
 from parity.planning.depths import depths_of

@@ -26,11 +26,11 @@ from loaders import CheckpointError, open_checkpoint
 from parity.backends import open_backend
 from parity.cli import main
 from parity.events import render_text
-from parity.faults import MATCHING, OPENING, READING, other_architecture
-from parity.lifecycle import run_lifecycle, stages
-from parity.live_bench import HALVES, NEW_TOKENS, Bench
-from parity.live_jax import live
-from parity.live_model import LawBroken, LiveModel
+from parity.lifecycle.faults import MATCHING, OPENING, READING, other_architecture
+from parity.lifecycle.live_bench import HALVES, NEW_TOKENS, Bench
+from parity.lifecycle.live_jax import live
+from parity.lifecycle.live_model import LawBroken, LiveModel
+from parity.lifecycle.run import run_lifecycle, stages
 from parity.zoo import make_checkpoint
 
 ZOO = ("qwen3", "qwen3-tied", "qwen3-moe", "qwen3_5", "gemma3")
@@ -322,7 +322,7 @@ def replays_nothing(replay):
 HYBRID_SABOTAGE = [
     ("qwen3_5", "torch_models.weights._commit", forgets_the_draft, lambda life: life.reload("B")),
     ("qwen3_5", "torch_models.sleep.wake", forgets_to_restore, lambda life: life.nap()),
-    ("qwen3_5", "loaders.speculation.accept_greedy", accepts_everything, lambda life: life.speculate()),
+    ("qwen3_5", "loaders.host.speculation.accept_greedy", accepts_everything, lambda life: life.speculate()),
     ("qwen3_5", "torch_models.recording.Recording.replay", replays_nothing, lambda life: life.replay()),
     (
         "qwen3_5-wrapped",

@@ -141,7 +141,7 @@ def test_an_interface_is_compared_by_name():
 
 
 def test_the_fixture_fails_with_the_events_that_broke_a_law(tmp_path):
-    from parity.plugin_fixtures import Lifecycle
+    from parity.plugin.fixtures import Lifecycle
 
     told = []
     life = Lifecycle(tmp_path, told.append)

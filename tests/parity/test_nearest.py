@@ -8,14 +8,14 @@ import re
 import pytest
 from synthetic_traces import add_error, trio
 
-import parity.nearest
+import parity.comparison.nearest
 from parity import cli
 from parity.compare import compare
-from parity.export_results import to_json, to_junit, to_markdown
+from parity.comparison.nearest import AHEAD, NAMED, PARTS, Likeness, library, nearest, outstanding, parts_of, told_alike
 from parity.mutants import all_mutants
 from parity.mutants.profiles import Profiler, deepened, profiled
-from parity.nearest import AHEAD, NAMED, PARTS, Likeness, library, nearest, outstanding, parts_of, told_alike
-from parity.report import render_html
+from parity.report.page import render_html
+from parity.report.results import to_json, to_junit, to_markdown
 
 QUICK = ("theta_wrong", "rope_sign", "sees_next_token", "gelu_for_silu", "kv_heads_tiled", "final_norm_dropped")
 
@@ -124,7 +124,7 @@ def test_every_failure_names_the_command_that_takes_it_apart_and_what_it_looks_l
     found = failing()
     command = "tandem bisect '/some where/checkpoint' --a jax --b torch --dtype bfloat16 --layer 2"
     assert found.commands == (command,)  # after decoder layer 3, which is model.layers.2
-    monkeypatch.setattr(parity.nearest, "FLOOR", 0.0)  # numbers made up are like no bug
+    monkeypatch.setattr(parity.comparison.nearest, "FLOOR", 0.0)  # numbers made up are like no bug
     alike = found.nearest_mutant()
     assert len(alike) == 3
     for text in (found.to_text(), to_markdown([("x", found)]), to_json([("x", found)])):

@@ -12,10 +12,10 @@ from synthetic_traces import add_error, make_backend, make_oracle, trio
 from test_report import Page
 
 import parity
-from parity.export_results import to_junit, to_markdown
-from parity.notebook import Table, Timeline
-from parity.report import render_html
-from parity.sparkline import bars
+from parity.report.notebook import Table, Timeline
+from parity.report.page import render_html
+from parity.report.results import to_junit, to_markdown
+from parity.report.sparkline import bars
 from parity.wording import number
 from parity.zoo import make_checkpoint
 
@@ -395,6 +395,6 @@ def test_a_sparse_pair_is_judged_by_its_own_experts(tmp_path):
 
 def test_looking_closer_needs_no_framework():
     blocked = "sys.modules.update(dict.fromkeys(['jax', 'torch', 'ml_dtypes', 'loaders', 'pandas']))"
-    code = f"import sys; {blocked}; import parity.notebook, parity.token_view, parity.sparkline"
+    code = f"import sys; {blocked}; import parity.report.notebook, parity.report.token_view, parity.report.sparkline"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import parity.compare
-import parity.plugin_fixtures
-import parity.plugin_report
-import parity.report  # noqa: F401
-from parity.plugin_names import file_name
-from parity.plugin_needs import lacking
+import parity.plugin.fixtures
+import parity.plugin.report
+import parity.report.page  # noqa: F401
+from parity.plugin.names import file_name
+from parity.plugin.needs import lacking
 
 pytest_plugins = "pytester"
 ROOT = Path(__file__).parents[2]

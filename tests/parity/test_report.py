@@ -9,15 +9,15 @@ import pytest
 from synthetic_traces import add_error, make_backend, make_oracle, trio
 
 from parity import Comparison, EventResult, compare
-from parity.chart import colours, error_chart
+from parity.comparison.findings import Probe
 from parity.events import render_text, timeline
-from parity.export_results import overall, to_json, to_junit, to_markdown
-from parity.findings import Probe
-from parity.heat import decode_starts, heat_map
-from parity.report import about, render_html
-from parity.report_style import ROOT_COLOURS
-from parity.report_timeline import timeline_table
-from parity.sparkline import bars
+from parity.report.chart import colours, error_chart
+from parity.report.heat import decode_starts, heat_map
+from parity.report.page import about, render_html
+from parity.report.results import overall, to_json, to_junit, to_markdown
+from parity.report.sparkline import bars
+from parity.report.style import ROOT_COLOURS
+from parity.report.timeline import timeline_table
 from parity.wording import times
 
 ROOT_A, ROOT_B = "3fa2c1d4" * 8, "9be01177" * 8
@@ -381,7 +381,7 @@ def test_a_report_of_deep_models_and_long_noisy_sequences_stays_under_two_megaby
 
 
 def test_the_worst_token_of_a_long_sequence_is_still_drawn(failing):
-    from parity.heat import LEVELS, _levels
+    from parity.report.heat import LEVELS, _levels
 
     used = np.zeros(1000)
     used[777] = 9.0

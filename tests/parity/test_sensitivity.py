@@ -12,10 +12,10 @@ from synthetic_traces import trio
 from loaders import open_checkpoint
 from parity.backends import open_backend
 from parity.compare import compare
-from parity.comparison_text import render
+from parity.comparison.probes import places
+from parity.comparison.text import render
 from parity.oracle import oracle_forward
 from parity.oracles.fault import Fault
-from parity.probes import places
 from parity.record import record_model
 from parity.record_oracle import record_oracle
 from parity.trace import Trace

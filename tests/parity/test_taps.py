@@ -14,13 +14,13 @@ import torch_models
 import torch_models.layers.mlp
 import torch_models.taps
 from loaders import open_checkpoint
-from loaders.adapters import open_adapter
+from loaders.adapters.opening import open_adapter
 from parity.local import distance
 from parity.oracle import oracle_forward
 from parity.oracles.taps import Taps
 from parity.zoo import ZOO, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import make_adapter
-from parity.zoo_quantized import ZooQuantization
+from parity.zoo.adapters import make_adapter
+from parity.zoo.quantized import ZooQuantization
 from torch_models.taps import collect
 
 LEVELS = ("layers", "modules", "operations")

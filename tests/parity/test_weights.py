@@ -11,7 +11,7 @@ from synthetic_traces import trio
 from loaders import open_checkpoint
 from loaders.digest import digests, root_digest
 from loaders.dtypes import from_numpy
-from loaders.writer import TensorType, write_checkpoint
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.cli import main
 from parity.weight_diff import diff_tensors, find_accident
 from parity.weights import compare_weights, open_weights

@@ -10,8 +10,8 @@ import jax_models
 import torch_models
 from loaders import open_checkpoint
 from loaders.nvfp4 import dequantize
-from loaders.plan import plan_load, specs_of
-from loaders.quantization import Scheme, summary
+from loaders.quantization.schemes import Scheme, summary
+from loaders.reading.plan import plan_load, specs_of
 from loaders.stage import Stage
 from parity.zoo import ZOO, ZooQuantization, block_sizes, make_checkpoint, prompts
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from loaders import Checkpoint, open_checkpoint
-from loaders.plan import specs_of
+from loaders.reading.plan import specs_of
 from loaders.spec import Specs
 from loaders.stage import Stage
 from parity.zoo import ZOO, make_checkpoint, prompts

@@ -10,8 +10,8 @@ from several import error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
-from parity.zoo_adapters import make_adapter
-from parity.zoo_pictures import pictures
+from parity.zoo.adapters import make_adapter
+from parity.zoo.pictures import pictures
 
 
 def main(job: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 
 import torch_models
 from parity.zoo import block_sizes, make_checkpoint
-from parity.zoo_adapters import make_adapter
-from parity.zoo_draft import make_drafting_checkpoint
+from parity.zoo.adapters import make_adapter
+from parity.zoo.draft import make_drafting_checkpoint
 from torch_models.layers import rotary
 
 IDS = [[3, 14, 15, 92, 65, 35], [89, 79, 32, 38, 46, 26]]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loaders.quantization import BLOCK, Scheme
+from loaders.quantization.schemes import BLOCK, Scheme
 from torch_models import capturing
 from torch_models.capturing import STEP_TOKENS
 from torch_models.derived import allocate_derived

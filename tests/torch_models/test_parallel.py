@@ -17,9 +17,9 @@ from loaders import open_checkpoint
 from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
 from parity.oracle import oracle_forward
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
-from parity.zoo_adapters import DENSE, EXPERTS, TABLES, make_adapter
-from parity.zoo_draft import make_drafting_checkpoint
-from parity.zoo_pictures import pictures
+from parity.zoo.adapters import DENSE, EXPERTS, TABLES, make_adapter
+from parity.zoo.draft import make_drafting_checkpoint
+from parity.zoo.pictures import pictures
 from torch_models.company import Company
 
 FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES

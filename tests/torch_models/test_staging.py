@@ -13,8 +13,8 @@ import torch
 import torch_models
 from loaders import open_checkpoint
 from loaders.digest import digests
-from loaders.plan import LoadPlan
-from loaders.scratch import Scratch, Staging
+from loaders.reading.plan import LoadPlan
+from loaders.reading.scratch import Scratch, Staging
 from parity.zoo import make_checkpoint
 from torch_models import sleep as asleep
 from torch_models import staging

@@ -22,7 +22,7 @@ from torch_bits import bits
 
 import torch_models
 from loaders import CheckpointError, open_checkpoint
-from loaders.place import weight_loader
+from loaders.reading.place import weight_loader
 from torch_models.census import pointer_census
 from torch_models.weights import parameters
 

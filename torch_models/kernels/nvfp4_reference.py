@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from loaders.quantization import BLOCK
+from loaders.quantization.schemes import BLOCK
 
 PIECE = 1 << 24  # elements of a weight that are expanded at once: 64 MiB in float32
 E2M1_MAX, E4M3_MAX, E4M3_MIN = 6.0, 448.0, 2.0**-9

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loaders.held import Asked
-from loaders.quantization import KVCache
+from loaders.quantization.schemes import KVCache
+from loaders.reading.held import Asked
 from torch_models.layers.fp8 import cache_scales, fp8_kept
 from torch_models.layers.linear import Linear
 from torch_models.layers.norm import GemmaRMSNorm, RMSNorm

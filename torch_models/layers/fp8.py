@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loaders.quantization import KVCache
+from loaders.quantization.schemes import KVCache
 
 E4M3_MAX = 448.0
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loaders.quantization import KV_LEAVES, KVCache, Scheme, kv_leaf
+from loaders.quantization.schemes import KV_LEAVES, KVCache, Scheme, kv_leaf
 from loaders.spec import Specs
 from torch_models.kernels.choice import Kernel, choose, of_experts
 from torch_models.layers.linear import Linear, empty_param

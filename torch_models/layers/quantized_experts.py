@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loaders.quantization import BLOCK, Scheme
+from loaders.quantization.schemes import BLOCK, Scheme
 from torch_models import capturing
 from torch_models.derived import alias_or_bind_derived_param, is_derived
 from torch_models.kernels import nvfp4_blackwell

@@ -19,10 +19,10 @@ from s3_server import (
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
-from loaders.filling import Filling
-from loaders.plan import plan_load
-from loaders.regions import Box
-from loaders.shards import read_shards
+from loaders.reading.filling import Filling
+from loaders.reading.plan import plan_load
+from loaders.reading.regions import Box
+from loaders.reading.shards import read_shards
 from loaders.sources import runai, s3
 from loaders.spec import ParamSpec
 from loaders.stage import Stage

@@ -22,7 +22,7 @@ from s3_server import (
 
 from loaders import CheckpointError, open_checkpoint
 from loaders.dtypes import to_numpy
-from loaders.regions import Region, sizes_of
+from loaders.reading.regions import Region, sizes_of
 from loaders.sources import Unreachable, objects, runai, s3
 
 

@@ -15,11 +15,11 @@ from s3_server import (
 )
 
 from loaders import CheckpointError, open_checkpoint
-from loaders.adapters import open_adapter
+from loaders.adapters.opening import open_adapter
 from loaders.digest import digests
 from loaders.sources import Unreachable, objects, s3
 from parity.zoo import make_checkpoint
-from parity.zoo_adapters import make_adapter
+from parity.zoo.adapters import make_adapter
 
 
 def test_a_file_is_asked_about_once_to_open_it_and_twice_to_read_it(

@@ -1,0 +1,1 @@
+"""What is done on the host around a model, for both backends: inputs, sampling, speculation, processes that agree."""

@@ -1,0 +1,1 @@
+"""From the bytes of files to parameters in host memory: what goes where, in which parts, under which budget."""

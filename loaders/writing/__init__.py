@@ -1,0 +1,1 @@
+"""From parameters back to a checkpoint on disk: all or nothing."""
