@@ -69,7 +69,8 @@ def load(
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
         activations = activations_of(plan.checkpoint.config.quantization, activation_quantization)
         computed = jnp.dtype(compute_dtype(dtype, plan))
-        plan = plan.within(host_budget_bytes, staged=not reading.stays_on_host(mesh))
+        held = reading.held_on(mesh, plan.checkpoint.config)
+        plan = plan.within(host_budget_bytes, staged=not reading.stays_on_host(mesh), boxes_of=held)
         return plan, programs_for(plan.checkpoint.config, plan.stage, computed, mesh, activations)
 
     plan, programs = together(mesh, prepared)

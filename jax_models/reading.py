@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jax_models.sharding import param_spec
 from loaders.reading.filling import Filling
-from loaders.reading.plan import LoadPlan
+from loaders.reading.plan import BoxesOf, LoadPlan
 from loaders.reading.regions import Box, box_of
 from loaders.reading.scratch import Staging
 from loaders.reading.shards import Shards, read_shards
 from loaders.reading.whole import read_whole
-from loaders.spec import Dim, ParamSpec
+from loaders.spec import Dim, ModelConfig, ParamSpec
 
 
 def stays_on_host(mesh: Mesh | None) -> bool:
@@ -40,7 +39,7 @@ def read_params(filling: Filling, mesh: Mesh | None) -> Iterator[tuple[str, jax.
     """
     if mesh is not None:
         dims = filling.plan.checkpoint.config.dims()
-        for spec, shards in read_shards(filling, partial(boxes_of, dims=dims, mesh=mesh)):
+        for spec, shards in read_shards(filling):
             yield spec.name, assembled(spec, shards, dims, mesh)
         return
     for spec, param in read_whole(filling):
@@ -57,19 +56,23 @@ def dry_run(plan: LoadPlan, mesh: Mesh | None) -> None:
         CheckpointError: as ``read_params``; or not everything arrived, or does not go together.
     """
     filling = Filling(dataclasses.replace(plan, phase="check"))
-    if mesh is None:
-        deque(read_whole(filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
-    else:
-        dims = plan.checkpoint.config.dims()
-        deque(read_shards(filling, partial(boxes_of, dims=dims, mesh=mesh), staging=Staging()), maxlen=0)
+    read = read_whole if mesh is None else read_shards
+    deque(read(filling, staging=Staging()), maxlen=0)  # a loop would keep one while it reads the next
     filling.finish()
 
 
-def boxes_of(spec: ParamSpec, *, dims: dict[str, Dim], mesh: Mesh) -> set[Box]:
-    """The parts of a parameter that this process's devices hold."""
-    sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
-    indices = sharding.addressable_devices_indices_map(spec.shape).values()
-    return {box_of(index or (), spec.shape) for index in indices}
+def held_on(mesh: Mesh | None, config: ModelConfig) -> BoxesOf | None:
+    """The parts of a parameter that this process's devices hold; None: all of it."""
+    if mesh is None:
+        return None
+    dims = config.dims()
+
+    def boxes_of(spec: ParamSpec) -> set[Box]:
+        sharding = NamedSharding(mesh, param_spec(spec, dims, mesh))
+        indices = sharding.addressable_devices_indices_map(spec.shape).values()
+        return {box_of(index or (), spec.shape) for index in indices}
+
+    return boxes_of
 
 
 def assembled(spec: ParamSpec, shards: Shards, dims: dict[str, Dim], mesh: Mesh) -> jax.Array:

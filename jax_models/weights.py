@@ -71,7 +71,8 @@ def update_weights_from_disk(
 
     def planned() -> LoadPlan:
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, dtypes)
-        plan = plan.within(host_budget_bytes, staged=donate or not reading.stays_on_host(model.mesh))
+        staged, held = donate or not reading.stays_on_host(model.mesh), reading.held_on(model.mesh, model.config)
+        plan = plan.within(host_budget_bytes, staged=staged, boxes_of=held)
         if donate:
             reading.dry_run(plan, model.mesh)
         return plan

@@ -79,9 +79,10 @@ def load(
     def prepared() -> tuple[LoadPlan, Parallel | None, Model]:
         place = usable_device(device)
         plan = plan_load(open_to_load(uri, quantize), Stage.of(stage, mtp=mtp, vision=vision))
-        plan = plan.within(host_budget_bytes, staged=place.type != "cpu")
-        model = _built(plan, dtype, place, activation_quantization, kernel)
-        return plan, None if mesh is None else Parallel(mesh, plan), model
+        parallel = None if mesh is None else Parallel(mesh, plan)
+        held = None if parallel is None else parallel.held.boxes
+        plan = plan.within(host_budget_bytes, staged=place.type != "cpu", boxes_of=held)
+        return plan, parallel, _built(plan, dtype, place, activation_quantization, kernel)
 
     plan, parallel, model = together(mesh, prepared)
     checkpoint, model.quantize = plan.checkpoint, quantize

@@ -35,7 +35,7 @@ def read_params(
         whole = read_whole(filling, staging=staging)
         yield from map(_placed, whole)  # no loop, which would keep one while the next are read
     else:
-        shards = read_shards(filling, parallel.held.boxes, staging=staging)
+        shards = read_shards(filling, staging=staging)
         yield from ((spec.name, parallel.joined(spec.name, _taken(parts))) for spec, parts in shards)
 
 

@@ -84,7 +84,8 @@ def _reloaded(
 
     def tried() -> tuple[LoadPlan, LoadReport]:
         plan = plan_reload(open_to_load(uri, model.quantize), model.config, model.stage, live)
-        plan = plan.within(host_budget_bytes, staged=True)
+        held = None if parallel is None else parallel.held.boxes
+        plan = plan.within(host_budget_bytes, staged=True, boxes_of=held)
         return plan, reading.dry_run(plan, parallel, staging)
 
     plan, report = together(mesh, tried)

@@ -95,7 +95,7 @@ class Groups:
             groups = {matrix.group for name in used for matrix in self.users[name]}
             inner = [Unit(names, names) for names in map(self.plain_tensors, groups)]
             inner += [Unit({name}, {name}) for name in lot.names - used]
-            found += lots_of(inner, self.plain.tensors)
+            found += lots_of(inner, {name: info.num_bytes for name, info in self.plain.tensors.items()})
         return found
 
     def gathered(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders.files.header import TensorInfo
 from loaders.reading.progress import reported
 
 if TYPE_CHECKING:
@@ -23,26 +22,26 @@ class Unit:
     keys: set[str]
 
 
-def lots_of(units: Iterable[Unit], tensors: Mapping[str, TensorInfo]) -> Iterator[set[str]]:
+def lots_of(units: Iterable[Unit], sizes: Mapping[str, int]) -> Iterator[set[str]]:
     """Whole units in file order, as many in a lot as are no larger together than the largest of them.
 
     Args:
         units: those that share a key count as one.
-        tensors: of the checkpoint, in file order.
+        sizes: bytes that tensors take, in file order.
     """
     whole = joined(units)
-    sizes = [sum(tensors[name].num_bytes for name in unit.names) for unit in whole]
-    limit = max(sizes, default=0)
-    order = {name: place for place, name in enumerate(tensors)}
+    taken = [sum(sizes[name] for name in unit.names) for unit in whole]
+    limit = max(taken, default=0)
+    order = {name: place for place, name in enumerate(sizes)}
     first = [min(order[name] for name in unit.names) for unit in whole]
     lot: set[str] = set()
     num_bytes = 0
     for index in sorted(range(len(whole)), key=first.__getitem__):
-        if lot and num_bytes + sizes[index] > limit:
+        if lot and num_bytes + taken[index] > limit:
             yield lot
             lot, num_bytes = set(), 0
         lot |= whole[index].names
-        num_bytes += sizes[index]
+        num_bytes += taken[index]
     if lot:
         yield lot
 
@@ -54,11 +53,9 @@ def stream_parameters(plan: LoadPlan, into: Callable[[str], np.ndarray | None]) 
         plan: what to read, and within which budget.
         into: as for ``Checkpoint.stream``.
     """
-    tensors = plan.checkpoint.tensors
-    num_bytes = sum(tensors[name].num_bytes for name in plan.tensors)
     lots = lots_of_plan(plan) if plan.staged else [plan.tensors]
     stream = plan.checkpoint.stream(plan.host_budget_bytes, lots=lots, into=into)
-    yield from reported(stream, num_bytes, str(plan.checkpoint.source), phase=plan.phase)
+    yield from reported(stream, sum(plan.sizes().values()), str(plan.checkpoint.source), phase=plan.phase)
 
 
 def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
@@ -71,7 +68,7 @@ def lots_of_plan(plan: LoadPlan) -> Iterator[set[str]]:
     for spec in plan.specs:
         if names := {placement.tensor for placement in spec.placements} & plan.targets.keys():
             units.append(Unit(names, {checkpoint.group_of(name) for name in names}))
-    return lots_of(units, checkpoint.tensors)
+    return lots_of(units, plan.sizes())
 
 
 def joined(units: Iterable[Unit]) -> list[Unit]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from loaders.checkpoint import Checkpoint
@@ -16,12 +17,14 @@ from loaders.files.header import TensorInfo
 from loaders.quantization.schemes import Quantization
 from loaders.reading.memory import check_budget
 from loaders.reading.parts import missing_parts, repeated_parts
+from loaders.reading.regions import Box, volume
 from loaders.spec import ModelConfig, ParamSpec, Placement, Specs
 from loaders.stage import Stage
 
 log = logging.getLogger(__name__)
 
 FLOATS = ("F32", "BF16", "F16")
+BoxesOf = Callable[[ParamSpec], Collection[Box]]
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,30 @@ class LoadPlan:
     other_stages: int
     host_budget_bytes: int | None = None  # see ``within``
     staged: bool = True  # likewise
+    boxes_of: BoxesOf | None = None  # likewise
     phase: str = "read"  # what the log calls it
 
-    def within(self, host_budget_bytes: int | None, *, staged: bool) -> LoadPlan:
+    def within(self, host_budget_bytes: int | None, *, staged: bool, boxes_of: BoxesOf | None = None) -> LoadPlan:
         """The same plan under a hard limit of what it holds on the host beside parameters that stay there.
 
         Args:
             host_budget_bytes: the limit; None: whatever the largest needs.
             staged: parameters are made on the host to be copied from there: they count, and so few are begun at once
                 that they are no larger than the largest.
+            boxes_of: the parts of a parameter that this process holds of it, disjoint; None: all of it.
         Raises:
             ValueError: it is no positive number, or less than something needs; says what, and how much.
         """
+        plan = dataclasses.replace(self, staged=staged, boxes_of=boxes_of)
         if host_budget_bytes is None:
-            return dataclasses.replace(self, staged=staged)
+            return plan
         check_budget(host_budget_bytes)
-        tensors = self.checkpoint.tensors
-        needed = {name: tensors[name].num_bytes for name in self.verified}
+        sizes = plan.sizes()
+        needed = {name: sizes[name] for name in self.verified}
         if staged:
             for spec in self.specs:
                 parts = [placement.tensor for placement in spec.placements if placement.tensor in self.targets]
-                needed[spec.name] = sum(tensors[name].num_bytes for name in parts)
+                needed[spec.name] = sum(sizes[name] for name in parts)
         beside = max(needed.values(), default=0) if staged else 0  # where codes are put that are computed of these
         for name, size in self.checkpoint.passing(self.targets).items():
             needed[name] = max(size + beside, needed.get(name, 0))
@@ -80,7 +86,21 @@ class LoadPlan:
                 f"host_budget_bytes={host_budget_bytes} is less than {len(big)} of {len(needed)} parts need that are on"
                 f" the host for a moment, the largest {big[largest]} bytes ({largest}). Give a larger budget."
             )
-        return dataclasses.replace(self, host_budget_bytes=host_budget_bytes, staged=staged)
+        return dataclasses.replace(plan, host_budget_bytes=host_budget_bytes)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every planned tensor that are held here, in file order."""
+        sizes, params = {}, {spec.name: spec for spec in self.specs}
+        for name, info in self.checkpoint.tensors.items():
+            if name in self.targets or name in self.verified:
+                spec = self.targets[name][0] if name in self.targets else params[self.verified[name]]
+                held, whole = self.held_values(spec), math.prod(spec.shape)
+                sizes[name] = -(-info.num_bytes * held // whole) if held < whole else info.num_bytes
+        return sizes
+
+    def held_values(self, spec: ParamSpec) -> int:
+        """How many values of a parameter are held here."""
+        return math.prod(spec.shape) if self.boxes_of is None else sum(map(volume, self.boxes_of(spec)))
 
     @property
     def tensors(self) -> list[str]:

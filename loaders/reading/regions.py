@@ -113,6 +113,11 @@ def sizes_of(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
+def volume(box: Box) -> int:
+    """How many values are in a box."""
+    return math.prod(sizes_of(box))
+
+
 def check_region(part: Region, name: str, stored: tuple[int, ...], dtype: np.dtype) -> None:
     """Raises ValueError for a region that is no part of the tensor ``name``, or whose destination does not fit it."""
     box_of(tuple(slice(*ends) for ends in part.box), part.shape)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -41,22 +40,18 @@ def region_of(spec: ParamSpec, placement: Placement, box: Box, shard: np.ndarray
     return Region(tuple(shape[axis] for axis in axes), tuple(inner[axis] for axis in axes), place.transpose(axes))
 
 
-def read_shards(
-    filling: Filling,
-    boxes_of: Callable[[ParamSpec], Collection[Box]],
-    *,
-    staging: Staging | None = None,
-) -> Iterator[tuple[ParamSpec, Shards]]:
+def read_shards(filling: Filling, *, staging: Staging | None = None) -> Iterator[tuple[ParamSpec, Shards]]:
     """Read every planned parameter's shards, one parameter after the other as they are complete. None is kept.
 
     Args:
-        filling: accounts for what it has a plan of.
-        boxes_of: the parts of a parameter that are held here, disjoint. A redundant tied tensor is held against those.
+        filling: accounts for what it has a plan of, with ``boxes_of``; a redundant tied tensor is held against those
+            parts of the parameter it is tied to.
         staging: as for ``read_whole``.
     Raises:
         CheckpointError: a file changed or cannot be read, or a tensor that was not asked for.
     """
-    plan = filling.plan
+    plan, boxes_of = filling.plan, filling.plan.boxes_of
+    assert boxes_of is not None, "whole parameters are read_whole's"
     specs = {spec.name: spec for spec in plan.specs}
     begun: dict[str, Shards] = {}
     memory = memory_of(plan, lambda spec: map(sizes_of, boxes_of(spec)), staging)
@@ -75,12 +70,8 @@ def read_shards(
         found = (region_of(spec, placement, box, shard) for box, shard in begun[spec.name].items())
         return [part for part in found if part is not None]
 
-    def held_bytes(spec: ParamSpec) -> int:
-        return sum(math.prod(sizes_of(box)) for box in boxes_of(spec)) * to_numpy(plan.dtypes[spec.name]).itemsize
-
     tensors = plan.checkpoint.stream_regions(lots_of_plan(plan), wanted, plan.host_budget_bytes)
-    num_bytes = sum(held_bytes(specs[name]) for name in (*specs, *plan.verified.values()))
-    tensors = reported(tensors, num_bytes, str(plan.checkpoint.source), phase=plan.phase)
+    tensors = reported(tensors, sum(plan.sizes().values()), str(plan.checkpoint.source), phase=plan.phase)
     for spec, placement, parts, is_complete in filling.receive(memory.releasing(tensors)):
         filling.check(spec, placement, parts)
         if is_complete:

@@ -18,7 +18,7 @@ from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
 from loaders.reading.filling import Filling
 from loaders.reading.plan import plan_load
-from loaders.reading.shards import read_shards
+from loaders.reading.whole import read_whole
 from loaders.stage import Stage
 
 
@@ -35,8 +35,7 @@ def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
     """Whether every shard here is a slice of the checkpoint, bit for bit."""
     plan = plan_load(open_checkpoint(checkpoint), Stage())
     flat = flatten(model.weights)
-    for spec, whole in read_shards(Filling(plan), lambda spec: [tuple((0, size) for size in spec.shape)]):
-        (param,) = whole.values()
+    for spec, param in read_whole(Filling(plan)):
         for shard in flat[spec.name].addressable_shards:
             if np.asarray(shard.data).tobytes() != param[shard.index].tobytes():
                 return False
@@ -57,6 +56,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     inputs = {name: np.asarray(value) for name, value in job["inputs"].items()}
     found: dict[str, Any] = {}
     model, found["share"] = share_read(lambda: jax_models.load(first, mesh=mesh, **job["options"]), first, read)
+    budgeted = jax_models.load(first, mesh=mesh, host_budget_bytes=job["budget"], **job["options"])
+    found["within half"] = budgeted.digests() == model.digests()
     found["loaded"] = is_the_checkpoints(model, first) if not job["options"] else None
     logits = to_host(model(**inputs))
     found["tokens"] = np.asarray(model.generate(**inputs, max_new_tokens=4, ignore_eos=True)).tolist()

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jax_models
 import loaders.reading.scratch
-from jax_models.reading import dry_run
+from jax_models.reading import dry_run, held_on
 from jax_models.weights import flatten
 from loaders import open_checkpoint
 from loaders.axes import replicated
@@ -255,7 +255,9 @@ def test_what_is_on_its_way_to_a_mesh_stays_within_the_budget(checkpoints, famil
     checkpoint = open_checkpoint(checkpoints(family)[0])
     plan = plan_load(checkpoint, Stage())
     sizes = [sum(checkpoint.tensors[one.tensor].num_bytes for one in spec.placements) for spec in plan.specs]
+    mesh = mesh_of("expert2 fsdp2 tensor2")
+    plan = plan.within(max(sizes), staged=True, boxes_of=held_on(mesh, checkpoint.config))
     with counted() as memory:
         before = memory.start()
-        dry_run(plan.within(max(sizes), staged=True), mesh_of("expert2 fsdp2 tensor2"))
+        dry_run(plan, mesh)
         assert max(sizes) / 2 < memory.most - before <= max(sizes)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from loaders import open_checkpoint
-from loaders.files.header import TensorInfo
 from loaders.quantization.quantize import quantized
 from loaders.reading.lots import Unit, lots_of, stream_parameters
 from loaders.reading.plan import plan_load
@@ -14,22 +13,18 @@ from loaders.stage import Stage
 from parity.zoo import block_sizes, make_checkpoint
 
 
-def tensors(**sizes):
-    return {name: TensorInfo("U8", (size,), "a", (0, size)) for name, size in sizes.items()}
-
-
 def one_by_one(names):
     return [Unit({name}, {name}) for name in names]
 
 
 def test_lots_are_in_file_order_and_no_larger_than_the_largest_part():
-    found = tensors(a=3, b=1, c=10, d=5, e=5, f=1)
+    found = {"a": 3, "b": 1, "c": 10, "d": 5, "e": 5, "f": 1}
     assert list(lots_of(one_by_one("fedcba"), found)) == [{"a", "b"}, {"c"}, {"d", "e"}, {"f"}]
 
 
 def test_parts_that_share_a_key_are_one():
     parts = [Unit({"a"}, {"x"}), Unit({"c"}, {"y"}), Unit({"b"}, {"z"}), Unit({"d"}, {"x", "y"})]
-    assert list(lots_of(parts, tensors(a=1, b=3, c=1, d=1))) == [{"a", "c", "d"}, {"b"}]
+    assert list(lots_of(parts, {"a": 1, "b": 3, "c": 1, "d": 1})) == [{"a", "c", "d"}, {"b"}]
 
 
 def test_of_nothing_there_are_no_lots():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from loaders.reading.filling import Filling
 from loaders.reading.memory import STAGING_BYTES
 from loaders.reading.plan import plan_load
 from loaders.reading.regions import Region, box_of, pieces_of, sizes_of
+from loaders.reading.scratch import Staging
 from loaders.reading.shards import read_shards, region_of
+from loaders.reading.whole import read_whole
 from loaders.sources.local import LocalDirectory, LocalFile
 from loaders.spec import ParamSpec, Placement
 from loaders.stage import Stage
+from parity.lifecycle.staged_memory import counted
 from parity.zoo import ZooQuantization, block_sizes, make_checkpoint
 
 
@@ -229,12 +233,12 @@ def test_halves_of_every_parameter_are_read_at_half_the_price(name, quantize, tm
     path = make_checkpoint(name, tmp_path / "it", **(block_sizes(name) if quantize else {}))
     checkpoint = quantized(open_checkpoint(path)) if quantize else open_checkpoint(path)
     plan = plan_load(checkpoint, Stage())
-    whole = {spec.name: next(iter(shards.values())) for spec, shards in read_shards(Filling(plan), everything)}
+    whole = {spec.name: param.copy() for spec, param in read_whole(Filling(plan))}
     for half in range(2):
         bytes_read.clear()
-        filling = Filling(plan)
+        filling = Filling(plan.within(None, staged=True, boxes_of=partial(halves, half=half)))
         expected = 0
-        for spec, shards in read_shards(filling, lambda spec, half=half: halves(spec, half)):
+        for spec, shards in read_shards(filling):
             ((box, shard),) = shards.items()
             expected += shard.nbytes
             assert shard.tobytes() == whole[spec.name][slices_of(box)].tobytes(), spec.name
@@ -243,8 +247,23 @@ def test_halves_of_every_parameter_are_read_at_half_the_price(name, quantize, tm
             assert expected <= sum(bytes_read) < 1.01 * expected
 
 
-def everything(spec):
-    return [tuple((0, size) for size in spec.shape)]
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-tied"])
+def test_a_budget_is_of_what_is_held_here(name, tmp_path):
+    """A host that holds half of a model needs memory for half of its largest parameter, and uses no more."""
+    shipped = {"ship_tied_head": True} if name == "qwen3-tied" else {}
+    checkpoint = open_checkpoint(make_checkpoint(name, tmp_path / "it", vocab_size=208, **shipped))
+    plan = plan_load(checkpoint, Stage())
+    sizes = [sum(checkpoint.tensors[one.tensor].num_bytes for one in spec.placements) for spec in plan.specs]
+    for boxes_of, budget in ((None, max(sizes)), (partial(halves, half=1), max(sizes) // 2)):
+        with pytest.raises(ValueError, match=rf"={budget - 1} is less than .*, the largest {budget} bytes"):
+            plan.within(budget - 1, staged=True, boxes_of=boxes_of)
+        filling = Filling(plan.within(budget, staged=True, boxes_of=boxes_of))
+        with counted() as memory:
+            before = memory.start()
+            for _ in (read_whole if boxes_of is None else read_shards)(filling, staging=Staging()):
+                pass
+            assert 0 < memory.most - before <= budget
+        filling.finish()
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -256,8 +275,9 @@ def test_a_redundant_tied_tensor_is_held_against_the_part_that_is_here(half, tmp
         last = file.read(1)
         file.seek(info.offsets[1] - 1)
         file.write(bytes([last[0] ^ 1]))
-    filling = Filling(plan_load(open_checkpoint(path), Stage()))
-    for _ in read_shards(filling, lambda spec: halves(spec, half)):
+    plan = plan_load(open_checkpoint(path), Stage())
+    filling = Filling(plan.within(None, staged=True, boxes_of=partial(halves, half=half)))
+    for _ in read_shards(filling):
         pass
     if half == 0:
         filling.finish()
@@ -273,8 +293,9 @@ def test_a_scale_that_cannot_be_is_told_of_a_shard_too(tmp_path):
     with open(path / info.file, "r+b") as file:
         file.seek(info.offsets[0])
         file.write(np.float32(-1).tobytes())
-    filling = Filling(plan_load(open_checkpoint(path), Stage()))
-    for _ in read_shards(filling, lambda spec: halves(spec, 0)):
+    plan = plan_load(open_checkpoint(path), Stage())
+    filling = Filling(plan.within(None, staged=True, boxes_of=partial(halves, half=0)))
+    for _ in read_shards(filling):
         pass
     with pytest.raises(CheckpointError, match=f"tensor '{name}' is -1.0, expected a scale above zero"):
         filling.finish()

@@ -69,7 +69,8 @@ def whole(filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.n
 
 
 def in_shards(filling: Filling, **options: Staging) -> Iterator[tuple[str, list[np.ndarray]]]:
-    return ((spec.name, list(parts.values())) for spec, parts in read_shards(filling, halves, **options))
+    filling.plan = filling.plan.within(None, staged=True, boxes_of=halves)
+    return ((spec.name, list(parts.values())) for spec, parts in read_shards(filling, **options))
 
 
 WAYS = (whole, in_shards)

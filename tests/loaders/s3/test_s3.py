@@ -82,8 +82,9 @@ def halves(spec: ParamSpec) -> list[Box]:
 
 
 def parts_of(uri: Any) -> dict[str, dict[Box, bytes]]:
-    filling = Filling(plan_load(open_checkpoint(uri), Stage(mtp=True)))
-    found = {spec.name: shards for spec, shards in read_shards(filling, halves)}
+    plan = plan_load(open_checkpoint(uri), Stage(mtp=True)).within(None, staged=True, boxes_of=halves)
+    filling = Filling(plan)
+    found = {spec.name: shards for spec, shards in read_shards(filling)}
     filling.finish()
     return {name: {box: part.tobytes() for box, part in shards.items()} for name, shards in found.items()}
 
