@@ -1,9 +1,8 @@
 """Write a Hugging Face checkpoint: config.json and safetensors files, one tensor in memory at a time, all or nothing.
 
 The format is written here because the safetensors library (``serialize_file``, 0.8) wants the addresses of all tensors
-of a file at once, that is a whole file in memory, and refuses the two F6 formats. A header is held to the rules of
-``loaders.files.header`` before anything is written. A file that the library wrote comes out byte for byte when it is
-written again.
+of a file at once, that is a whole file in memory. A header is held to the rules of ``loaders.files.header`` before
+anything is written. A file that the library wrote comes out byte for byte when it is written again.
 """
 
 from __future__ import annotations

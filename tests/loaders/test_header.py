@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "F4 of half a byte": (safetensors({"a": entry("F4", [3], 0, 2)}, b"12"), "has 2 bytes, expected 1.5"),
     "F4 rows of half a byte": (safetensors({"a": entry("F4", [2, 3], 0, 3)}, b"123"), "last axis 3"),
     "F4 scalar": (safetensors({"a": entry("F4", [], 0, 1)}, b"1"), "has 1 bytes, expected 0.5"),
-    "F6 rows of broken bytes": (safetensors({"a": entry("F6_E2M3", [4, 2], 0, 6)}, b"123456"), "last axis 2"),
+    "F6": (safetensors({"a": entry("F6_E2M3", [4, 4], 0, 12)}, FOUR * 3), "has unknown dtype 'F6_E2M3'"),
 }
 
 

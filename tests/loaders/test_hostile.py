@@ -116,6 +116,8 @@ CASES: dict[str, tuple[str, Make] | tuple[str, Make, dict[str, bytes]]] = {
     "dtype unknown": (REFUSED, of({"a": entry("F31", [1], 0, 4)}, FOUR)),
     "dtype in lower case": (REFUSED, of({"a": entry("f32", [1], 0, 4)}, FOUR)),
     "dtype F6": (REFUSED, of({"a": entry("F6", [4], 0, 3)}, FOUR[:3])),
+    "dtype F6_E2M3": (REFUSED, of({"a": entry("F6_E2M3", [4], 0, 3)}, FOUR[:3])),
+    "dtype F6_E3M2": (REFUSED, of({"a": entry("F6_E3M2", [4], 0, 3)}, FOUR[:3])),
     "F4, packed": (READ, of({"a": entry("F4", [2, 4], 0, 4)}, FOUR), {"a": FOUR}),
     "F8_E4M3": (READ, of({"a": entry("F8_E4M3", [4], 0, 4)}, FOUR), {"a": FOUR}),
     "F8_E5M2": (READ, of({"a": entry("F8_E5M2", [4], 0, 4)}, FOUR), {"a": FOUR}),
