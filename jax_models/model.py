@@ -190,7 +190,7 @@ class Model(Decoding, Adapted, Seeing):
                 final norm around them, and the experts a router chose (``model.layers.3``, ``model.norm``,
                 ``model.layers.3.mlp.gate``). ``modules``: also what every module of a layer says
                 (``model.layers.3.self_attn``). ``operations``: also what happens inside of those
-                (``model.layers.3.self_attn.q_norm``).
+                (``model.layers.3.self_attn.q_norm``), on a mesh inside of experts excepted: each device has some.
             within: only the values at this path and below; None: all.
             inject: values, by path, that take the place of what is computed there: what follows goes on from them, so
                 that with a peer's value after every layer each layer is run alone. What is returned under that path is

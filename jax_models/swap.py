@@ -39,7 +39,8 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
     """Swap embedding and head. Every other buffer is shared with the old model, which stays as it was.
 
     A half given as None is left alone; one this stage lacks is ignored and reported in the event. Setting the
-    very array that is there publishes nothing. A JAX array is shared, not copied: do not donate it afterwards.
+    very array that is there publishes nothing. A JAX array that lies where the model's own does is shared, not
+    copied: do not donate it afterwards.
 
     Args:
         model: the model to start from.
@@ -70,7 +71,10 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         sharding = flat[name].sharding
         if isinstance(value, jax.Array) and (sharding.is_fully_addressable or not value.is_fully_addressable):
             # a weakly typed array is another type to jit: naming the dtype makes it a strong one
-            flat[name] = jax.device_put(jnp.asarray(value, value.dtype), sharding)
+            moved = jax.device_put(jnp.asarray(value, value.dtype), sharding)
+            is_as_ours = isinstance(value, Tracer) or value.sharding.is_equivalent_to(sharding, value.ndim)
+            # of one that lies otherwise some shards are shared: given up, they would be missed by no check but XLA's
+            flat[name] = moved if is_as_ours else jnp.copy(moved)
         else:
             # NumPy's, copied, for its owner may write to it; or one of this process alone, which JAX moves nowhere
             flat[name] = placed(np.array(value), sharding)

@@ -17,6 +17,7 @@ from loaders.quantization.quantizable import Matrix
 from loaders.reading.lots import Unit, joined, lots_of
 
 Content = TypeVar("Content", np.ndarray, list[np.ndarray])
+Gathered = tuple[str, Content | None, dict[str, np.ndarray | None] | None]
 
 
 class Place(NamedTuple):
@@ -98,9 +99,7 @@ class Groups:
             found += lots_of(inner, {name: info.num_bytes for name, info in self.plain.tensors.items()})
         return found
 
-    def gathered(
-        self, stream: Iterator[tuple[str, Content]], chosen: Collection[str]
-    ) -> Iterator[tuple[str, Content | None, dict[str, np.ndarray | None] | None]]:
+    def gathered(self, stream: Iterator[tuple[str, Content]], chosen: Collection[str]) -> Iterator[Gathered[Content]]:
         """Plain tensors as they come; or a group, and its matrices by module, once all are there: None was not read.
 
         ``chosen``: tensors of the result, of whose groups nothing is left out.

@@ -15,7 +15,7 @@ import numpy as np
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError
 from loaders.nvfp4 import NVFP4Tensor, global_scale, quantize
-from loaders.quantization.groups import Groups
+from loaders.quantization.groups import Content, Gathered, Groups
 from loaders.quantization.quantizable import Matrix
 from loaders.quantization.schemes import Scheme
 from loaders.reading.memory import check_budget
@@ -74,7 +74,9 @@ class QuantizedCheckpoint(Checkpoint):
         matrix, leaf = self._groups.places[name]
         place = None if out is None else self.destination(name, out)
         if matrix.group not in self._amax:
-            self._note_amax(matrix.group, [self._weight(one) for one in self._groups.members[matrix.group]])
+            members = self._groups.members[matrix.group]
+            if problems := self._unquantisable(matrix.group, {one.module: self._weight(one) for one in members}):
+                raise CheckpointError(self.source, problems)
         if leaf in ("weight_scale_2", "input_scale"):
             return _put(self._scalar(matrix, leaf), place)
         if name in self._kept:
@@ -128,7 +130,7 @@ class QuantizedCheckpoint(Checkpoint):
             budget = max([1, *(sum(self.plain.tensors[name].num_bytes for name in lot) for lot in of_plain)])
         plain_into = (lambda name: None if name in self._groups.users else into(name)) if into else None
         stream = self.plain.stream(budget, lots=of_plain, into=plain_into)
-        for name, array, weights in self._groups.gathered(stream, chosen):
+        for name, array, weights in self._finite(self._groups.gathered(stream, chosen)):
             if weights is None:
                 assert array is not None
                 yield name, array
@@ -201,7 +203,7 @@ class QuantizedCheckpoint(Checkpoint):
             return [Slice(name).region(shape, self.plain.destination(name))]
 
         stream = self.plain.stream_regions(of_plain, regions, host_budget_bytes)
-        for name, arrays, weights in self._groups.gathered(stream, chosen):
+        for name, arrays, weights in self._finite(self._groups.gathered(stream, chosen)):
             if weights is None:
                 assert arrays is not None
                 yield name, arrays
@@ -232,7 +234,6 @@ class QuantizedCheckpoint(Checkpoint):
         read = {module: weight for module, weight in weights.items() if weight is not None}
         assert len(read) == len(self._groups.members[group]), f"{group} was read in part"
         weights.clear()
-        self._note_amax(group, read.values())
         for module in list(read):
             matrix = self.matrices[module]
             names = [f"{module}.{leaf}" for leaf in self._groups.leaves]
@@ -247,12 +248,29 @@ class QuantizedCheckpoint(Checkpoint):
         out = None if into is None else into(name)
         return None if out is None else self.destination(name, out)
 
-    def _note_amax(self, group: str, weights: Iterable[np.ndarray]) -> None:
-        found = [_largest(weight) for weight in weights]
-        if not np.isfinite(found).all():
-            problems = [f"{group} cannot be quantised: its weights hold NaN or infinity, and NVFP4 has neither"]
+    def _finite(self, found: Iterator[Gathered[Content]]) -> Iterator[Gathered[Content]]:
+        """The same, each group's largest magnitude noted. From one that has none on only others like it are looked for.
+
+        Raises:
+            CheckpointError: at the end, with all of those.
+        """
+        problems: list[str] = []
+        for name, content, weights in found:
+            if weights is not None:
+                problems += self._unquantisable(name, weights)
+            if not problems:
+                yield name, content, weights
+            del content, weights
+        if problems:
             raise CheckpointError(self.source, problems)
-        self._amax[group] = max(found)
+
+    def _unquantisable(self, group: str, weights: Mapping[str, np.ndarray | None]) -> list[str]:
+        """What is wrong with a group's matrices, by module, None was not read; their largest magnitude is noted."""
+        found = {module: _largest(weight) for module, weight in weights.items() if weight is not None}
+        if len(found) == len(weights):
+            self._amax[group] = max(found.values())
+        why = "cannot be quantised: its weights hold NaN or infinity, and NVFP4 has neither"
+        return [f"{module} {why}" for module, largest in found.items() if not np.isfinite(largest)]
 
     def _parts(
         self, matrix: Matrix, weight: np.ndarray, out: tuple[np.ndarray | None, np.ndarray | None] = (None, None)

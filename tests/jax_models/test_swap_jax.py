@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from small_checkpoints import EMBED, HEAD, IDS, D, Make, V, bits, random_table
 
 import jax_models
@@ -128,3 +129,21 @@ def test_a_tied_model_takes_an_equal_head_and_refuses_another(tied: jax_models.M
     assert new.get_embed_and_head()[0] is new.get_embed_and_head()[1]
     assert bits(new.get_embed_and_head()[0]) == random_table(1).tobytes()
     assert sorted(flatten(new.weights)) == sorted(flatten(tied.weights))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_table_of_another_placement_is_copied_on_every_device(make: Make, order: tuple[int, int]) -> None:
+    """device_put shares the shard of a device that has it already; given up, XLA would end the process."""
+    mesh = Mesh(np.array(jax.devices())[list(order)], ("tensor",))
+    model, giver = jax_models.load(make(), mesh=mesh), jax_models.load(make(seed=1))
+    tables = giver.get_embed_and_head()
+    theirs = {table.unsafe_buffer_pointer() for table in tables if table is not None}
+    new = model.set_embed_and_head(*tables)
+    shards = [
+        shard.data for table in new.get_embed_and_head() if table is not None for shard in table.addressable_shards
+    ]
+    assert len(shards) == 4
+    assert not {shard.unsafe_buffer_pointer() for shard in shards} & theirs
+    before = np.asarray(new(IDS))
+    giver.update_weights_from_disk(make(), donate=True)
+    assert bits(new(IDS)) == before.tobytes()

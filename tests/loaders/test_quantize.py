@@ -11,8 +11,10 @@ from loaders import checkpoint as checkpoint_module
 from loaders.nvfp4 import global_scale, quantize
 from loaders.quantization.quantize import open_to_load, quantized
 from loaders.quantization.schemes import Scheme
+from loaders.reading.filling import Filling
 from loaders.reading.plan import plan_load
 from loaders.reading.regions import Region
+from loaders.reading.shards import read_shards
 from loaders.reading.slices import Slice
 from loaders.stage import Stage
 from loaders.writing.writer import write_checkpoint
@@ -256,17 +258,31 @@ def test_writing_reads_each_tensor_of_experts_a_few_times_and_not_once_for_each_
 def test_weights_that_are_no_numbers_are_refused_by_name(value, tmp_path):
     source = plain("qwen3", tmp_path / "p")
     name = "model.layers.0.mlp.up_proj.weight"
+    others = {"model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"}
 
     def read(tensor):
         array = source.read(tensor)
-        if tensor == name:
+        if tensor in {name, *others}:
             array[3, 5] = np.asarray(value, ml_dtypes.bfloat16)
         return array
 
     bad = write_checkpoint(tmp_path / "bad", source.tensors, read, config=source.config_document)
-    for use in (lambda one: dict(one.stream()), lambda one: one.read(f"{name}_scale_2"), lambda one: one.read(name)):
-        with pytest.raises(CheckpointError, match="model.layers.0.mlp.gate_up_proj cannot be quantised"):
+
+    def all_of_it(one):
+        return dict(one.stream())
+
+    def load(one):
+        plan = plan_load(one, Stage())
+        plan = plan.within(None, staged=True, boxes_of=lambda spec: [tuple((0, size) for size in spec.shape)])
+        return list(read_shards(Filling(plan)))
+
+    for use in (all_of_it, lambda one: one.read(f"{name}_scale_2"), lambda one: one.read(name)):
+        with pytest.raises(CheckpointError, match="model.layers.0.mlp.up_proj cannot be quantised") as caught:
             use(quantized(open_checkpoint(bad)))
+        assert all(f"{one.removesuffix('.weight')} cannot" in str(caught.value) for one in others) == (use is all_of_it)
+        assert "gate_proj" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="3 problems"):
+        load(quantized(open_checkpoint(bad)))
 
 
 def test_a_method_that_is_unknown_is_refused(tmp_path):
