@@ -80,7 +80,8 @@ def _factors(
 
     Least squares over tokens, each relative to its own size and weighted by how well it shows: rounding moves some a
     hundred times as far as others. What a layer was handed is taken out of its error first. The deviation is the
-    sandwich estimate over tokens, which takes no channel for independent of another.
+    sandwich estimate over tokens, each against what the others say, which takes no channel for independent of another,
+    nor a token of one that is the same.
     """
     along, squares, sizes = [], [], []
     flat = None if response_BTD is None else response_BTD.reshape(keep.size, -1)[np.flatnonzero(keep)]
@@ -90,16 +91,32 @@ def _factors(
         along.append([np.einsum("nd,nd->n", error / scale, direction) for error in errors])
         squares.append(np.einsum("nd,nd->n", direction, direction))
         sizes.append(sum(np.einsum("nd,nd->n", error / scale, error / scale) for error in errors))
-    if sum(map(len, squares)) < FACTOR_TOKENS:
+    alike, count = _alike(case, keep)
+    if count < FACTOR_TOKENS:
         return (0.0, 0.0), math.inf
     c, q, size = np.concatenate(along, axis=1), np.concatenate(squares), np.concatenate(sizes)
     w = 1.0 / (size + np.median(size) + 1e-60)
     total = float((w * q).sum())
-    if total == 0:
+    share = np.bincount(alike, w * q, minlength=count) / total if total else np.ones(count)
+    if FACTOR_TOKENS * float(np.square(share).sum()) > 1:  # a few of them decide
         return (0.0, 0.0), math.inf
     factors = [float((w * one).sum()) / total for one in c]
-    spread = [math.sqrt(float(np.square(w * (c[i] - factors[i] * q)).sum())) / total for i in (0, 1)]
+    scores = [np.bincount(alike, w * (c[i] - factors[i] * q), minlength=count) / (1 - share) for i in (0, 1)]
+    spread = [math.sqrt(float(np.square(one).sum())) / total for one in scores]
     return (factors[0], factors[1]), max(spread)
+
+
+def _alike(case: Case, keep: np.ndarray) -> tuple[np.ndarray, int]:
+    """A number for every token that counts, the same where ids are the same, and how many there are.
+
+    Rounding is no chance: what repeats a token, or a row, repeats its errors, and ten of one are one draw.
+    """
+    tokens = np.flatnonzero(keep)
+    ids = case.a.tensors.get("input_ids")
+    if ids is None:
+        return np.arange(len(tokens)), len(tokens)
+    found, alike = np.unique(ids.reshape(-1)[tokens], return_inverse=True)
+    return alike, len(found)
 
 
 def _errors(case: Case, name: str, keep: np.ndarray) -> Iterator[tuple[slice, list[np.ndarray], np.ndarray]]:
