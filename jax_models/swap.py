@@ -73,7 +73,7 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
             # a weakly typed array is another type to jit: naming the dtype makes it a strong one
             moved = jax.device_put(jnp.asarray(value, value.dtype), sharding)
             is_as_ours = isinstance(value, Tracer) or value.sharding.is_equivalent_to(sharding, value.ndim)
-            # of one that lies otherwise some shards are shared: given up, they would be missed by no check but XLA's
+            # of one that lies otherwise some shards would be shared: were those given up, nobody but XLA would notice
             flat[name] = moved if is_as_ours else jnp.copy(moved)
         else:
             # NumPy's, copied, for its owner may write to it; or one of this process alone, which JAX moves nowhere

@@ -68,7 +68,7 @@ ROUTER_SHARE = 0.25  # of the chosen experts may differ in one layer before the 
 ROUTER_TOKENS = 16  # tokens needed to judge a router
 FACTOR = 0.005  # half a percent: a weight's factor may be off by so much (parity.comparison.sensitivity)
 FACTOR_DEVIATIONS = 6.0  # and has to be off by so many standard deviations
-FACTOR_TOKENS = 32  # a deviation estimated from fewer is itself unknown
+FACTOR_TOKENS = 32  # different ones; a deviation estimated from fewer is itself unknown
 SEEN_DEVIATIONS = 2.0  # a fault counts as seen when it lies so many above that
 STEP = 4.0  # an error that grows this much more over one layer than over the others began there
 

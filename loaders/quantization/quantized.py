@@ -267,10 +267,11 @@ class QuantizedCheckpoint(Checkpoint):
     def _unquantisable(self, group: str, weights: Mapping[str, np.ndarray | None]) -> list[str]:
         """What is wrong with a group's matrices, by module, None was not read; their largest magnitude is noted."""
         found = {module: _largest(weight) for module, weight in weights.items() if weight is not None}
-        if len(found) == len(weights):
-            self._amax[group] = max(found.values())
         why = "cannot be quantised: its weights hold NaN or infinity, and NVFP4 has neither"
-        return [f"{module} {why}" for module, largest in found.items() if not np.isfinite(largest)]
+        problems = [f"{module} {why}" for module, largest in found.items() if not np.isfinite(largest)]
+        if not problems and len(found) == len(weights):
+            self._amax[group] = max(found.values())
+        return problems
 
     def _parts(
         self, matrix: Matrix, weight: np.ndarray, out: tuple[np.ndarray | None, np.ndarray | None] = (None, None)

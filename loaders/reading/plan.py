@@ -90,17 +90,17 @@ class LoadPlan:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every planned tensor that are held here, in file order."""
-        sizes, params = {}, {spec.name: spec for spec in self.specs}
-        for name, info in self.checkpoint.tensors.items():
-            if name in self.targets or name in self.verified:
-                spec = self.targets[name][0] if name in self.targets else params[self.verified[name]]
-                held, whole = self.held_values(spec), math.prod(spec.shape)
-                sizes[name] = -(-info.num_bytes * held // whole) if held < whole else info.num_bytes
+        owners = {name: spec.name for name, (spec, _) in self.targets.items()} | self.verified
+        tensors = self.checkpoint.tensors
+        if self.boxes_of is None:
+            return {name: info.num_bytes for name, info in tensors.items() if name in owners}
+        shares = {spec.name: (sum(map(volume, self.boxes_of(spec))), math.prod(spec.shape)) for spec in self.specs}
+        sizes = {}
+        for name, info in tensors.items():
+            if name in owners:
+                held, whole = shares[owners[name]]
+                sizes[name] = -(-info.num_bytes * held // whole) if whole else 0
         return sizes
-
-    def held_values(self, spec: ParamSpec) -> int:
-        """How many values of a parameter are held here."""
-        return math.prod(spec.shape) if self.boxes_of is None else sum(map(volume, self.boxes_of(spec)))
 
     @property
     def tensors(self) -> list[str]:

@@ -107,16 +107,19 @@ def _factors(
 
 
 def _alike(case: Case, keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """A number for every token that counts, the same where ids are the same, and how many there are.
+    """A number for every token that counts, the same where embeddings are the same, and how many there are.
 
-    Rounding is no chance: what repeats a token, or a row, repeats its errors, and ten of one are one draw.
+    Rounding is no chance: what repeats a token, or a row, repeats its errors, and ten of one are one draw. Not told by
+    ids, for the placeholders of a picture have one and are all different.
     """
+    assert case.oracle_a is not None, "probes are the oracle's"
     tokens = np.flatnonzero(keep)
-    ids = case.a.tensors.get("input_ids")
-    if ids is None:
+    first = case.oracle_a.tensors.get("hidden_states.0")
+    if first is None or first.shape[:2] != keep.shape:
         return np.arange(len(tokens)), len(tokens)
-    found, alike = np.unique(ids.reshape(-1)[tokens], return_inverse=True)
-    return alike, len(found)
+    x_AD = np.ascontiguousarray(first.reshape(keep.size, -1)[tokens])
+    found, alike = np.unique(x_AD.view(np.dtype((np.void, x_AD.itemsize * x_AD.shape[1]))), return_inverse=True)
+    return alike.reshape(-1), len(found)
 
 
 def _errors(case: Case, name: str, keep: np.ndarray) -> Iterator[tuple[slice, list[np.ndarray], np.ndarray]]:

@@ -209,7 +209,7 @@ def _undecided(evidence: Evidence) -> Decision | None:
         worst = max((probe for probe in evidence.probes if probe.block in blind), key=lambda probe: probe.least)
         reasons.append(
             f"a weight {100 * worst.size:g} % off would not have been seen in {', '.join(blind)} ({worst.module}:"
-            f" from {shown(worst.least)}): give more tokens (96 or more), or record in float32."
+            f" from {shown(worst.least)}): give more tokens (96 or more, few of them alike), or record in float32."
         )
     if not reasons:
         return None

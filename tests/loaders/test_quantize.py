@@ -281,6 +281,10 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, tmp_path):
             use(quantized(open_checkpoint(bad)))
         assert all(f"{one.removesuffix('.weight')} cannot" in str(caught.value) for one in others) == (use is all_of_it)
         assert "gate_proj" not in str(caught.value)
+    again = quantized(open_checkpoint(bad))
+    for _ in range(2):  # nothing of it is remembered
+        with pytest.raises(CheckpointError, match="model.layers.0.mlp.up_proj cannot be quantised"):
+            again.read(f"{name}_scale_2")
     with pytest.raises(CheckpointError, match="3 problems"):
         load(quantized(open_checkpoint(bad)))
 
