@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Sharding
 
 from jax_models.processes import content_of, nth_change, placed, processes_of, to_host
 from jax_models.weights import flatten, unflatten
@@ -69,16 +70,23 @@ def set_embed_and_head(model: Model, embed: Any = None, head: Any = None) -> Mod
         return dataclasses.replace(model, events=(*model.events, event)) if ignored else model
     for name, value in changed.items():
         sharding = flat[name].sharding
-        if isinstance(value, jax.Array) and (sharding.is_fully_addressable or not value.is_fully_addressable):
+        if _lies_as(value, sharding):
             # a weakly typed array is another type to jit: naming the dtype makes it a strong one
-            moved = jax.device_put(jnp.asarray(value, value.dtype), sharding)
-            is_as_ours = isinstance(value, Tracer) or value.sharding.is_equivalent_to(sharding, value.ndim)
-            # of one that lies otherwise some shards would be shared: were those given up, nobody but XLA would notice
-            flat[name] = moved if is_as_ours else jnp.copy(moved)
+            flat[name] = jax.device_put(jnp.asarray(value, value.dtype), sharding)
+        elif isinstance(value, jax.Array) and not value.is_fully_addressable:
+            flat[name] = jnp.copy(jax.device_put(value, sharding))
         else:
-            # NumPy's, copied, for its owner may write to it; or one of this process alone, which JAX moves nowhere
+            # NumPy's, copied, for its owner may write to it; or one that lies otherwise, of which device_put would
+            # share some shards (so the copy above, too): were those given up, nobody but XLA would notice
             flat[name] = placed(np.array(value), sharding)
     return model.published(unflatten(flat), "swap", " and ".join(asked), ignored, content)
+
+
+def _lies_as(value: Any, sharding: Sharding) -> bool:
+    """Whether it is a JAX array in the same places, or one that has none yet."""
+    if isinstance(value, Tracer):
+        return True
+    return isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim)
 
 
 def _checked_halves(model: Model, embed: Any, head: Any) -> tuple[Halves, tuple[str, ...]]:

@@ -68,7 +68,8 @@ ROUTER_SHARE = 0.25  # of the chosen experts may differ in one layer before the 
 ROUTER_TOKENS = 16  # tokens needed to judge a router
 FACTOR = 0.005  # half a percent: a weight's factor may be off by so much (parity.comparison.sensitivity)
 FACTOR_DEVIATIONS = 6.0  # and has to be off by so many standard deviations
-FACTOR_TOKENS = 32  # different ones; a deviation estimated from fewer is itself unknown
+FACTOR_TOKENS = 32  # a deviation estimated from fewer is itself unknown
+FACTOR_DIFFERENT = 20  # and so many of them different: (sum of copies)^2 / sum of their squares
 SEEN_DEVIATIONS = 2.0  # a fault counts as seen when it lies so many above that
 STEP = 4.0  # an error that grows this much more over one layer than over the others began there
 
@@ -96,6 +97,7 @@ REASONS = {
     "FACTOR_DEVIATIONS": "960 comparisons of correct runs (40 seeds, dense and MoE, both dtypes, JAX compiled and not,"
     " torch, transformers) use at most 0.56 of the limit that the two make.",
     "FACTOR_TOKENS": "three tokens happen to agree, and the deviation looks small.",
+    "FACTOR_DIFFERENT": "equal tokens round alike, so ten of one are one; two rows of a prompt share a few.",
     "SEEN_DEVIATIONS": "39 of 40 faults of that size lie above the limit.",
     "STEP": "correct layers grow the error 1.1x to 1.4x each; one stale norm grew it 20x.",
 }

@@ -17,7 +17,16 @@ from parity import trace_layout
 from parity.comparison.case import Case, chunks
 from parity.comparison.findings import Probe, TensorRow
 from parity.comparison.router_flips import Router
-from parity.ruler import FACTOR, FACTOR_DEVIATIONS, FACTOR_TOKENS, SEEN_DEVIATIONS, Cause, Limits, Side
+from parity.ruler import (
+    FACTOR,
+    FACTOR_DEVIATIONS,
+    FACTOR_DIFFERENT,
+    FACTOR_TOKENS,
+    SEEN_DEVIATIONS,
+    Cause,
+    Limits,
+    Side,
+)
 from parity.trace import Trace
 
 
@@ -92,16 +101,17 @@ def _factors(
         squares.append(np.einsum("nd,nd->n", direction, direction))
         sizes.append(sum(np.einsum("nd,nd->n", error / scale, error / scale) for error in errors))
     alike, count = _alike(case, keep)
-    if count < FACTOR_TOKENS:
+    copies = np.bincount(alike)
+    if len(alike) < FACTOR_TOKENS or len(alike) ** 2 < FACTOR_DIFFERENT * float(np.square(copies).sum()):
         return (0.0, 0.0), math.inf
     c, q, size = np.concatenate(along, axis=1), np.concatenate(squares), np.concatenate(sizes)
     w = 1.0 / (size + np.median(size) + 1e-60)
     total = float((w * q).sum())
-    share = np.bincount(alike, w * q, minlength=count) / total if total else np.ones(count)
-    if FACTOR_TOKENS * float(np.square(share).sum()) > 1:  # a few of them decide
+    if total == 0:
         return (0.0, 0.0), math.inf
     factors = [float((w * one).sum()) / total for one in c]
-    scores = [np.bincount(alike, w * (c[i] - factors[i] * q), minlength=count) / (1 - share) for i in (0, 1)]
+    others = 1 - np.minimum(np.bincount(alike, w * q, minlength=count) / total, 0.5)
+    scores = [np.bincount(alike, w * (c[i] - factors[i] * q), minlength=count) / others for i in (0, 1)]
     spread = [math.sqrt(float(np.square(one).sum())) / total for one in scores]
     return (factors[0], factors[1]), max(spread)
 

@@ -49,11 +49,12 @@ def _exchanged(quantize: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
 def _kept_amax() -> list[Patch]:
     known: dict[str, float] = {}
 
-    def note(note_amax: Any, self: Any, group: str, weights: Any) -> None:
-        note_amax(self, group, weights)
+    def note(unquantisable: Any, self: Any, group: str, weights: Any) -> list[str]:
+        problems = unquantisable(self, group, weights)
         self._amax[group] = known.setdefault(group, self._amax[group])
+        return problems
 
-    return wrapped("loaders.quantization.quantized:QuantizedCheckpoint._note_amax", note)()
+    return wrapped("loaders.quantization.quantized:QuantizedCheckpoint._unquantisable", note)()
 
 
 def _kept_codes() -> list[Patch]:

@@ -54,7 +54,9 @@ def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load", "weights"):
         monkeypatch.setattr(import_module(f"torch_models.{name}"), "DeviceStaging", LateDevice)
     within = LoadPlan.within
-    monkeypatch.setattr(LoadPlan, "within", lambda self, budget, *, staged: within(self, budget, staged=True))
+    monkeypatch.setattr(
+        LoadPlan, "within", lambda self, budget, *, staged, **held: within(self, budget, staged=True, **held)
+    )
 
 
 LATE = {"qwen3-tied": {"ship_tied_head": True}, "qwen3-moe": {}, "qwen3_5-moe": {}, "gemma3": {}}
