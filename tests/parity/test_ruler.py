@@ -30,6 +30,7 @@ def test_the_constants_are_the_calibrated_ones_and_each_has_a_reason():
         "FACTOR",
         "FACTOR_DEVIATIONS",
         "FACTOR_TOKENS",
+        "FACTOR_DIFFERENT",
         "SEEN_DEVIATIONS",
     } == set(ruler.REASONS)
 
