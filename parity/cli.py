@@ -6,9 +6,11 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TextIO
 
@@ -35,9 +37,11 @@ VERBS: tuple[tuple[str, str, str], ...] = (
 )
 
 EXIT_CODES = (
-    "exit codes: 0 pass, 1 differs, 2 usage, bad input or a crash, 3 not comparable, 4 inconclusive, 5 no such device"
+    "exit codes: 0 pass, 1 differs, 2 usage, bad input or a crash, 3 not comparable, 4 inconclusive, 5 no such device,"
+    " 130 interrupted"
 )
 BAD_INPUT, NOT_COMPARABLE, NO_DEVICE = 2, 3, 5
+INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 # in what frameworks raise where there is not enough of it, each in an exception of its own
 _MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|RESOURCE_EXHAUSTED", re.IGNORECASE)
 
@@ -67,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:  # who read what is printed is gone; files that were asked for are written before
         _give_up(sys.stdout)
         return _told(args.verb, error)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print(f"tandem {args.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
         return _told(args.verb, error)
 

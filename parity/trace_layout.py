@@ -6,14 +6,15 @@ Letters: B batch, T positions, D hidden_size, V vocab, X experts per token, N ne
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 SCHEMA = 1
-HIDDEN = re.compile(r"hidden_states\.(0|[1-9]\d*)")
-ROUTING = re.compile(r"routing\.([1-9]\d*)")
+HIDDEN = re.compile(r"hidden_states\.(0|[1-9][0-9]{0,8})")
+ROUTING = re.compile(r"routing\.([1-9][0-9]{0,8})")
 AFTER_LAYERS = ("final_hidden_state", "logits")  # in the order they are computed
 MTP = ("mtp.hidden_state", "mtp.logits")  # T-1 positions: row t needs the token at t+1
 AFTER = 1 << 30  # no model has so many layers
@@ -111,6 +112,7 @@ def meta_problems(meta: Mapping[str, Any]) -> list[str]:
     if adapter is not None and not isinstance(adapter, str):
         problems.append(f"precision.adapter is {adapter!r}, expected a digest or nothing.")
     problems += _probe_problems(meta.get("probes") or [])
+    problems += _unprintable(meta)
     weights = meta.get("weights")
     if weights is not None and not (
         isinstance(weights, dict)
@@ -121,13 +123,39 @@ def meta_problems(meta: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+_PATHS = ("checkpoint", "inputs", "adapter", "events")  # may be called anything; whoever shows them escapes them
+
+
+def _unprintable(meta: Mapping[str, Any]) -> list[str]:
+    """Of names: they are shown in terminals, which obey some of what cannot be printed."""
+    found, waiting = {}, [(key, value) for key, value in meta.items() if key not in _PATHS]
+    for place, value in waiting:  # grows: a document may be nested deeper than Python calls
+        if isinstance(value, dict | list):
+            waiting += value.items() if isinstance(value, dict) else [(place, one) for one in value]
+        found |= {text: place for text in (str(place), value) if isinstance(text, str) and not text.isprintable()}
+    return [f"{ascii(text)} under {ascii(place)} holds what cannot be printed." for text, place in found.items()]
+
+
 def _probe_problems(probes: Any) -> list[str]:
     """Of the faults an oracle tried: they decide what a comparison could have seen."""
     kinds = {"module": str, "kind": str, "size": float, "tensor": str, "moved": dict}
     for number, probe in enumerate(probes if isinstance(probes, list) else [probes]):
-        if not isinstance(probe, dict) or not all(isinstance(probe.get(key), kind) for key, kind in kinds.items()):
-            return [f"probes[{number}] is {probe!r}, expected {', '.join(kinds)}, as `tandem record` writes them."]
+        if not (
+            isinstance(probe, dict)
+            and all(isinstance(probe.get(key), kind) for key, kind in kinds.items())
+            and activations([probe["tensor"]])
+            and all(_is_amount(amount) for amount in (probe["size"], *probe["moved"].values()))
+            and probe["size"] > 0
+        ):
+            return [
+                f"probes[{number}] is {probe!r}, expected {', '.join(kinds)}, as `tandem record` writes them: tensor is"
+                " one that is compared, size and what moved are finite numbers >= 0."
+            ]
     return []
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 
 
 def _tensor_problems(tensors: Mapping[str, np.ndarray]) -> list[str]:

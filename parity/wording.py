@@ -32,19 +32,21 @@ def times(factor: float) -> str:
     """A factor in three digits, without powers of ten."""
     if not math.isfinite(factor):
         return "infinitely many"
+    if factor > MOST:
+        return f"over {MOST:,.0f}"
     return f"{factor:.3g}" if factor < 1000 else f"{float(f'{factor:.3g}'):,.0f}"
 
 
 def told_share(share: float, limit: str = "its limit") -> str:
     """How much of a limit is used, in words: percent below it, times above it. ``limit``: what it is called."""
-    if math.isnan(share) or share >= MOST:
+    if not math.isfinite(share):
         return "not finite"
     return f"{share:.0%} of {limit}" if share <= 1 else f"{times(share)} times {limit}"
 
 
 def share(value: float) -> str:
     """The same as short as a column allows: ``26%``, ``3.2x``."""
-    if math.isnan(value) or value >= MOST:
+    if not math.isfinite(value):
         return "not finite"
     return f"{value:.0%}" if value <= 1 else f"{times(value)}x"
 
@@ -52,6 +54,11 @@ def share(value: float) -> str:
 def shown(size: float) -> str:
     """The size of a fault in percent, as short as it can be told."""
     return "no size" if size == float("inf") else f"{100 * size:.2g} %"
+
+
+def printable(text: str) -> str:
+    """A text on one line, with escapes for what could steer a terminal (``loaders.errors`` does so, and needs more)."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def joined(names: list[str], word: str = "and") -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from parity.commands.options import add_backend
 
 BASE = "none"  # of --row-adapter
+_OF_CHANCE = ("top_k", "top_p", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-k", metavar="K", type=int)
-    parser.add_argument("--top-p", metavar="P", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-k", metavar="K", type=int, help="with --temperature: of the best K tokens")
+    parser.add_argument("--top-p", metavar="P", type=float, help="with --temperature: of the best that hold P together")
+    parser.add_argument("--seed", type=int, help="with --temperature (default: 0)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     parser.add_argument(
         "--draft", action="store_true", help="speculate with the checkpoint's draft; stderr says what it was worth"
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.draft_tokens is not None and not args.draft:
         raise ValueError("--draft-tokens goes with --draft")
+    if args.temperature == 0 and (unused := [name for name in _OF_CHANCE if vars(args)[name] is not None]):
+        options = " and ".join("--" + name.replace("_", "-") for name in unused)
+        raise ValueError(f"{options}: goes with a --temperature above 0; without one every token is the best one")
     if args.image and args.prompt is None:
         raise ValueError("--image goes with --prompt")
     prompt = None if args.prompt is None else _read(args)
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            seed=args.seed,
+            seed=args.seed or 0,
             ignore_eos=args.ignore_eos,
             adapter=names,
             **inputs,

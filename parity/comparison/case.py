@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -35,11 +37,15 @@ class Case:
 
     @cached_property
     def num_layers(self) -> int:
-        """L, from what was recorded: the last hidden state or sparse layer of any of the traces, at least 1."""
+        """L, from what was recorded: the last hidden state or sparse layer that two of the traces have, at least 1.
+
+        Where no two have one in common, the last that any has: one trace may hold logits alone.
+        """
         traces = [trace for trace in (self.a, self.b, self.oracle_a) if trace is not None]
-        layers = [i for t in traces for i in trace_layout.hidden_layers(t.tensors)]
-        sparse = [i for t in traces for i in trace_layout.routing_layers(t.tensors)]
-        return max([1, *layers, *sparse])
+        found = [{*trace_layout.hidden_layers(t.tensors), *trace_layout.routing_layers(t.tensors)} for t in traces]
+        having = Counter(chain.from_iterable(found))
+        shared = [layer for layer, count in having.items() if count > 1]
+        return max([1, *(shared or having)])
 
     @cached_property
     def names(self) -> list[str]:

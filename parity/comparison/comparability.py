@@ -26,9 +26,8 @@ def find_reasons(a: Trace, b: Trace, oracles: Mapping[str, Trace]) -> tuple[list
         reasons += _same_weights(a, other, label)
         reasons += _same_shapes(a, other, label)
     for label, oracle in oracles.items():
-        reasons += _same_adapter(a, oracle, label)
+        reasons += _is_float64(oracle, label) + _same_adapter(a, oracle, label)
     notes = [note for label, trace in {"first": a, "second": b}.items() for note in _weights_notes(label, trace)]
-    notes += [note for label, oracle in oracles.items() for note in _oracle_notes(label, oracle)]
     if not a.tensors.keys() & b.tensors.keys() & set(trace_layout.activations(a.tensors)):
         reasons.append("the traces have no logits and no hidden states in common.")
     if not reasons:
@@ -150,11 +149,15 @@ def _generation_notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _oracle_notes(label: str, oracle: Trace) -> list[str]:
+def _is_float64(oracle: Trace, label: str) -> list[str]:
+    """What rounds as the backends do is no reference: its own roundings would be their errors."""
     dtype = oracle.meta["dtype"]
     if dtype == "float64":
         return []
-    return [f"{label} ({oracle.backend}) computed in {dtype}, not float64: its own roundings are taken for the truth."]
+    return [
+        f"{label} ({oracle.backend}) computed in {dtype}, expected float64: its own roundings would be taken for the"
+        " truth. Record one with --backend oracle, or compare without one."
+    ]
 
 
 def _same_adapter(a: Trace, oracle: Trace, label: str) -> list[str]:

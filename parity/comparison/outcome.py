@@ -181,8 +181,9 @@ class Comparison:
     def inject(self, path: str, *, into: Side | None = None) -> Comparison:
         """Run one side again with the other's value at ``path`` in the place of its own, and compare again.
 
-        In the side at fault what was wrong before ``path`` is healed so, and what remains is wrong after it. The other
-        may go on from a value of that side, too: then it shows whether the value was right.
+        In the side at fault what was wrong before ``path`` is healed so, and what remains is wrong after it. Past a
+        part of a layer (``layers.7.mlp``) the residual stream goes on unhealed; past a whole layer nothing does. The
+        other side may go on from a value of the one at fault, too: then it shows whether the value was right.
 
         Args:
             path: of a module, as the checkpoint spells it (``layers.7``, ``layers.7.mlp``), or a tensor of the trace.

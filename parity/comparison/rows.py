@@ -44,7 +44,7 @@ def judge_tensor(case: Case, name: str, keep: np.ndarray) -> tuple[TensorRow, np
     used = _used_by_token(case, errors)
     picture = np.full(mask.shape, np.nan, np.float32)
     places = np.argwhere(mask)[judged]
-    picture[tuple(places.T)] = used
+    picture[tuple(places.T)] = np.where(np.isinf(used), used, np.minimum(used, np.finfo(np.float32).max))
     worst = _worst_token(name, errors, used, places)
     if not finite.all():
         first = int(np.argmax(~finite[judged]))

@@ -7,7 +7,7 @@ import textwrap
 from parity.comparison.findings import Generated, Routing, TensorRow, Top1
 from parity.comparison.nearest import resemblance
 from parity.comparison.outcome import Comparison
-from parity.wording import cause_word, number, share
+from parity.wording import cause_word, number, printable, share
 
 WIDTH = 110
 ROWS_SHOWN = 24  # of a deep model; those that pass in between are counted
@@ -19,7 +19,7 @@ def render(comparison: Comparison) -> str:
     if comparison.experiment:
         blocks.insert(0, textwrap.fill(f"Experiment: {comparison.experiment}", WIDTH, break_on_hyphens=False))
     if comparison.commands:  # one to a line, to be copied
-        blocks.append("\n".join(f"next       {command}" for command in comparison.commands))
+        blocks.append("\n".join(f"next       {printable(command)}" for command in comparison.commands))
     if comparison.rows:
         blocks.append(tensor_table(comparison))
     facts = [_top1(comparison, count) for count in comparison.top1]

@@ -21,7 +21,7 @@ from parity.record_oracle import record_oracle
 from parity.reproduce import live_command
 from parity.ruler import Side
 from parity.trace import Trace
-from parity.trace_layout import activations, order_of, order_of_module, routing_layers
+from parity.trace_layout import AFTER, activations, order_of, order_of_module, routing_layers
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LivePair:
         sides = (before.case.a, trace) if into == "b" else (trace, before.case.b)
         after = self._judged(_after(path, sides[0]), _after(path, sides[1]))
         done = f"{target.name} went on from {source.name}'s output of {path} in the place of its own"
-        told = _told(before, after, path, giver="a" if into == "b" else "b", name=source.name)
+        told = _told(before, after, path, giver="a" if into == "b" else "b", name=source.name, rest=self._rest(path))
         return replace(after, experiment=f"{done}; what follows is {told}")
 
     def path_of(self, given: str) -> str:
@@ -86,6 +86,16 @@ class LivePair:
     def __repr__(self) -> str:
         rows, tokens = np.shape(self.inputs["input_ids"])
         return f"{self.a.name} against {self.b.name}: {self.checkpoint.source}, {self.a.dtype}, {rows} rows of {tokens}"
+
+    def _rest(self, path: str) -> str:
+        """Where an error is that the value of ``path`` does not explain."""
+        is_part = (
+            re.search(r"\.layers\.\d+\..", path) or order_of_module(path) == 0 and not path.endswith(".embed_tokens")
+        )
+        joined_later = order_of_module(path) < AFTER and any(name.startswith("pixel_values") for name in self.inputs)
+        if not is_part and not joined_later:
+            return f"something after {path}"
+        return f"something after {path} or beside it, where the residual stream passes it by,"
 
     def _judged(self, a: Trace, b: Trace) -> Comparison:
         if routing_layers(a.tensors):  # each against its own expert choices: a flip of near equals is no error
@@ -171,8 +181,11 @@ def _after(path: str, trace: Trace) -> Trace:
     return Trace(kept, trace.meta | {"after": path})
 
 
-def _told(before: Comparison, after: Comparison, path: str, *, giver: Side, name: str) -> str:
-    """What the second comparison says about the first. ``giver``: the side whose value was taken, called ``name``."""
+def _told(before: Comparison, after: Comparison, path: str, *, giver: Side, name: str, rest: str) -> str:
+    """What the second comparison says about the first.
+
+    ``giver``: the side whose value was taken, called ``name``. ``rest``: where that value is not heard.
+    """
     if before.verdict != "FAIL":
         return "as it was: within its limits before, too"
     if after.verdict != "FAIL":
@@ -180,7 +193,7 @@ def _told(before: Comparison, after: Comparison, path: str, *, giver: Side, name
     if before.whose == "both":
         return f"still wrong, as both were before, so nothing is known of what comes after {path}"
     if before.whose != giver:
-        return f"still wrong, so something after {path} is wrong by itself"
+        return f"still wrong, so {rest} is wrong by itself"
     if after.whose == giver:
-        return f"wrong in {name} alone, as before, so its value was right and something after {path} is wrong by itself"
+        return f"wrong in {name} alone, as before, so its value was right and {rest} is wrong by itself"
     return f"wrong in both now, so what is wrong in {name} came from {path} or from before it"

@@ -6,6 +6,7 @@ showing red once it is passed.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from parity.comparison.findings import TensorRow
 from parity.comparison.nearest import resemblance
 from parity.comparison.outcome import EXIT_CODES, Comparison, Verdict
 from parity.events import EventResult, timeline
-from parity.wording import cause_word, number, share
+from parity.wording import cause_word, number, printable, share
 
 Comparisons = Sequence[tuple[str, Comparison]]
 _SEVERITY: tuple[Verdict, ...] = ("FAIL", "INVALID", "INCONCLUSIVE", "PASS", "SKIP")
@@ -66,9 +67,14 @@ def to_markdown(comparisons: Comparisons, events: Sequence[EventResult] = ()) ->
     """A summary for a pull request or a CI job page."""
     lines = []
     for title, comparison in comparisons:
-        lines += [f"### {_MARKS[comparison.verdict]} {_cell(title)}: {comparison.kind}", "", comparison.summary, ""]
-        lines += [f"Experiment: {comparison.experiment}", ""] if comparison.experiment else []
-        lines += [f"`{command}`" for command in comparison.commands] + ([""] if comparison.commands else [])
+        lines += [
+            f"### {_MARKS[comparison.verdict]} {_cell(title)}: {comparison.kind}",
+            "",
+            _cell(comparison.summary),
+            "",
+        ]
+        lines += [f"Experiment: {_cell(comparison.experiment)}", ""] if comparison.experiment else []
+        lines += [f"`{printable(command)}`" for command in comparison.commands] + ([""] if comparison.commands else [])
         if comparison.rows:
             a, b = (_cell(label) for label in comparison.labels)
             lines += [f"| output of | e({a}) | e({b}) | {a} to {b} | limit | used | |", "|---|--:|--:|--:|--:|--:|---|"]
@@ -168,7 +174,8 @@ def _clean(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text as text: no column of its own, no markup."""
+    return printable(html.escape(text.replace("\n", " "), quote=False)).replace("|", "\\|")
 
 
 def _markdown_row(row: TensorRow) -> str:

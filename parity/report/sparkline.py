@@ -33,23 +33,23 @@ def bars(names: Sequence[str], shares: Sequence[float], caption: str, marked: in
     """
     if not names:
         return ""
-    shares = [min(one, MOST) if not math.isnan(one) else MOST for one in shares]
-    scale = _Scale(len(names), max(shares))
+    drawn = [min(one, MOST) if not math.isnan(one) else MOST for one in shares]
+    scale = _Scale(len(names), max(drawn))
     parts = [f'<path class="edge" d="M0 {scale.y(1):.1f}H{scale.end + 4:.1f}"/>']
     parts.append(f'<text class="edge-text" x="{scale.end + 8:.1f}" y="{scale.y(1) + 4:.1f}">limit</text>')
     parts += scale.ticks()
     for index, (name, one) in enumerate(zip(names, shares, strict=True)):
-        x, y = scale.x(index), scale.y(one)
-        level = sum(one > edge for edge in LEVELS)
+        x, y = scale.x(index), scale.y(drawn[index])
+        level = sum(drawn[index] > edge for edge in LEVELS)
         told = f"{html.escape(name)}: {told_share(one)}"
         parts.append(
             f'<path class="h{level}" d="M{x:.1f} {HEIGHT - BOTTOM}V{y:.1f}h{scale.bar:.1f}V{HEIGHT - BOTTOM}z">'
             f"<title>{told}</title></path>"
         )
-    marked = shares.index(max(shares)) if marked is None else marked
-    parts += _texts(names, shares, scale, marked)
-    caption += ABOVE if max(shares) > 1 else ""
-    label = html.escape(f"{caption} Highest: {told_share(max(shares))} at {names[shares.index(max(shares))]}.")
+    highest = drawn.index(max(drawn))
+    parts += _texts(names, shares, drawn, scale, highest if marked is None else marked)
+    caption += ABOVE if drawn[highest] > 1 else ""
+    label = html.escape(f"{caption} Highest: {told_share(shares[highest])} at {names[highest]}.")
     width = round(scale.end + RIGHT)  # few bars are drawn small, not stretched
     return (
         f'<div class="spark"><svg viewBox="0 0 {width} {HEIGHT}" style="max-width:{width}px" role="img"'
@@ -89,7 +89,9 @@ class _Scale:
         return HEIGHT - BOTTOM - max(part, 0.02) * (HEIGHT - TOP - BOTTOM)
 
 
-def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale, marked: int) -> list[str]:
+def _texts(
+    names: Sequence[str], shares: Sequence[float], drawn: Sequence[float], scale: _Scale, marked: int
+) -> list[str]:
     """Names along the axis, and over the marked bar how high it is."""
     every = -(-len(names) * ROOM // int(max(scale.step * len(names), 1))) if scale.step < ROOM else 1
     every = max(every, -(-len(names) // NAMES) if len(names) > NAMES else 1)
@@ -102,9 +104,9 @@ def _texts(names: Sequence[str], shares: Sequence[float], scale: _Scale, marked:
             continue
         name = html.escape(short_name(names[index]))
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">{name}</text>')
-    worst = shares[marked]
+    worst = drawn[marked]
     x = min(max(scale.x(marked) + scale.bar / 2, 24), scale.end - 24)
-    text = share(worst)
+    text = share(shares[marked])
     css = "mark-text" if worst > 1 else "calm"
     parts.append(f'<text class="{css}" x="{x:.1f}" y="{scale.y(worst) - 4:.1f}" text-anchor="middle">{text}</text>')
     return parts

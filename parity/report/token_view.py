@@ -217,16 +217,16 @@ def _speakers(case: Case, row: int, position: int, top: int) -> tuple[Speaker, .
 
 
 def _speaker(label: str, logits: np.ndarray, top: int, reference: np.ndarray | None) -> Speaker:
+    best = np.argsort(-logits, kind="stable")[: max(top, 2)]
+    kl = None
     with np.errstate(invalid="ignore"):  # what is not finite says nothing, and is told so
         said = _log_softmax(logits)
-    best = np.argsort(-logits, kind="stable")[: max(top, 2)]
+        margin = float(logits[best[0]] - logits[best[1]]) if len(best) > 1 else float("inf")
+        if reference is not None:
+            meant = _log_softmax(reference)
+            found = float(np.exp(meant) @ (meant - said))
+            kl = float("inf") if np.isnan(found) else max(0.0, found)
     picks = tuple(Pick(int(i), float(logits[i]), float(np.exp(said[i]))) for i in best[:top])
-    margin = float(logits[best[0]] - logits[best[1]]) if len(best) > 1 else float("inf")
-    kl = None
-    if reference is not None:
-        meant = _log_softmax(reference)
-        found = float(np.exp(meant) @ (meant - said))
-        kl = float("inf") if np.isnan(found) else max(0.0, found)
     return Speaker(label, picks, margin, kl)
 
 

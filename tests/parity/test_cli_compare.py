@@ -9,6 +9,7 @@ import pytest
 from synthetic_traces import add_error, trio
 
 from parity.cli import VERBS, main
+from parity.trace import Trace
 
 FORBIDDEN = ("jax", "jaxlib", "torch", "ml_dtypes", "loaders", "flax", "pandas", "scipy")
 
@@ -52,7 +53,10 @@ def test_flips_that_leave_too_little_return_four(tmp_path):
     oracle.tensors["routing.1"][:, 0] = a.tensors["routing.1"][:, 0] = [[0, 1]]
     paths = [str(t.save(tmp_path / f"{i}.trace")) for i, t in enumerate((a, b, oracle))]
     assert main(["compare", paths[0], paths[1], "--oracle", paths[2]]) == 4
-    assert main(["compare", paths[0], paths[1], "--oracle", paths[0], "--oracle-b", paths[1]]) == 0  # replayed
+    replayed = [
+        Trace(t.tensors, t.meta | {"dtype": "float64"}).save(tmp_path / f"oracle of {i}") for i, t in ((0, a), (1, b))
+    ]
+    assert main(["compare", *paths[:2], "--oracle", str(replayed[0]), "--oracle-b", str(replayed[1])]) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no trace"])

@@ -275,6 +275,30 @@ def test_a_crash_is_told_whole_and_is_no_verdict(here, monkeypatch, capsys):
     assert "tandem record: integer division or modulo by zero" in said
 
 
+def test_an_interrupt_is_told_in_a_line(here, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backends, "open_backend", interrupted)
+    assert main([*RECORD, "trace"]) == 130
+    assert capsys.readouterr().err == "tandem record: interrupted\n"
+    assert not (here / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--top-k", "3"], "--top-k: goes with a --temperature above 0"),
+        (["--top-p", "1.0", "--seed", "0"], "--top-p and --seed: goes with"),
+    ],
+)
+def test_what_has_no_part_in_the_best_token_is_refused(here, capsys, given, told):
+    words = ["generate", "it", "--backend", "torch", "--prompt-ids", "1,2", "--max-new-tokens", "2"]
+    assert main([*words, *given]) == 2
+    assert told in capsys.readouterr().err
+    assert main([*words, *given, "--temperature", "0.5"]) == 0
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_report_is_written_though_nobody_reads_what_is_printed(here, unbuffered):
     assert main([*RECORD, "a"]) == 0

@@ -74,6 +74,26 @@ def test_two_equally_wrong_backends_fail_by_the_lid():
     assert "jax and torch are both wrong" in comparison.headline
 
 
+@pytest.mark.parametrize("stray", ["hidden_states.900000000", "routing.900000000"])
+@pytest.mark.parametrize("has_oracle", [True, False])
+def test_a_layer_that_one_trace_alone_names_opens_no_lid(stray, has_oracle):
+    """L is the number of layers that two of the traces have; a lid of 900,000,000 layers would let anything pass."""
+    oracle = make_oracle()
+    a, b = (make_backend(oracle, name, seed, scale=100) for name, seed in (("jax", 1), ("torch", 2)))
+    before = compare(a, b, oracle if has_oracle else None)
+    kind = oracle.tensors["hidden_states.1"].astype(np.float32)
+    b.tensors[stray] = kind if "hidden" in stray else np.zeros((*kind.shape[:2], 2), np.int64)
+    after = compare(a, b, oracle if has_oracle else None)
+    assert (before.verdict, after.verdict) == ("FAIL", "FAIL")
+    assert (after.num_layers, after.rows) == (before.num_layers, before.rows)
+
+
+def test_layers_are_counted_where_the_peer_has_logits_alone():
+    a, b, _ = trio()
+    b.tensors = {name: b.tensors[name] for name in ("logits", "input_ids", "attention_mask")}
+    assert compare(a, b).num_layers == 4
+
+
 def test_one_bad_token_fails_although_the_tensor_passes_and_is_named():
     oracle = make_oracle(shape=(4, 60))
     a, b = make_backend(oracle, "jax", 1), make_backend(oracle, "torch", 2)

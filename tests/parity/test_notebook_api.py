@@ -274,6 +274,23 @@ def test_a_healed_value_says_on_which_side_of_it_the_bug_is(pair, broken):
     assert healed.inject("layers.0").verdict == "PASS"
 
 
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_part_of_a_layer_is_not_cleared_by_what_passes_it_by(broken, part):
+    """The bug is in layers.0.mlp, before all of them: its error goes on in the residual stream."""
+    still = broken.inject(path := f"model.layers.1.{part}")
+    assert still.verdict == "FAIL"
+    told = f"still wrong, so something after {path} or beside it, where the residual stream passes it by, is wrong"
+    assert told in still.experiment
+
+
+def test_pictures_join_the_stream_behind_the_table_and_behind_layers(pair):
+    seeing = replace(pair, inputs={**pair.inputs, "pixel_values": np.zeros((4, 4))})
+    told = {path: "beside it" in seeing._rest(path) for path in ("model.embed_tokens", "model.layers.0", "model.norm")}
+    assert told == {"model.embed_tokens": True, "model.layers.0": True, "model.norm": False}
+    assert "beside it" in pair._rest("visual.merger")
+    assert "beside it" not in pair._rest("lm_head")
+
+
 def test_an_experiment_claims_nothing_of_what_it_replaced(pair, broken):
     healed = broken.inject("layers.0")
     assert healed.headline.startswith("torch (a) and torch (b) agree after model.layers.0 to within rounding")

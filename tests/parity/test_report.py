@@ -493,3 +493,13 @@ def test_markdown_has_the_sentence_and_tables_that_no_pipe_breaks(failing):
     assert failing.summary in lines
     rows = [re.sub(r"\\\|", "", line) for line in lines if line.startswith("|")]
     assert {row.count("|") for row in rows} == {8, 3}
+
+
+def test_markdown_shows_names_as_text():
+    oracle = make_oracle()
+    sides = make_backend(oracle, "<b>|jax", 1), make_backend(oracle, "torch", 2, scale=100)
+    found = compare(*sides, oracle)
+    text = to_markdown([("<i>x", found)])
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert "&lt;b&gt;\\|jax" in text

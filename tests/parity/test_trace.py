@@ -8,7 +8,9 @@ from safetensors.numpy import save_file
 from synthetic_traces import B, T, make_backend, make_oracle
 
 from loaders.dtypes import to_numpy
+from parity.compare import compare
 from parity.record import read_inputs
+from parity.report.results import to_markdown
 from parity.trace import Trace, input_hash, make_meta, read_meta
 
 
@@ -97,6 +99,45 @@ def test_an_adapter_is_said_by_its_digest(trace, tmp_path, adapter):
     trace.meta["precision"] = {"adapter": adapter}
     with pytest.raises(ValueError, match=r"precision\.adapter is .*, expected a digest or nothing"):
         trace.save(tmp_path / "x")
+
+
+PROBE = {"module": "m", "kind": "scale", "size": 0.01, "tensor": "logits", "moved": {"logits": 0.02}}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"size": value} for value in (0.0, -0.1, float("nan"), float("inf"), "0.1")),
+        *({"tensor": value} for value in ("embeddings", "hidden_states.\u0661", "hidden_states." + "9" * 5000)),
+        *({"moved": {"logits": value}} for value in (None, "x", -1, float("nan"), float("inf"), 10**400)),
+    ],
+)
+def test_a_fault_that_an_oracle_cannot_have_tried_is_refused(trace, tmp_path, wrong):
+    trace.meta["probes"] = [PROBE]
+    trace.save(tmp_path / "x")
+    trace.meta["probes"] = [PROBE | wrong]
+    with pytest.raises(ValueError, match=r"probes\[0\] is .*, expected module, kind, size, tensor, moved"):
+        trace.save(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mtorch", "two\nlines", "\u202eright to left"])
+def test_a_name_that_steers_a_terminal_is_refused_wherever_it_is(trace, tmp_path, name):
+    for meta in ({"backend": name}, {"versions": {name: "1"}}, {"weights": {"root": "ab", "digests": {name: "cd"}}}):
+        with pytest.raises(ValueError, match="holds what cannot be printed") as caught:
+            Trace(trace.tensors, trace.meta | meta).save(tmp_path / "x")
+        assert ascii(name) in str(caught.value)
+
+
+def test_a_path_may_have_any_name_and_is_shown_with_escapes(trace, tmp_path):
+    oracle, wrong = make_oracle(), make_backend(make_oracle(), "torch", 2, scale=100)
+    trace = make_backend(oracle, "jax", 1)
+    for one in (trace, wrong, oracle):
+        one.meta["checkpoint"] = "odd\x1b[31m"
+    found = compare(*(Trace.load(one.save(tmp_path / f"{i}")) for i, one in enumerate((trace, wrong, oracle))))
+    assert found.commands
+    for text in (found.to_text(), to_markdown([("x", found)])):
+        assert r"odd\x1b[31m" in text
+        assert "\x1b" not in text
 
 
 def test_loading_what_is_not_safetensors_says_so_and_a_missing_file_is_an_os_error(tmp_path):
