@@ -16,7 +16,7 @@ import numpy as np
 
 from loaders import Checkpoint, open_checkpoint
 from parity.assertion_text import failure
-from parity.backend import Backend, Inputs, record_backend
+from parity.backend import Backend, Inputs, on_host, record_backend
 from parity.compare import compare
 from parity.comparison.outcome import Comparison
 from parity.trace import Trace, input_hash
@@ -113,6 +113,7 @@ def hold(
     is_default = inputs is None and all(is_run)
     if inputs is None and (any(is_run) or isinstance(oracle, Oracle)):
         inputs = _default_inputs(a, b, oracle)
+    inputs = None if inputs is None else on_host(inputs)
     runs = [_trace(side, inputs) for side in (a, b)]
     traces: dict[str, Trace] = {"a": runs[0], "b": runs[1]}
     if isinstance(oracle, Oracle):
@@ -131,9 +132,12 @@ def _trace(side: Any, inputs: Inputs | None) -> Trace:
     if isinstance(side, Trace):
         return side
     if not isinstance(side, Backend):
+        how = "A torch module, a JAX function or a transformers model becomes a backend in parity.foreign."
+        if hasattr(side, "with_taps"):
+            name = "jax" if type(side).__module__.startswith("jax") else "torch"
+            how = f"One of our models becomes one: parity.ModelBackend(model, parity.backends.open_backend({name!r}))."
         raise ValueError(
-            f"{type(side).__name__} is neither a trace, a trace file nor a backend, expected one of them. A torch"
-            " module, a JAX function or a transformers model becomes a backend in parity.foreign."
+            f"{type(side).__name__} is neither a trace, a trace file nor a backend, expected one of them. {how}"
         )
     assert inputs is not None
     return record_backend(side, inputs)

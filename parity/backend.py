@@ -105,8 +105,11 @@ def record_backend(backend: Backend, inputs: Inputs, *, weights_of: Trace | None
     Raises:
         ValueError: it returned something else than a trace has, or inputs are not a model's; lists everything wrong.
     """
+    inputs = on_host(inputs)
     if "input_ids" not in inputs:
         raise ValueError(f"inputs are {sorted(inputs)}, expected input_ids [B, T] among them")
+    if np.ndim(inputs["input_ids"]) != 2:
+        raise ValueError(f"input_ids are {list(np.shape(inputs['input_ids']))}, expected [B, T]: a row for each prompt")
     tensors = {name: _host(array) for name, array in backend.run(inputs).items()} | given(inputs)
     info = backend.info
     weights = _digested(backend) if weights_of is None else weights_of.meta.get("weights")
@@ -124,6 +127,16 @@ def record_backend(backend: Backend, inputs: Inputs, *, weights_of: Trace | None
     if problems := trace_layout.find_problems(tensors, meta):
         raise ValueError(f"backend {info.name!r} did not give a trace: {' '.join(problems)}")
     return Trace(tensors, meta)
+
+
+def on_host(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without those that are None, and tensors of torch, on whatever device, as NumPy has them."""
+    given = {name: array for name, array in inputs.items() if array is not None}
+    for name, array in given.items():
+        if hasattr(array, "detach"):
+            host = array.detach().cpu()
+            given[name] = (host.float() if str(host.dtype) == "torch.bfloat16" else host).numpy()
+    return given
 
 
 def _digested(backend: Backend) -> dict[str, Any] | None:

@@ -158,10 +158,17 @@ def _least_seen(limits: Limits, rows: Mapping[str, TensorRow], moved: Mapping[st
 
 
 def _judge(factors: tuple[float, float] | None, deviation: float | None) -> tuple[Cause | None, Side | None]:
+    """Whose error holds more of a fault than chance puts there.
+
+    Of one side alone only where it stands apart from the other, too: what both round in one way, at a key that all
+    tokens attend to, is as far off in both, and no number of tokens makes that less.
+    """
     if factors is None or deviation is None:
         return None, None
     limit = max(FACTOR, FACTOR_DEVIATIONS * deviation)
     is_over = [abs(factor) > limit for factor in factors]
     if all(is_over):
         return "both wrong", "both"
+    if abs(factors[0] - factors[1]) <= limit:
+        return None, None
     return ("bug", "a") if is_over[0] else ("peer is the outlier", "b") if is_over[1] else (None, None)

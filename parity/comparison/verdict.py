@@ -168,7 +168,9 @@ def _factor(evidence: Evidence) -> Decision | None:
     alike = [one.module for one in first if one.blame == probe.blame and _surety(one) > 0.98 * _surety(probe)]
     factor = _factor_of(probe)
     off = f"{100 * abs(factor):.2f} % too {'large' if factor > 0 else 'small'}"
-    what = f"{joined(alike, 'or')} were {off}" if probe.kind == "scale" else f"{probe.module} had a known fault"
+    what = (
+        f"{joined(alike, 'or')} were {off}" if probe.kind == "scale" else f"{probe.module} held the noise tried there"
+    )
     module = evidence.module_of(probe.tensor)
     detail = (
         f"The error is of the size of rounding, yet what {module} hands on is as if {what} (give or"

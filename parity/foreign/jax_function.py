@@ -63,7 +63,7 @@ class JaxFunction:
         )
 
     def run(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """What the function returns, on the host; floats as float32."""
+        """What the function returns, on the host; floats narrower than float32 as float32."""
         found = self.function(self.params, **{name: jnp.asarray(array) for name, array in inputs.items()})
         named = dict(found) if isinstance(found, Mapping) else {"logits": found}
         return {name: _on_host(array) for name, array in named.items()}
@@ -77,4 +77,4 @@ class JaxFunction:
 
 def _on_host(array: Any) -> np.ndarray:
     host = np.asarray(array)
-    return host if host.dtype.kind in "iub" else host.astype(np.float32)
+    return host if host.dtype.kind in "iub" or host.dtype == np.float64 else host.astype(np.float32)

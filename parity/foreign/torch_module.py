@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from parity import trace_layout
 from parity.backend import BackendInfo, Inputs
 from parity.backends import open_backend
 from torch_models.storage import host_view
 
+_KNOWN = ("hidden_states.0", "routing.0", *trace_layout.AFTER_LAYERS, *trace_layout.MTP)  # 0: any number
 INPUT = ":in"  # at the end of a tap: what the module was given, not what it returned
 Pick = Callable[[Any, tuple[int, int]], torch.Tensor]  # (what a module returned, (B, T)) -> what a trace keeps of it
 
@@ -36,7 +40,7 @@ class TorchModule:
             module paths are checkpoint names and nothing is stacked. ``lambda: None`` where they cannot be had.
         picks: trace name -> how to take it, where the first tensor is not it.
     Raises:
-        ValueError: a tap names no module, or two taps give one tensor.
+        ValueError: a tap names no module, two taps give one tensor, or one a name that is a trace's but for a letter.
     """
 
     module: nn.Module
@@ -54,6 +58,7 @@ class TorchModule:
         twice = sorted({name for name in names if names.count(name) > 1})
         problems = [f"no module of {type(self.module).__name__} is called {', '.join(unknown)}"] if unknown else []
         problems += [f"two taps give {', '.join(twice)}"] if twice else []
+        problems += [f"{name!r} is no tensor of a trace, {meant!r} is" for name in names if (meant := _meant(name))]
         if problems:
             raise ValueError(f"taps: {'; '.join(problems)}. Give module paths, as named_modules() has them.")
 
@@ -82,11 +87,14 @@ class TorchModule:
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """What the module computes; floats as float32.
+        """What the module computes; floats narrower than float32 as float32.
 
         Raises:
             RuntimeError: a tapped module was not run, or was run more than once.
+            ValueError: a module in it is at random: it is training.
         """
+        if random := [path for path, module in self.module.named_modules() if _is_at_random(module)]:
+            raise ValueError(f"{self.name} is in training mode, where {random[0]} is at random. Call its eval() first.")
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.taps.values()}
         shape = np.shape(inputs["input_ids"])
         sizes = (shape[0], shape[1])
@@ -121,6 +129,21 @@ class TorchModule:
         return module.register_forward_hook(lambda _, args, out: keep(out))
 
 
+def _meant(name: str) -> str | None:
+    """The name of a trace's tensor that a misspelt one is near to; None of one that is right, or one's own."""
+    number = re.search("[0-9]+", name)
+    known = [one.replace("0", number[0] if number else "0") for one in _KNOWN]
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    return near[0] if near and name not in known else None
+
+
+def _is_at_random(module: nn.Module) -> bool:
+    """Whether its result depends on chance, or on the rest of the batch, as that of one in training does."""
+    is_batched = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    is_dropping = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return module.training and (is_batched or is_dropping)
+
+
 def _first(value: Any) -> torch.Tensor:
     """The first tensor of a result: a tensor, a sequence, a mapping or one of transformers' outputs."""
     if isinstance(value, torch.Tensor):
@@ -135,5 +158,6 @@ def _first(value: Any) -> torch.Tensor:
 
 
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
-    wide = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+    tensor = tensor.detach()
+    wide = tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
     return wide.cpu().numpy().copy()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loaders import Checkpoint
-from parity.backend import Inputs, record_backend
+from parity.backend import Inputs, on_host, record_backend
 from parity.backends import open_backend
 from parity.compare import compare
 from parity.comparison.outcome import Comparison
@@ -152,7 +152,7 @@ def live_pair(
         backend = open_backend(name, device)
         model = load_model(uri, backend, dtype=dtype, weight_only=weight_only, adapter=adapter)
         sides.append(ModelBackend(model, backend, label))
-    given = default_inputs(sides[0].model.checkpoint) if inputs is None else inputs
+    given = default_inputs(sides[0].model.checkpoint) if inputs is None else on_host(inputs)
     return LivePair(sides[0], sides[1], given, None if adapter is None else os.fspath(adapter))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from functools import cache
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -179,11 +182,78 @@ def test_a_jax_function_may_return_logits_alone():
     [
         ({"block2": "hidden_states.1"}, "no module of Toy is called block2"),
         ({"embed": "x", "block": "x"}, "two taps give x"),
+        ({"block": "hidden_state.1"}, "'hidden_state.1' is no tensor of a trace, 'hidden_states.1' is"),
+        ({"block": "Hidden_states.12"}, "'Hidden_states.12' is no tensor of a trace, 'hidden_states.12' is"),
+        ({"block": "final_hidden_states"}, "'final_hidden_states' is no tensor of a trace, 'final_hidden_state' is"),
     ],
 )
 def test_taps_are_checked(taps, says):
     with pytest.raises(ValueError, match=says):
         TorchModule(module=Toy(), taps=taps)
+
+
+@pytest.mark.parametrize("name", ["hidden_states.0", "hidden_states.36", "routing.10", "logits", "mtp.logits", "mine"])
+def test_names_of_a_trace_and_ones_of_my_own_are_no_misspellings(name):
+    assert list(TorchModule(module=Toy(), taps={"block": name}).taps.values()) == [name]
+
+
+def test_a_module_at_random_is_refused_and_one_in_training_mode_that_is_not_is_run():
+    module = nn.Sequential()
+    module.embed, module.dropout = nn.Embedding(11, 6), nn.Dropout(0.5)
+    backend = TorchModule(module=module, call=lambda input_ids: module.dropout(module.embed(input_ids)))
+    with pytest.raises(ValueError, match=r"in training mode, where dropout is at random\. Call its eval\(\) first"):
+        record_backend(backend, IDS)
+    module.eval()
+    assert record_backend(backend, IDS).shape == (2, 6)
+
+
+def test_a_module_in_float64_keeps_what_it_computes_and_may_be_the_oracle():
+    torch.manual_seed(0)
+    mine, peer, exact = Toy(), Toy(), Toy()
+    for other in (peer, exact):
+        other.load_state_dict(mine.state_dict())
+    exact.double()
+    said = record_backend(TorchModule(module=exact, taps=TOY_TAPS, held=lambda: None), IDS)
+    assert (said.meta["dtype"], said.tensors["logits"].dtype) == ("float64", np.float64)
+    sides = [TorchModule(module=module, taps=TOY_TAPS) for module in (mine, peer)]
+    assert assert_parity(*sides, said, inputs=IDS).rows[-1].e_a > 0
+    with torch.no_grad():
+        peer.head.weight[3] *= 1.01
+    with pytest.raises(AssertionError, match="is wrong in lm_head"):
+        assert_parity(sides[0], replace(sides[1], held=lambda: None), said, inputs=IDS)
+    stored = dict(TorchModule(module=exact).weights())
+    assert np.array_equal(stored["head.weight"], exact.head.weight.detach().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.float8_e5m2, torch.float64])
+def test_a_weight_of_any_dtype_has_a_digest(dtype):
+    module = nn.Module()
+    module.packed = nn.Parameter(torch.arange(6).to(dtype), requires_grad=False)
+    (array,) = dict(TorchModule(module=module).weights()).values()
+    assert np.array_equal(array.astype(np.float64), module.packed.double().numpy())
+
+
+def test_inputs_are_tensors_of_either_library_and_none_is_no_input():
+    backend = TorchModule(module=Toy())
+    known = record_backend(backend, IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ids in (torch.tensor(IDS["input_ids"]), jnp.asarray(IDS["input_ids"]), IDS["input_ids"].tolist()):
+            found = record_backend(backend, {"input_ids": ids, "attention_mask": None})
+            assert found.meta == known.meta
+            assert np.array_equal(found.tensors["logits"], known.tensors["logits"])
+    with pytest.raises(ValueError, match=r"input_ids are \[3\], expected \[B, T\]: a row for each prompt"):
+        record_backend(backend, {"input_ids": np.arange(3)})
+
+
+def test_an_oracle_is_asked_about_tensors_and_none_too(made):
+    path, oracle, inputs, _ = made("qwen3")
+    given = {"input_ids": torch.tensor(inputs["input_ids"]), "attention_mask": None}
+    asked = {"input_ids": inputs["input_ids"]}
+    comparison, known = (
+        assert_parity(ours("torch", path), ours("torch", path), oracle, inputs=i) for i in (given, asked)
+    )
+    assert comparison.rows == known.rows
 
 
 def test_a_tap_that_is_not_passed_once_is_an_error():
@@ -193,7 +263,7 @@ def test_a_tap_that_is_not_passed_once_is_an_error():
         TorchModule(module=module, taps={"idle": "hidden_states.2"}).run(IDS)
 
 
-def test_a_backend_that_gives_no_trace_is_told_so():
+def test_a_backend_that_gives_no_trace_is_told_so(tmp_path):
     class Odd:
         info = TorchModule(module=Toy()).info
 
@@ -209,6 +279,9 @@ def test_a_backend_that_gives_no_trace_is_told_so():
         record_backend(Odd(), {})
     with pytest.raises(ValueError, match="nothing says what to run"):
         assert_parity(Odd(), Odd())
+    own = torch_models.load(make_checkpoint("qwen3", tmp_path / "own", **TWO))
+    with pytest.raises(ValueError, match=r"neither a trace.*parity\.ModelBackend\(model, .*open_backend\('torch'\)\)"):
+        assert_parity(own, own, inputs=IDS)
     with pytest.raises(ValueError, match=r"Toy is neither a trace, a trace file nor a backend.*parity\.foreign"):
         assert_parity(Toy(), Toy(), inputs=IDS)
 
