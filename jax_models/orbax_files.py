@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,17 @@ from loaders.writing.directory_lock import Claim
 
 WEIGHTS, DOCUMENT = "weights", "model"  # Orbax's items
 QUIET_S, MOST_S = 0.5, 10.0  # that nothing comes any more in the directory of a failed save; that this is waited for
+CHUNK_BYTES = 4 << 20  # read and unpacked whole by everybody who wants any part of it
 ABOUT = "_CHECKPOINT_METADATA"  # for Orbax alone: times, and what reads each item
 
 
-def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document: dict[str, Any]) -> None:
+def write(
+    where: str,
+    mesh: Mesh | None,
+    arrays: dict[str, jax.Array],
+    document: dict[str, Any],
+    stacks: Collection[str] = (),
+) -> None:
     """Arrays and a JSON document to a new directory, which is there once all of it is.
 
     All processes of the mesh call this and no other one; what one of them cannot do is at once an error on all.
@@ -39,6 +46,7 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         mesh: where the arrays lie; None: on this process.
         arrays: by parameter name, each written by the processes that hold its shards, in its dtype.
         document: what JSON can say; the same on all.
+        stacks: names of those that are read by the entries of their first axis, so of experts.
     Raises:
         OSError: it cannot be written, on the process where that is so; FileNotFoundError: not all see one directory;
             FileExistsError: another save was first, or is at it.
@@ -48,7 +56,8 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
     store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
     kind = atomicity_defaults.get_default_temporary_path_class(path)
     temporary = kind.from_final(path, checkpoint_metadata_store=store)
-    args = {WEIGHTS: ocp.args.PyTreeSave(arrays), DOCUMENT: ocp.args.JsonSave(document)}
+    cut = {name: _chunks(array, is_stack=name in stacks) for name, array in arrays.items()}
+    args = {WEIGHTS: ocp.args.PyTreeSave(arrays, save_args=cut), DOCUMENT: ocp.args.JsonSave(document)}
     claim = None if "://" in where else Claim(Path(where), Path(temporary.get()))  # stores have no locks
 
     with _handlers(primary) as handlers:
@@ -95,6 +104,15 @@ def write(where: str, mesh: Mesh | None, arrays: dict[str, jax.Array], document:
         finally:
             if claim is not None:
                 claim.release()
+
+
+def _chunks(array: jax.Array, *, is_stack: bool) -> ocp.SaveArgs:
+    """How an array is cut on disk: by default not at all but by its shards, and each process would read all of one.
+
+    The smaller are whole. Of the larger Orbax halves the longer axes, but few of experts.
+    """
+    by_entry = is_stack and array.nbytes > CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if by_entry else ())
 
 
 @contextlib.contextmanager

@@ -76,7 +76,8 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
         "digests": digests,
     }
     document["digest"] = _digest(document)
-    write(where, model.mesh, flatten(model.weights), document)
+    stacks = {spec.name for spec in model.specs if spec.axes[:1] == ("E",)}
+    write(where, model.mesh, flatten(model.weights), document, stacks)
 
 
 def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, verify: bool = True) -> Model:

@@ -9,10 +9,11 @@ from unittest.mock import patch
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from several import BytesRead, answer, asked, error_of
 
 import jax_models
+from jax_models.orbax_files import read_arrays
 from jax_models.processes import to_host, together
 from jax_models.weights import flatten
 from loaders import CheckpointError, open_checkpoint
@@ -20,6 +21,13 @@ from loaders.reading.filling import Filling
 from loaders.reading.plan import plan_load
 from loaders.reading.whole import read_whole
 from loaders.stage import Stage
+
+# saved by one device: shape, and how the mesh cuts them
+LARGE: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
+    "stack": ((8, 2, 256, 2048), ("halves",)),
+    "rows": ((2048, 4096), ("halves",)),
+    "columns": ((2048, 4096), (None, "halves")),
+}
 
 
 def share_read(work: Any, checkpoint: str, read: BytesRead) -> tuple[Any, float]:
@@ -40,6 +48,22 @@ def is_the_checkpoints(model: Any, checkpoint: str) -> bool:
             if np.asarray(shard.data).tobytes() != param[shard.index].tobytes():
                 return False
     return True
+
+
+def share_of_large(where: str, mesh: Mesh) -> dict[str, float]:
+    """Of arrays that were saved alone how much this process has the system read for the half that is its own."""
+    found = {}
+    for name, (shape, cut) in LARGE.items():
+        wanted = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, PartitionSpec(*cut)))
+        before = bytes_asked_for()
+        (array,) = read_arrays(f"{where}/{name}", {name: wanted}).values()
+        found[name] = (bytes_asked_for() - before) / array.nbytes
+    return found
+
+
+def bytes_asked_for() -> int:
+    """Of the system by this process: TensorStore does not read through Python."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def reads_nothing(filling: Any, *_: Any) -> Any:
@@ -82,6 +106,8 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
     found["restored"] = restored.digests() == found["changed digests"]
     other = jax_models.restore(job["saved by one"], mesh)
     found["restored from one"] = other.digests() == found["digests"]
+    halves = Mesh(devices.reshape(2, -1), ("halves", "rest"))
+    found["large"] = share_of_large(job["large"], halves)
     found["bad on one"] = error_of(lambda: model.update_weights_from_disk(job["bad"] if process else second))
     found["failed on one"] = error_of(lambda: together(mesh, lambda: 1 / process))
     found["still serving"] = to_host(model(**inputs)).tobytes() == logits.tobytes()

@@ -8,9 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from one_process import LARGE
 from several import error, free_port, run_several
 
 import jax_models
+from jax_models.orbax_files import write
 from jax_models.processes import processes_of, to_host, together
 from loaders import open_checkpoint
 from loaders.checkpoint import NUM_SAMPLES, SAMPLE_BYTES
@@ -50,6 +52,9 @@ def test_two_processes_are_one_model(case, tmp_path):
     inputs = prompts(models[0].config, rows=4, tokens=24)
     models[0].save(tmp_path / "one")
     largest = max(array.nbytes for array in jax.tree.leaves(models[0].weights))
+    for one, (shape, _) in LARGE.items():
+        array = jax.random.normal(jax.random.key(0), shape)
+        write(str(tmp_path / "large" / one), None, {one: array}, {}, stacks=["stack"])
     shutil.copytree(tmp_path / "one", tmp_path / "bad save")
     shutil.rmtree(tmp_path / "bad save" / "weights")
     job = {
@@ -58,6 +63,7 @@ def test_two_processes_are_one_model(case, tmp_path):
         "bad": str(bad),
         "adapter": adapter and str(adapter),
         "saved by one": str(tmp_path / "one"),
+        "large": str(tmp_path / "large"),
         "bad save": str(tmp_path / "bad save"),
         "axes": list(axes),
         "sizes": list(axes.values()),
@@ -81,6 +87,7 @@ def test_two_processes_are_one_model(case, tmp_path):
         assert found["swapped by an array"]
         assert found["restored"]
         assert found["restored from one"]
+        assert max(found["large"].values()) < 0.55, found["large"]
         assert found["still serving"]
         assert found["donated"]
         assert "its arrays cannot be read" in found["bad save on one"]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint.path import atomicity_defaults
@@ -253,6 +254,22 @@ def test_a_save_is_a_checkpoint_of_orbax_like_any_other(saved):
         found = orbax.restore(directory)  # finds out for itself how to read it
     assert found["model"]["version"] == model.version
     assert {name: np.asarray(array).tobytes() for name, array in found["weights"].items()} == bits_of(model)
+
+
+def test_large_arrays_lie_in_parts_so_that_nobody_reads_all_of_one_for_a_part(checkpoint, tmp_path, monkeypatch):
+    """By default an array, or a shard of it, is one chunk, which each process reads and unpacks whole."""
+    monkeypatch.setattr(orbax_files, "CHUNK_BYTES", 1 << 10)
+    model = jax_models.load(checkpoint)
+    model.save(tmp_path / "save")
+    store = {"driver": "ocdbt", "base": f"file://{tmp_path / 'save' / orbax_files.WEIGHTS}"}
+    found = {}
+    for name, array in flatten(model.weights).items():
+        stored = tensorstore.open({"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}).result()
+        found[name] = stored.chunk_layout.read_chunk.shape
+        assert np.prod(found[name]) * array.dtype.itemsize <= 1 << 10
+    assert found["model.layers.0.mlp.experts.down_proj"][0] == 1
+    assert found["model.norm.weight"] == model.weights["model"]["norm"]["weight"].shape
+    assert bits_of(jax_models.restore(tmp_path / "save", mesh_of(expert=2, tensor=2))) == bits_of(model)
 
 
 def test_nothing_that_is_there_is_written_over(saved):
