@@ -19,7 +19,8 @@ def write(directory: Path) -> list[str]:
     rng = np.random.default_rng(0)
     exact = {f"hidden_states.{layer}": rng.standard_normal((2, 64, 64)) for layer in range(25)}
     exact |= {"final_hidden_state": rng.standard_normal((2, 64, 64)), "logits": 3 * rng.standard_normal((2, 64, 1200))}
-    meta = {name: make_meta(backend=name, dtype="float32", input_hash="same") for name in ("jax", "torch", "oracle")}
+    dtypes = {"jax": "float32", "torch": "float32", "oracle": "float64"}
+    meta = {name: make_meta(backend=name, dtype=dtype, input_hash="same") for name, dtype in dtypes.items()}
     paths = []
     for name, document in meta.items():
         noise = 0.0 if name == "oracle" else 1e-7

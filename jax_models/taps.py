@@ -31,6 +31,8 @@ class Taps:
         within: only at this module path and below; None: everywhere.
         inject: values that take the place of what is computed, by path, of whatever level.
         found: what was computed, by path, in order of execution.
+        met: paths of ``inject`` that were passed. problems: of values that do not fit.
+        hides_experts: whether experts ran where nothing in them can be seen.
     """
 
     level: Level = "layers"
@@ -39,6 +41,7 @@ class Taps:
     found: dict[str, jax.Array] = field(default_factory=OrderedDict)  # JAX sorts the keys of a plain one
     met: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    hides_experts: bool = False
 
     def wants(self, path: str, level: Level) -> bool:
         """Whether the value is to be kept."""
@@ -59,11 +62,16 @@ class Taps:
     def check(self) -> None:
         """Raises ValueError: nothing is found where it was looked for, or values fit nothing; lists all of those."""
         unknown = sorted(set(self.inject) - self.met)
-        problems = self.problems + [f"{path} is no tap of this run" for path in unknown]
+        problems = self.problems + [f"{path} is no tap of this run{self._hidden(path)}" for path in unknown]
         if self.within is not None and not self.found:
-            raise ValueError(f"within={self.within!r} names nothing that this run has at level={self.level!r}")
+            there = f"names nothing that this run has at level={self.level!r}"
+            raise ValueError(f"within={self.within!r} {there}{self._hidden(self.within)}")
         if problems:
             raise ValueError(f"cannot inject: {'; '.join(problems)}. Taps with level='operations' name what there is.")
+
+    def _hidden(self, path: str) -> str:
+        is_inside = self.hides_experts and ".experts." in path
+        return ": on a mesh nothing is seen inside of experts, for each device has some" if is_inside else ""
 
 
 _active: ContextVar[Taps | None] = ContextVar("active", default=None)
@@ -94,7 +102,10 @@ def tap_rows(path: str | None, name: str, value: jax.Array, place_A: jax.Array, 
     What is kept, and what is handed in, is [*lead, ...]. ``path``: None where nothing can be seen, as on a mesh.
     """
     taps = _active.get()
-    if taps is None or path is None:
+    if taps is None:
+        return value
+    if path is None:
+        taps.hides_experts = True
         return value
     whole = f"{path}.{name}"
     shape = (*lead, *value.shape[1:])

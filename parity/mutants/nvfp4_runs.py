@@ -70,7 +70,7 @@ def _forward(bench: Bench, subject: Subject, backend: str, dtype: str) -> list[s
     batch: dict[str, Any] = bench.batch(subject)
 
     def oracle() -> Trace:
-        return _as_trace("oracle64", dtype, batch, oracle_forward(open_checkpoint(bench.path(subject)), **batch))
+        return _as_trace("oracle64", "float64", batch, oracle_forward(open_checkpoint(bench.path(subject)), **batch))
 
     return judge(_trace(bench, subject, backend, dtype), peer, bench.once((dtype, "oracle", subject), oracle))
 

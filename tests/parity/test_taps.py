@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -279,3 +280,18 @@ def test_a_router_that_an_adapter_brings_whole_says_its_scores_and_hears_others(
     assert distance(np.asarray(taps[scores]), told.found[scores], np.ones((1, 20), bool)) < 1e-5
     _, turned = model.with_taps(**inputs, level="operations", inject={scores: -taps[scores]})
     np.testing.assert_array_equal(np.asarray(turned[chosen])[..., 0], np.asarray(taps[scores]).argmin(-1))
+
+
+def test_on_a_mesh_it_is_said_why_nothing_is_seen_inside_of_experts(tmp_path):
+    path = make_checkpoint("qwen3-moe", tmp_path / "it", num_experts=4, num_hidden_layers=2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("expert",))
+    model, inputs = jax_models.load(path, mesh=mesh), {"input_ids": np.arange(8).reshape(2, 4)}
+    inside, told = "model.layers.1.mlp.experts.down_proj", "on a mesh nothing is seen inside of experts"
+    with pytest.raises(ValueError, match=f"{inside} is no tap of this run: {told}"):
+        model.with_taps(**inputs, inject={inside: np.zeros((2, 4, 2, 48), np.float32)})
+    with pytest.raises(ValueError, match=f"names nothing .*: {told}"):
+        model.with_taps(**inputs, level="operations", within=inside)
+    with pytest.raises(ValueError, match=r"nonsense is no tap of this run\\. Taps"):
+        model.with_taps(**inputs, inject={"nonsense": np.zeros(3, np.float32)})
+    _, found = model.with_taps(**inputs, level="operations", within="model.layers.1.mlp")
+    assert "model.layers.1.mlp.experts" in found
