@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
-from jax_models.company import leave, times_together, told_by
+from jax_models.coordination import leave, times_together, told_by
 from loaders.digest import short_digest
 from loaders.host import agreement
 from loaders.host.agreement import Result
@@ -152,7 +152,7 @@ def told_by_all(mesh: Mesh | None, text: str) -> dict[int, str]:
     """Every process's text, shortened, by its index; all of the mesh have to call this.
 
     Raises:
-        RuntimeError: see ``jax_models.company.told_by``.
+        RuntimeError: see ``jax_models.coordination.told_by``.
     """
     processes = processes_of(mesh)
     return {jax.process_index(): text} if len(processes) == 1 else told_by(processes, text)

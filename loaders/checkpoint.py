@@ -15,7 +15,7 @@ import numpy as np
 from loaders import dtypes
 from loaders.errors import CheckpointError, reason
 from loaders.files.header import TensorInfo
-from loaders.files.together import PinnedFiles
+from loaders.files.parallel import PinnedFiles
 from loaders.reading.memory import aligned_empty, check_budget
 from loaders.reading.regions import Region, check_region
 from loaders.reading.slices import Slice, in_parts

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from loaders.errors import CheckpointError, reason
 from loaders.files.header import TensorInfo
-from loaders.files.together import PinnedFiles
+from loaders.files.parallel import PinnedFiles
 from loaders.reading import memory
 from loaders.reading.memory import as_bools
 from loaders.reading.regions import Piece, Region, pieces_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loaders.adapters.roster import AdapterOfRows, Attached, Roster
 from torch_models import adapters
 from torch_models.adapter_room import Room
-from torch_models.company import in_company
+from torch_models.coordination import in_step
 
 if TYPE_CHECKING:
     from torch_models.model import Model
@@ -33,7 +33,7 @@ class Adapted:
         """What is attached, by name, in the order in which it came: the last one runs where nobody says which."""
         return {one.name: one for one in self.roster.attached}
 
-    @in_company
+    @in_step
     def attach_lora(self, uri: str | os.PathLike[str], name: str = "default") -> Model:
         """Attach a PEFT adapter, or put it in the place of another one; see ``torch_models.adapters``.
 
@@ -41,17 +41,17 @@ class Adapted:
         """
         return adapters.attach_lora(self._model, uri, name)
 
-    @in_company
+    @in_step
     def detach_lora(self, name: str = "default") -> Model:
         """Take an adapter away; see ``torch_models.adapters``."""
         return adapters.detach_lora(self._model, name)
 
-    @in_company
+    @in_step
     def merge_lora(self, name: str = "default") -> Model:
         """Write an adapter into the weights, rounded once; see ``torch_models.adapters``."""
         return adapters.merge_lora(self._model, name)
 
-    @in_company
+    @in_step
     def unmerge_lora(self) -> Model:
         """Bring the weights from before back, bit for bit; see ``torch_models.adapters``."""
         return adapters.unmerge_lora(self._model)

@@ -17,7 +17,7 @@ from loaders.host.sampling import SamplingParams, asked_params, check_room
 from loaders.host.speculation import positions_beyond
 from torch_models import adapters as lora
 from torch_models.cache import Cache
-from torch_models.company import in_company
+from torch_models.coordination import in_step
 from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Continuing prompts: base of ``torch_models.model.Model``."""
 
-    @in_company
+    @in_step
     @in_own_precision
     def prefill(
         self,
@@ -119,7 +119,7 @@ class Decoding:
         cache.position.copy_(model.long(positions_beyond(prompt)))  # an image takes fewer positions than tokens
         return x_BTD, seen
 
-    @in_company
+    @in_step
     @in_own_precision
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
@@ -169,7 +169,7 @@ class Decoding:
             x_B1D = model.decoder(model.embed(ids_B1), cache.position[:, None].clone(), cache.key_mask, cache)
             return self.last_logits(x_B1D)
 
-    @in_company
+    @in_step
     @in_own_precision
     def generate(
         self,

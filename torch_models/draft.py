@@ -14,7 +14,7 @@ from loaders.host.drafting import check_binding, check_drafted, shared_with
 from loaders.host.inputs import ModelInputs
 from loaders.host.speculation import SpeculationReport
 from torch_models.cache import Cache
-from torch_models.company import in_company
+from torch_models.coordination import in_step
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
 from torch_models.layers.vision import Seen
@@ -76,7 +76,7 @@ class Draft:
         logits, drafted_BTD, _ = self.with_taps(input_ids, attention_mask, position_ids, **given)
         return logits, drafted_BTD
 
-    @in_company
+    @in_step
     @in_own_precision
     def with_taps(
         self,

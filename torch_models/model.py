@@ -27,7 +27,7 @@ from torch_models import sleep, swap
 from torch_models import weights as life
 from torch_models.adapted import Adapted
 from torch_models.cache import Cache, empty_cache
-from torch_models.company import in_company
+from torch_models.coordination import in_step
 from torch_models.decoding import Decoding
 from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import as_tensor, on_host
@@ -131,7 +131,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         place = {"dtype": self.dtype, "device": self.device, "version": self.version, "stamp": self.weights_stamp()}
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
-    @in_company
+    @in_step
     @in_own_precision
     def forward(
         self,
@@ -167,7 +167,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         with self.running(adapter, entry):
             return self._run(entry, checked)
 
-    @in_company
+    @in_step
     @in_own_precision
     def with_taps(
         self,
@@ -242,34 +242,34 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         """
         return swap.get_embed_and_head(self)
 
-    @in_company
+    @in_step
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
         """Write another embedding and head in place; see ``torch_models.swap``."""
         return swap.set_embed_and_head(self, embed, head)
 
-    @in_company
+    @in_step
     def update_weights_from_disk(
         self, uri: str | os.PathLike[str], *, donate: bool = True, host_budget_bytes: int | None = None
     ) -> Model:
         """Write the weights of another checkpoint of the same config in place; see ``torch_models.weights``."""
         return life.update_weights_from_disk(self, uri, donate=donate, host_budget_bytes=host_budget_bytes)
 
-    @in_company
+    @in_step
     def sleep(self) -> Model:
         """Free the weights' storage, with a copy on the host, and drop all graphs; see ``torch_models.sleep``."""
         return sleep.sleep(self)
 
-    @in_company
+    @in_step
     def wake(self) -> Model:
         """Bring the weights back, bit for bit, into the same parameters; see ``torch_models.sleep``."""
         return sleep.wake(self)
 
-    @in_company
+    @in_step
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export``."""
         return life.export(self, directory)
 
-    @in_company
+    @in_step
     def digests(self) -> dict[str, str]:
         """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
         return life.weight_digests(self)

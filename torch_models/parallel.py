@@ -22,7 +22,7 @@ from loaders.axes import Cut, axes_of
 from loaders.reading.held import Held, in_blocks
 from loaders.reading.plan import LoadPlan
 from loaders.spec import ParamSpec
-from torch_models.company import company
+from torch_models.coordination import coordinator
 from torch_models.layers.attention import Attention
 from torch_models.layers.gated_attention import GatedAttention
 from torch_models.layers.gated_delta import GatedDeltaNet
@@ -95,7 +95,7 @@ class Parallel:
         def summed(x: torch.Tensor) -> torch.Tensor:
             total = x.float() if x.dtype != torch.float32 else x.clone()
             for group in groups:
-                company().finish(dist.all_reduce(total, group=group, async_op=True), total.device.type)
+                coordinator().finish(dist.all_reduce(total, group=group, async_op=True), total.device.type)
             return total.to(x.dtype)
 
         return summed if groups else None
@@ -106,7 +106,7 @@ class Parallel:
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A parameter of its parts, which all ranks have to hand over at the same time."""
-        with company().call():
+        with coordinator().call():
             for axis, (letter, cut) in enumerate(zip(self.params[name].axes, self.cuts[name], strict=True)):
                 if cut:
                     segments = part.split(self.held.segments(letter), dim=axis)
@@ -189,7 +189,7 @@ class Parallel:
                 torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.sizes[mesh_axis])
             ]
             places, group = [_bytes(one) for one in parts], self.mesh.get_group(mesh_axis)
-            company().finish(dist.all_gather(places, _bytes(part), group=group, async_op=True), part.device.type)
+            coordinator().finish(dist.all_gather(places, _bytes(part), group=group, async_op=True), part.device.type)
             part = torch.cat(parts, dim=axis)
         return part
 

@@ -1,7 +1,7 @@
 """Ranks of a mesh (torch.distributed): each holds its part of every parameter and runs the same calls.
 
 What one of them cannot do none of them does: an error of one is raised by all. A rank that failed on its own, in the
-middle of a call or elsewhere, leaves others waiting for it: see ``torch_models.company``.
+middle of a call or elsewhere, leaves others waiting for it: see ``torch_models.coordination``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from loaders.host import agreement
 from loaders.host.agreement import Result
-from torch_models.company import company
+from torch_models.coordination import coordinator
 
 
 def together(mesh: DeviceMesh | None, work: Callable[[], Result]) -> Result:
@@ -44,7 +44,7 @@ def agreed(
     """
     if mesh is None:
         return work()
-    with company().call(), company().telling():
+    with coordinator().call(), coordinator().telling():
         return agreement.agreed(partial(told_by_all, mesh), what, work, say, words=("rank", "ranks"))
 
 
@@ -58,6 +58,6 @@ def check_alike(mesh: DeviceMesh | None, what: str, say: Callable[[], str]) -> s
 
 
 def told_by_all(mesh: DeviceMesh, text: str) -> dict[int, str]:
-    """Every rank's text, shortened, by its number; see ``torch_models.company.Company.told``."""
-    with company().call():
-        return company().told(text, mesh.device_type)
+    """Every rank's text, shortened, by its number; see ``torch_models.coordination.Coordinator.told``."""
+    with coordinator().call():
+        return coordinator().told(text, mesh.device_type)

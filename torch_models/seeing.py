@@ -11,7 +11,7 @@ from loaders.digest import short_digest
 from loaders.host.inputs import ModelInputs
 from loaders.host.multimodal import check_shown, rope_index
 from loaders.host.vision_grid import Patches
-from torch_models.company import in_company
+from torch_models.coordination import in_step
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen, Shown
 from torch_models.precision import in_own_precision
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Seeing:
     """The eyes of a model: base of ``torch_models.model.Model``."""
 
-    @in_company
+    @in_step
     @in_own_precision
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
         """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.

@@ -11,8 +11,8 @@ import numpy as np
 from loaders import dtypes
 from loaders.errors import CheckpointError, reason
 from loaders.files.header import TensorInfo, read_header
+from loaders.files.parallel import PinnedFiles
 from loaders.files.strict_json import BadJson, parse_object
-from loaders.files.together import PinnedFiles
 from loaders.sources import Identity, Source, open_source, small_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -6,7 +6,7 @@ from typing import Any
 
 from loaders.errors import brief
 from loaders.files.header import Header, TensorInfo, read_header
-from loaders.files.together import read_files
+from loaders.files.parallel import read_files
 from loaders.sources import Identity, Source, is_plain
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,8 +10,8 @@ from loaders.checks import token_problems
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError, reason
 from loaders.files.index import INDEX, merged, read_headers, safetensors_files, weight_map
+from loaders.files.parallel import PinnedFiles, read_files
 from loaders.files.strict_json import BadJson, parse_object
-from loaders.files.together import PinnedFiles, read_files
 from loaders.quantization.documents import DOCUMENT as QUANTIZATION
 from loaders.sources import Identity, OpenFile, Source, open_source, small_file
 

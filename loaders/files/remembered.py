@@ -11,7 +11,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.config import config_from_json
 from loaders.errors import CheckpointError
 from loaders.files.header import TensorInfo
-from loaders.files.together import PinnedFiles
+from loaders.files.parallel import PinnedFiles
 from loaders.quantization.quantize import quantized
 from loaders.quantization.quantized import QuantizedCheckpoint
 from loaders.sources import Identity, OpenFile, Session, Source, open_source

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from several import answer, asked, error_of
 
 import jax_models
-from jax_models import company
+from jax_models import coordination
 from jax_models.processes import to_host, together
 from parity.zoo.adapters import make_adapter
 from parity.zoo.pictures import pictures
@@ -158,7 +158,7 @@ def gone(mesh: Mesh, process: int) -> dict[str, str]:
         interrupted = error_of(lambda: together(mesh, interrupt if process else lambda: None))
     except KeyboardInterrupt:
         interrupted = "interrupted"
-    with patch.object(company, "WAIT_S", 1.0):
+    with patch.object(coordination, "WAIT_S", 1.0):
         late = error_of(lambda: together(mesh, lambda: time.sleep(3 * process)))
     return {"interrupted": interrupted, "late": late}
 

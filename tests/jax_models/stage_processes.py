@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from several import answer, asked, error_of
 
 import jax_models
-from jax_models import company
+from jax_models import coordination
 
 OWNERS = ((0,), (1, 2))  # processes of each stage
 
@@ -93,7 +93,7 @@ def main(job: dict[str, Any], process: int) -> dict[str, Any]:
 if __name__ == "__main__":
     job_, process_ = asked()
     soon: Any = {"heartbeat_timeout_seconds": 20} if "killed" in job_ else {}  # then jax ends the others
-    company.STILL_S = 5.0
+    coordination.STILL_S = 5.0
     jax.distributed.initialize(f"127.0.0.1:{job_['port']}", num_processes=3, process_id=process_, **soon)
     answer(job_, process_, main(job_, process_))
     jax.distributed.shutdown()

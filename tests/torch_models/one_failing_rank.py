@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import torch_models
 from loaders import CheckpointError
 from torch_models import staging
-from torch_models.company import company
+from torch_models.coordination import coordinator
 
 
 def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     found["brought back"] = model(ids).numpy().tobytes() == logits.tobytes()
 
     def slowly() -> None:
-        with company().call():
+        with coordinator().call():
             time.sleep(2.5 * rank)
-            company().finish(dist.all_reduce(torch.ones(1), async_op=True), "cpu")
+            coordinator().finish(dist.all_reduce(torch.ones(1), async_op=True), "cpu")
 
     def badly() -> None:
-        with company().call():
+        with coordinator().call():
             raise ValueError("bad input of all")
 
     # who waits in a call is told nothing of the one before, which failed everywhere

@@ -12,7 +12,7 @@ from several import answer, error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_models
-from torch_models import company
+from torch_models import coordination
 
 
 def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
     started = time.monotonic()
     if job["how"] == "late":
-        company.WAIT_S = 3.0
+        coordination.WAIT_S = 3.0
         time.sleep(6.0 * rank)  # it does something else
     elif rank and job["how"] == "with its part done":
         head = model.head

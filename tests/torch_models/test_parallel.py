@@ -20,7 +20,7 @@ from parity.zoo import ZooQuantization, block_sizes, make_checkpoint, prompts
 from parity.zoo.adapters import DENSE, EXPERTS, TABLES, make_adapter
 from parity.zoo.draft import make_drafting_checkpoint
 from parity.zoo.pictures import pictures
-from torch_models.company import Company
+from torch_models.coordination import Coordinator
 
 FINGERPRINT_BYTES = NUM_SAMPLES * SAMPLE_BYTES
 PROGRAM = Path(__file__).with_name("one_rank.py")
@@ -420,11 +420,11 @@ def test_what_comes_while_one_looks_why_it_does_not_is_no_failure(alone):
     """It is done when it is asked again, and says so itself; where it failed, it says that."""
     late = RuntimeError("timed out")
     come = Mock(**{"is_completed.side_effect": [False, True], "wait.side_effect": [late, None]})
-    Company().finish(come, "cpu")
+    Coordinator().finish(come, "cpu")
     gone = Mock(
         **{"is_completed.side_effect": [False, True], "wait.side_effect": [late, RuntimeError("closed by peer")]}
     )
-    lost = Company()
+    lost = Coordinator()
     with pytest.raises(RuntimeError, match="a rank is gone: closed by peer"):
         lost.finish(gone, "cpu")
     with pytest.raises(RuntimeError, match="out of step"), lost.call():

@@ -19,32 +19,32 @@ LOOK_S = 1.0  # between two looks at whether one of those that are waited for ha
 GRACE_S = 60.0  # for all ranks to fail alike, as with the same bad input; those that wait for it end it sooner
 MESSAGE_LETTERS = 4096
 Method = TypeVar("Method", bound=Callable[..., Any])
-_COMPANIES: WeakKeyDictionary[dist.ProcessGroup, Company] = WeakKeyDictionary()
+_COORDINATORS: WeakKeyDictionary[dist.ProcessGroup, Coordinator] = WeakKeyDictionary()
 
 
-def company() -> Company:
+def coordinator() -> Coordinator:
     """Of all processes, for as long as torch.distributed is set up."""
     world = dist.group.WORLD
     assert world is not None, "a mesh is made of its ranks"
-    if world not in _COMPANIES:
-        _COMPANIES[world] = Company()
-    return _COMPANIES[world]
+    if world not in _COORDINATORS:
+        _COORDINATORS[world] = Coordinator()
+    return _COORDINATORS[world]
 
 
-def in_company(method: Method) -> Method:
+def in_step(method: Method) -> Method:
     """A method that all ranks of a model's mesh call, which learn of one that fails alone. Its class has ``_model``."""
 
     @wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._model.mesh is None:
             return method(self, *args, **kwargs)
-        with company().call():
+        with coordinator().call():
             return method(self, *args, **kwargs)
 
     return called  # pyright: ignore[reportReturnType]
 
 
-class Company:
+class Coordinator:
     """What ranks know of each other while they make the same calls in the same order.
 
     Before each call they come together, and a failure is of the time since: what a rank raises in the middle of a call
@@ -56,7 +56,7 @@ class Company:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         store = dist.PrefixStore("tandem", dist.distributed_c10d._get_default_store())
         # processes that set torch.distributed up again may meet in the same store; each does so as often as the others
-        self._store = dist.PrefixStore(str(store.add(f"companies of {self._rank}", 1)), store)
+        self._store = dist.PrefixStore(str(store.add(f"coordinators of {self._rank}", 1)), store)
         self._met = self._failed = self._depth = 0
         self._known: BaseException | None = None  # what all raise, and know of each other
         self._lost: str | None = None  # why nothing can run any more
