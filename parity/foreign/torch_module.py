@@ -133,7 +133,7 @@ def _meant(name: str) -> str | None:
     """The name of a trace's tensor that a misspelt one is near to; None of one that is right, or one's own."""
     number = re.search("[0-9]+", name)
     known = [one.replace("0", number[0] if number else "0") for one in _KNOWN]
-    near = get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.95)
     return near[0] if near and name not in known else None
 
 

@@ -192,7 +192,9 @@ def test_taps_are_checked(taps, says):
         TorchModule(module=Toy(), taps=taps)
 
 
-@pytest.mark.parametrize("name", ["hidden_states.0", "hidden_states.36", "routing.10", "logits", "mtp.logits", "mine"])
+@pytest.mark.parametrize(
+    "name", ["hidden_states.0", "hidden_states.36", "routing.10", "logits", "mtp.logits", "mine", "hidden_states_in.3"]
+)
 def test_names_of_a_trace_and_ones_of_my_own_are_no_misspellings(name):
     assert list(TorchModule(module=Toy(), taps={"block": name}).taps.values()) == [name]
 
