@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _told(args.verb, error)
     except KeyboardInterrupt:
         with suppress(OSError):
-            print(f"tandem {args.verb}: interrupted", file=sys.stderr)
+            print(f"tandem {args.verb}: interrupted", file=sys.stderr, flush=True)
+        if argv is None:  # a shell that runs a loop has to know; and compilers at work may crash where Python ends
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - of a crash Python's own exit code is 1, which is "differs" here
         return _told(args.verb, error)

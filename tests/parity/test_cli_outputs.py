@@ -7,6 +7,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -282,6 +283,18 @@ def test_an_interrupt_is_told_in_a_line(here, monkeypatch, capsys):
     monkeypatch.setattr(backends, "open_backend", interrupted)
     assert main([*RECORD, "trace"]) == 130
     assert capsys.readouterr().err == "tandem record: interrupted\n"
+    assert not (here / "trace").exists()
+
+
+def test_a_process_that_is_interrupted_ends_as_such(here):
+    """A shell says 130, and ends the loop that it is in."""
+    code = (
+        "import parity.commands.record as it, parity.cli as cli\ndef stop(*_): raise KeyboardInterrupt\nit.run = stop"
+    )
+    command = [sys.executable, "-c", f"{code}\nimport sys\nsys.exit(cli.main())", *RECORD, "trace"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "tandem record: interrupted\n")
     assert not (here / "trace").exists()
 
 
