@@ -291,7 +291,7 @@ def test_on_a_mesh_it_is_said_why_nothing_is_seen_inside_of_experts(tmp_path):
         model.with_taps(**inputs, inject={inside: np.zeros((2, 4, 2, 48), np.float32)})
     with pytest.raises(ValueError, match=f"names nothing .*: {told}"):
         model.with_taps(**inputs, level="operations", within=inside)
-    with pytest.raises(ValueError, match=r"nonsense is no tap of this run\\. Taps"):
+    with pytest.raises(ValueError, match=r"nonsense is no tap of this run\. Taps"):
         model.with_taps(**inputs, inject={"nonsense": np.zeros(3, np.float32)})
     _, found = model.with_taps(**inputs, level="operations", within="model.layers.1.mlp")
     assert "model.layers.1.mlp.experts" in found
