@@ -283,7 +283,7 @@ def test_a_router_that_an_adapter_brings_whole_says_its_scores_and_hears_others(
 
 
 def test_on_a_mesh_it_is_said_why_nothing_is_seen_inside_of_experts(tmp_path):
-    path = make_checkpoint("qwen3-moe", tmp_path / "it", num_experts=4, num_hidden_layers=2)
+    path = make_checkpoint("qwen3-moe", tmp_path / "it", num_experts=4, num_hidden_layers=2, mlp_only_layers=[])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("expert",))
     model, inputs = jax_models.load(path, mesh=mesh), {"input_ids": np.arange(8).reshape(2, 4)}
     inside, told = "model.layers.1.mlp.experts.down_proj", "on a mesh nothing is seen inside of experts"
