@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from loaders.errors import reason
 from loaders.reading import memory
 from loaders.reading.memory import STAGING_BYTES, aligned_empty
 from loaders.reading.regions import Piece
@@ -30,7 +32,8 @@ from loaders.sources.streamers import streamers_of
 DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
 CLOSE_S = 1.0  # that closing waits for what is on its way
 _SUCCESS, _FINISHED, _TIMED_OUT = 0, 1, 16
-MARK_BYTES = 8  # where bytes are to come that did not, these are still there; by chance one time in 2 ** 64
+MARK_BYTES = 8  # where bytes are to come that did not, these are still there, or the last of them
+_MARKS_END = 0xFF  # no float ends in it that a weight or a scale may be, so few are asked for once more
 _MARKED_BYTES = 1 << 20  # of a file between two marks: the library asks a server for so many, or a multiple
 _NO_PLUGIN = (4, 12, 13)
 _SLICE_MS = 200  # of waiting, so that an interrupt is heard
@@ -41,9 +44,11 @@ _NO_TICKET = 2**64 - 1
 class _Flight:
     """A stretch that is asked for: the library writes to its memory until it has answered."""
 
+    file: OpenFile
+    position: int
     buffer: np.ndarray
     num_bytes: int
-    marks: list[np.ndarray]
+    marks: list[tuple[int, int]]  # where in the buffer
     # written to by the library as it takes the request, so that an interrupt cannot come between
     ticket: ctypes.c_uint64 = field(default_factory=lambda: ctypes.c_uint64(_NO_TICKET))
 
@@ -65,7 +70,8 @@ class RunaiSession:
     its own client waits. So that memory is the session's own and is given up with it, never the caller's.
 
     Nor does it look whether as much came as it asked for: an answer that is shorter, and says so, is a success, and
-    what was in memory stands for the rest. So marks lie where an answer may end, and must be gone when it has come.
+    what was in memory stands for the rest. So marks lie where an answer may end. Where the last byte of one is there when
+    it has come, too little came, or the file has that byte: it is asked for once more, by another client.
 
     Args:
         where: the address; its scheme says which store is asked, the whole is for messages.
@@ -80,7 +86,7 @@ class RunaiSession:
         self._library = library_of(self._scheme)
         self._flights: list[_Flight] = []
         self._answered = ctypes.c_uint64(_NO_TICKET)  # the last ticket that came
-        self._mark = np.frombuffer(os.urandom(MARK_BYTES), np.uint8)
+        self._mark = np.frombuffer(os.urandom(MARK_BYTES - 1) + bytes([_MARKS_END]), np.uint8)
         self._empty: list[int] = []  # tickets below zero, which the library has none of
         self._free: list[np.ndarray] = []
         self._failed: list[np.ndarray] = []  # which the library may still be writing to
@@ -108,9 +114,9 @@ class RunaiSession:
             self._empty.append(-1 - len(self._empty))
             return self._empty[-1]
         buffer = self._buffer(num_bytes)
-        flight = _Flight(buffer, num_bytes, _marks(buffer[:num_bytes], position))
-        for place in flight.marks:
-            place[...] = self._mark
+        flight = _Flight(file, position, buffer, num_bytes, _marks(num_bytes, position))
+        for start, stop in flight.marks:
+            buffer[start:stop] = self._mark[start - stop :]
         self._flights.append(flight)
         code = self._library.runai_file_streamer_request(
             *(self._streamer, ctypes.byref(flight.ticket), 1),
@@ -140,13 +146,24 @@ class RunaiSession:
         self._flights.remove(flight)
         if code != _SUCCESS:
             raise PieceError(self._message(code), ticket)
-        if any(np.array_equal(place, self._mark) for place in flight.marks):
+        if problem := self._shortfall(flight):
             self._failed.append(flight.buffer)
-            raise PieceError(
-                f"fewer bytes came than the {flight.num_bytes} asked for ({self.where}): truncated", ticket
-            )
+            raise PieceError(problem, ticket)
         self._lent = flight.buffer
         return ticket, flight.buffer[: flight.num_bytes]
+
+    def _shortfall(self, flight: _Flight) -> str | None:
+        """What is wrong with a stretch of which not all came; None: all did."""
+        for start, stop in flight.marks:
+            if flight.buffer[stop - 1] != _MARKS_END:
+                continue
+            try:
+                expected = flight.file.read(flight.position + start, stop - start)
+            except OSError as error:
+                return reason(error)
+            if flight.buffer[start:stop].tobytes() != expected:
+                return f"fewer bytes came than the {flight.num_bytes} asked for ({self.where}): truncated"
+        return None
 
     def close(self) -> None:
         streamer, self._streamer = self._streamer, ctypes.c_void_p()
@@ -215,10 +232,10 @@ class RunaiSession:
         return f"{said} ({self.where}).{hint}"
 
 
-def _marks(buffer: np.ndarray, position: int) -> list[np.ndarray]:
-    """The last ``MARK_BYTES`` of what may be asked for at once, of memory for a file's bytes from ``position`` on."""
-    ends = [*range(_MARKED_BYTES - position % _MARKED_BYTES, buffer.size, _MARKED_BYTES), buffer.size]
-    return [buffer[end - MARK_BYTES : end] for end in ends if end >= MARK_BYTES]
+def _marks(num_bytes: int, position: int) -> list[tuple[int, int]]:
+    """The last ``MARK_BYTES`` of what may be asked for at once, among so many of a file from ``position`` on."""
+    ends = [*range(_MARKED_BYTES - position % _MARKED_BYTES, num_bytes, _MARKED_BYTES), num_bytes]
+    return [(max(start, stop - MARK_BYTES), stop) for start, stop in itertools.pairwise([0, *ends])]
 
 
 @cache

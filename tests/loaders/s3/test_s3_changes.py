@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from handmade import CONFIG
 from s3_server import (
     BUCKET,
     Server,
@@ -19,6 +21,7 @@ from s3_server import (
 from loaders import CheckpointError, open_checkpoint
 from loaders.digest import digests
 from loaders.sources import runai, s3
+from loaders.writing.writer import TensorType, write_checkpoint
 from parity.zoo import make_checkpoint
 
 
@@ -164,7 +167,7 @@ def test_json_that_is_replaced_is_noticed_at_the_end_of_a_load(server: Server, d
         checkpoint.documents.check()
 
 
-@pytest.mark.parametrize("missing", [8, 1000])
+@pytest.mark.parametrize("missing", [1, 3, 7, 8, 1000])
 def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_other_weights(
     missing: int, uri: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,15 +179,40 @@ def test_an_answer_with_fewer_bytes_than_were_asked_for_is_an_error_and_not_othe
             list(checkpoint.stream())
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_so_it_is_where_a_tensor_is_shorter_than_a_mark(
+    missing: int, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = np.array([1.5], ml_dtypes.bfloat16)
+    path = write_checkpoint(tmp_path / "it", {"scale": TensorType.of(scale)}, lambda name: scale, config=CONFIG)
+    checkpoint, real = open_checkpoint(server.put(path, "scale")), runai.RunaiSession
+    with shortening_server(server.url, missing) as url:
+        monkeypatch.setattr(s3, "RunaiSession", lambda where, given: real(where, given | {"endpoint": url}))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            list(checkpoint.stream())
+
+
+def test_what_looks_as_if_too_little_came_is_asked_for_once_more(
+    server: Server, tmp_path: Path, asked: Counter[str]
+) -> None:
+    """Bytes may be those that are there where none came: with a mark of 256 values by chance, here all of them."""
+    ones = np.full(1000, 0xFF, np.uint8)
+    path = write_checkpoint(tmp_path / "it", {"ones": TensorType.of(ones)}, lambda name: ones, config=CONFIG)
+    checkpoint = open_checkpoint(server.put(path, "ones"))
+    asked.clear()
+    ((_, found),) = checkpoint.stream()
+    np.testing.assert_array_equal(found, ones)
+    assert asked["bytes of model.safetensors"] == 1
+
+
 def test_marks_lie_where_an_answer_may_end() -> None:
     """The streamer asks for what lies between multiples of 8 MiB of a file, or of what its environment says."""
-    buffer = np.zeros((5 << 20) + 3, np.uint8)
-    for mark in runai._marks(buffer, (8 << 20) - 100):
-        assert mark.size == runai.MARK_BYTES
-        mark[...] = 1
-    ends = np.flatnonzero(np.diff(np.append(buffer, 0).astype(np.int8)) < 0) + 1
-    assert ends.tolist() == [100 + (mib << 20) for mib in range(5)] + [buffer.size]
-    assert runai._marks(buffer[:7], 0) == []
+    num_bytes = (5 << 20) + 3
+    marks = runai._marks(num_bytes, (8 << 20) - 100)
+    assert [stop for _, stop in marks] == [100 + (mib << 20) for mib in range(5)] + [num_bytes]
+    assert {stop - start for start, stop in marks} == {runai.MARK_BYTES}
+    assert runai._marks(7, 0) == [(0, 7)]
+    assert runai._marks(9, (1 << 20) - 5) == [(0, 5), (5, 9)]  # none covers another
 
 
 def test_a_failed_load_leaves_the_old_weights_serving(server: Server, directory: Path) -> None:
