@@ -22,6 +22,7 @@ from torch_models.draft import Draft
 from torch_models.generate import generate
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen
+from torch_models.one_version import of_one_version
 from torch_models.precision import in_own_precision
 from torch_models.speculative import generate_with_draft
 
@@ -33,6 +34,7 @@ class Decoding:
     """Continuing prompts: base of ``torch_models.model.Model``."""
 
     @in_step
+    @of_one_version
     @in_own_precision
     def prefill(
         self,
@@ -120,6 +122,7 @@ class Decoding:
         return x_BTD, seen
 
     @in_step
+    @of_one_version
     @in_own_precision
     def decode(self, token_ids: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Append one token a row: logits, float32 [B, V], without gradients, and the cache, written in place.
@@ -170,6 +173,7 @@ class Decoding:
             return self.last_logits(x_B1D)
 
     @in_step
+    @of_one_version
     @in_own_precision
     def generate(
         self,

@@ -18,6 +18,7 @@ from torch_models.coordination import in_step
 from torch_models.host import on_host
 from torch_models.layers.step import Step, steps
 from torch_models.layers.vision import Seen
+from torch_models.one_version import of_one_version, unchanged
 from torch_models.precision import in_own_precision
 from torch_models.taps import collect
 
@@ -77,6 +78,7 @@ class Draft:
         return logits, drafted_BTD
 
     @in_step
+    @of_one_version
     @in_own_precision
     def with_taps(
         self,
@@ -90,6 +92,7 @@ class Draft:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As calling the draft, and its intermediate values by checkpoint module path."""
         target = self.bound
+        check = unchanged(target)
         ids, mask, positions = on_host(input_ids), on_host(attention_mask), on_host(position_ids)
 
         def shown_to() -> tuple[ModelInputs, np.ndarray]:
@@ -117,7 +120,9 @@ class Draft:
             hidden_BTD = target.decoder(x_BTD, step_positions, mask_BT, seen=seen)
             with collect() as taps:
                 drafted = self.source.mtp(next_embeds, hidden_BTD[:, :-1], step)
-            return target.head(drafted), drafted, taps
+            logits = target.head(drafted)
+        check()
+        return logits, drafted, taps
 
     def bind(self, target: Model) -> Draft:
         """The same draft for another model of its config.

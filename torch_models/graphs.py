@@ -23,6 +23,7 @@ from torch_models import adapters as lora
 from torch_models.cache import Cache
 from torch_models.capturing import capturing
 from torch_models.census import Watch
+from torch_models.one_version import of_one_version
 from torch_models.precision import in_own_precision
 from torch_models.recording import Recording
 
@@ -131,6 +132,7 @@ class Batch:
         self._model, self._graph, self._take = model, graph, graph.takes
         self.rows = rows
 
+    @of_one_version
     @in_own_precision
     def decode(self, token_ids: Any) -> torch.Tensor:
         """Append one token a row: logits, float32 [B, V], of the real rows.
@@ -209,6 +211,7 @@ class DecodeGraphs:
         wanted = sorted({row_bucket(size) for size in sizes}, reverse=True)
         return [self._ready(size, bucket(capacity)) for size in wanted]
 
+    @of_one_version
     @in_own_precision
     def prefill(
         self,

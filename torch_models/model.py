@@ -33,6 +33,7 @@ from torch_models.graphs import DecodeGraphs, KeptGraphs
 from torch_models.host import as_tensor, on_host
 from torch_models.layers.decoder import Decoder
 from torch_models.layers.step import Entry
+from torch_models.one_version import of_one_version
 from torch_models.parallel import Parallel
 from torch_models.precision import in_own_precision
 from torch_models.processes import Result, agreed
@@ -132,6 +133,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
         return empty_cache(entries, rows=rows, capacity=capacity, **place)
 
     @in_step
+    @of_one_version
     @in_own_precision
     def forward(
         self,
@@ -160,7 +162,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             Logits, float32 [B, T, V]; before the last stage hidden states [B, T, D]. Padded positions carry no meaning.
         Raises:
             ValueError: inputs of the wrong shape, dtype or range, or images that do not fit their placeholders.
-            RuntimeError: an update failed half-way; load good weights first.
+            RuntimeError: an update failed half-way: load good weights first; or came meanwhile: call again.
         """
         prompt = (input_ids, attention_mask, position_ids, hidden_states, multimodal)
         entry, checked = self.checked(*prompt, adapter=adapter)
@@ -168,6 +170,7 @@ class Model(nn.Module, Decoding, Adapted, Seeing):
             return self._run(entry, checked)
 
     @in_step
+    @of_one_version
     @in_own_precision
     def with_taps(
         self,

@@ -14,6 +14,7 @@ from loaders.host.vision_grid import Patches
 from torch_models.coordination import in_step
 from torch_models.host import on_host
 from torch_models.layers.vision import Seen, Shown
+from torch_models.one_version import of_one_version
 from torch_models.precision import in_own_precision
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Seeing:
     """The eyes of a model: base of ``torch_models.model.Model``."""
 
     @in_step
+    @of_one_version
     @in_own_precision
     def get_image_features(self, pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, ...]:
         """What the vision tower makes of images alone: tokens [U, D], and those of every deepstack level.

@@ -23,6 +23,7 @@ from torch_models import reading
 from torch_models.census import moved, pointer_census
 from torch_models.derived import derive, mark_source
 from torch_models.layers.quantized import as_loaded
+from torch_models.one_version import unchanged
 from torch_models.parallel import to_host
 from torch_models.processes import check_alike, together, told_by_all
 from torch_models.sleep import check_awake
@@ -46,21 +47,24 @@ def update_weights_from_disk(
     The checkpoint is checked whole before a byte is read, then read whole, parameter by parameter, to see that all of
     it can be; only then it is read again and written over the live parameters, each as it is complete, so that memory
     holds one of them twice at most. What was written is added up and compared at the end, and published. A failure
-    before the first write leaves the old version serving; one after it (a device or disk fault) makes the model refuse
-    to run until a good load, which may also replace weights that an adapter did not leave as a whole. A model that was
-    loaded with ``quantize`` quantises again.
+    before the first write leaves the old version serving; one after it (a device or disk fault, a file that changes
+    between the two readings, an interrupt) makes the model refuse to run until a good load, which may also replace
+    weights that an adapter did not leave as a whole. What another thread computes meanwhile raises when it is done. A
+    model that was loaded with ``quantize`` quantises again.
 
     Args:
         model: the model to change.
         uri: the new checkpoint.
         donate: False, which in JAX keeps the old version beside the new one, is refused: there is one memory.
         host_budget_bytes: the most that is held on the host beside the live weights, one parameter at least; None: what
-            the largest needs.
+            the largest needs. What is on its way from files or stores comes on top: see ``Checkpoint.stream``.
     Raises:
-        CheckpointError: listing everything that does not fit, or what could not be read. The old weights serve on.
+        CheckpointError: listing everything that does not fit, or what could not be read before anything was written.
+            The old weights serve on.
         ValueError: an adapter is merged into the weights, the budget is too small, or ``donate`` is False. Nothing was
             read.
-        RuntimeError: writing failed half-way, or the model sleeps: wake it first, nothing was read.
+        RuntimeError: writing failed half-way, or what was to be written could not be read again; or the model sleeps:
+            wake it first, nothing was read.
     """
 
     def check() -> None:
@@ -179,7 +183,8 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
     """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export.export_checkpoint``.
 
     Raises:
-        RuntimeError: an update failed half-way; a mixture of two versions is not written.
+        RuntimeError: an update failed half-way, or another thread changed the weights meanwhile; a mixture of two
+            versions is not written.
     """
     model.agreed("what is exported", model.check_runnable, lambda _: "the model")
     left_out = model.report.left_out if model.stage.count == 1 else ()
@@ -193,8 +198,9 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
             is_writer=parallel.mesh.get_rank() == 0,
             together=partial(together, parallel.mesh),
         )
+    check = unchanged(model)
     return export_checkpoint(
-        directory, model.checkpoint, model.specs, lambda name: host_view(stored(model, name).cpu()), left_out
+        directory, model.checkpoint, model.specs, lambda name: host_view(stored(model, name).cpu()), left_out, check
     )
 
 
@@ -208,5 +214,13 @@ def tensor_reader(model: Model) -> TensorReader:
 
 
 def weight_digests(model: Model) -> dict[str, str]:
-    """Digest of every checkpoint tensor the model holds, by name."""
-    return digests(tensor_reader(model))
+    """Digest of every checkpoint tensor the model holds, by name.
+
+    Raises:
+        RuntimeError: as ``export``.
+    """
+    model.check_refusal()
+    check = unchanged(model)
+    found = digests(tensor_reader(model))
+    check()
+    return found

@@ -70,8 +70,8 @@ class RunaiSession:
     its own client waits. So that memory is the session's own and is given up with it, never the caller's.
 
     Nor does it look whether as much came as it asked for: an answer that is shorter, and says so, is a success, and
-    what was in memory stands for the rest. So marks lie where an answer may end. Where the last byte of one is there when
-    it has come, too little came, or the file has that byte: it is asked for once more, by another client.
+    what was in memory stands for the rest. So marks lie where an answer may end. If the last byte of one is still there
+    then, too little came, or the file has that byte: it is asked for once more, by another client.
 
     Args:
         where: the address; its scheme says which store is asked, the whole is for messages.

@@ -69,6 +69,7 @@ def export_checkpoint(
     specs: Specs,
     read_param: Callable[[str], np.ndarray],
     left_out: Collection[str] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the tensors a model holds as a checkpoint laid out like the one it came from.
 
@@ -80,6 +81,7 @@ def export_checkpoint(
         specs: of the model's stage.
         read_param: a parameter by name, on the host, in its stored dtype.
         left_out: tensors the model never loaded, to be copied from ``checkpoint`` so that the export is whole.
+        check: as for ``write_checkpoint``.
     Raises:
         FileExistsError: the directory holds something already.
         ValueError: it is an address.
@@ -99,6 +101,7 @@ def export_checkpoint(
             quantization=checkpoint.quantization_document or None,
             metadata={name: checkpoint.metadata[name] for name in set(files.values())},
             files=files,
+            check=check,
         )
 
 

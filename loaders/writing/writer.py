@@ -71,6 +71,7 @@ def write_checkpoint(
     files: Mapping[str, str] | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``directory``: config.json, and one safetensors file, or several with their index.
 
@@ -90,6 +91,7 @@ def write_checkpoint(
             ``max_file_bytes`` of tensors, filled in the plan's order.
         metadata: file name -> its safetensors metadata, beside ``{"format": "pt"}``, which transformers insists on.
         max_file_bytes: see ``files``; a larger tensor has a file to itself.
+        check: called when everything was read; what it raises leaves nothing behind.
     Returns:
         The directory.
     Raises:
@@ -116,6 +118,7 @@ def write_checkpoint(
             _write_file(partial, name, content)
         for file in planned:
             _write_tensors(partial / file.name, file, plan, read)
+        check()
     return Path(directory)
 
 

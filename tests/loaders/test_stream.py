@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade import CONFIG, open_files
+from handmade import CONFIG, entry, open_files, safetensors, write
 from streamed import KIB, SIZES, content, reader_threads, seven_tensors, truncate
 
 import loaders.checkpoint
@@ -81,6 +81,23 @@ def test_held_bytes_stay_within_the_budget(checkpoint: Checkpoint, budget: int) 
     assert budget // 2 < least < budget + 40 * KIB  # the machinery: executor, threads, futures
 
 
+def test_the_objects_of_tiny_tensors_are_within_the_budget_too(tmp_path: Path) -> None:
+    tensors = {f"t{i:05}": entry("U8", [16], 16 * i, 16 * i + 16) for i in range(10000)}
+    checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": safetensors(tensors, bytes(160000))}))
+
+    def ahead(budget: int) -> int:
+        tracemalloc.start()
+        stream = checkpoint.stream(budget)
+        next(stream)
+        found = tracemalloc.get_traced_memory()[0]
+        stream.close()
+        tracemalloc.stop()
+        return found
+
+    of_one = [ahead(16) for _ in range(2)][-1]  # what of each is made before any is read does not count
+    assert 256 * KIB < ahead(1 << 20) - of_one < 1 << 20
+
+
 class AtOnce(ThreadPoolExecutor):
     """Runs what is submitted before ``submit`` returns: the earliest that a reading thread could be."""
 
@@ -126,7 +143,7 @@ def test_a_slow_consumer_lets_the_reader_get_ahead_by_the_budget_and_no_further(
         return real(shape, dtype)
 
     monkeypatch.setattr(loaders.checkpoint, "aligned_empty", watched)
-    stream = checkpoint.stream(100 * KIB)
+    stream = checkpoint.stream(106 * KIB)  # 2 KiB of each tensor are Python's own objects
     first = next(stream)
     for thread in threading.enumerate():
         if thread.name.startswith("tandem-read"):
