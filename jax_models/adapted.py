@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_models import adapters
 from jax_models.adapter_room import Room, RowAdapters
+from jax_models.ambient import with_transfers
 from loaders.adapters.roster import NONE, AdapterOfRows, Attached, Roster
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Adapted:
         """What is attached, by name, in the order in which it came: the last one runs where nobody says which."""
         return {one.name: one for one in self.roster.attached}
 
+    @with_transfers
     def attach_lora(self, uri: str | os.PathLike[str], name: str = "default") -> Model:
         """A model with a PEFT adapter, or with it in the place of another one; see ``jax_models.adapters``.
 
@@ -33,14 +35,17 @@ class Adapted:
         """
         return adapters.attach_lora(self._model, uri, name)
 
+    @with_transfers
     def detach_lora(self, name: str = "default") -> Model:
         """A model without an adapter; see ``jax_models.adapters``."""
         return adapters.detach_lora(self._model, name)
 
+    @with_transfers
     def merge_lora(self, name: str = "default") -> Model:
         """A model with an adapter in its weights, rounded once; see ``jax_models.adapters``."""
         return adapters.merge_lora(self._model, name)
 
+    @with_transfers
     def unmerge_lora(self) -> Model:
         """A model with the weights from before, the very arrays; see ``jax_models.adapters``."""
         return adapters.unmerge_lora(self._model)

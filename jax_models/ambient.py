@@ -23,6 +23,17 @@ _NONE = Mesh(np.empty((), object), ())
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def with_transfers(function: Method) -> Method:
+    """What brings weights to devices, or back, which it does also where ``jax.transfer_guard`` forbids transfers."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with jax.transfer_guard("allow"):
+            return function(*args, **kwargs)
+
+    return cast("Method", called)
+
+
 def in_own_settings(method: Method) -> Method:
     """A method of what has a ``mesh``, None for one device, run by its own settings; set meshes are taken out."""
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_models import reading
+from jax_models.ambient import with_transfers
 from jax_models.model import Model
 from jax_models.processes import check_alike, together
 from jax_models.programs import Programs, programs_for
@@ -26,6 +27,7 @@ from loaders.stage import Stage
 log = logging.getLogger(__name__)
 
 
+@with_transfers
 def load(
     uri: str | os.PathLike[str],
     dtype: Any = None,

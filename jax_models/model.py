@@ -21,7 +21,7 @@ from jax_models import swap
 from jax_models import weights as life
 from jax_models.adapted import Adapted
 from jax_models.adapter_room import Room, RowAdapters
-from jax_models.ambient import in_own_settings
+from jax_models.ambient import in_own_settings, with_transfers
 from jax_models.batch import Batch, batch_of
 from jax_models.decoding import Decoding
 from jax_models.kernels.heads import left_to_xla
@@ -267,6 +267,7 @@ class Model(Decoding, Adapted, Seeing):
         with left_to_xla():
             return self.programs.apply(weights, Batch(jnp.asarray(entry), mask_BT, positions), adapters)
 
+    @with_transfers
     def replace(self, *, weights: Weights) -> Model:
         """A new version with these weights: same structure, shapes, dtypes and shardings.
 
@@ -289,26 +290,31 @@ class Model(Decoding, Adapted, Seeing):
         """Embedding and head, [V, D]; codes of a quantised head; None for a half this stage lacks; tied: one."""
         return swap.get_embed_and_head(self)
 
+    @with_transfers
     def set_embed_and_head(self, embed: Any = None, head: Any = None) -> Model:
         """A new version with another embedding and head; see ``jax_models.swap``."""
         return swap.set_embed_and_head(self, embed, head)
 
+    @with_transfers
     def update_weights_from_disk(
         self, uri: str | os.PathLike[str], *, donate: bool = False, host_budget_bytes: int | None = None
     ) -> Model:
         """A new version with the weights of another checkpoint of the same config; see ``jax_models.weights``."""
         return life.update_weights_from_disk(self, uri, donate=donate, host_budget_bytes=host_budget_bytes)
 
+    @with_transfers
     def export(self, directory: str | os.PathLike[str]) -> Path:
         """Write the checkpoint's tensors as they stand now, bit for bit; see ``loaders.writing.export``."""
         return life.export(self, directory)
 
+    @with_transfers
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the weights as they are sharded, with version, digests and events; see ``jax_models.saving``."""
         from jax_models.saving import save  # which builds models
 
         save(self, directory)
 
+    @with_transfers
     def digests(self) -> dict[str, str]:
         """Digest of every checkpoint tensor held, by name; see ``loaders.digest``."""
         return life.weight_digests(self)

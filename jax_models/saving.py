@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_models.ambient import with_transfers
 from jax_models.model import Model
 from jax_models.processes import agreed, together
 from jax_models.programs import programs_for
@@ -80,6 +81,7 @@ def save(model: Model, directory: str | os.PathLike[str]) -> None:
     write(where, model.mesh, flatten(model.weights), document, stacks)
 
 
+@with_transfers
 def restore(directory: str | os.PathLike[str], mesh: Mesh | None = None, *, verify: bool = True) -> Model:
     """The model that ``save`` wrote, bit for bit, on any devices.
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 import jax_models
 from parity.zoo import block_sizes, make_checkpoint, prompts
+from parity.zoo.adapters import make_adapter
 from parity.zoo.draft import make_drafting_checkpoint
 from parity.zoo.pictures import pictures
 
@@ -100,3 +101,26 @@ def test_it_says_the_same_whatever_jax_would_forbid(name, tmp_path):
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         found = said()
     assert all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("is_sharded", [True, False], ids=["on a mesh", "on one device"])
+def test_weights_come_and_go_also_where_transfers_are_forbidden(is_sharded, checkpoint, tmp_path):
+    mesh = mesh_of(AxisType.Explicit) if is_sharded else None
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+
+    def life(name):
+        model = jax_models.load(checkpoint, mesh=mesh)
+        model.save(tmp_path / name)
+        model = jax_models.restore(tmp_path / name, mesh=mesh).attach_lora(adapter).detach_lora()
+        model = model.attach_lora(adapter).merge_lora().unmerge_lora()
+        embed, head = (np.asarray(each) + 1 for each in model.get_embed_and_head())
+        model = model.set_embed_and_head(embed, head)
+        yield model.digests()
+        model = model.update_weights_from_disk(checkpoint).update_weights_from_disk(checkpoint, donate=True)
+        yield model.replace(weights=model.weights).digests()
+        model.export(tmp_path / f"{name} exported")
+
+    expected = list(life("free"))
+    with jax.transfer_guard_host_to_device("disallow_explicit"), jax.transfer_guard_device_to_device("disallow"):
+        found = list(life("guarded"))
+    assert found == expected
