@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -198,10 +199,11 @@ def export(model: Model, directory: str | os.PathLike[str]) -> Path:
             is_writer=parallel.mesh.get_rank() == 0,
             together=partial(together, parallel.mesh),
         )
-    check = unchanged(model)
-    return export_checkpoint(
-        directory, model.checkpoint, model.specs, lambda name: host_view(stored(model, name).cpu()), left_out, check
-    )
+
+    def read(name: str) -> np.ndarray:
+        return host_view(stored(model, name).cpu())
+
+    return export_checkpoint(directory, model.checkpoint, model.specs, read, left_out, check=unchanged(model))
 
 
 def tensor_reader(model: Model) -> TensorReader:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from loaders.sources import objects
 from loaders.sources.library import find_library, install
-from loaders.sources.objects import ObjectFile, ObjectPrefix
+from loaders.sources.objects import ObjectFile, ObjectPrefix, making_sense, natural, text
 from loaders.sources.runai import RunaiSession
 from loaders.sources.source import Unreachable
 
@@ -42,17 +42,14 @@ class GsFile(ObjectFile[ObjectGeneration]):
         super().__init__(name, prefix.address(name), known)
 
     def identify(self) -> ObjectGeneration:
-        with self._prefix.get(self._path, fields="generation,size") as found:
+        with self._prefix.get(self._path, fields="generation,size") as found, making_sense():
             document = found.json()
-        try:
-            return ObjectGeneration(int(document["generation"]), int(document["size"]))
-        except (LookupError, TypeError, ValueError) as error:
-            raise OSError("the server does not say its generation and size") from error
+            return ObjectGeneration(natural(document["generation"]), natural(document["size"]))
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = {"Range": f"bytes={position}-{position + count - 1}"}
         pinned = {"alt": "media", "ifGenerationMatch": str(self.opened.generation)}
-        with self._prefix.get(self._path, span, **pinned) as found:
+        with making_sense(), self._prefix.get(self._path, span, **pinned) as found:
             objects.check_range(found.headers.get("Content-Range"), position)
             yield from found.iter_content(objects.PART_BYTES)
 
@@ -83,7 +80,7 @@ class GsPrefix(ObjectPrefix):
                 transport = importlib.import_module("google.auth.transport.requests")
             except ImportError as error:
                 raise OSError(f"google-auth is not installed. {install(self.scheme)}") from error
-            client = transport.AuthorizedSession(auth.default(scopes=[SCOPE])[0], refresh_timeout=objects.READ_S)
+            client = transport.AuthorizedSession(_credentials(auth), refresh_timeout=objects.READ_S)
         retries = importlib.import_module("urllib3").Retry(
             objects.ATTEMPTS - 1, status_forcelist=objects.BUSY, raise_on_status=False, backoff_factor=0.05
         )
@@ -116,18 +113,28 @@ class GsPrefix(ObjectPrefix):
     def pages(self, start: str) -> Iterator[list[str]]:
         asked = {"prefix": start, "delimiter": "/", "fields": "items(name),nextPageToken"}
         while True:
-            with self.get("o", None, **asked) as found:
+            with self.get("o", None, **asked) as found, making_sense():
                 page = found.json()
-            yield [item["name"] for item in page.get("items", ())]
-            if "nextPageToken" not in page:
+                names = [text(item["name"]) for item in page.get("items", ())]
+                token = page.get("nextPageToken")
+            yield names
+            if not token:
                 return
-            asked["pageToken"] = page["nextPageToken"]
+            asked["pageToken"] = token
 
     def open_object(self, name: str, known: ObjectGeneration | None) -> GsFile:
         return GsFile(self, name, known)
 
     def session(self, total_bytes: int) -> RunaiSession:
         return RunaiSession(str(self))
+
+
+def _credentials(auth: Any) -> Any:
+    try:
+        return auth.default(scopes=[SCOPE])[0]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # what it makes of JSON that is no object
+        said = f"{type(error).__name__}: {error}"
+        raise OSError(f"the file of credentials that google-auth finds makes no sense to it ({said})") from error
 
 
 def _said(answer: Any) -> str:

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -17,6 +18,7 @@ from loaders.sources.runai import DEADLINE_S
 from loaders.sources.source import Identity, Result, Session, Unreachable, small_file
 
 CONNECT_S, READ_S = 5, 15  # for each of the attempts at a request
+LISTING_S = 30  # for all pages of a listing, with the last one of which a minute is over
 ATTEMPTS = 8  # with growing pauses where a server is busy or does not answer; after DEADLINE_S it is given up
 REQUESTS = 8  # at once
 PART_BYTES = 1 << 16  # of an answer, at a time: what came of one when a connection breaks is lost
@@ -155,8 +157,14 @@ class ObjectPrefix(ABC):
         start = self.key("")
         pages = self.pages(start)
         keys: list[str] = []
+        until = time.monotonic() + LISTING_S
         while (page := in_time(lambda: next(pages, None), DEADLINE_S, "an answer")) is not None:
             keys += page
+            if time.monotonic() > until:
+                raise Unreachable(
+                    f"after {LISTING_S:g} s and {len(keys)} names there is no end to what lies under {self}/. Give the"
+                    " prefix that the checkpoint's own files have."
+                )
         names = sorted(key[len(start) :] for key in keys if key != start)
         if not names:
             raise OSError(f"there is no object under {self}/")
@@ -273,6 +281,32 @@ class _AtOnce(Generic[Result]):
                 if isinstance(error, Unreachable):
                     self._todo.clear()  # each would take as long again
                 self._done.put((index, None, error))
+
+
+@contextmanager
+def making_sense() -> Iterator[None]:
+    """Around what reads an answer: raises OSError where a field is missing, of another type or none that can be."""
+    try:
+        yield
+    except KeyError as error:
+        raise OSError(f"the server does not say its {error.args[0]}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise OSError(f"the server's answer makes no sense ({said})") from error
+
+
+def text(value: object) -> str:
+    """What a server calls something. Raises TypeError: it is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} where text is expected")
+    return value
+
+
+def natural(number: object) -> int:
+    """What a server says of a size. Raises ValueError: it is none."""
+    if isinstance(number, bool) or not isinstance(number, int | str) or int(number) < 0:
+        raise ValueError(f"{number!r} where an integer from 0 on is expected")
+    return int(number)
 
 
 def check_range(said: object, position: int) -> None:

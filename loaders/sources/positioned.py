@@ -10,6 +10,7 @@ import itertools
 import os
 import stat
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,10 @@ from loaders.reading import memory
 from loaders.reading.memory import aligned_empty, thread_count
 from loaders.reading.regions import Piece
 from loaders.sources.source import OpenFile, PieceError
+from loaders.sources.writers import has_writer
 
 PIECES_ON_THEIR_WAY = 16
+WRITING_S = 60.0  # so long a call of write(2) may take; a file's times are set as it begins
 _CHUNK_BYTES = 64 << 20  # one preadv; bounded so that a huge tensor stays interruptible
 
 
@@ -58,6 +61,13 @@ class LocalFile:
             self.close()
             raise (IsADirectoryError if stat.S_ISDIR(mode) else OSError)("it is not a regular file")
         self.opened = self.identity()
+        ago_s = (time.time_ns() - self.opened.changed_ns) / 1e9
+        if ago_s < WRITING_S and has_writer(self.descriptor):
+            self.close()
+            raise OSError(
+                f"it changed {max(ago_s, 0.0):.1f} s ago, and a program still has it open for writing. Open it again"
+                " when that has closed it."
+            )
 
     @property
     def address(self) -> str:

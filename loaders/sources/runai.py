@@ -29,7 +29,9 @@ from loaders.sources.library import Device, install, library_of
 from loaders.sources.source import OpenFile, PieceError
 from loaders.sources.streamers import streamers_of
 
-DEADLINE_S = 30.0  # without a piece, of STAGING_BYTES at most, arriving
+DEADLINE_S = (
+    28.0  # without a piece, of STAGING_BYTES at most, arriving; a server is given two, which is within a minute
+)
 CLOSE_S = 1.0  # that closing waits for what is on its way
 _SUCCESS, _FINISHED, _TIMED_OUT = 0, 1, 16
 MARK_BYTES = 8  # where bytes are to come that did not, these are still there, or the last of them

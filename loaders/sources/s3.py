@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from loaders.sources import objects
 from loaders.sources.library import find_library, install
-from loaders.sources.objects import ObjectFile, ObjectPrefix
+from loaders.sources.objects import ObjectFile, ObjectPrefix, making_sense, natural, text
 from loaders.sources.runai import RunaiSession
 from loaders.sources.source import Session, Unreachable
 
@@ -50,23 +50,17 @@ class S3File(ObjectFile[ObjectIdentity]):
         super().__init__(name, prefix.address(name), known)
 
     def identify(self) -> ObjectIdentity:
-        with _as_os_errors():
+        with making_sense(), _as_os_errors():
             found = self._prefix.client.head_object(**self._place)
-        try:
-            return ObjectIdentity(found["ETag"], found["ContentLength"], found["LastModified"])
-        except KeyError as error:
-            raise OSError(f"the server does not say its {error.args[0]}") from error
+            return ObjectIdentity(text(found["ETag"]), natural(found["ContentLength"]), found["LastModified"])
 
     def parts(self, position: int, count: int) -> Iterator[bytes]:
         span = f"bytes={position}-{position + count - 1}"
-        with _as_os_errors():
+        with making_sense(), _as_os_errors():
             found = self._prefix.client.get_object(**self._place, Range=span, IfMatch=self.opened.etag)
             with closing(found["Body"]) as body:
                 objects.check_range(found.get("ContentRange"), position)
-                try:
-                    yield from body.iter_chunks(objects.PART_BYTES)
-                except ValueError as error:  # of a chunk's length
-                    raise OSError(f"the server's answer makes no sense: {error}") from error
+                yield from body.iter_chunks(objects.PART_BYTES)
 
 
 class S3Prefix(ObjectPrefix):
@@ -97,7 +91,11 @@ class S3Prefix(ObjectPrefix):
             signature_version="s3v4",  # the streamer's own, which names the region
         )
         with _as_os_errors():
-            client = self._session.client("s3", config=config)
+            try:
+                client = self._session.client("s3", config=config)
+            except ValueError as error:
+                said = f"the endpoint that boto3 finds (AWS_ENDPOINT_URL, or of a profile) is no address: {error}"
+                raise OSError(f"{said}. Expected one like https://host:port.") from error
         client.meta.events.register("before-send.s3", self._sent)
         return client
 
@@ -112,8 +110,8 @@ class S3Prefix(ObjectPrefix):
         return importlib.import_module("boto3").Session()
 
     def pages(self, start: str) -> Iterator[list[str]]:
-        with _as_os_errors():
-            pages = self.client.get_paginator("list_objects_v2")
+        pages = self.client.get_paginator("list_objects_v2")
+        with making_sense(), _as_os_errors():
             for page in pages.paginate(Bucket=self.bucket, Prefix=start, Delimiter="/"):
                 yield [entry["Key"] for entry in page.get("Contents", ())]
 

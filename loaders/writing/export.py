@@ -69,6 +69,7 @@ def export_checkpoint(
     specs: Specs,
     read_param: Callable[[str], np.ndarray],
     left_out: Collection[str] = (),
+    *,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the tensors a model holds as a checkpoint laid out like the one it came from.

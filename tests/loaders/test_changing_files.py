@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from streamed import KIB, SIZES, content, reader_threads, seven_tensors, truncate
 
 from loaders import Checkpoint, CheckpointError, open_checkpoint
+from loaders.sources import positioned, writers
+from loaders.sources.writers import has_writer
 
 
 @pytest.fixture
@@ -133,3 +136,53 @@ def test_a_file_replaced_while_it_is_streamed_is_never_mixed_with_the_old_one(ch
         found += stream
     # the file that was opened is pinned
     assert [array.tobytes() for _, array in found] == [content(name).tobytes() for name in "acg"[: len(found)]]
+
+
+def test_a_file_that_is_being_written_when_it_is_opened_is_refused_until_that_is_done(checkpoint: Checkpoint) -> None:
+    """Its times are those of when the writing began: they say nothing of it to whoever opens it in the middle."""
+    path = Path(checkpoint.source) / checkpoint.tensors["a"].file
+    with open(path, "r+b", buffering=0) as writer:
+        writer.write(path.read_bytes())
+        with pytest.raises(CheckpointError, match=r"it changed \S+ s ago, and a program still has it open"):
+            open_checkpoint(checkpoint.source)
+        with pytest.raises(CheckpointError):
+            list(checkpoint.stream())
+    reopened = open_checkpoint(checkpoint.source)
+    assert {name for name, _ in reopened.stream()} == SIZES.keys()
+
+
+def test_a_file_that_nobody_has_written_to_lately_may_be_open_for_writing(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(checkpoint.source) / checkpoint.tensors["a"].file
+    monkeypatch.setattr(positioned, "WRITING_S", 0.0)
+    with open(path, "r+b"):
+        assert len(list(open_checkpoint(checkpoint.source).stream())) == len(SIZES)
+
+
+@pytest.mark.parametrize("where", [None, "nfs4"])
+def test_a_file_system_that_refuses_leases_for_reasons_of_its_own_is_not_asked(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, where: str | None
+) -> None:
+    monkeypatch.setattr(writers, "_file_system", lambda device: where)
+    with open(Path(checkpoint.source) / checkpoint.tensors["a"].file, "r+b"):
+        assert len(list(open_checkpoint(checkpoint.source).stream())) == len(SIZES)
+
+
+def test_opening_it_for_writing_meanwhile_kills_nobody(checkpoint: Checkpoint) -> None:
+    """Who opens what is leased has the system send a signal, of which most end a process."""
+    path, is_done = Path(checkpoint.source) / checkpoint.tensors["a"].file, threading.Event()
+
+    def open_for_writing() -> None:
+        while not is_done.is_set():
+            os.close(os.open(path, os.O_WRONLY))
+
+    opening = threading.Thread(target=open_for_writing)
+    opening.start()
+    with open(path, "rb", buffering=0) as file:
+        seen = {has_writer(file.fileno()) for _ in range(3000)}
+    is_done.set()
+    opening.join()
+    assert True in seen
+    with open(path, "rb", buffering=0) as file:
+        assert not has_writer(file.fileno())

@@ -295,9 +295,9 @@ def forgets_the_draft(commit):
 
 
 def exports_without_the_tower(export):
-    def changed(directory, checkpoint, specs, read, left_out=()):
+    def changed(directory, checkpoint, specs, read, left_out=(), **options):
         text = tuple(spec for spec in specs if not specs.rules[spec.placements[0].tensor].is_visual)
-        return export(directory, checkpoint, dataclasses.replace(specs, params=text), read, left_out)
+        return export(directory, checkpoint, dataclasses.replace(specs, params=text), read, left_out, **options)
 
     return changed
 
