@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", metavar="CHIP", default="v5e", help="v5e, v5p, v6e or tpu7x; default: v5e")
     parser.add_argument("--topology", metavar="AxB", help="slice, 4x4 or 2x2x1; default: the smallest that will do")
     parser.add_argument(
-        "--mesh", metavar="M", help="data=2,tensor=4; also fsdp, expert; default: what leaves the least"
+        "--mesh",
+        metavar="M",
+        help="data=2,tensor=4; also fsdp, expert; default: one that leaves little on a device",
     )
     parser.add_argument("--batch", metavar="B", type=int, default=8, help="rows at a time; default: 8")
     parser.add_argument("--context", metavar="S", type=int, default=8192, help="slots of the cache; default: 8192")

@@ -130,8 +130,10 @@ def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -
 
     Experts are spread before they are cut, and not into parts whose rows fill no whole registers unless nothing else
     leaves each device the ``room`` that it has, in bytes; rows are spread where heads no longer can be: keys and values
-    that no axis cuts lie on every device. Where no such cut leaves it, weights may be cut by ``fsdp``. All devices are
-    used: libtpu compiles for part of a slice or does not, six of eight v5e for one.
+    that no axis cuts lie on every device. Rather than that, models without experts have an ``expert`` axis too: both
+    axes cut heads of queries, and one those of keys and values, of which there are fewer. Where no such cut leaves
+    room, weights may be cut by ``fsdp``. All devices are used: libtpu compiles for part of a slice or does not, six of
+    eight v5e for one.
     """
     return dict(_default_mesh(config, devices, load, room))
 
@@ -144,13 +146,17 @@ def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) 
     parts = {axis.partition("/")[2] or "1" for *_, axis in _stacks(config) if axis in ("M", "M/2")}
     widths = [dims["M"].size // int(part) for part in parts]
 
+    experts = dims["E"].size if "E" in dims else 1
+
     def cost(sizes: dict[str, int]) -> tuple[Any, ...]:
         tensor, size = sizes.get("tensor", 1), sum(held(config, load, sizes))
         is_narrow = tensor > 1 and any(width // tensor % LANES for width in widths)
-        return size > room, is_narrow, size, len(sizes), tensor
+        return size > room, is_narrow, size, len(sizes), tensor if experts > 1 else -tensor
 
-    experts = dims["E"].size if "E" in dims else 1
     usual = min(_cuts(devices, load.rows, experts), key=cost)
+    has_whole_keys = usual.get("tensor", 1) > 1 and cut_of(usual, LOGICAL_AXES["KH"], dims["KH"].units) is None
+    if experts == 1 and has_whole_keys:
+        usual = min([usual, *_cuts(devices, load.rows, devices)], key=cost)
     if not cost(usual)[0] or sum(held(config, load, {})) > room * devices:  # there is room, or cannot be
         return usual
     return min([usual, *_cuts(devices, devices, experts, rows_by=FSDP)], key=cost)

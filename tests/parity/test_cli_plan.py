@@ -60,7 +60,7 @@ def test_what_no_slice_holds_does_not_fit_and_it_says_what_would_make_it_smaller
     monkeypatch.setattr("parity.planning.environment.check_installed", lambda: None)
     assert main(["plan", str(CONFIGS / "qwen3-8b.json"), *options]) == DOES_NOT_FIT
     told = capsys.readouterr().err
-    assert "it does not fit on any slice of v5e: on 8x8" in told
+    assert "it does not fit on any slice of v5e: on 16x16" in told
     assert told.endswith(ways)
 
 

@@ -143,6 +143,25 @@ def test_rows_are_spread_where_heads_no_longer_can_be_and_experts_before_they_ar
     assert default_mesh(experts, 4, LOAD, ROOM) == {"expert": 4}
 
 
+@pytest.mark.parametrize(
+    ("num_kv_heads", "devices", "mesh"),
+    [
+        (2, 4, {"expert": 2, "tensor": 2}),
+        (4, 4, {"tensor": 4}),
+        (1, 4, {"tensor": 4}),
+        (8, 16, {"expert": 2, "tensor": 8}),
+    ],
+)
+def test_of_one_row_keys_and_values_are_not_whole_on_every_device_where_some_axis_can_cut_them(
+    num_kv_heads, devices, mesh
+):
+    config = odd_config(num_attention_heads=16, num_key_value_heads=num_kv_heads)
+    load = dataclasses.replace(LOAD, rows=1, context=100_000)
+    assert default_mesh(config, devices, load, ROOM) == mesh
+    others = [{"tensor": devices}, {"expert": 2, "tensor": devices // 2}, {"expert": 4, "tensor": devices // 4}]
+    assert sum(held(config, load, mesh)) == min(sum(held(config, load, sizes)) for sizes in others)
+
+
 def test_what_devices_hold_is_cut_as_the_mesh_says(dense):
     (whole, cache), (part, cut) = held(dense, LOAD, {}), held(dense, LOAD, {"tensor": 4})
     assert whole / 4 < part < 1.001 * whole / 4
@@ -200,8 +219,7 @@ def test_temporaries_of_more_devices_say_nothing_of_fewer_that_divide_more(compi
     document = json.loads((CONFIGS / "qwen3-8b.json").read_text()) | {"num_attention_heads": 40}
     config, _ = config_from_json(document)
     one_row = dataclasses.replace(LOAD, rows=1)
-    assert default_mesh(config, 16, one_row, ROOM) == {"tensor": 16}
-    found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": GB, "2x2": 20 * GB}, config, one_row)
+    found, asked = compiling("4x4", {"4x4": 13 * GB, "2x4": GB, "2x2": 20 * GB}, config, one_row, {"tensor": 16})
     assert (asked, found["suggestion"]["topology"]) == (["4x4", "2x2", "2x4"], "2x4")
 
 
