@@ -29,7 +29,7 @@ COLLECTIVES = (
 # no bytes move: names, views, and the second halves of what was counted when it started
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency"
-    " optimization-barrier iota copy-done send-done recv-done".split()
+    " optimization-barrier copy-done send-done recv-done".split()
 )
 _FREE_CALLS = ("ConcatBitcast", "ResizeBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
 _WHOLE_IN_ONE = "all-reduce-scatter"  # fusions of that name, whose collectives all have one channel
@@ -179,10 +179,14 @@ class Walk:
         return min(total, whole)
 
     def _used_by(self, inside: Computation, user: Instruction, position: int, whole: int) -> int:
-        """Bytes that a fusion inside another one reads; one that only views what it is given is looked behind."""
+        """Bytes that a fusion inside another one reads; one that only views what it is given is looked behind.
+
+        So does a copy that is said to be its operand's own memory: tpu7x has other tiles in it, of which it then slices.
+        """
         called = self.module.computations[user.attribute("calls") or ""]
         seen = called.instructions[called.root]
-        while seen.opcode in _VIEWS:
+        is_same = f"output_to_operand_aliasing={{{{}}: ({position}, {{}})}}" in user.attributes
+        while seen.opcode in _VIEWS or (is_same and seen.opcode == "copy"):
             seen = called.instructions[seen.operands[0]]
         if seen.opcode == "parameter" and int(seen.given) == position and user.name != inside.root:
             return self.used(inside, user, whole)

@@ -186,3 +186,48 @@ def test_of_a_cache_the_kernel_over_it_reads_what_it_says_and_any_other_all():
     assert ours.heaviest["attend_held.1"] == stated + queries
     more = traffic_of(OF_SOME_HEADS.replace("NAME", "attend_held").replace("STATED", str(10**9)))
     assert more.read_bytes == other.read_bytes  # what lies in VMEM is stated, too
+
+
+OTHER_TILES = """HloModule tiles, is_scheduled=true
+
+%other_tiles (input: bf16[20,4096,4096]) -> bf16[20,4096,4096] {
+  %input = bf16[20,4096,4096]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[20,4096,4096]{2,1,0:T(8,128)(2,1)} copy(%input)
+}
+
+%layer (stack: bf16[20,4096,4096], index: s32[]) -> bf16[1,4096,4096] {
+  %stack = bf16[20,4096,4096]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %index = s32[]{:T(128)S(6)} parameter(1)
+  %viewed = bf16[20,4096,4096]{2,1,0:T(8,128)(2,1)} fusion(%stack), kind=kLoop, ALIASING calls=%other_tiles
+  ROOT %slice = bf16[1,4096,4096]{2,1,0:T(8,128)(2,1)} dynamic-slice(%viewed, %index, %index, %index), dynamic_slice_sizes={1,4096,4096}
+}
+
+ENTRY %main (stack.0: bf16[20,4096,4096], index.0: s32[]) -> bf16[1,4096,4096] {
+  %stack.0 = bf16[20,4096,4096]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %index.0 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %one = bf16[1,4096,4096]{2,1,0:T(8,128)(2,1)} fusion(%stack.0, %index.0), kind=kLoop, calls=%layer
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("aliasing", ["output_to_operand_aliasing={{}: (0, {})},", ""])
+def test_a_copy_that_is_its_operands_own_memory_is_sliced_and_not_read_whole(aliasing):
+    """As libtpu writes a layer of a stack for tpu7x; a copy that says nothing of the kind is one."""
+    found = traffic_of(OTHER_TILES.replace("ALIASING", aliasing))
+    layers = 1 if aliasing else 20
+    assert (found.read_bytes, found.written_bytes) == (layers * 4096 * 4096 * BF16, 4096 * 4096 * BF16)
+
+
+COUNTED = """HloModule counted
+
+ENTRY %main () -> (s32[67108864], s32[1024]) {
+  %far = s32[67108864]{0:T(1024)} iota(), iota_dimension=0
+  %near = s32[1024]{0:T(1024)S(1)} iota(), iota_dimension=0
+  ROOT %both = (s32[67108864]{0:T(1024)}, s32[1024]{0:T(1024)S(1)}) tuple(%far, %near)
+}
+"""
+
+
+def test_numbers_that_are_counted_into_hbm_are_written():
+    found = traffic_of(COUNTED)
+    assert (found.read_bytes, found.written_bytes) == (0, 4 * 67108864)
