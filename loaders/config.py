@@ -7,6 +7,7 @@ Both spellings in use are accepted (``rope_theta``/``rope_scaling``/``torch_dtyp
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -118,8 +119,48 @@ def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
     A key ``cls`` has no field for must be in ``INERT`` or hold an off value of ``OFF``. null counts as absent where the
     field has a default or may be None.
     """
+    values, unread, problems = _read(cls, document)
+    return (None if unread else cls(**values)), problems
+
+
+def read_config(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
+    """``read_fields`` of a model's configuration, and what that finds wrong with itself, all of it at once.
+
+    What is wrong with a field hides what depends on it and nothing else: the rest is asked again with what is harmless
+    in its place, and sentences that name it do not count.
+    """
+    values, bad, problems = _read(cls, document)
+    types = typing.get_type_hints(cls)
+    while True:
+        config = cls(**values | {name: _harmless(types[name]) for name in bad})
+        found = [one for one in config.problems() if one not in problems and not _names(one) & bad]
+        if not found:
+            return (None if problems else config), problems
+        problems += found
+        bad |= {field.name for field in dataclasses.fields(cls)} & set().union(*map(_blamed, found))
+
+
+def _names(problem: str) -> set[str]:
+    """Words of a sentence that may be fields; the tower's own names are not the text model's."""
+    return set(re.findall(r"\w+", re.sub(r"vision_config: \w+", "", problem)))
+
+
+def _blamed(problem: str) -> set[str]:
+    return {"vision"} if "vision_config: " in problem else _names(problem)
+
+
+def _harmless(kind: Any) -> Any:
+    if type(None) in typing.get_args(kind):
+        return None
+    plain: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "", RopeParameters: UNREAD_ROPE}
+    return () if typing.get_origin(kind) is tuple else plain[kind]
+
+
+def _read(cls: type, document: dict[str, Any]) -> tuple[dict[str, Any], set[str], list[str]]:
+    """Values by field, fields that cannot be read, and every problem; see ``read_fields``."""
     problems: list[str] = []
     values: dict[str, Any] = {}
+    unread: set[str] = set()
     types = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, field in fields.items():
@@ -127,14 +168,15 @@ def read_fields(cls: type, document: dict[str, Any]) -> tuple[Any, list[str]]:
         optional = field.default is not dataclasses.MISSING
         if found is None and (name not in document or optional):
             if not optional:
+                unread.add(name)
                 problems.append(f"config.json: {name} is missing. Is the file complete?")
             continue
         try:
             values[name] = _convert(types[name], found)
         except (TypeError, OverflowError):  # an integer that no float can hold
+            unread.add(name)
             problems.append(f"config.json: {name} is {brief(found)}, expected {_spell(types[name])}")
-    found = None if problems else cls(**values)
-    return found, problems + refused_keys(document, set(fields))
+    return values, unread, problems + refused_keys(document, set(fields))
 
 
 def refused_keys(document: dict[str, Any], read: set[str]) -> list[str]:

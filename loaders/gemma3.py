@@ -17,7 +17,7 @@ from loaders.checks import (
     positive_problems,
     size_problems,
 )
-from loaders.config import RopeParameters, read_fields, read_rope
+from loaders.config import RopeParameters, read_config, read_rope
 from loaders.errors import brief
 from loaders.quantization.schemes import Quantization
 from loaders.spec import Dim, Rule
@@ -142,12 +142,10 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Gemma
         layers = spelled.get("num_hidden_layers")
         few = layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0
         spelled["layer_types"] = [SLIDING if (layer + 1) % pattern else FULL for layer in range(few)]
-    config, more = read_fields(Gemma3Config, spelled)
+    config, more = read_config(Gemma3Config, spelled)
     problems += more
-    if config is not None:
-        problems += config.problems()
-        if SLIDING in config.layer_types and document.get("sliding_window", DEFAULT_WINDOW) is None:
-            problems.append("config.json: layer_types asks for sliding_attention, but sliding_window is null")
+    if SLIDING in spelled["layer_types"] and document.get("sliding_window", DEFAULT_WINDOW) is None:
+        problems.append("config.json: layer_types asks for sliding_attention, but sliding_window is null")
     return (None if problems else config), problems
 
 

@@ -18,7 +18,7 @@ from loaders.checks import (
     positive_problems,
     size_problems,
 )
-from loaders.config import UNREAD_ROPE, RopeParameters, read_fields, read_rope
+from loaders.config import UNREAD_ROPE, RopeParameters, read_config, read_rope
 from loaders.errors import brief
 from loaders.quantization.schemes import Quantization
 from loaders.spec import Dim, Rule
@@ -160,11 +160,11 @@ def read_text(
     if isinstance(document.get("eos_token_id"), int):
         spelled["eos_token_id"] = [document["eos_token_id"]]
     if document.get("num_key_value_heads") is None:
-        heads = _or_one(document.get("num_attention_heads"))
+        heads = _or(1, document.get("num_attention_heads"))
         spelled["num_key_value_heads"] = heads if "num_key_value_heads" in document else kind.absent_kv_heads
     if document.get("head_dim") is None:
         # what absence means differs: Qwen3Config has a field with 128, Qwen3MoeConfig has none and its model divides
-        spelled["head_dim"] = _or_one(_divided(document, "hidden_size", "num_attention_heads")) if is_moe else 128
+        spelled["head_dim"] = _or(4, _divided(document, "hidden_size", "num_attention_heads")) if is_moe else 128
     if not document.get("use_sliding_window"):
         spelled["sliding_window"] = None
     spelled.setdefault("sliding_window", ABSENT_WINDOW)
@@ -183,8 +183,8 @@ def read_text(
     if is_moe and given not in (None, derived):  # the sparse model never reads the key
         expected = f"{brief(given)} is not implemented for {architecture}, expected {brief(derived)}"
         problems.append(f"config.json: layer_types {expected}")
-    config, more = read_fields(kind, spelled)
-    problems += more + (config.problems() if config is not None else [])
+    config, more = read_config(kind, spelled)
+    problems += more
     if config is not None and SLIDING not in config.layer_types:
         config = replace(config, sliding_window=None)
     return (None if problems else config), problems
@@ -199,9 +199,9 @@ def _layer_types(document: dict[str, Any], first: int) -> list[str]:
     return [SLIDING if is_sliding and layer >= first else FULL for layer in range(layers)]
 
 
-def _or_one(derived: Any) -> Any:
+def _or(harmless: int, derived: Any) -> Any:
     """What a key derived from missing ones is read as, so that only those are reported."""
-    return 1 if derived is None else derived
+    return harmless if derived is None else derived
 
 
 def _divided(document: dict[str, Any], size: str, parts: str) -> int | None:

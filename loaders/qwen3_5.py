@@ -23,7 +23,7 @@ from loaders.config import (
     PARTIAL_KEYS,
     UNREAD_ROPE,
     RopeParameters,
-    read_fields,
+    read_config,
     read_rope,
     refused_keys,
     with_rope_defaults,
@@ -280,8 +280,8 @@ def config_from_json(architecture: str, document: dict[str, Any]) -> tuple[Qwen3
     elif spelled.get("intermediate_size") is None:
         problems.append("config.json: intermediate_size is missing. Is the file complete?")
         spelled["intermediate_size"] = 1
-    config, more = read_fields(Qwen3_5MoeConfig if is_moe else Qwen3_5Config, spelled)
-    problems += more + (config.problems() if config is not None else [])
+    config, more = read_config(Qwen3_5MoeConfig if is_moe else Qwen3_5Config, spelled)
+    problems += more
     return (None if problems else config), problems
 
 

@@ -181,7 +181,7 @@ class Walk:
     def _used_by(self, inside: Computation, user: Instruction, position: int, whole: int) -> int:
         """Bytes that a fusion inside another one reads; one that only views what it is given is looked behind.
 
-        So does a copy that is said to be its operand's own memory: tpu7x has other tiles in it, of which it then slices.
+        So does a copy that is said to be its operand's own memory: tpu7x has other tiles in it, and then slices that.
         """
         called = self.module.computations[user.attribute("calls") or ""]
         seen = called.instructions[called.root]

@@ -154,8 +154,8 @@ def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) 
         return size > room, is_narrow, size, len(sizes), tensor if experts > 1 else -tensor
 
     usual = min(_cuts(devices, load.rows, experts), key=cost)
-    has_whole_keys = usual.get("tensor", 1) > 1 and cut_of(usual, LOGICAL_AXES["KH"], dims["KH"].units) is None
-    if experts == 1 and has_whole_keys:
+    keys = dims["KH"].units or dims["KH"].size
+    if experts == 1 and usual.get("tensor", 1) > 1 and cut_of(usual, LOGICAL_AXES["KH"], keys) is None:
         usual = min([usual, *_cuts(devices, load.rows, devices)], key=cost)
     if not cost(usual)[0] or sum(held(config, load, {})) > room * devices:  # there is room, or cannot be
         return usual

@@ -211,6 +211,7 @@ def test_problems_of_every_kind_are_reported_together() -> None:
         "config.json: rope_type 'su' is not implemented. Known: default, linear, dynamic, yarn",
         "config.json: vocab_size is missing. Is the file complete?",
         "config.json: option 'mystery' = 1 is not implemented. Remove it if no result depends on it.",
+        "config.json: head_dim=3 is odd; rotary embedding needs pairs",
     ]
     assert problems_of(CONFIG | {"mystery": 1, "head_dim": 3, "hidden_act": "relu"}) == [
         "config.json: option 'mystery' = 1 is not implemented. Remove it if no result depends on it.",
