@@ -126,7 +126,7 @@ def held(config: ModelConfig, load: Workload, sizes: dict[str, int], stage: Stag
 
 
 def default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) -> dict[str, int]:
-    """The cut that leaves the least on each device, which is also the least that a decode step reads.
+    """A cut that leaves little on each device, of weights and cache, which is also what a decode step reads.
 
     Experts are spread before they are cut, and not into parts whose rows fill no whole registers unless nothing else
     leaves each device the ``room`` that it has, in bytes; rows are spread where heads no longer can be: keys and values
@@ -145,7 +145,6 @@ def _default_mesh(config: ModelConfig, devices: int, load: Workload, room: int) 
     # of the rows of experts, as they are stored: two codes lie in a byte
     parts = {axis.partition("/")[2] or "1" for *_, axis in _stacks(config) if axis in ("M", "M/2")}
     widths = [dims["M"].size // int(part) for part in parts]
-
     experts = dims["E"].size if "E" in dims else 1
 
     def cost(sizes: dict[str, int]) -> tuple[Any, ...]:

@@ -195,7 +195,7 @@ def test_so_it_is_where_a_tensor_is_shorter_than_a_mark(
 def test_what_looks_as_if_too_little_came_is_asked_for_once_more(
     server: Server, tmp_path: Path, asked: Counter[str]
 ) -> None:
-    """Bytes may be those that are there where none came: with a mark of 256 values by chance, here all of them."""
+    """A file may have the byte that a mark ends in where one lies; this one has no other."""
     ones = np.full(1000, 0xFF, np.uint8)
     path = write_checkpoint(tmp_path / "it", {"ones": TensorType.of(ones)}, lambda name: ones, config=CONFIG)
     checkpoint = open_checkpoint(server.put(path, "ones"))
